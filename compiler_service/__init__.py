@@ -1,0 +1,1 @@
+"""The compile daemon: checkpoints in, engines out."""

@@ -1,0 +1,1 @@
+"""The serve daemon: engines in, tokens out."""

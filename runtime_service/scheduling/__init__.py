@@ -1,0 +1,1 @@
+"""Who runs next, decided with integers alone: imports neither torch nor `execution`."""

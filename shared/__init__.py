@@ -1,0 +1,1 @@
+"""What both daemons use: engine identity, graph, store, errors, server, settings, log."""

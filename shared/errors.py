@@ -1,0 +1,318 @@
+"""Every way Millrace can fail a user, a row each, and its form on the wire.
+
+`raise PromptTooLong(prompt_tokens=9000, max_sequence_tokens=8192)` carries a gRPC status code, a
+reason for programs (`ErrorInfo`, domain `millrace`), metadata, and one sentence for people: what is
+wrong, what was found, what to do. Our own mistakes are `assert`s, not rows.
+Source: google.rpc error model, AIP-193.
+"""
+
+from typing import ClassVar
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.rpc import error_details_pb2, status_pb2
+
+DOMAIN = "millrace"
+
+
+class MillraceError(Exception):
+    """A user's mistake or the world's failure.
+
+    Args:
+        fields: fill the row's sentence and become `ErrorInfo.metadata`, as text.
+        retry_after_s: set where trying again can help; becomes `RetryInfo`.
+    """
+
+    reason: ClassVar[str] = "INTERNAL"
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    template: ClassVar[str] = "Something unforeseen failed; the daemon's log says what."
+    default_retry_after_s: ClassVar[float | None] = None
+
+    def __init__(self, *, retry_after_s: float | None = None, **fields: object) -> None:
+        self.fields = {name: str(value) for name, value in fields.items()}
+        self.retry_after_s = self.default_retry_after_s if retry_after_s is None else retry_after_s
+        super().__init__(self.template.format(**fields))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders (build child, engine process) by pickle.
+        return _restore, (type(self), self.fields, self.retry_after_s)
+
+
+def _restore(
+    row: type[MillraceError], fields: dict[str, str], retry_after_s: float | None
+) -> MillraceError:
+    return row(retry_after_s=retry_after_s, **fields)
+
+
+_S = grpc.StatusCode
+
+
+class UnsupportedModel(MillraceError):
+    """The checkpoint's architecture has no family."""
+
+    reason, code = "UNSUPPORTED_MODEL", _S.INVALID_ARGUMENT
+    template = "Model architecture {architecture!r} is not supported; supported: {known}."
+
+
+class InvalidModel(MillraceError):
+    """The checkpoint is broken or contradicts itself."""
+
+    reason, code = "INVALID_MODEL", _S.INVALID_ARGUMENT
+    template = "The checkpoint cannot be used: {problem}."
+
+
+class UnsupportedArch(MillraceError):
+    """No such target."""
+
+    reason, code = "UNSUPPORTED_ARCH", _S.INVALID_ARGUMENT
+    template = "Arch {arch!r} is not supported; supported: {known}."
+
+
+class UnsupportedQuant(MillraceError):
+    """No such scheme, or not on this arch, or not with these sizes."""
+
+    reason, code = "UNSUPPORTED_QUANT", _S.INVALID_ARGUMENT
+    template = "Quantization {quant!r} cannot be used: {problem}."
+
+
+class UnsupportedTp(MillraceError):
+    """The model does not divide by this degree."""
+
+    reason, code = "UNSUPPORTED_TP", _S.INVALID_ARGUMENT
+    template = "Tensor parallel degree {degree} cuts {what}; degrees that work: {known}."
+
+
+class InvalidField(MillraceError):
+    """A request's field is out of range, missing or contradictory."""
+
+    reason, code = "INVALID_FIELD", _S.INVALID_ARGUMENT
+    template = "{field}: {problem}."
+
+
+class PromptTooLong(MillraceError):
+    """Prompt and requested tokens do not fit the engine's sequence limit."""
+
+    reason, code = "PROMPT_TOO_LONG", _S.INVALID_ARGUMENT
+    template = (
+        "The prompt has {prompt_tokens} tokens and the engine takes sequences of at most "
+        "{max_sequence_tokens}, prompt and at least one new token together; shorten the prompt."
+    )
+
+
+class ModelNotFound(MillraceError):
+    """Nothing at the model URI."""
+
+    reason, code = "MODEL_NOT_FOUND", _S.NOT_FOUND
+    template = "No model at {model_uri!r}: {problem}."
+
+
+class EngineNotFound(MillraceError):
+    """No engine of that name or selector."""
+
+    reason, code = "ENGINE_NOT_FOUND", _S.NOT_FOUND
+    template = "No engine {engine!r} in the store; `millrace engines` lists what there is."
+
+
+class BuildNotFound(MillraceError):
+    """No build or operation of that name."""
+
+    reason, code = "BUILD_NOT_FOUND", _S.NOT_FOUND
+    template = "No build {build!r}; records expire {kept} after they end."
+
+
+class BlobNotFound(MillraceError):
+    """No blob of that digest."""
+
+    reason, code = "BLOB_NOT_FOUND", _S.NOT_FOUND
+    template = "No blob {digest} in the store."
+
+
+class ArchMismatch(MillraceError):
+    """The engine's machine code is for another device."""
+
+    reason, code = "ARCH_MISMATCH", _S.FAILED_PRECONDITION
+    template = "The engine is built for {built_for} and this device is {found}; run: {command}"
+
+
+class FormatMismatch(MillraceError):
+    """The engine's format version is unknown to this runtime."""
+
+    reason, code = "FORMAT_MISMATCH", _S.FAILED_PRECONDITION
+    template = (
+        "The engine has format {found} and this runtime reads {readable}; rebuild the engine or "
+        "update the runtime."
+    )
+
+
+class DriverTooOld(MillraceError):
+    """The device's driver cannot load the engine."""
+
+    reason, code = "DRIVER_TOO_OLD", _S.FAILED_PRECONDITION
+    template = "The engine needs a driver for CUDA {needed} and this one is for {found}; update it."
+
+
+class QualityGate(MillraceError):
+    """The quantized engine is worse than allowed."""
+
+    reason, code = "QUALITY_GATE", _S.FAILED_PRECONDITION
+    template = "The quantized model fails its quality gate: {problem}."
+
+
+class NoEngine(MillraceError):
+    """The runtime has no engine loaded."""
+
+    reason, code = "NO_ENGINE", _S.UNAVAILABLE
+    template = "This runtime serves no engine now."
+    default_retry_after_s = 1.0
+
+
+class BuildQueueFull(MillraceError):
+    """Too many builds wait."""
+
+    reason, code = "BUILD_QUEUE_FULL", _S.RESOURCE_EXHAUSTED
+    template = "{queued} builds are waiting and at most {max_queued} may; try again later."
+    default_retry_after_s = 30.0
+
+
+class QueueFull(MillraceError):
+    """Too many tokens wait for admission."""
+
+    reason, code = "QUEUE_FULL", _S.RESOURCE_EXHAUSTED
+    template = (
+        "{waiting_tokens} tokens are waiting and at most {max_waiting_tokens} may; try again."
+    )
+    default_retry_after_s = 1.0
+
+
+class DiskFull(MillraceError):
+    """The store's disk has no room."""
+
+    reason, code = "DISK_FULL", _S.RESOURCE_EXHAUSTED
+    template = "No room left on the disk of {path}; free some and try again."
+
+
+class Draining(MillraceError):
+    """The daemon is stopping."""
+
+    reason, code = "DRAINING", _S.UNAVAILABLE
+    template = "The daemon is stopping and takes nothing new."
+    default_retry_after_s = 1.0
+
+
+class EngineLost(MillraceError):
+    """The engine process died or hung; it is being restarted."""
+
+    reason, code = "ENGINE_LOST", _S.UNAVAILABLE
+    template = "The engine process was lost ({problem}) and is being restarted; start again."
+    default_retry_after_s = 2.0
+
+
+class RedisUnreachable(MillraceError):
+    """Redis does not answer."""
+
+    reason, code = "REDIS_UNREACHABLE", _S.UNAVAILABLE
+    template = "Redis at {url} does not answer."
+    default_retry_after_s = 2.0
+
+
+class CompilerUnreachable(MillraceError):
+    """The compile daemon does not answer."""
+
+    reason, code = "COMPILER_UNREACHABLE", _S.UNAVAILABLE
+    template = "The compile daemon at {address} does not answer: {problem}."
+    default_retry_after_s = 2.0
+
+
+class DeadlineExceeded(MillraceError):
+    """The generation took longer than its client allowed."""
+
+    reason, code = "DEADLINE_EXCEEDED", _S.DEADLINE_EXCEEDED
+    template = "The generation did not end within {timeout_s} s."
+
+
+class WorkerLost(MillraceError):
+    """A build lost its worker too often."""
+
+    reason, code = "WORKER_LOST", _S.ABORTED
+    template = "The build lost its worker {attempts} times; the last sign was in stage {stage}."
+
+
+class ModelChanged(MillraceError):
+    """The checkpoint changed while it was being built."""
+
+    reason, code = "MODEL_CHANGED", _S.ABORTED
+    template = "{file} changed while it was being read; build again."
+
+
+class DigestMismatch(MillraceError):
+    """A blob's bytes are not those of its name."""
+
+    reason, code = "DIGEST_MISMATCH", _S.DATA_LOSS
+    template = "Blob {digest} holds other bytes ({found}); it was not used."
+
+
+class Internal(MillraceError):
+    """Anything unforeseen; its traceback is in the log only."""
+
+
+ERRORS: dict[str, type[MillraceError]] = {
+    row.reason: row
+    for row in (
+        UnsupportedModel, InvalidModel, UnsupportedArch, UnsupportedQuant, UnsupportedTp,
+        InvalidField, PromptTooLong, ModelNotFound, EngineNotFound, BuildNotFound, BlobNotFound,
+        ArchMismatch, FormatMismatch, DriverTooOld, QualityGate, NoEngine, BuildQueueFull,
+        QueueFull, DiskFull, Draining, EngineLost, RedisUnreachable, CompilerUnreachable,
+        DeadlineExceeded, WorkerLost, ModelChanged, DigestMismatch, Internal,
+    )
+}  # fmt: skip
+
+
+def to_status(error: MillraceError) -> status_pb2.Status:
+    """`error` as it crosses the wire: code, sentence, ErrorInfo, and RetryInfo or BadRequest."""
+    status = status_pb2.Status(code=error.code.value[0], message=str(error))
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.fields)
+    details: list[
+        error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo | error_details_pb2.BadRequest
+    ]
+    details = [info]
+    if error.retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(retry)
+    if isinstance(error, InvalidField):
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.fields["field"], description=error.fields["problem"]
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    for detail in details:
+        packed = Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def reason_of(status: status_pb2.Status) -> str:
+    """The reason in `status`, or "" where it carries none."""
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details:
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            detail.Unpack(info)
+            return str(info.reason)
+    return ""
+
+
+def from_status(status: status_pb2.Status) -> MillraceError:
+    """The error that `to_status` made `status` from; `Internal` where it is not one of ours."""
+    info = error_details_pb2.ErrorInfo()
+    retry = error_details_pb2.RetryInfo()
+    retry_after_s = None
+    for detail in status.details:
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            detail.Unpack(info)
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            detail.Unpack(retry)
+            retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+    row = ERRORS.get(info.reason) if info.domain == DOMAIN else None
+    if row is None:
+        return Internal()
+    return row(retry_after_s=retry_after_s, **dict(info.metadata))
