@@ -1,0 +1,1 @@
+"""Where models come from: any checkpoint, as Hugging Face names and spells it."""
