@@ -7,7 +7,8 @@ file knows names and JSON; where blobs are kept is `shared/store/`.
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 FORMAT_VERSION = 1
 READABLE_FORMATS = (1,)
@@ -102,6 +103,22 @@ class Blob:
     digest: str
     size_bytes: int
     title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDraft:
+    """An engine whose blobs are in a store and that has no name yet.
+
+    Args:
+        layers: graph, weight index, weight blobs, files (tokenizer, ...), kernels; in this order.
+        labels: more about it, for people and tools; part of its bytes, so no times and no hosts.
+    """
+
+    key: EngineKey
+    model: str
+    layers: tuple[Blob, ...]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True, slots=True)
