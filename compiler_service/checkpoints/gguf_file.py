@@ -1,0 +1,179 @@
+"""A GGUF file as a checkpoint: config, tokenizer and tensors in Hugging Face's names and order.
+
+Blocks are dequantized by the `gguf` library, a tensor at a time. Llama's q and k rows are stored
+interleaved for another form of RoPE; they are put back into half-rotation order here.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType as Kind
+from gguf.quants import dequantize
+
+from compiler_service.checkpoints.checkpoint import TensorInfo, float_format_of
+from compiler_service.checkpoints.gguf_header import GgufTensor, read_gguf_header
+from compiler_service.checkpoints.gguf_tokenizer import gguf_tokenizer_files
+from shared.errors import InvalidModel, UnsupportedModel
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+_FLOATS = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+_BLOCK_KINDS = {
+    Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0,
+    Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K,
+}  # fmt: skip
+
+_GLOBAL_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+class GgufFile:
+    """The checkpoint in a GGUF file, which stays mapped for the object's life."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        header = read_gguf_header(path)
+        self.name = name or path.stem
+        self.digest_inputs: Mapping[str, Path | bytes] = {"model.gguf": path}
+        # Copy-on-write, because torch wants writable memory; nothing is ever written.
+        self._data = np.memmap(path, dtype=np.uint8, mode="c")
+        self._places = {
+            _hugging_face_name(gguf_name): place
+            for gguf_name, place in header.tensors.items()
+            if gguf_name != _ROPE_FACTORS
+        }
+        self.tensors = {name: _info(name, place) for name, place in self._places.items()}
+        rope_factors = header.tensors.get(_ROPE_FACTORS)
+        self.config = _config(
+            header.metadata,
+            is_tied="lm_head.weight" not in self.tensors,
+            rope_factors=None if rope_factors is None else self._values(rope_factors).tolist(),
+        )
+        self._permuted_heads = _permuted_heads(self.config)
+        self.files = gguf_tokenizer_files(header.metadata)
+        embedding = self._places.get("model.embed_tokens.weight")
+        is_fp32 = embedding is not None and embedding.kind == Kind.F32
+        self.float_format = float_format_of(torch.float32 if is_fp32 else torch.bfloat16)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor called `name`: floats as the file holds them, blocks as fp32."""
+        tensor = self._values(self._places[name])
+        for role, num_heads in self._permuted_heads.items():
+            if f".{role}_proj." in name:
+                pairs = tensor.reshape(num_heads, -1, 2, *tensor.shape[1:])
+                return pairs.transpose(1, 2).reshape(tensor.shape)
+        return tensor
+
+    def _values(self, place: GgufTensor) -> torch.Tensor:
+        raw = self._data[place.offset : place.offset + place.num_bytes]
+        if place.kind in _FLOATS:
+            return torch.from_numpy(raw).view(_FLOATS[place.kind]).view(place.shape)
+        rows = raw.reshape(*place.shape[:-1], -1)
+        return torch.from_numpy(dequantize(rows, place.kind)).view(place.shape)
+
+
+def _hugging_face_name(gguf_name: str) -> str:
+    stem, _, kind = gguf_name.rpartition(".")
+    if stem in _GLOBAL_NAMES:
+        return f"{_GLOBAL_NAMES[stem]}.{kind}"
+    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if layer is not None and layer[2] in _LAYER_NAMES:
+        return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{kind}"
+    raise InvalidModel(problem=f"the GGUF file has a tensor of no known role, {gguf_name}")
+
+
+def _info(name: str, place: GgufTensor) -> TensorInfo:
+    if place.kind in _BLOCK_KINDS:
+        return TensorInfo(place.shape, torch.float32)
+    if place.kind not in _FLOATS:
+        known = ", ".join(sorted(k.name for k in (*_FLOATS, *_BLOCK_KINDS)))
+        raise InvalidModel(problem=f"{name} has type {place.kind.name}; known types: {known}")
+    return TensorInfo(place.shape, _FLOATS[place.kind])
+
+
+def _config(
+    metadata: Mapping[str, Any], is_tied: bool, rope_factors: list[float] | None
+) -> dict[str, Any]:
+    family = metadata.get("general.architecture")
+    if family not in ARCHITECTURES:
+        raise UnsupportedModel(architecture=f"GGUF {family}", known=", ".join(ARCHITECTURES))
+
+    def field(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"{family}.{key}", default)
+        if value is None:
+            raise InvalidModel(problem=f"the GGUF file lacks {family}.{key}")
+        if isinstance(value, list):
+            raise InvalidModel(problem=f"{family}.{key} differs between layers")
+        return value
+
+    num_heads = field("attention.head_count")
+    hidden_size = field("embedding_length")
+    if not num_heads or hidden_size % num_heads:
+        raise InvalidModel(problem=f"{hidden_size} values do not divide among {num_heads} heads")
+    config = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": field("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
+        "hidden_size": hidden_size,
+        "intermediate_size": field("feed_forward_length"),
+        "num_hidden_layers": field("block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": field("attention.head_count_kv", num_heads),
+        "head_dim": field("attention.key_length", hidden_size // num_heads),
+        "max_position_embeddings": field("context_length"),
+        "rms_norm_eps": _shortest_float32(field("attention.layer_norm_rms_epsilon")),
+        "hidden_act": "silu",
+        "tie_word_embeddings": is_tied,
+        "rope_parameters": {"rope_theta": _shortest_float32(field("rope.freq_base", 10000.0))},
+    }
+    config["rope_parameters"] |= _rope_scaling(metadata, family, rope_factors)
+    return config
+
+
+def _rope_scaling(
+    metadata: Mapping[str, Any], family: str, factors: list[float] | None
+) -> dict[str, Any]:
+    """GGUF's scaling in config.json's words. Llama 3's is stored as one divisor per frequency."""
+    if factors is not None:
+        return {"rope_type": "divisors", "divisors": factors}
+    kind = metadata.get(f"{family}.rope.scaling.type", "none")
+    if kind == "none":
+        return {"rope_type": "default"}
+    scaling = {"rope_type": kind, "factor": metadata.get(f"{family}.rope.scaling.factor", 1.0)}
+    original = metadata.get(f"{family}.rope.scaling.original_context_length")
+    return scaling if original is None else scaling | {"original_max_position_embeddings": original}
+
+
+def _permuted_heads(config: Mapping[str, Any]) -> dict[str, int]:
+    if config["model_type"] != "llama":
+        return {}
+    return {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+
+
+def _shortest_float32(value: float) -> float:
+    """The decimal number that was meant: 1e-05, where the file's fp32 reads 9.99999974e-06."""
+    return float(str(np.float32(value)))

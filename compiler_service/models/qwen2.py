@@ -1,0 +1,13 @@
+"""Qwen2 and Qwen2.5: q, k and v add a bias; later layers may have a sliding window."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from compiler_service.models.decoder import DecoderTraits, lower_decoder, sliding_windows
+from shared.ir import Graph
+
+
+def lower(config: Mapping[str, Any], dtype: str) -> Graph:
+    """The unfused graph."""
+    windows = sliding_windows(config, config.get("num_hidden_layers", 0))
+    return lower_decoder(config, dtype, DecoderTraits("qwen2", qkv_bias=True, windows=windows))
