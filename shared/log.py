@@ -1,0 +1,93 @@
+"""Logging: structlog events with fields, JSON lines for machines or colours on a terminal.
+
+Events are facts in snake_case; context that holds for a whole RPC, build or generation is bound
+once, at the edge, with `structlog.contextvars`. Prompts and tokens are never logged; tracebacks are
+printed without local variables, which could hold them.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import structlog
+
+LogFormat = Literal["auto", "console", "json"]
+
+
+def configure_logging(level: str, log_format: LogFormat, component: str) -> None:
+    """Sets up logging for this process, to stderr; libraries' records go the same way.
+
+    Args:
+        level: `debug`, `info`, `warning` or `error`.
+        component: `compiler`, `runtime`, ...: a field of every line.
+    """
+    is_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
+
+    def add_component(
+        _: object, __: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        event.setdefault("component", component)
+        return event
+
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        add_component,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    rendering: list[structlog.typing.Processor] = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        if is_json
+        else [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
+    )
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *rendering,
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+
+
+@contextmanager
+def canonical_line(event: str, **fields: object) -> Iterator[dict[str, Any]]:
+    """One log line when the block ends, with `duration_s` and all that the block put in the dict.
+
+    An exception that leaves the block is named in `error`, at WARNING, and goes on: its traceback
+    is for whoever handles it to log.
+    """
+    line: dict[str, Any] = dict(fields)
+    start = time.monotonic()
+    log = structlog.get_logger()
+    emit = log.info
+    try:
+        yield line
+    except BaseException as error:
+        line.setdefault("error", type(error).__name__)
+        emit = log.warning
+        raise
+    finally:
+        emit(event, duration_s=round(time.monotonic() - start, 6), **line)

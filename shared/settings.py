@@ -1,0 +1,169 @@
+"""A daemon's settings: one validated object, from flags or MILLRACE_* variables.
+
+A daemon subclasses `Settings` with a field per setting; flags, variables and `--help` follow from
+the fields. This is the only file that reads the process environment.
+
+    field in            flag            variable
+    Settings            --redis-url     MILLRACE_REDIS_URL            read by every daemon
+    a daemon's class    --lease-s       MILLRACE_COMPILER_LEASE_S     read by that one
+
+A flag wins over a variable. A MILLRACE_ variable that belongs to another component is left alone;
+one that belongs to nobody is an error that names it.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn, Self, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+
+COMPONENTS = ("compiler", "runtime", "cli")
+_PREFIX = "MILLRACE_"
+
+
+class SettingsError(Exception):
+    """A setting is unknown, malformed or contradicts another; the message names it."""
+
+
+class Settings(BaseModel):
+    """What both daemons are told. Subclasses set `component` and add fields with descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    component: ClassVar[str]
+
+    redis_url: str = Field(
+        "", description="Redis or Valkey, as redis://host:port/0 or unix:///path; empty: none"
+    )
+    store: str = Field(
+        "~/.millrace/store", description="engine store: a folder, or a URL that the store knows"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe events to log"
+    )
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="auto: console on a terminal, JSON lines elsewhere"
+    )
+    max_message_bytes: int = Field(
+        16 << 20, ge=1 << 16, le=1 << 30, description="largest gRPC message taken or sent"
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any, info: Any) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, str) and get_origin(annotation) is tuple:
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _expand_home(cls, value: Any) -> Any:
+        return value.expanduser() if isinstance(value, Path) else value
+
+    @classmethod
+    def load(cls) -> Self:
+        """This process's settings; prints what is wrong and exits with 2 where they are invalid."""
+        try:
+            return cls.parse(sys.argv[1:], os.environ)
+        except SettingsError as error:
+            exit_with(f"millrace-{cls.component}: {error}")
+
+    @classmethod
+    def parse(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Self:
+        """The settings that flags and variables give.
+
+        Raises:
+            SettingsError: an unknown variable, or values that do not validate. An unknown flag and
+                `--help` end in argparse's own SystemExit.
+        """
+        values: dict[str, Any] = {
+            **_from_environ(cls, environ),
+            **{k: v for k, v in vars(_parser(cls).parse_args(argv)).items() if v is not None},
+        }
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise SettingsError(_explain(cls, error)) from None
+
+
+def exit_with(message: str) -> NoReturn:
+    """Ends the process with status 2 and one line for people."""
+    sys.stderr.write(message + "\n")
+    raise SystemExit(2)
+
+
+def variable_of(cls: type[Settings], field: str) -> str:
+    """The variable that sets `field`."""
+    owner = "" if field in Settings.model_fields else f"{cls.component.upper()}_"
+    return f"{_PREFIX}{owner}{field.upper()}"
+
+
+def flag_of(field: str) -> str:
+    """The flag that sets `field`."""
+    return "--" + field.replace("_", "-")
+
+
+def _from_environ(cls: type[Settings], environ: Mapping[str, str]) -> dict[str, str]:
+    fields = {variable_of(cls, field): field for field in cls.model_fields}
+    others = tuple(f"{_PREFIX}{c.upper()}_" for c in COMPONENTS if c != cls.component)
+    values = {}
+    for variable in sorted(environ):
+        if not variable.startswith(_PREFIX) or variable.startswith(others):
+            continue
+        if variable not in fields:
+            near = difflib.get_close_matches(variable, fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; see --help"
+            raise SettingsError(f"unknown setting {variable}{hint}")
+        values[fields[variable]] = environ[variable]
+    return values
+
+
+def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"millrace-{cls.component}",
+        description=(cls.__doc__ or "").split("\n")[0],
+        epilog="Each setting can come from its variable instead; a flag wins.",
+        allow_abbrev=False,
+    )
+    for name, field in cls.model_fields.items():
+        action: Any = argparse.BooleanOptionalAction if field.annotation is bool else "store"
+        more: dict[str, Any] = {} if field.annotation is bool else {"metavar": _metavar(field)}
+        parser.add_argument(
+            flag_of(name), dest=name, action=action, default=None, help=_help(cls, name), **more
+        )
+    return parser
+
+
+def _metavar(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return "{" + ",".join(map(str, field.annotation.__args__)) + "}"  # type: ignore[union-attr]
+    if get_origin(field.annotation) is tuple:
+        return "A,B"
+    return getattr(field.annotation, "__name__", "value").upper()
+
+
+def _help(cls: type[Settings], name: str) -> str:
+    field = cls.model_fields[name]
+    assert field.description, f"setting {name} has no description"
+    default = "required" if field.is_required() else f"default {field.default!r}"
+    text = f"{field.description} ({default}; {variable_of(cls, name)})"
+    return text.replace("%", "%%")
+
+
+def _explain(cls: type[Settings], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        message = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:  # a model validator: its message names the settings
+            lines.append(message)
+            continue
+        field = str(problem["loc"][0])
+        found = "" if problem["type"] == "missing" else f", not {problem['input']!r}"
+        lines.append(f"{flag_of(field)} ({variable_of(cls, field)}): {message}{found}")
+    return "; ".join(lines)
