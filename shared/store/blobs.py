@@ -1,0 +1,327 @@
+"""Blobs by content, in the folder `blobs/sha256` of an OCI image layout.
+
+A blob is written beside its place while it is hashed, and appears whole or not at all. A blob is
+read only after it was hashed; what was found good is remembered by size, time and inode. One that
+holds other bytes is set aside, so that whoever can make it or fetch it again does. What the bytes
+mean, and which blobs belong together, is not known here.
+
+    blobs/sha256/<hex>   blobs
+    partial/<name>       blobs being written (locked by their writer) or pulled
+    corrupt/<hex>        blobs set aside
+    pins/<name>          what builds and pulls in progress need (pins.py)
+    locks/store          shared: a blob, pin or name is being added; exclusive: a sweep
+    locks/<hex>          a blob is being pulled
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+from shared.engine import Blob, is_digest
+from shared.errors import BlobNotFound, DigestMismatch, DiskFull, InvalidField
+from shared.store.locks import FileLock, try_lock
+from shared.store.pins import Pin, pinned_digests
+
+CHUNK_BYTES = 1 << 20
+
+Bytes = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a sweep removed."""
+
+    num_blobs: int
+    num_bytes: int
+
+
+class BlobWriter:
+    """A blob being written. Made by `BlobFolder.writer`; not thread-safe."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size_bytes = 0
+        self._blob: Blob | None = None
+        self._hash = hashlib.sha256()
+        # A sweep leaves partial files alone while they are locked.
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by the folder
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def write(self, data: Bytes) -> None:
+        """Appends `data`."""
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self.size_bytes += len(view)
+        while view:
+            view = view[self._file.write(view) :]
+
+    @property
+    def blob(self) -> Blob:
+        """What was written, once the `with` block has ended well."""
+        assert self._blob is not None, "the blob is not finished"
+        return self._blob
+
+    def close(self, media_type: str, title: str) -> Blob:
+        """What was written, which is on the disk from now on."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        digest = f"sha256:{self._hash.hexdigest()}"
+        self._blob = Blob(media_type, digest, self.size_bytes, title)
+        return self._blob
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+class BlobFolder:
+    """The blobs of one store; may be used by several threads and processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._blobs = root / "blobs" / "sha256"
+        self.partial = root / "partial"
+        self._corrupt = root / "corrupt"
+        self._pins = root / "pins"
+        self._locks = root / "locks"
+        for folder in (self._blobs, self.partial, self._corrupt, self._pins, self._locks):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._open_pins: list[Pin] = []
+        self._open_pins_lock = threading.Lock()
+        # Digest to what its file looked like when it was last hashed and found good.
+        self._verified: dict[str, tuple[int, int, int]] = {}
+
+    def path(self, digest: str) -> Path:
+        """Where the blob's bytes are, unverified.
+
+        Raises:
+            BlobNotFound: there is none.
+            InvalidField: malformed digest.
+        """
+        path = self._path(digest)
+        if not path.exists():
+            raise BlobNotFound(digest=digest)
+        return path
+
+    def verified_path(self, digest: str) -> Path:
+        """Where the blob's bytes are, once they were found to be those of its name.
+
+        Raises:
+            BlobNotFound: there is none.
+            DigestMismatch: it held other bytes, and was set aside.
+        """
+        with self.open_verified(digest):
+            return self._path(digest)
+
+    def open_verified(self, digest: str) -> FileIO:
+        """The blob's file, at its start, once its bytes were found to be those of its name.
+
+        Raises: as `verified_path`.
+        """
+        path = self._path(digest)
+        try:
+            file = FileIO(path)
+        except FileNotFoundError as error:
+            raise BlobNotFound(digest=digest) from error
+        try:
+            if self._verified.get(digest) != _stamp(os.fstat(file.fileno())):
+                self._verify(file, path, digest)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def has(self, blob: Blob) -> bool:
+        """Claims that there is a file of this name and size; its bytes may be others."""
+        try:
+            return self._path(blob.digest).stat().st_size == blob.size_bytes
+        except FileNotFoundError:
+            return False
+
+    def adopt(self, blob: Blob) -> bool:
+        """True if the blob is here and good: it is then pinned, and as young as a new one."""
+        path = self._path(blob.digest)
+        with self.adding():
+            if not path.exists():
+                return False
+            self._pin(blob.digest)
+            is_verified = self._verified.get(blob.digest) == _stamp(path.stat())
+            os.utime(path)
+            if is_verified:
+                self._verified[blob.digest] = _stamp(path.stat())
+        try:
+            return self.verified_path(blob.digest).stat().st_size == blob.size_bytes
+        except (BlobNotFound, DigestMismatch):  # set aside: the caller makes it anew
+            return False
+
+    def read(self, digest: str, offset: int = 0) -> Iterator[bytes]:
+        """The blob's bytes from `offset` on, in pieces of at most 1 MiB; see `ArtifactStore`."""
+        file = self.open_verified(digest)
+        if not 0 <= offset <= os.fstat(file.fileno()).st_size:
+            file.close()
+            raise InvalidField(field="offset_bytes", problem=f"{offset} is outside of {digest}")
+        return _chunks(file, offset)
+
+    def read_all(self, digest: str) -> bytes:
+        """The whole of a small blob, verified."""
+        return b"".join(self.read(digest))
+
+    @contextlib.contextmanager
+    def writer(self, media_type: str, title: str = "") -> Iterator[BlobWriter]:
+        """A writer whose `blob` is on the disk once the `with` block has ended well.
+
+        Raises:
+            DiskFull: there is no room; nothing of the blob is left.
+        """
+        with self.disk_full():
+            with self.adding():
+                writer = BlobWriter(self.partial / f"{os.getpid()}-{uuid.uuid4().hex}")
+            try:
+                yield writer
+                blob = writer.close(media_type, title)
+                self.place(writer.path, blob.digest)
+            except BaseException:
+                writer.discard()
+                raise
+
+    def write(self, chunks: Iterable[Bytes], media_type: str, title: str = "") -> Blob:
+        """The blob that `chunks` make; on the disk when this returns.
+
+        Raises:
+            DiskFull: there is no room; nothing of the blob is left.
+        """
+        with self.writer(media_type, title) as writer:
+            for chunk in chunks:
+                writer.write(chunk)
+        return writer.blob
+
+    def place(self, partial: Path, digest: str) -> None:
+        """Makes a file, known to hold `digest`'s bytes and to be on the disk, the blob.
+
+        An older file of the blob is replaced, because it may be corrupt; its readers keep it.
+        """
+        path = self._path(digest)
+        with self.adding():
+            self._pin(digest)
+            os.replace(partial, path)
+        sync_folder(path.parent)
+        self._verified[digest] = _stamp(path.stat())
+
+    def adding(self) -> FileLock:
+        """A lock that keeps sweeps away while a blob or a name is added."""
+        return FileLock(self._locks / "store", shared=True)
+
+    def pull_lock(self, digest: str) -> FileLock:
+        """A lock that one puller of this blob on this machine holds."""
+        return FileLock(self._locks / self._path(digest).name, removes=True)
+
+    @contextlib.contextmanager
+    def pin(self) -> Iterator[Pin]:
+        """Keeps every blob that is written or adopted here meanwhile, by any thread."""
+        with self.disk_full(), self.adding():
+            pin = Pin(self._pins)
+        with self._open_pins_lock:
+            self._open_pins.append(pin)
+        try:
+            yield pin
+        finally:
+            with self._open_pins_lock:
+                self._open_pins.remove(pin)
+                pin.release()
+
+    def sweep(self, referenced: Callable[[], set[str]], grace_s: float) -> Sweep:
+        """Removes blobs that nothing needs.
+
+        Args:
+            referenced: gives the digests to keep; called while nothing can be added.
+            grace_s: keeps what was written or adopted less than this ago.
+        """
+        num_blobs = num_bytes = 0
+        with FileLock(self._locks / "store"):
+            keep = referenced() | pinned_digests(self._pins)
+            old = time.time() - grace_s
+            for path in self._blobs.iterdir():
+                status = path.stat()
+                if f"sha256:{path.name}" not in keep and status.st_mtime <= old:
+                    path.unlink()
+                    num_blobs, num_bytes = num_blobs + 1, num_bytes + status.st_size
+            for path in (*self.partial.iterdir(), *self._corrupt.iterdir()):
+                _remove_abandoned(path, old)
+        return Sweep(num_blobs, num_bytes)
+
+    @contextlib.contextmanager
+    def disk_full(self) -> Iterator[None]:
+        """Turns the system's words for a full disk into ours."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DiskFull(path=self.root) from error
+
+    def _path(self, digest: str) -> Path:
+        if not is_digest(digest):
+            problem = f"{digest!r} is not sha256: and 64 lowercase hexadecimal digits"
+            raise InvalidField(field="digest", problem=problem)
+        return self._blobs / digest.removeprefix("sha256:")
+
+    def _pin(self, digest: str) -> None:
+        with self._open_pins_lock:
+            for pin in self._open_pins:
+                pin.add(digest)
+
+    def _verify(self, file: FileIO, path: Path, digest: str) -> None:
+        before = _stamp(os.fstat(file.fileno()))
+        found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        if found == digest:
+            self._verified[digest] = before
+            file.seek(0)
+            return
+        self._verified.pop(digest, None)
+        with self.adding():
+            # Somebody may have put a good file there since.
+            if path.exists() and _stamp(path.stat()) == before:
+                os.replace(path, self._corrupt / path.name)
+        raise DigestMismatch(digest=digest, found=found)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` survive a loss of power."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _chunks(file: FileIO, offset: int) -> Iterator[bytes]:
+    with file:
+        file.seek(offset)
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _remove_abandoned(path: Path, old: float) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # finished since the folder was read
+        return
+    try:
+        if os.fstat(fd).st_mtime <= old and try_lock(fd):
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)

@@ -1,0 +1,284 @@
+"""A store in a folder: an OCI image layout, with engines by key and by selector beside it.
+
+The name of an engine is the commit point: it is made at once, and only when all of its blobs are
+on the disk. Whoever publishes an engine that has a name already adopts the first one. Everything
+else (`index.json`, the selectors) follows from the names.
+
+    oci-layout, index.json          the image layout; index.json is a view, made anew at changes
+    blobs/ and others               blobs.py
+    engines/<key digest>            the engine's manifest descriptor and its time of publication
+    selectors/<selector digest>/    a name `<key digest>` for every engine that was named so
+    locks/index                     held while index.json is made
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from shared.engine import (
+    Blob,
+    EngineDraft,
+    EngineKey,
+    EngineManifest,
+    EngineSelector,
+    canonical_json,
+)
+from shared.errors import BlobNotFound, DigestMismatch, EngineNotFound
+from shared.store import oci
+from shared.store.blobs import BlobFolder, BlobWriter, Bytes, Sweep, sync_folder
+from shared.store.locks import FileLock
+from shared.store.pins import Pin
+
+MIN_PREFIX_CHARACTERS = 6
+DEFAULT_GRACE_S = 24 * 3600.0
+
+
+class LocalStore:
+    """An `ArtifactStore` in a folder, which is made if it is missing.
+
+    May be used by several threads and processes at once.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+        self._engines = self.root / "engines"
+        self._selectors = self.root / "selectors"
+        self.blobs = BlobFolder(self.root)
+        for folder in (self._engines, self._selectors):
+            folder.mkdir(exist_ok=True)
+        if not (self.root / "oci-layout").exists():
+            self._replace(self.root / "oci-layout", canonical_json(oci.LAYOUT))
+
+    @staticmethod
+    def from_url(url: str) -> "LocalStore":
+        """The store at a `file:///path` URL."""
+        return LocalStore(unquote(urlsplit(url).path))
+
+    # Reading: `ArtifactStore`.
+
+    def find(self, selector: EngineSelector, max_format: int = 0) -> EngineManifest | None:
+        """The newest engine that fits; see `ArtifactStore`."""
+        folder = self._selector_folder(selector)
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        for engine in self._newest_first(names):
+            if max_format == 0 or engine.format_version <= max_format:
+                return engine
+        return None
+
+    def get(self, name: str) -> EngineManifest:
+        """The engine of that name; see `ArtifactStore`."""
+        engine = self._load(self._resolve(name))
+        if engine is None:
+            raise EngineNotFound(engine=name)
+        return engine
+
+    def list(self) -> tuple[EngineManifest, ...]:
+        """All engines, newest first."""
+        return self._newest_first(path.name for path in self._engines.iterdir())
+
+    def read(self, digest: str, offset: int = 0) -> Iterator[bytes]:
+        """A blob's bytes, verified before the first one is given; see `ArtifactStore`."""
+        return self.blobs.read(digest, offset)
+
+    def read_all(self, digest: str) -> bytes:
+        """The whole of a small blob, verified."""
+        return self.blobs.read_all(digest)
+
+    def blob_path(self, digest: str) -> Path:
+        """Where a blob's bytes are, unverified; see `BlobFolder.path`."""
+        return self.blobs.path(digest)
+
+    def verified_path(self, digest: str) -> Path:
+        """Where a blob's bytes are, verified; see `BlobFolder.verified_path`."""
+        return self.blobs.verified_path(digest)
+
+    def verify(self, engine: EngineManifest) -> None:
+        """Hashes what was not hashed since it was written, of all of an engine's blobs.
+
+        Raises:
+            DigestMismatch: a blob holds other bytes; it was set aside.
+            BlobNotFound: a blob is missing.
+        """
+        for blob in self.blobs_of(engine):
+            self.blobs.verified_path(blob.digest)
+
+    def blobs_of(self, engine: EngineManifest) -> tuple[Blob, ...]:
+        """All blobs of an engine: manifest, configuration, layers."""
+        config = oci.config_of(self.blobs.read_all(engine.manifest.digest))
+        return (engine.manifest, config, *engine.layers)
+
+    # Writing.
+
+    def write_blob(self, chunks: Iterable[Bytes], media_type: str, title: str = "") -> Blob:
+        """The blob that `chunks` make; on the disk when this returns.
+
+        Raises:
+            DiskFull: there is no room; nothing of the blob is left.
+        """
+        return self.blobs.write(chunks, media_type, title)
+
+    def blob_writer(
+        self, media_type: str, title: str = ""
+    ) -> contextlib.AbstractContextManager[BlobWriter]:
+        """A writer (`write(data)`) whose `blob` is there once the `with` block has ended well."""
+        return self.blobs.writer(media_type, title)
+
+    def adopt(self, blob: Blob) -> bool:
+        """True if the blob is here and good: it is then pinned, and as young as a new one."""
+        return self.blobs.adopt(blob)
+
+    def pin(self) -> contextlib.AbstractContextManager[Pin]:
+        """Keeps what is written or adopted within the `with` block from being swept."""
+        return self.blobs.pin()
+
+    def publish(self, draft: EngineDraft) -> EngineManifest:
+        """The engine of the draft's key: this one, or the one that was published first.
+
+        Raises:
+            BlobNotFound: a layer is not in the store.
+            DiskFull: there is no room; no name was made.
+        """
+        with self.pin():
+            config = self.blobs.write([oci.config_json(draft)], oci.CONFIG_TYPE)
+            manifest = self.blobs.write([oci.manifest_json(draft, config)], oci.MANIFEST_TYPE)
+            return self.commit(manifest, draft.key, draft.model, time.time())
+
+    def commit(
+        self, manifest: Blob, key: EngineKey, model: str, created_s: float
+    ) -> EngineManifest:
+        """Names the engine whose manifest and other blobs are here, unless it has a name."""
+        record = {"manifest": oci.descriptor(manifest), "created_s": created_s}
+        with self.blobs.disk_full(), self.blobs.adding():
+            self._require(manifest, created_s)
+            for name in {model, key.model_digest}:
+                self._select(EngineSelector(name, key.arch, key.quant), key.digest)
+            self._name(key.digest, canonical_json(record))
+            engine = self._load(key.digest)
+            assert engine is not None, "a committed engine is not complete"
+            self._write_index()
+        return engine
+
+    def add_model_name(self, engine: EngineManifest, model: str) -> None:
+        """Lets selectors find the engine by this model name too."""
+        key = engine.key
+        with self.blobs.disk_full(), self.blobs.adding():
+            self._select(EngineSelector(model, key.arch, key.quant), key.digest)
+
+    def delete(self, name: str) -> EngineManifest:
+        """Removes the engine's name; its blobs go with a later sweep.
+
+        Raises:
+            EngineNotFound: there is none.
+        """
+        engine = self.get(name)
+        with self.blobs.disk_full(), self.blobs.adding():
+            (self._engines / engine.key.digest).unlink(missing_ok=True)
+            for path in self._selectors.glob(f"*/{engine.key.digest}"):
+                path.unlink(missing_ok=True)
+            self._write_index()
+        return engine
+
+    def sweep(self, grace_s: float = DEFAULT_GRACE_S) -> Sweep:
+        """Removes blobs that no engine and no pin needs and that are older than `grace_s`."""
+        return self.blobs.sweep(self._referenced, grace_s)
+
+    def _resolve(self, name: str) -> str:
+        prefix = name.removeprefix("engines/")
+        if not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX_CHARACTERS},64}}", prefix):
+            raise EngineNotFound(engine=name)
+        if len(prefix) == 64:
+            return prefix
+        fits = [path.name for path in self._engines.iterdir() if path.name.startswith(prefix)]
+        if len(fits) != 1:
+            raise EngineNotFound(engine=name)
+        return fits[0]
+
+    def _newest_first(self, names: Iterable[str]) -> tuple[EngineManifest, ...]:
+        engines = [engine for name in names if (engine := self._load(name)) is not None]
+        return tuple(sorted(engines, key=lambda e: (e.created_s, e.key.digest), reverse=True))
+
+    def _load(self, name: str) -> EngineManifest | None:
+        # An engine that misses a blob is as good as absent: it is built or pulled again.
+        try:
+            record = json.loads((self._engines / name).read_bytes())
+            return self._require(oci.blob_of(record["manifest"]), record["created_s"])
+        except (FileNotFoundError, BlobNotFound, DigestMismatch):
+            return None
+
+    def _require(self, manifest: Blob, created_s: float) -> EngineManifest:
+        text = self.blobs.read_all(manifest.digest)
+        config = self.blobs.read_all(oci.config_of(text).digest)
+        engine = oci.engine_of(manifest, text, config, created_s)
+        for blob in engine.layers:
+            if not self.blobs.has(blob):
+                raise BlobNotFound(digest=blob.digest)
+        return engine
+
+    def _selector_folder(self, selector: EngineSelector) -> Path:
+        quant = selector.quant
+        parts = [selector.model, selector.arch, quant.scheme, quant.group_size]
+        return self._selectors / hashlib.sha256(canonical_json(parts)).hexdigest()
+
+    def _select(self, selector: EngineSelector, name: str) -> None:
+        folder = self._selector_folder(selector)
+        folder.mkdir(exist_ok=True)
+        (folder / name).touch()
+        sync_folder(folder)
+
+    def _name(self, name: str, record: bytes) -> None:
+        path, new = self._engines / name, self._write_beside(record)
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            # First publish wins, unless it lost a blob since.
+            if self._load(name) is None:
+                os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+        sync_folder(self._engines)
+
+    def _write_index(self) -> None:
+        with FileLock(self.root / "locks" / "index"):
+            engines = self.list()
+            refs = []
+            for ref, group in oci.group_by_index(engines).items():
+                refs.append((ref, self.blobs.write([oci.index_json(group)], oci.INDEX_TYPE)))
+            refs += [(engine.key.digest, engine.manifest) for engine in engines]
+            self._replace(self.root / "index.json", oci.layout_index_json(refs))
+
+    def _referenced(self) -> set[str]:
+        index = self.root / "index.json"
+        digests = oci.digests_in_index(index.read_bytes()) if index.exists() else set()
+        for path in self._engines.iterdir():
+            digests |= self._referenced_by(path)
+        return digests
+
+    def _referenced_by(self, record: Path) -> set[str]:
+        # Blobs of an incomplete engine are kept: they need not be made or pulled again.
+        manifest = oci.blob_of(json.loads(record.read_bytes())["manifest"])
+        try:
+            text = self.blobs.read_all(manifest.digest)
+        except (BlobNotFound, DigestMismatch):  # it no longer says what it names
+            return set()
+        layers = [oci.blob_of(raw).digest for raw in json.loads(text)["layers"]]
+        return {manifest.digest, oci.config_of(text).digest, *layers}
+
+    def _write_beside(self, content: bytes) -> Path:
+        path = self.blobs.partial / f"{os.getpid()}-{uuid.uuid4().hex}"
+        with open(path, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        return path
+
+    def _replace(self, path: Path, content: bytes) -> None:
+        with self.blobs.adding():
+            os.replace(self._write_beside(content), path)
+        sync_folder(path.parent)

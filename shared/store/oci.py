@@ -1,0 +1,179 @@
+"""Engines as OCI documents: image configuration, image manifest, image index; pure.
+
+An engine is a valid OCI image manifest, so that any registry and tool can carry and show it. Its
+configuration is an image configuration whose labels hold our data; the kind is in `artifactType`.
+Nothing here knows a clock or a path: equal drafts give equal bytes.
+
+Source: OCI image-spec 1.1: manifest.md, config.md, image-index.md, annotations.md.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from shared.engine import (
+    ARTIFACT_TYPE,
+    Blob,
+    EngineDraft,
+    EngineKey,
+    EngineManifest,
+    canonical_json,
+    is_digest,
+)
+from shared.errors import InvalidField
+
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+LAYOUT = {"imageLayoutVersion": "1.0.0"}
+
+TITLE = "org.opencontainers.image.title"
+REF_NAME = "org.opencontainers.image.ref.name"
+KEY_LABEL = "millrace.engine.key"
+MODEL_LABEL = "millrace.engine.model"
+FORMAT_LABEL = "millrace.engine.format-version"
+
+
+def platform_of(arch: str) -> dict[str, str]:
+    """The OCI platform of engines for `arch`.
+
+    OCI asks for a CPU and an operating system. Engines depend on neither, so all of them name the
+    commonest, and tools find them by variant.
+    """
+    return {"architecture": "amd64", "os": "linux", "variant": arch}
+
+
+def config_json(draft: EngineDraft) -> bytes:
+    """The image configuration of an engine: its platform, and our data as labels."""
+    labels = {
+        **draft.labels,
+        KEY_LABEL: canonical_json(draft.key.to_dict()).decode(),
+        MODEL_LABEL: draft.model,
+        FORMAT_LABEL: str(draft.format_version),
+    }
+    return canonical_json(
+        {
+            **platform_of(draft.key.arch),
+            "config": {"Labels": labels},
+            "rootfs": {"type": "layers", "diff_ids": [blob.digest for blob in draft.layers]},
+        }
+    )
+
+
+def manifest_json(draft: EngineDraft, config: Blob) -> bytes:
+    """The image manifest of an engine whose configuration is the blob `config`."""
+    return canonical_json(
+        {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST_TYPE,
+            "artifactType": ARTIFACT_TYPE,
+            "config": descriptor(config),
+            "layers": [descriptor(blob) for blob in draft.layers],
+        }
+    )
+
+
+def descriptor(blob: Blob) -> dict[str, Any]:
+    """`blob` as an OCI content descriptor."""
+    base = {"mediaType": blob.media_type, "digest": blob.digest, "size": blob.size_bytes}
+    return {**base, "annotations": {TITLE: blob.title}} if blob.title else base
+
+
+def blob_of(raw: dict[str, Any]) -> Blob:
+    """The blob that an OCI content descriptor names."""
+    digest, size, title = raw["digest"], raw["size"], raw.get("annotations", {}).get(TITLE, "")
+    if not is_digest(digest) or not isinstance(size, int) or size < 0:
+        raise InvalidField(field="manifest", problem=f"{raw!r} is not a content descriptor")
+    # A title may become a file name where an engine is loaded.
+    if title.startswith("/") or ".." in title.split("/"):
+        raise InvalidField(field="manifest", problem=f"title {title!r} leaves the engine")
+    return Blob(str(raw["mediaType"]), digest, size, title)
+
+
+def config_of(manifest_text: bytes) -> Blob:
+    """The configuration that an engine's manifest names.
+
+    Raises:
+        InvalidField: it is not an engine's manifest.
+    """
+    try:
+        raw = json.loads(manifest_text)
+        if raw["artifactType"] != ARTIFACT_TYPE:
+            raise InvalidField(field="manifest", problem=f"its artifactType is not {ARTIFACT_TYPE}")
+        return blob_of(raw["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidField(field="manifest", problem=f"not an engine's: {error!r}") from error
+
+
+def engine_of(
+    manifest: Blob, manifest_text: bytes, config_text: bytes, created_s: float
+) -> EngineManifest:
+    """The engine that a manifest and its configuration describe.
+
+    Raises:
+        InvalidField: they are not an engine's.
+    """
+    try:
+        labels = json.loads(config_text)["config"]["Labels"]
+        return EngineManifest(
+            key=EngineKey.from_dict(json.loads(labels[KEY_LABEL])),
+            model=labels[MODEL_LABEL],
+            format_version=int(labels[FORMAT_LABEL]),
+            layers=tuple(blob_of(raw) for raw in json.loads(manifest_text)["layers"]),
+            manifest=manifest,
+            created_s=created_s,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise InvalidField(field="manifest", problem=f"not an engine's: {error!r}") from error
+
+
+def index_json(engines: Iterable[EngineManifest]) -> bytes:
+    """The image index of one model's engines over several archs."""
+    return _index(
+        {**descriptor(engine.manifest), "platform": platform_of(engine.key.arch)}
+        for engine in sorted(engines, key=lambda engine: engine.key.arch)
+    )
+
+
+def layout_index_json(refs: Iterable[tuple[str, Blob]]) -> bytes:
+    """The `index.json` of an image layout: every reference and what it names."""
+    return _index({**descriptor(blob), "annotations": {REF_NAME: name}} for name, blob in refs)
+
+
+def digests_in_index(text: bytes) -> set[str]:
+    """The digests that an image index names."""
+    return {raw["digest"] for raw in json.loads(text)["manifests"]}
+
+
+def _index(manifests: Iterable[dict[str, Any]]) -> bytes:
+    return canonical_json(
+        {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": list(manifests)}
+    )
+
+
+def group_by_index(
+    engines: Iterable[EngineManifest],
+) -> dict[str, list[EngineManifest]]:
+    """Engines that share an index (model, quantization and builder), by the index's reference.
+
+    Args:
+        engines: newest first; the newest builder's index has the plain name, `model-quant`.
+    """
+    groups: dict[tuple[str, str, str], list[EngineManifest]] = {}
+    for engine in engines:
+        key = engine.key
+        groups.setdefault((key.model_digest, str(key.quant), key.builder), []).append(engine)
+    named: dict[str, list[EngineManifest]] = {}
+    for identity, group in groups.items():
+        ref = _ref_name(f"{group[0].model}-{group[0].key.quant}")
+        if ref in named:
+            ref = f"{ref}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:12]}"
+        named[ref] = group
+    return named
+
+
+def _ref_name(text: str) -> str:
+    # What every tool takes: runs of letters and digits joined by single separators.
+    return "-".join(re.findall(r"[A-Za-z0-9]+(?:[._][A-Za-z0-9]+)*", text))

@@ -1,0 +1,106 @@
+"""Copying an engine into a local store, every byte verified."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable
+from io import FileIO
+
+from shared.engine import Blob, EngineManifest
+from shared.errors import DigestMismatch
+from shared.store import oci
+from shared.store.artifact_store import ArtifactStore
+from shared.store.blobs import BlobFolder
+from shared.store.local import LocalStore
+
+Report = Callable[[int, int], None]
+
+
+def pull(
+    source: ArtifactStore,
+    engine: EngineManifest,
+    into: LocalStore,
+    report: Report | None = None,
+) -> EngineManifest:
+    """The engine, complete and verified in `into`.
+
+    What is there and good is kept, what is corrupt is fetched again, what was fetched in part is
+    resumed. Concurrent pulls on one machine fetch a blob once.
+
+    Args:
+        report: called with (bytes that are here, bytes of the engine) as they come.
+    Raises:
+        DigestMismatch: the source gave other bytes, twice.
+        BlobNotFound: the source lacks a blob.
+        CompilerUnreachable: the source was lost; pulling again resumes.
+        DiskFull: there is no room; what was fetched so far is kept for a while.
+    """
+    total = engine.manifest.size_bytes + sum(blob.size_bytes for blob in engine.layers)
+    done = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if report is not None:
+            report(done, total)
+
+    with into.pin():
+        _fetch(source, engine.manifest, into.blobs, count)
+        manifest_text = into.read_all(engine.manifest.digest)
+        config = oci.config_of(manifest_text)
+        _fetch(source, config, into.blobs, lambda num_bytes: None)
+        pulled = oci.engine_of(
+            engine.manifest, manifest_text, into.read_all(config.digest), engine.created_s
+        )
+        if pulled.key != engine.key:
+            raise DigestMismatch(digest=engine.name, found=pulled.name)
+        for blob in pulled.layers:
+            _fetch(source, blob, into.blobs, count)
+        return into.commit(pulled.manifest, pulled.key, pulled.model, pulled.created_s)
+
+
+def _fetch(
+    source: ArtifactStore, blob: Blob, blobs: BlobFolder, count: Callable[[int], None]
+) -> None:
+    with blobs.disk_full(), blobs.pull_lock(blob.digest):
+        if blobs.adopt(blob):
+            count(blob.size_bytes)
+            return
+        path = blobs.partial / blob.digest.removeprefix("sha256:")
+        with FileIO(path, "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # a sweep leaves it alone
+            was_resumed = file.seek(0, os.SEEK_END) > 0
+            found = _download(source, blob, file, count)
+            if found != blob.digest and was_resumed:
+                # What was left of an earlier pull may be to blame.
+                count(-file.seek(0, os.SEEK_END))
+                file.truncate(0)
+                found = _download(source, blob, file, count)
+            if found != blob.digest:
+                path.unlink()
+                raise DigestMismatch(digest=blob.digest, found=found)
+            os.fsync(file.fileno())
+            blobs.place(path, blob.digest)
+
+
+def _download(source: ArtifactStore, blob: Blob, file: FileIO, count: Callable[[int], None]) -> str:
+    """Appends to `file` what it lacks; the digest of all of it."""
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256")
+    size = file.tell()
+    count(size)
+    if size < blob.size_bytes:
+        for chunk in source.read(blob.digest, size):
+            _append(file, chunk)
+            digest.update(chunk)
+            size += len(chunk)
+            count(len(chunk))
+            if size > blob.size_bytes:  # a source without end must not fill the disk
+                break
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _append(file: FileIO, chunk: bytes) -> None:
+    view = memoryview(chunk)
+    while view:
+        view = view[file.write(view) :]

@@ -1,0 +1,55 @@
+"""Small engines for tests of the store: real blobs, real manifests, no model."""
+
+import hashlib
+
+from shared.engine import (
+    GRAPH_TYPE,
+    WEIGHTS_TYPE,
+    EngineDraft,
+    EngineKey,
+    EngineManifest,
+    QuantConfig,
+)
+from shared.store import LocalStore
+
+INT8 = QuantConfig("int8")
+
+
+def engine_key(
+    arch: str = "cpu", model: str = "a", builder: str = "1", quant: QuantConfig = INT8
+) -> EngineKey:
+    """A key; `model` stands for a checkpoint."""
+    return EngineKey(hashlib.sha256(model.encode()).hexdigest(), arch, quant, builder)
+
+
+def weight_bytes(num_bytes: int, seed: int = 0) -> bytes:
+    """Bytes that do not repeat, the same for a seed."""
+    return hashlib.shake_256(str(seed).encode()).digest(num_bytes)
+
+
+def draft_engine(
+    store: LocalStore,
+    key: EngineKey | None = None,
+    model: str = "tiny",
+    graph: bytes = b'{"nodes":[]}',
+    weights: bytes = weight_bytes(5000),
+    format_version: int = 1,
+) -> EngineDraft:
+    """An engine whose blobs are written and that has no name yet."""
+    layers = (
+        store.write_blob([graph], GRAPH_TYPE, "graph.json"),
+        store.write_blob([weights], WEIGHTS_TYPE, "weights/00000"),
+    )
+    return EngineDraft(key or engine_key(), model, layers, format_version=format_version)
+
+
+def publish_engine(
+    store: LocalStore,
+    key: EngineKey | None = None,
+    model: str = "tiny",
+    graph: bytes = b'{"nodes":[]}',
+    weights: bytes = weight_bytes(5000),
+    format_version: int = 1,
+) -> EngineManifest:
+    """A published engine."""
+    return store.publish(draft_engine(store, key, model, graph, weights, format_version))
