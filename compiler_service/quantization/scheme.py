@@ -71,7 +71,7 @@ class QuantScheme:
 
     def _layouts(self, graph: Graph) -> dict[str, str]:
         """Layout by weight name; the embedding's reading decides where a weight is tied."""
-        layouts = {}
+        layouts: dict[str, str] = {}
         for node in graph.nodes:
             if node.op == "linear":
                 is_head = node.outputs[0] in graph.outputs

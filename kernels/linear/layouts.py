@@ -4,7 +4,7 @@
 |---|---|---|
 | `plain` | weight [N, K] | weight |
 | `int8_channel` | weight int8 [N, K], scale fp32 [N] | weight * scale |
-| `int4_group` | weight uint8 [N, K/2], scale fp32 [N, K/G], zero fp32 [N, K/G] | (nibble - 8) * scale + zero |
+| `int4_group` | weight uint8 [N, K/2], scale and zero fp32 [N, J] | (nibble - 8) * scale + zero |
 | `fp8_channel` | weight float8_e4m3fn [N, K], scale fp32 [N] | weight * scale |
 
 Nibbles: value 2j in the low half of byte j, value 2j + 1 in the high half. Scales and zeros of the
@@ -104,7 +104,7 @@ def _pack_int4(weight_NK: torch.Tensor, group_size: int) -> dict[str, torch.Tens
     scale_NJ = torch.empty(num_rows, num_columns // group_size)
     zero_NJ = torch.empty_like(scale_NJ)
     for rows in _row_chunks(weight_NK):
-        groups_NJG = weight_NK[rows].float().unflatten(1, (-1, group_size))
+        groups_NJG = weight_NK[rows].float().reshape(-1, num_columns // group_size, group_size)
         nibbles, scale_NJ[rows], zero_NJ[rows] = _best_int4(groups_NJG)
         nibbles = nibbles.flatten(1)
         packed[rows] = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
@@ -142,8 +142,7 @@ def _best_int4(groups_NJG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
 
 def _unpack_int4(packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
     nibbles = torch.stack((packed["weight"] & 15, packed["weight"] >> 4), -1).flatten(1)
-    num_groups = packed["scale"].shape[1]
-    levels_NJG = nibbles.float().sub_(8).unflatten(1, (num_groups, -1))
+    levels_NJG = nibbles.float().sub_(8).reshape(*packed["scale"].shape, -1)
     return (levels_NJG * packed["scale"][..., None] + packed["zero"][..., None]).flatten(1)
 
 
