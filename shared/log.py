@@ -5,6 +5,7 @@ once, at the edge, with `structlog.contextvars`. Prompts and tokens are never lo
 printed without local variables, which could hold them.
 """
 
+import asyncio
 import logging
 import sys
 import time
@@ -87,7 +88,8 @@ def canonical_line(event: str, **fields: object) -> Iterator[dict[str, Any]]:
         yield line
     except BaseException as error:
         line.setdefault("error", type(error).__name__)
-        emit = log.warning
+        if not isinstance(error, asyncio.CancelledError):  # a caller that left is no warning
+            emit = log.warning
         raise
     finally:
         emit(event, duration_s=round(time.monotonic() - start, 6), **line)

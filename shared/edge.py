@@ -1,0 +1,160 @@
+"""The edge of a gRPC server: every call passes here, in and out.
+
+Errors become statuses, nothing unforeseen leaks, log context is bound, and each call leaves one
+canonical log line and its metrics. Servicers behind it raise `MillraceError`s and know none of it.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from google.rpc import status_pb2
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from shared.errors import Draining, Internal, InvalidField, MillraceError, reason_of, to_status
+from shared.log import canonical_line
+
+_OURS = "/millrace."
+_STATUS_DETAILS = "grpc-status-details-bin"
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_DURATION_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+
+_KINDS = {  # (requests stream, responses stream)
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+
+Behaviour = Callable[[Any, Any], Any]
+
+
+class EdgeInterceptor(grpc.aio.ServerInterceptor):
+    """Guards the calls of `millrace.*` services; health and reflection pass untouched.
+
+    Set `is_draining` to refuse new calls with DRAINING.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.is_draining = False
+        self._num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._total = Counter("millrace_rpcs", "Calls ended.", ["rpc", "code"], registry=registry)
+        self._running = Gauge("millrace_rpcs_running", "Calls now.", ["rpc"], registry=registry)
+        self._seconds = Histogram(
+            "millrace_rpc_duration_seconds",
+            "How long calls took; streams from start to end.",
+            ["rpc"],
+            buckets=_DURATION_BUCKETS_S,
+            registry=registry,
+        )
+
+    async def wait_idle(self) -> None:
+        """Returns when no guarded call runs."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The handler of a call, guarded."""
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method
+        if handler is None or not method.startswith(_OURS):
+            return handler
+        rpc = method.rpartition("/")[2]
+        kind, make_handler = _KINDS[handler.request_streaming, handler.response_streaming]
+        behaviour: Behaviour = getattr(handler, kind)
+
+        async def guarded(request: Any, context: Any) -> Any:
+            return await self._guard(rpc, behaviour, request, context)
+
+        return make_handler(guarded, handler.request_deserializer, handler.response_serializer)
+
+    async def _guard(self, rpc: str, behaviour: Behaviour, request: Any, context: Any) -> Any:
+        structlog.contextvars.bind_contextvars(rpc=rpc, peer=context.peer())
+        start = time.monotonic()
+        self._num_running += 1
+        self._idle.clear()
+        self._running.labels(rpc).inc()
+        code = "CANCELLED"
+        try:
+            with canonical_line("rpc_finished") as line:
+                result, status = await self._outcome(behaviour, request, context)
+                code = line["code"] = _CODES[status.code].name
+                if status.code:
+                    line["reason"] = reason_of(status)
+            if status.code:
+                await abort_with(context, status)
+            return result
+        finally:
+            self._total.labels(rpc, code).inc()
+            self._seconds.labels(rpc).observe(time.monotonic() - start)
+            self._running.labels(rpc).dec()
+            self._num_running -= 1
+            if not self._num_running:
+                self._idle.set()
+
+    async def _outcome(
+        self, behaviour: Behaviour, request: Any, context: Any
+    ) -> tuple[Any, status_pb2.Status]:
+        try:
+            if self.is_draining:
+                raise Draining()
+            if isinstance(request, Message):
+                refuse_unknown_fields(request)
+            return await _run(behaviour, request, context), status_pb2.Status()
+        except MillraceError as error:
+            return None, to_status(error)
+        except Exception:
+            structlog.get_logger().exception("rpc_failed_unforeseen")
+            return None, to_status(Internal())
+
+
+async def _run(behaviour: Behaviour, request: Any, context: Any) -> Any:
+    result = behaviour(request, context)
+    if not isinstance(result, AsyncGenerator):
+        return await result
+    async with aclosing(result) as responses:
+        async for response in responses:
+            await context.write(response)
+    return None
+
+
+async def abort_with(context: Any, status: status_pb2.Status) -> None:
+    """Ends the call with `status`, its details included; does not return."""
+    trailing = ((_STATUS_DETAILS, status.SerializeToString()),)
+    await context.abort(_CODES[status.code], status.message, trailing)
+
+
+def refuse_unknown_fields(message: Message) -> None:
+    """Raises InvalidField where `message`, at any depth, holds a field that its type does not have.
+
+    Else a newer client's field would be dropped silently, and the answer be to another question.
+    The edge calls this for single requests; a servicer of a request stream calls it per message.
+    """
+    for unknown in UnknownFieldSet(message):  # type: ignore[attr-defined]
+        raise InvalidField(
+            field=f"{message.DESCRIPTOR.name}#{unknown.field_number}",
+            problem="is unknown to this daemon; update the daemon or leave the field out",
+        )
+    for field, value in message.ListFields():
+        kind = field.message_type
+        if kind is None:
+            continue
+        if not field.is_repeated:
+            refuse_unknown_fields(value)
+        elif not kind.GetOptions().map_entry:
+            for child in value:
+                refuse_unknown_fields(child)
+        elif kind.fields_by_name["value"].message_type is not None:
+            for child in value.values():
+                refuse_unknown_fields(child)

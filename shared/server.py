@@ -1,0 +1,170 @@
+"""A daemon's gRPC server: the edge around its servicers, health, reflection, metrics, draining.
+
+Both daemons use it the same way:
+
+    server = DaemonServer(settings.listen, settings.max_message_bytes, registry)
+    add_CompilerServiceServicer_to_server(servicer, server.grpc)
+    await server.start("millrace.compiler.v1.CompilerService")
+    await server.serve_until_signal(drain, settings.drain_s)
+"""
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable
+
+import grpc
+import prometheus_client
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from shared.edge import EdgeInterceptor
+from shared.settings import SettingsError
+
+# What remains after draining (health watchers, refused calls) is given this long.
+_LAST_GRACE_S = 0.5
+
+
+class DaemonServer:
+    """A gRPC server that is not yet started; add servicers to `grpc`, then `start`.
+
+    Args:
+        listen: `host:port`; port 0 takes a free one (see `address`).
+        registry: gets the metrics of every call.
+    """
+
+    def __init__(self, listen: str, max_message_bytes: int, registry: CollectorRegistry) -> None:
+        self.edge = EdgeInterceptor(registry)
+        self.grpc = grpc.aio.server(
+            interceptors=(self.edge,),
+            options=(
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", max_message_bytes),
+                # Two daemons on one port would share its calls silently.
+                ("grpc.so_reuseport", 0),
+                # Finds clients that vanished without closing.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ),
+        )
+        self._listen = listen
+        self._health = health.aio.HealthServicer()
+        self.address = ""
+
+    async def start(self, *services: str, is_serving: bool = True) -> None:
+        """Binds and answers calls.
+
+        Args:
+            services: full names of the added services, for health and reflection.
+            is_serving: what health says at first; `set_serving` changes it.
+
+        Raises:
+            SettingsError: the address cannot be bound.
+        """
+        self._services = ("", *services)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        reflection.enable_server_reflection(
+            (*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc
+        )
+        host, _ = split_listen(self._listen)
+        try:
+            port = self.grpc.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            raise SettingsError(f"cannot listen on {self._listen}: {error}") from None
+        self.address = f"{host}:{port}"
+        await self.set_serving(is_serving)
+        await self.grpc.start()
+        structlog.get_logger().info("server_started", address=self.address)
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """Tells health checks whether calls are welcome; ignored once draining has begun."""
+        states = health_pb2.HealthCheckResponse
+        for service in self._services:
+            await self._health.set(service, states.SERVING if is_serving else states.NOT_SERVING)
+
+    async def serve_until_signal(
+        self, drain: Callable[[], Awaitable[None]], grace_s: float
+    ) -> None:
+        """Serves until SIGTERM or SIGINT, then drains and stops.
+
+        Draining: health says NOT_SERVING, new calls are refused with DRAINING, `drain` runs,
+        running calls end by themselves. What is left after `grace_s`, or at a second signal, is
+        cancelled.
+        """
+        signals = [asyncio.Event(), asyncio.Event()]
+
+        def on_signal() -> None:
+            signals[signals[0].is_set()].set()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        await signals[0].wait()
+        start = time.monotonic()
+        structlog.get_logger().info("draining_started", grace_s=grace_s)
+        self.edge.is_draining = True
+        await self._health.enter_graceful_shutdown()
+        is_complete = await _run_until(self._drained(drain), signals[1], grace_s)
+        await self.grpc.stop(_LAST_GRACE_S)
+        structlog.get_logger().info(
+            "server_stopped",
+            is_drained=is_complete,
+            duration_s=round(time.monotonic() - start, 3),
+        )
+
+    async def _drained(self, drain: Callable[[], Awaitable[None]]) -> None:
+        await drain()
+        await self.edge.wait_idle()
+
+
+def start_metrics(listen: str, registry: CollectorRegistry) -> str:
+    """Serves `registry` to Prometheus over HTTP from a thread; returns the bound `host:port`.
+
+    Raises:
+        SettingsError: the address cannot be bound.
+    """
+    host, port = split_listen(listen)
+    try:
+        server, _ = prometheus_client.start_http_server(port, host.strip("[]"), registry)
+    except OSError as error:
+        raise SettingsError(f"cannot serve metrics on {listen}: {error}") from None
+    return f"{host}:{server.server_port}"
+
+
+def daemon_registry() -> CollectorRegistry:
+    """A registry that already tells about the process: memory, CPU, files, Python."""
+    registry = CollectorRegistry()
+    prometheus_client.ProcessCollector(registry=registry)
+    prometheus_client.PlatformCollector(registry=registry)
+    prometheus_client.GCCollector(registry=registry)
+    return registry
+
+
+def split_listen(listen: str) -> tuple[str, int]:
+    """Host and port of `host:port`.
+
+    Raises:
+        SettingsError: it is not of that form.
+    """
+    host, colon, port = listen.rpartition(":")
+    if not (colon and host and port.isdigit() and int(port) < 1 << 16):
+        raise SettingsError(f"{listen!r} is not of the form host:port")
+    return host, int(port)
+
+
+async def _run_until(work: Awaitable[None], stop: asyncio.Event, limit_s: float) -> bool:
+    """Runs `work`; cancels it at `stop` or after `limit_s`. Whether it ended by itself."""
+    task = asyncio.ensure_future(work)
+    stopped = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({task, stopped}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+        return False
+    task.result()
+    return True
