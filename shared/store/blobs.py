@@ -58,11 +58,16 @@ class BlobWriter:
 
     def write(self, data: Bytes) -> None:
         """Appends `data`."""
+        if not data:
+            return
         view = memoryview(data).cast("B")
-        self._hash.update(view)
         self.size_bytes += len(view)
-        while view:
-            view = view[self._file.write(view) :]
+        # Small enough to be written from the cache that hashing filled.
+        for start in range(0, len(view), CHUNK_BYTES):
+            piece = view[start : start + CHUNK_BYTES]
+            self._hash.update(piece)
+            while piece:
+                piece = piece[self._file.write(piece) :]
 
     @property
     def blob(self) -> Blob:
@@ -128,18 +133,42 @@ class BlobFolder:
 
         Raises: as `verified_path`.
         """
-        path = self._path(digest)
+        file = self.open(digest)
         try:
-            file = FileIO(path)
-        except FileNotFoundError as error:
-            raise BlobNotFound(digest=digest) from error
-        try:
-            if self._verified.get(digest) != _stamp(os.fstat(file.fileno())):
-                self._verify(file, path, digest)
+            self.verify(file, digest)
         except BaseException:
             file.close()
             raise
         return file
+
+    def open(self, digest: str) -> FileIO:
+        """The blob's file, at its start, unverified.
+
+        Raises:
+            BlobNotFound: there is none.
+            InvalidField: malformed digest.
+        """
+        try:
+            return FileIO(self._path(digest))
+        except FileNotFoundError as error:
+            raise BlobNotFound(digest=digest) from error
+
+    def verify(self, file: FileIO, digest: str) -> None:
+        """Hashes the blob's open file, unless it was hashed since it last changed.
+
+        Raises:
+            DigestMismatch: it holds other bytes, and was set aside.
+        """
+        before = _stamp(os.fstat(file.fileno()))
+        if self._verified.get(digest) == before:
+            return
+        file.seek(0)
+        found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        file.seek(0)
+        if found != digest:
+            self._set_aside(digest, before)
+            raise DigestMismatch(digest=digest, found=found)
+        self._verified[digest] = before
 
     def has(self, blob: Blob) -> bool:
         """Claims that there is a file of this name and size; its bytes may be others."""
@@ -280,19 +309,13 @@ class BlobFolder:
             for pin in self._open_pins:
                 pin.add(digest)
 
-    def _verify(self, file: FileIO, path: Path, digest: str) -> None:
-        before = _stamp(os.fstat(file.fileno()))
-        found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-        if found == digest:
-            self._verified[digest] = before
-            file.seek(0)
-            return
+    def _set_aside(self, digest: str, stamp: tuple[int, int, int]) -> None:
         self._verified.pop(digest, None)
+        path = self._path(digest)
         with self.adding():
             # Somebody may have put a good file there since.
-            if path.exists() and _stamp(path.stat()) == before:
+            if path.exists() and _stamp(path.stat()) == stamp:
                 os.replace(path, self._corrupt / path.name)
-        raise DigestMismatch(digest=digest, found=found)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,0 +1,213 @@
+"""Weights in blobs: packed tensors one after the other, found through the layer `weights.json`.
+
+What a layout's roles mean is not known here. Tensors begin at multiples of 256 bytes, so that a
+device may load 16 bytes at a time; blobs are small enough to be hashed beside each other.
+"""
+
+import contextlib
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
+from types import TracebackType
+
+import torch
+
+from shared.engine import (
+    MAX_WEIGHT_BLOB_BYTES,
+    WEIGHT_ALIGNMENT_BYTES,
+    WEIGHT_INDEX_TYPE,
+    WEIGHTS_TYPE,
+    Blob,
+    EngineManifest,
+    StoredTensor,
+    WeightIndex,
+)
+from shared.errors import DigestMismatch
+from shared.store.blobs import BlobWriter
+from shared.store.local import LocalStore
+
+INDEX_TITLE = "weights.json"
+MAX_VERIFY_THREADS = 8
+
+
+def weights_title(blob: int) -> str:
+    """The title of an engine's weight blob of that number."""
+    return f"weights/{blob:05}"
+
+
+class WeightWriter:
+    """Streams packed tensors into blobs; a context manager, and not thread-safe.
+
+    The same tensors in the same order give the same blobs.
+
+    Args:
+        max_blob_bytes: a blob is not begun beyond it; a larger tensor has a blob of its own.
+    """
+
+    def __init__(self, store: LocalStore, max_blob_bytes: int = MAX_WEIGHT_BLOB_BYTES) -> None:
+        self._store = store
+        self._max_blob_bytes = max_blob_bytes
+        self._tensors: dict[str, dict[str, StoredTensor]] = {}
+        self._blobs: list[Blob] = []
+        self._writer: BlobWriter | None = None
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "WeightWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._writer is not None and error is None:
+            error = AssertionError("weights were written and never finished")
+            kind = AssertionError
+        self._open.__exit__(kind, error, traceback)
+
+    def add(self, name: str, roles: Mapping[str, torch.Tensor]) -> None:
+        """Appends a weight's packed tensors, which the caller keeps.
+
+        Raises:
+            DiskFull: there is no room.
+        """
+        assert name not in self._tensors, f"weight {name!r} is written twice"
+        self._tensors[name] = {role: self._append(tensor) for role, tensor in roles.items()}
+
+    def finish(self) -> tuple[Blob, ...]:
+        """The engine's weight layers: the index `weights.json`, then the blobs in order."""
+        self._end_blob()
+        index = self._store.write_blob([self.index.to_json()], WEIGHT_INDEX_TYPE, INDEX_TITLE)
+        return (index, *self._blobs)
+
+    @property
+    def index(self) -> WeightIndex:
+        """Where everything lies that was added so far."""
+        return WeightIndex(self._tensors)
+
+    def _append(self, tensor: torch.Tensor) -> StoredTensor:
+        # Bytes are viewed, not copied, where the tensor is dense and on the CPU.
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        writer = self._writer_for(content.nbytes)
+        writer.write(b"\0" * (-writer.size_bytes % WEIGHT_ALIGNMENT_BYTES))
+        offset = writer.size_bytes
+        writer.write(content.data)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return StoredTensor(len(self._blobs), offset, tuple(tensor.shape), dtype)
+
+    def _writer_for(self, num_bytes: int) -> BlobWriter:
+        if self._writer is not None and self._writer.size_bytes:
+            start = -(-self._writer.size_bytes // WEIGHT_ALIGNMENT_BYTES) * WEIGHT_ALIGNMENT_BYTES
+            if start + num_bytes > self._max_blob_bytes:
+                self._end_blob()
+        if self._writer is None:
+            title = weights_title(len(self._blobs))
+            self._writer = self._open.enter_context(self._store.blob_writer(WEIGHTS_TYPE, title))
+        return self._writer
+
+    def _end_blob(self) -> None:
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            self._open.close()
+            self._blobs.append(writer.blob)
+
+
+class WeightReader:
+    """An engine's packed tensors, mapped into memory; a context manager.
+
+    Nothing may be served before `verify()` has returned. Tensors stay valid after `close()`.
+    """
+
+    def __init__(self, store: LocalStore, engine: EngineManifest) -> None:
+        self._store = store
+        self.index = WeightIndex.from_json(store.read_all(engine.layer(INDEX_TITLE).digest))
+        self._blobs = tuple(blob for blob in engine.layers if blob.media_type == WEIGHTS_TYPE)
+        self._files: dict[int, FileIO] = {}
+        self._maps: dict[int, mmap.mmap] = {}
+        self._hashes: list[Future[None]] | None = None
+
+    def __enter__(self) -> "WeightReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weight blobs."""
+        return sum(blob.size_bytes for blob in self._blobs)
+
+    def tensor(self, name: str, role: str = "weight") -> torch.Tensor:
+        """One packed tensor; writing to it changes neither the file nor another reader's.
+
+        Raises:
+            KeyError: no such weight or role.
+            DigestMismatch: its blob has not the size that it should have.
+            BlobNotFound: its blob is missing.
+        """
+        stored = self.index.tensors[name][role]
+        dtype = getattr(torch, stored.dtype)
+        assert isinstance(dtype, torch.dtype), f"{stored.dtype!r} is no dtype"
+        num_bytes = math.prod(stored.shape) * dtype.itemsize
+        if num_bytes == 0:
+            return torch.empty(stored.shape, dtype=dtype)
+        content = torch.frombuffer(
+            self._map(stored.blob), dtype=torch.uint8, count=num_bytes, offset=stored.offset
+        )
+        return content.view(dtype).reshape(stored.shape)
+
+    def roles(self, name: str) -> dict[str, torch.Tensor]:
+        """All packed tensors of a weight, by role; KeyError where there is no such weight."""
+        return {role: self.tensor(name, role) for role in self.index.tensors[name]}
+
+    def start_verify(self) -> None:
+        """Begins to hash all weight blobs in threads, beside whatever the caller does next."""
+        if self._hashes is not None:
+            return
+        # Opened here: what is hashed is what is mapped, whatever happens to the names.
+        files = [self._file(number) for number in range(len(self._blobs))]
+        num_threads = max(1, min(len(files), os.cpu_count() or 1, MAX_VERIFY_THREADS))
+        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="verify-weights")
+        self._hashes = [
+            pool.submit(self._store.blobs.verify, file, blob.digest)
+            for file, blob in zip(files, self._blobs, strict=True)
+        ]
+        pool.shutdown(wait=False)
+
+    def verify(self) -> None:
+        """Returns once all weight blobs were hashed and hold the right bytes.
+
+        Raises:
+            DigestMismatch: one does not.
+        """
+        self.start_verify()
+        for pending in self._hashes or ():
+            pending.result()
+
+    def close(self) -> None:
+        """Ends hashing and closes the files."""
+        for pending in self._hashes or ():
+            if not pending.cancel():
+                pending.exception()  # only waited for: `verify` is who raises it
+        for file in self._files.values():
+            file.close()
+
+    def _file(self, number: int) -> FileIO:
+        if number not in self._files:
+            blob = self._blobs[number]
+            file = self._files[number] = self._store.blobs.open(blob.digest)
+            if os.fstat(file.fileno()).st_size != blob.size_bytes:
+                self._store.blobs.verify(file, blob.digest)
+                raise DigestMismatch(digest=blob.digest, found="another size")
+        return self._files[number]
+
+    def _map(self, number: int) -> mmap.mmap:
+        if number not in self._maps:
+            # Copy on write: torch wants a writable buffer, and the file must not change.
+            fd = self._file(number).fileno()
+            self._maps[number] = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
+        return self._maps[number]

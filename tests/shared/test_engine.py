@@ -1,0 +1,76 @@
+"""Law 3 for keys: equal keys have one name, any difference makes another."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.engine import (
+    EngineKey,
+    QuantConfig,
+    StoredTensor,
+    WeightIndex,
+    canonical_json,
+    is_digest,
+)
+
+KEY = EngineKey("0" * 64, "sm_90", QuantConfig("int4", 64), "builder")
+
+words = st.text(max_size=10)
+keys = st.builds(EngineKey, words, words, st.builds(QuantConfig, words, st.integers(0)), words)
+
+
+@given(keys)
+def test_key_survives_json(key: EngineKey) -> None:
+    assert EngineKey.from_dict(json.loads(canonical_json(key.to_dict()))) == key
+
+
+@given(keys, keys)
+def test_keys_share_a_name_only_if_equal(one: EngineKey, two: EngineKey) -> None:
+    assert (one.digest == two.digest) == (one == two)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(KEY, model_digest="1" + "0" * 63),
+        replace(KEY, arch="sm_100"),
+        replace(KEY, quant=QuantConfig("int4", 32)),
+        replace(KEY, quant=QuantConfig("int8", 64)),
+        replace(KEY, builder="builder2"),
+    ],
+)
+def test_every_part_of_a_key_is_in_its_name(other: EngineKey) -> None:
+    assert other.digest != KEY.digest
+
+
+def test_name_of_a_key_never_changes() -> None:
+    """Stored engines are found by it: a new value here orphans all of them."""
+    assert KEY.digest == "34717060309c8f3ecdd11368f57e4977b9b5e5b6ab0320de9260fad67059c488"
+
+
+def test_digests_are_told_from_other_text() -> None:
+    assert is_digest("sha256:" + "a0" * 32)
+    for text in ("a0" * 32, "sha256:" + "A0" * 32, "sha256:" + "a0" * 31, "sha256:" + "a0" * 33):
+        assert not is_digest(text)
+    assert not is_digest("sha256:" + "a0" * 32 + "\n")
+
+
+def test_weight_index_survives_json() -> None:
+    index = WeightIndex(
+        {
+            "b": {"weight": StoredTensor(0, 256, (2, 3), "int8")},
+            "a": {"x": StoredTensor(1, 0, (), "bool")},
+        }
+    )
+    assert WeightIndex.from_json(index.to_json()) == index
+
+
+def test_engine_names_do_not_need_torch() -> None:
+    script = "import sys, shared.engine, shared.store, shared.wire; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
