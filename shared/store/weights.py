@@ -65,8 +65,9 @@ class WeightWriter:
         traceback: TracebackType | None,
     ) -> None:
         if self._writer is not None and error is None:
-            error = AssertionError("weights were written and never finished")
-            kind = AssertionError
+            unfinished = AssertionError("weights were written and never finished")
+            self._open.__exit__(AssertionError, unfinished, None)
+            raise unfinished
         self._open.__exit__(kind, error, traceback)
 
     def add(self, name: str, roles: Mapping[str, torch.Tensor]) -> None:
