@@ -1,0 +1,156 @@
+"""Llama-shaped models from sizes alone: the fused graph, and random weights on the GPU."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shared.ir import Graph, Node, TensorSpec, WeightSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaSizes:
+    """A Llama's sizes; vocabulary and all."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+
+
+MODELS = {
+    "llama-3.1-8b": LlamaSizes(4096, 32, 32, 8, 128, 14336, 128256),
+    "llama-3.2-1b": LlamaSizes(2048, 16, 32, 8, 64, 8192, 128256),
+    "tiny": LlamaSizes(256, 2, 8, 2, 32, 352, 1000),
+}
+
+
+def inv_freq(sizes: LlamaSizes) -> tuple[float, ...]:
+    """Plain RoPE with theta 500,000."""
+    half = sizes.head_dim // 2
+    return tuple(500_000.0 ** (-i / half) for i in range(half))
+
+
+def llama_graph(sizes: LlamaSizes, layout: str, num_layers: int | None = None) -> Graph:
+    """The fused graph; every linear but the LM head, which stays plain, is stored as `layout`."""
+    nodes: list[Node] = []
+    weights: dict[str, WeightSpec] = {}
+
+    def weight(name: str, *shape: int, stored: str = "plain") -> str:
+        weights[name] = WeightSpec(shape, (name,), (shape[0],), "bfloat16", stored)
+        return name
+
+    def add(op: str, inputs: list[str], outputs: list[str], w: dict[str, str], **attrs: Any) -> None:
+        nodes.append(Node(op, tuple(inputs), tuple(outputs), w, attrs))
+
+    s = sizes
+    rope = {
+        "num_heads": s.heads, "num_kv_heads": s.kv_heads, "head_dim": s.head_dim,
+        "inv_freq": inv_freq(s), "attention_scaling": 1.0, "eps": 1e-5,
+    }  # fmt: skip
+    add("embedding", ["token_ids"], ["x"], {"weight": weight("embed", s.vocab, s.hidden)})
+    add("rms_norm", ["x"], ["0.h"], {"weight": weight("0.norm", s.hidden)}, eps=1e-5)
+    residual = "x"
+    layers = s.layers if num_layers is None else num_layers
+    for i in range(layers):
+        qkv = weight(f"{i}.qkv", (s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden, stored=layout)
+        add("linear", [f"{i}.h"], [f"{i}.qkv"], {"weight": qkv})
+        add("qkv_rope_write", [f"{i}.qkv"], [f"{i}.q", f"{i}.kv"], {}, layer=i, **rope)
+        add("attention", [f"{i}.q", f"{i}.kv"], [f"{i}.a"], {}, layer=i, num_heads=s.heads,
+            num_kv_heads=s.kv_heads, head_dim=s.head_dim, scale=s.head_dim**-0.5, window=0,
+            soft_cap=0.0)  # fmt: skip
+        out = weight(f"{i}.o", s.hidden, s.heads * s.head_dim, stored=layout)
+        add("linear", [f"{i}.a"], [f"{i}.o"], {"weight": out})
+        norm = weight(f"{i}.norm2", s.hidden)
+        add("rms_norm", [f"{i}.o", residual], [f"{i}.h2", f"{i}.r"], {"weight": norm}, eps=1e-5)
+        gate_up = weight(f"{i}.gate_up", 2 * s.ffn, s.hidden, stored=layout)
+        add("linear", [f"{i}.h2"], [f"{i}.gu"], {"weight": gate_up})
+        add("silu_mul", [f"{i}.gu"], [f"{i}.s"], {})
+        down = weight(f"{i}.down", s.hidden, s.ffn, stored=layout)
+        add("linear", [f"{i}.s"], [f"{i}.d"], {"weight": down})
+        norm = weight(f"{i + 1}.norm", s.hidden)
+        residual_out = f"{i}.r2"
+        add("rms_norm", [f"{i}.d", f"{i}.r"], [f"{i + 1}.h", residual_out], {"weight": norm},
+            eps=1e-5)  # fmt: skip
+        residual = residual_out
+    add("select_rows", [f"{layers}.h"], ["selected"], {})
+    head = weight("head", s.vocab, s.hidden)
+    add("linear", ["selected"], ["logits"], {"weight": head})
+    return Graph(
+        inputs={"token_ids": TensorSpec(("T",), "int32")},
+        nodes=tuple(nodes),
+        outputs=("logits",),
+        weights=weights,
+        config={"dtype": "bfloat16", "hidden_size": s.hidden, "num_layers": layers},
+    )
+
+
+def random_weights(graph: Graph, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    """Packed tensors on the GPU, drawn so that activations keep a steady size."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    packed = {}
+    for name, spec in graph.weights.items():
+        values = torch.randn(spec.shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        if len(spec.shape) == 1:
+            packed[name] = {"weight": 1 + 0.1 * values}
+        elif spec.layout == "plain":
+            packed[name] = {"weight": values * spec.shape[1] ** -0.5}
+        else:
+            assert spec.layout == "fp8_channel"
+            values *= spec.shape[1] ** -0.5
+            scale = values.abs().amax(1).float() / 448
+            quantized = (values.float() / scale[:, None]).to(torch.float8_e4m3fn)
+            packed[name] = {"weight": quantized, "scale": scale}
+        del values
+    return packed
+
+
+def dense(packed: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The fp32 values that a packed weight stands for."""
+    weight = packed["weight"].float()
+    return weight * packed["scale"][:, None] if "scale" in packed else weight
+
+
+def weight_bytes(graph: Graph, packed: dict[str, dict[str, torch.Tensor]]) -> int:
+    """Bytes that one decode step must read: all but the embedding table."""
+    return sum(
+        t.numel() * t.element_size()
+        for name, roles in packed.items()
+        if name != "embed"
+        for t in roles.values()
+    )
+
+
+def reference_logits(
+    graph: Graph, packed: dict[str, dict[str, torch.Tensor]], token_ids: torch.Tensor,
+    sizes: LlamaSizes,
+) -> torch.Tensor:  # fmt: skip
+    """Logits of one sequence's last position, fp32 arithmetic from the same stored weights."""
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * dense(packed[name])
+
+    length, s = token_ids.shape[0], sizes
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), torch.tensor(inv_freq(s)).double())
+    cos, sin = angles.cos().float().cuda()[:, None], angles.sin().float().cuda()[:, None]
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    x = dense(packed["embed"])[token_ids.long()]
+    for i in range(int(str(graph.config["num_layers"]))):
+        qkv = norm(x, f"{i}.norm") @ dense(packed[f"{i}.qkv"]).t()
+        qkv = qkv.view(length, -1, s.head_dim)
+        q, k, v = qkv.split((s.heads, s.kv_heads, s.kv_heads), 1)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            turn(q).transpose(0, 1), turn(k).transpose(0, 1), v.transpose(0, 1),
+            is_causal=True, enable_gqa=True,
+        )  # fmt: skip
+        x = x + attended.transpose(0, 1).reshape(length, -1) @ dense(packed[f"{i}.o"]).t()
+        h = norm(x, f"{i}.norm2") @ dense(packed[f"{i}.gate_up"]).t()
+        gate, up = h.chunk(2, -1)
+        x = x + (torch.nn.functional.silu(gate) * up) @ dense(packed[f"{i}.down"]).t()
+    return norm(x[-1], f"{graph.config['num_layers']}.norm") @ dense(packed["head"]).t()

@@ -1,0 +1,186 @@
+"""Triton to machine code with no GPU present: the only place that calls `triton.compile`.
+
+Kernels are compiled in worker processes: Triton's switches are environment variables read at import,
+a failing ptxas prints the whole PTX to stdout, and two processes are twice as fast as one. What the
+kernels mean, and which of them a model needs, is not known here.
+"""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kernels.cubin import parameter_sizes
+from kernels.variant import DIVISIBILITY, KernelRecord, KernelVariant
+from shared.arch import Arch, arch_named
+
+INDEX_TITLE = "kernels/index.json"
+CODE_TITLE = "kernels/code.bin"
+
+# After a kernel's own arguments Triton passes two pointers: global scratch and profile scratch.
+_TRAILING_POINTERS = (8, 8)
+_TYPE_BYTES = {"i32": 4, "i64": 8, "fp32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledKernel:
+    """Machine code of one variant for one arch. `ptx` is text for the driver's compiler."""
+
+    variant: KernelVariant
+    symbol: str
+    shared_bytes: int
+    cubin: bytes
+    ptx: bytes
+
+
+def compile_variants(
+    variants: Iterable[KernelVariant], arch: Arch, *, num_processes: int | None = None
+) -> list[CompiledKernel]:
+    """Machine code of `variants`, each once, sorted by key: equal input gives equal bytes.
+
+    Raises:
+        AssertionError: a variant exceeds the arch's shared memory, wants scratch memory, or takes other
+            parameters than it declares; says which.
+    """
+    unique = {variant.key: variant for variant in variants}
+    jobs = [(unique[key], arch.name) for key in sorted(unique)]
+    processes = max(1, min(num_processes or os.cpu_count() or 1, len(jobs)))
+    context = multiprocessing.get_context("spawn")
+    # A cache of its own each time: Triton's is keyed by its environment, and ours is the store.
+    with (
+        tempfile.TemporaryDirectory(prefix="millrace-triton-") as cache,
+        ProcessPoolExecutor(processes, context, _prepare_worker, (cache,)) as pool,
+    ):
+        return list(pool.map(_compile_job, jobs, chunksize=1 + len(jobs) // (8 * processes)))
+
+
+def pack_kernels(kernels: Iterable[CompiledKernel], arch: Arch) -> list[tuple[str, bytes]]:
+    """The engine's kernel layers, (title, bytes): an index by variant key, and all code in one blob.
+
+    PTX travels where the arch's code is portable: the driver of a newer device compiles it.
+    """
+    code = bytearray()
+
+    def append(part: bytes) -> tuple[int, int]:
+        code.extend(b"\0" * (-len(code) % DIVISIBILITY))
+        code.extend(part)
+        return len(code) - len(part), len(part)
+
+    index = {}
+    for kernel in sorted(kernels, key=lambda k: k.variant.key):
+        record = KernelRecord(
+            symbol=kernel.symbol,
+            arguments=tuple((a.type, a.is_aligned) for a in kernel.variant.arguments),
+            num_warps=kernel.variant.num_warps,
+            shared_bytes=kernel.shared_bytes,
+            has_pdl=kernel.variant.has_pdl,
+            code=append(kernel.cubin),
+            ptx=append(kernel.ptx) if arch.is_portable else (0, 0),
+        )
+        index[kernel.variant.key] = {
+            **asdict(record),
+            "constants": dict(sorted(kernel.variant.constants)),
+        }
+    text = json.dumps(
+        {"arch": arch.name, "min_driver": arch.min_driver, "kernels": index},
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+    return [(INDEX_TITLE, text.encode()), (CODE_TITLE, bytes(code))]
+
+
+def compile_kernel(
+    function: Any, variant: KernelVariant, arch: Arch
+) -> CompiledKernel:  # `function` is a triton JITFunction
+    """Machine code of one variant, in this process (which must have been started for it).
+
+    Raises:
+        AssertionError: as `compile_variants`.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    assert arch.capability is not None, f"{arch.name} has no machine code"
+    types = {a.name: a.type for a in variant.arguments}
+    constants = dict(variant.constants)
+    names = list(function.arg_names)
+    assert set(names) == set(types) | set(constants), (
+        f"{variant.key}: the kernel takes {names}, the variant gives {[*types, *constants]}"
+    )
+    assert [n for n in names if n in types] == list(types), f"{variant.key}: arguments out of order"
+    source = ASTSource(
+        fn=function,
+        signature={n: types.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={
+            (names.index(a.name),): [["tt.divisibility", DIVISIBILITY]]
+            for a in variant.arguments
+            if a.is_aligned
+        },
+    )
+    major, minor = arch.capability
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "launch_pdl": variant.has_pdl,
+    }
+    with _stdout_to_stderr():
+        built = triton.compile(
+            source, target=GPUTarget("cuda", major * 10 + minor, 32), options=options
+        )
+    kernel = CompiledKernel(
+        variant=variant,
+        symbol=built.metadata.name,
+        shared_bytes=built.metadata.shared,
+        cubin=built.asm["cubin"],
+        ptx=built.asm["ptx"].encode(),
+    )
+    _check(kernel, arch, built.metadata)
+    return kernel
+
+
+def _check(kernel: CompiledKernel, arch: Arch, metadata: Any) -> None:
+    variant = kernel.variant
+    assert kernel.shared_bytes <= arch.max_shared_bytes, (
+        f"{variant.key} uses {kernel.shared_bytes} bytes of shared memory, {arch.name} has "
+        f"{arch.max_shared_bytes}: {dict(variant.constants)}"
+    )
+    assert metadata.global_scratch_size == 0, f"{variant.key} wants global scratch memory"
+    assert metadata.profile_scratch_size == 0, f"{variant.key} wants profile scratch memory"
+    expected = tuple(
+        8 if a.type.startswith("*") else _TYPE_BYTES[a.type] for a in variant.arguments
+    )
+    found = parameter_sizes(kernel.cubin)[kernel.symbol]
+    assert found == expected + _TRAILING_POINTERS, (
+        f"{variant.key} takes parameters of {found} bytes, declared are {expected}"
+    )
+
+
+def _prepare_worker(cache: str) -> None:
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # line info embeds source paths
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = cache
+
+
+def _compile_job(job: tuple[KernelVariant, str]) -> CompiledKernel:
+    variant, arch_name = job
+    module = importlib.import_module(f"kernels.{variant.op}.triton")
+    return compile_kernel(getattr(module, variant.kernel), variant, arch_named(arch_name))
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

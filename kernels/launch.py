@@ -1,0 +1,101 @@
+"""What a step launches: kernels by variant, or a matrix product of torch's, on named operands.
+
+Plain data between the launch rules (`lowering.py`, `kernels/<op>/launch.py`) and the executor that binds
+names to device memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kernels.variant import KernelVariant
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes of one step: packed tokens, sequences, rows whose logits are wanted."""
+
+    tokens: int
+    sequences: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A value of the graph, or a temporary of the lowering."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A packed tensor: weight name and role of its layout."""
+
+    name: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A tensor of the step's batch: a field of `StepBatch`, `token_ids_T`, or `rope`."""
+
+    field: str
+
+
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """A layer's keys or values."""
+
+    layer: int
+    is_value: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Memory that lives from launch to launch and starts as zeros.
+
+    Args:
+        name: equal names share memory; the largest request decides.
+        num_bytes: for a step of these sizes.
+    """
+
+    name: str
+    num_bytes: Callable[[Sizes], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """An integer of the step: a field of `Sizes`, or `table_stride`."""
+
+    field: str
+
+
+Operand = Value | Weight | Batch | KvCache | Scratch | Size
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel launch; `operands` in the order of the variant's arguments."""
+
+    variant: KernelVariant
+    grid: Callable[[Sizes], Grid]
+    operands: tuple[Operand, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MatMul:
+    """out = x @ weight.T (+ bias) by torch's library, for many tokens.
+
+    Args:
+        x_scale: per-token scale of an e4m3 x; then `weight` is fp8_channel.
+    """
+
+    x: Value
+    weight: str
+    bias: str | None
+    out: Value
+    x_scale: Value | None = None
+
+
+Step = Launch | MatMul

@@ -1,0 +1,200 @@
+"""Loads an engine's machine code through the CUDA driver and launches it on torch's stream.
+
+libcuda is called through ctypes: a serving process needs no compiler. A launch can be captured in a
+CUDA graph. What a kernel computes and which arguments it wants is not known here.
+"""
+
+import ctypes
+import json
+from collections.abc import Callable
+
+import torch
+
+from kernels.variant import DIVISIBILITY, KernelRecord, KernelVariant
+from shared.arch import ARCHES, Arch, arch_named
+from shared.errors import ArchMismatch, DriverTooOld
+
+Grid = tuple[int, int, int]
+
+_MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…
+_DEFAULT_SHARED_BYTES = 48 << 10
+_FIELDS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared_bytes")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+class CudaError(RuntimeError):
+    """The driver refused a call: our own mistake, or a device that is lost."""
+
+
+class Driver:
+    """libcuda, with a context current on this thread. torch has made the device's primary context."""
+
+    def __init__(self) -> None:
+        torch.cuda.current_stream()  # makes the primary context
+        self.library = ctypes.CDLL("libcuda.so.1")
+        self.launch_ex = self.library.cuLaunchKernelEx
+        self.launch_ex.argtypes = (ctypes.c_void_p,) * 4
+
+    def check(self, result: int, what: str) -> None:
+        """Raises CudaError where `result` is not CUDA_SUCCESS."""
+        if result:
+            text = ctypes.c_char_p()
+            self.library.cuGetErrorString(result, ctypes.byref(text))
+            raise CudaError(f"{what}: {(text.value or b'unknown error').decode()} ({result})")
+
+    def version(self) -> tuple[int, int]:
+        """The CUDA version that the driver speaks."""
+        number = ctypes.c_int()
+        self.check(self.library.cuDriverGetVersion(ctypes.byref(number)), "cuDriverGetVersion")
+        return number.value // 1000, number.value % 1000 // 10
+
+
+def check_device(
+    arch: Arch, capability: tuple[int, int], driver: tuple[int, int]
+) -> None:
+    """Checks that machine code of `arch` can run on a device of `capability` under `driver`.
+
+    Raises:
+        ArchMismatch: names both, and the command that builds a fitting engine.
+        DriverTooOld: the driver does not load what our compiler wrote for this arch.
+    """
+    if not _runs_on(arch, capability):
+        fitting = next((a.name for a in ARCHES.values() if a.capability == capability), "sm_80")
+        raise ArchMismatch(
+            built_for=arch.name,
+            found=f"sm_{capability[0]}{capability[1]}",
+            command=f"millrace build MODEL --arch {fitting}",
+        )
+    if driver < arch.min_driver:
+        raise DriverTooOld(
+            needed=".".join(map(str, arch.min_driver)), found=".".join(map(str, driver))
+        )
+
+
+def _runs_on(arch: Arch, capability: tuple[int, int]) -> bool:
+    """A cubin runs on its own capability; PTX, which portable arches carry, on any later one."""
+    if arch.capability is None:
+        return False
+    return arch.capability == capability or (arch.is_portable and capability >= arch.capability)
+
+
+class Kernel:
+    """One loaded kernel: `kernel(grid, *arguments)` launches it on torch's current stream.
+
+    Not thread-safe: the argument buffer is reused by each launch (the driver copies it).
+    """
+
+    def __init__(self, driver: Driver, record: KernelRecord, code: bytes) -> None:
+        self._driver = driver
+        self._name = record.symbol
+        self._module = ctypes.c_void_p()
+        self._function = ctypes.c_void_p()
+        driver.check(
+            driver.library.cuModuleLoadData(ctypes.byref(self._module), code),
+            f"loading {record.symbol}",
+        )
+        driver.check(
+            driver.library.cuModuleGetFunction(
+                ctypes.byref(self._function), self._module, record.symbol.encode()
+            ),
+            f"finding {record.symbol}",
+        )
+        if record.shared_bytes > _DEFAULT_SHARED_BYTES:
+            driver.check(
+                driver.library.cuFuncSetAttribute(
+                    self._function, _MAX_DYNAMIC_SHARED_BYTES, record.shared_bytes
+                ),
+                f"shared memory of {record.symbol}",
+            )
+        fields = [
+            ctypes.c_uint64 if type_.startswith("*") else _FIELDS[type_]
+            for type_, _ in record.arguments
+        ]
+        # Triton's two scratch pointers come last; our kernels use neither (aot.py asserts it).
+        self._values = [field() for field in (*fields, ctypes.c_uint64, ctypes.c_uint64)]
+        self._num_arguments = len(fields)
+        self._aligned = tuple(i for i, (_, aligned) in enumerate(record.arguments) if aligned)
+        self._pointers = (ctypes.c_void_p * len(self._values))(
+            *(ctypes.addressof(value) for value in self._values)
+        )
+        self._attributes = (_Attribute * 1)()
+        self._attributes[0].id = _PROGRAMMATIC_STREAM_SERIALIZATION
+        self._attributes[0].value[0] = 1
+        self._config = _Config(
+            bx=32 * record.num_warps, by=1, bz=1, shared_bytes=record.shared_bytes,
+            attributes=self._attributes, num_attributes=int(record.has_pdl),
+        )  # fmt: skip
+        self._config_at = ctypes.addressof(self._config)
+        self._pointers_at = ctypes.addressof(self._pointers)
+
+    def __call__(self, grid: Grid, *arguments: int | float) -> None:
+        """Launches; pointers are passed as `tensor.data_ptr()`."""
+        assert len(arguments) == self._num_arguments, f"{self._name}: wrong number of arguments"
+        for index in self._aligned:
+            assert arguments[index] % DIVISIBILITY == 0, f"{self._name}: argument {index} unaligned"
+        for field, argument in zip(self._values, arguments, strict=False):
+            field.value = argument
+        config = self._config
+        config.gx, config.gy, config.gz = grid
+        config.stream = torch.cuda.current_stream().cuda_stream
+        result = self._driver.launch_ex(self._config_at, self._function, self._pointers_at, None)
+        if result:
+            self._driver.check(result, f"launching {self._name}")
+
+
+class KernelLibrary:
+    """An engine's kernels, loaded on the current device as they are first asked for.
+
+    Args:
+        index: the layer `kernels/index.json`.
+        code: reads (offset, size) of the layer `kernels/code.bin`.
+    Raises:
+        ArchMismatch, DriverTooOld: as `check_device`.
+    """
+
+    def __init__(self, index: bytes, code: Callable[[int, int], bytes]) -> None:
+        raw = json.loads(index)
+        self.arch = arch_named(raw["arch"])
+        self._driver = Driver()
+        capability = torch.cuda.get_device_capability()
+        check_device(self.arch, capability, self._driver.version())
+        # Another minor revision of a portable arch runs its cubins; another major only its PTX.
+        assert self.arch.capability is not None
+        self.uses_ptx = capability[0] != self.arch.capability[0]
+        self._code = code
+        self._records = {key: _record(entry) for key, entry in raw["kernels"].items()}
+        self._kernels: dict[str, Kernel] = {}
+
+    def __contains__(self, variant: KernelVariant) -> bool:
+        return variant.key in self._records
+
+    def kernel(self, variant: KernelVariant) -> Kernel:
+        """The loaded kernel; KeyError where the engine was not compiled with this variant."""
+        key = variant.key
+        if key not in self._kernels:
+            record = self._records[key]
+            place = record.ptx if self.uses_ptx else record.code
+            code = self._code(*place) + b"\0"  # PTX is read as a C string
+            self._kernels[key] = Kernel(self._driver, record, code)
+        return self._kernels[key]
+
+
+def _record(entry: dict[str, object]) -> KernelRecord:
+    fields = {name: entry[name] for name in KernelRecord.__slots__}
+    for name in ("code", "ptx"):
+        fields[name] = tuple(fields[name])  # type: ignore[arg-type]
+    fields["arguments"] = tuple((type_, aligned) for type_, aligned in fields["arguments"])  # type: ignore[attr-defined]
+    return KernelRecord(**fields)  # type: ignore[arg-type]

@@ -1,0 +1,172 @@
+"""Which variants of the linear kernels serve a shape, and how they are launched.
+
+Pure data: read by the compiler, which compiles the variants, and by the runtime, which launches them.
+"""
+
+from dataclasses import dataclass
+
+from kernels.variant import Argument, KernelVariant, integer, pointer
+from shared.arch import Arch
+
+MAX_FEW_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """Everything that a linear launch is specialized for, except tiles.
+
+    Args:
+        n, k: rows and columns of the weight.
+        dtype, out_dtype: Triton's names: `bf16`, `fp16`, `fp32`.
+        layout: the weight's; a name in `LAYOUTS`.
+        has_norm: x is an RMS norm's input, normed here with `eps`.
+        has_rows: x's rows are gathered.
+        epilogue: "plain", "silu_mul" or "rope"; the latter uses heads, head_dim and kv_dtype.
+    """
+
+    n: int
+    k: int
+    dtype: str
+    out_dtype: str
+    layout: str = "plain"
+    has_bias: bool = False
+    has_norm: bool = False
+    eps: float = 0.0
+    has_rows: bool = False
+    has_residual: bool = False
+    epilogue: str = "plain"
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    kv_dtype: str = "bf16"
+
+    @property
+    def num_outputs(self) -> int:
+        """Programs' rows: a pair of weight rows makes one where the epilogue pairs them."""
+        return self.n if self.epilogue == "plain" else self.n // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How the work is cut. `prefetch`: weight chunks loaded before the wait; `stages`: pipeline depth."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    prefetch: int = 1
+    stages: int = 1
+
+
+def one_token(shape: LinearShape, arch: Arch, tiles: Tiles) -> KernelVariant:
+    """The variant for exactly one token."""
+    constants = {
+        **_constants(shape, arch),
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "PREFETCH": tiles.prefetch,
+    }
+    return _variant("linear_one", shape, arch, constants, tiles, ())
+
+
+def few_tokens(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> KernelVariant:
+    """The variant for tiles of `block_m` tokens; its last argument is the number of tokens."""
+    constants = {
+        **_constants(shape, arch),
+        "BLOCK_M": block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "STAGES": tiles.stages,
+    }
+    return _variant("linear_few", shape, arch, constants, tiles, (integer("num_tokens"),))
+
+
+def one_token_tiles(shape: LinearShape) -> Tiles:
+    """The shipped choice; measured on one H200 (docs/BENCHMARKS.md)."""
+    block_k = min(_power_of_two(shape.k), 1024 if shape.layout == "plain" else 2048)
+    rows = 4 if shape.epilogue == "plain" else 2
+    return Tiles(block_n=rows, block_k=block_k, num_warps=4, prefetch=2)
+
+
+def few_tokens_tiles(shape: LinearShape, block_m: int) -> Tiles:
+    """The shipped choice; measured on one H200 (docs/BENCHMARKS.md)."""
+    block_n = 16 if shape.num_outputs < 4096 else 32
+    return Tiles(block_n, min(_power_of_two(shape.k), 128), num_warps=4, stages=4)
+
+
+def num_programs(shape: LinearShape, tiles: Tiles) -> int:
+    """Programs along the weight's rows."""
+    return -(-shape.num_outputs // tiles.block_n)
+
+
+_STORED = {"plain": None, "fp8_channel": "u8", "int8_channel": "i8"}
+
+
+def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
+    formats = {
+        "plain": "plain",
+        "int8_channel": "int8",
+        "fp8_channel": "fp8" if arch.has_fp8 else "fp8_bits",
+    }
+    absent = {
+        "scale": shape.layout == "plain",
+        "bias": not shape.has_bias,
+        "norm": not shape.has_norm,
+        "rows": not shape.has_rows,
+        "residual": not shape.has_residual,
+        **dict.fromkeys(_ROPE, shape.epilogue != "rope"),
+    }
+    return {
+        **{name: None for name, is_absent in absent.items() if is_absent},
+        "N": shape.n,
+        "K": shape.k,
+        "EPS": shape.eps,
+        "EPILOGUE": shape.epilogue,
+        "NUM_HEADS": shape.num_heads,
+        "NUM_KV_HEADS": shape.num_kv_heads,
+        "HEAD_DIM": shape.head_dim,
+        "FORMAT": formats[shape.layout],
+        "PDL": arch.has_pdl,
+    }
+
+
+_ROPE = ("positions", "rope", "slots", "k_cache", "v_cache")
+
+
+def _variant(
+    kernel: str,
+    shape: LinearShape,
+    arch: Arch,
+    constants: dict[str, object],
+    tiles: Tiles,
+    more: tuple[Argument, ...],
+) -> KernelVariant:
+    every = (
+        pointer("x", shape.dtype),
+        pointer("weight", _STORED[shape.layout] or shape.dtype),
+        pointer("scale", "fp32"),
+        pointer("bias", shape.dtype),
+        pointer("norm", shape.dtype),
+        pointer("rows", "i32"),
+        pointer("residual", shape.dtype),
+        pointer("out", shape.out_dtype),
+        pointer("positions", "i32"),
+        pointer("rope", "fp32"),
+        pointer("slots", "i32"),
+        pointer("k_cache", shape.kv_dtype),
+        pointer("v_cache", shape.kv_dtype),
+        *more,
+    )
+    return KernelVariant(
+        op="linear",
+        kernel=kernel,
+        arguments=tuple(a for a in every if a.name not in constants),
+        constants=tuple(constants.items()),  # type: ignore[arg-type]
+        num_warps=tiles.num_warps,
+        num_stages=tiles.stages,
+        has_pdl=arch.has_pdl,
+    )
+
+
+def _power_of_two(number: int) -> int:
+    """The least power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()

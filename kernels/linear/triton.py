@@ -1,0 +1,306 @@
+"""y = x @ weight.T for few tokens, at the speed of the weights' memory.
+
+Both kernels give one program BLOCK_N rows of the weight and all of K. Around the product they can do what
+would otherwise be launches of their own:
+
+    NORM      x is an RMS norm's input: y = rstd(x) * ((x * norm) @ weight.T), rstd found beside the product
+    ROWS      x's rows are gathered: token t reads row rows[t]
+    residual  is added to the result
+    EPILOGUE  "silu_mul": rows n and n + N/2 are gate and up, silu(gate) * up is stored
+              "rope": rows n and n + D/2 of a head are rotated; q is stored, k and v go to the KV cache
+
+With PDL the next kernel starts early: the first weight tiles, which no kernel writes, are loaded before
+`gdc_wait`, so that memory stays busy across kernel borders.
+Source: NVIDIA, PTX ISA, griddepcontrol; Zhang and Sennrich 2019 (RMSNorm); Su et al. 2021 (RoPE).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _as_float(raw, FORMAT: tl.constexpr):
+    """Weights as fp32. e4m3 comes as bytes: where the hardware does not convert ("fp8_bits"), sign, exponent
+    and mantissa bits are placed in an fp32 and its exponent is rebased."""
+    if FORMAT == "plain" or FORMAT == "int8":
+        return raw.to(tl.float32)
+    if FORMAT == "fp8":
+        return raw.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    bits = raw.to(tl.uint32)
+    bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+
+
+@triton.jit
+def _load(pointers, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile whose last dim runs over k; masked only where BLOCK_K does not divide K."""
+    if K % BLOCK_K == 0:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=k < K, other=0)
+
+
+@triton.jit
+def _row_pair(index, EPILOGUE: tl.constexpr, N: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The weight rows that output `index` is made of; both the same where one is enough."""
+    if EPILOGUE == "silu_mul":
+        return index, index + N // 2
+    if EPILOGUE == "rope":
+        HALF: tl.constexpr = HEAD_DIM // 2
+        first = (index // HALF) * HEAD_DIM + index % HALF
+        return first, first + HALF
+    return index, index
+
+
+@triton.jit
+def _scaled(acc, n, scale, bias):
+    """Column scale, then bias; n broadcasts over tokens."""
+    if scale is not None:
+        acc *= tl.load(scale + n)[:, None]
+    if bias is not None:
+        acc += tl.load(bias + n)[:, None].to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _store_plain(acc, n, tokens, is_valid, residual, out, N: tl.constexpr):
+    at = tokens[None, :].to(tl.int64) * N + n[:, None]
+    if residual is not None:
+        acc += tl.load(residual + at, mask=is_valid, other=0).to(tl.float32)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=is_valid)
+
+
+@triton.jit
+def _store_rope(
+    first, second, n, tokens, is_token, is_valid, out, positions, rope, slots, k_cache, v_cache,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """`rope` is [positions, cos of HEAD_DIM / 2 then sin]. A slot below 0 is padding: not written."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    Q: tl.constexpr = NUM_HEADS * HEAD_DIM
+    KV: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    position = tl.load(positions + tokens, mask=is_token, other=0).to(tl.int64)
+    slot = tl.load(slots + tokens, mask=is_token, other=-1).to(tl.int64)
+    angle = rope + position[None, :] * HEAD_DIM + (n % HEAD_DIM)[:, None]
+    cos = tl.load(angle)
+    sin = tl.load(angle + HALF)
+    is_q = is_valid & (n < Q)[:, None]
+    is_k = is_valid & ((n >= Q) & (n < Q + KV))[:, None] & (slot >= 0)[None, :]
+    is_v = is_valid & (n >= Q + KV)[:, None] & (slot >= 0)[None, :]
+    low = first * cos - second * sin
+    high = second * cos + first * sin
+    at = out + tokens[None, :].to(tl.int64) * Q + n[:, None]
+    tl.store(at, low.to(out.dtype.element_ty), mask=is_q)
+    tl.store(at + HALF, high.to(out.dtype.element_ty), mask=is_q)
+    at = k_cache + slot[None, :] * KV + (n - Q)[:, None]
+    tl.store(at, low.to(k_cache.dtype.element_ty), mask=is_k)
+    tl.store(at + HALF, high.to(k_cache.dtype.element_ty), mask=is_k)
+    at = v_cache + slot[None, :] * KV + (n - Q - KV)[:, None]
+    tl.store(at, first.to(v_cache.dtype.element_ty), mask=is_v)
+    tl.store(at + HALF, second.to(v_cache.dtype.element_ty), mask=is_v)
+
+
+@triton.jit
+def _finish(
+    first, second, index, n, n_second, tokens, num_tokens, scale, bias, residual, out,
+    positions, rope, slots, k_cache, v_cache,
+    N: tl.constexpr, EPILOGUE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    OUTPUTS: tl.constexpr = N if EPILOGUE == "plain" else N // 2
+    is_token = tokens < num_tokens
+    is_valid = (index < OUTPUTS)[:, None] & is_token[None, :]
+    if OUTPUTS % BLOCK_N != 0:
+        n = tl.where(index < OUTPUTS, n, 0)
+        n_second = tl.where(index < OUTPUTS, n_second, 0)
+    first = _scaled(first, n, scale, bias)
+    if EPILOGUE == "plain":
+        _store_plain(first, n, tokens, is_valid, residual, out, N)
+    else:
+        second = _scaled(second, n_second, scale, bias)
+        if EPILOGUE == "silu_mul":
+            value = first * tl.sigmoid(first) * second
+            _store_plain(value, n, tokens, is_valid, None, out, N // 2)
+        else:
+            _store_rope(
+                first, second, n, tokens, is_token, is_valid, out, positions, rope, slots,
+                k_cache, v_cache,
+                NUM_HEADS, NUM_KV_HEADS, HEAD_DIM,
+            )  # fmt: skip
+
+
+@triton.jit
+def linear_one(
+    x, weight, scale, bias, norm, rows, residual, out,
+    positions, rope, slots, k_cache, v_cache,
+    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, EPILOGUE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token: multiply and add, K held across threads, one reduction at the end."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    OUTPUTS: tl.constexpr = N if EPILOGUE == "plain" else N // 2
+    if OUTPUTS % BLOCK_N != 0:
+        index_in = tl.minimum(index, OUTPUTS - 1)
+    else:
+        index_in = index
+    n, n_second = _row_pair(index_in, EPILOGUE, N, HEAD_DIM)
+    k = tl.arange(0, BLOCK_K)
+    at = weight + n[:, None].to(tl.int64) * K + k[None, :]
+    at_second = weight + n_second[:, None].to(tl.int64) * K + k[None, :]
+    PAIRED: tl.constexpr = EPILOGUE != "plain"
+    CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    early_0 = _load(at, k[None, :], K, BLOCK_K)
+    early_1 = early_0
+    early_second = early_0
+    if PREFETCH > 1 and CHUNKS > 1:
+        early_1 = _load(at + BLOCK_K, BLOCK_K + k[None, :], K, BLOCK_K)
+    if PAIRED:
+        early_second = _load(at_second, k[None, :], K, BLOCK_K)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if rows is not None:
+        x += tl.load(rows).to(tl.int64) * K
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    acc_second = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    for c in tl.static_range(CHUNKS):
+        kc = c * BLOCK_K + k
+        xc = _load(x + kc, kc, K, BLOCK_K).to(tl.float32)
+        if norm is not None:
+            squares += xc * xc
+            xc *= _load(norm + kc, kc, K, BLOCK_K).to(tl.float32)
+        if c == 0:
+            tile = early_0
+        elif c == 1 and PREFETCH > 1:
+            tile = early_1
+        else:
+            tile = _load(at + c * BLOCK_K, kc[None, :], K, BLOCK_K)
+        acc += _as_float(tile, FORMAT) * xc[None, :]
+        if PAIRED:
+            if c == 0:
+                tile = early_second
+            else:
+                tile = _load(at_second + c * BLOCK_K, kc[None, :], K, BLOCK_K)
+            acc_second += _as_float(tile, FORMAT) * xc[None, :]
+    first = tl.sum(acc, 1)[:, None]
+    second = first
+    if PAIRED:
+        second = tl.sum(acc_second, 1)[:, None]
+    if norm is not None:
+        rstd = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
+        first *= rstd
+        second *= rstd
+    _finish(
+        first, second, index, n, n_second, tl.arange(0, 1), 1, scale, bias, residual, out,
+        positions, rope, slots, k_cache, v_cache,
+        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def _products(
+    acc, acc_second, squares, tile, tile_second, x_at, norm, kc, is_token,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, PAIRED: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """One chunk of K: x is [BLOCK_K, BLOCK_M], tokens in the dot's narrow dim."""
+    is_x = is_token[None, :]
+    if K % BLOCK_K != 0:
+        is_x = is_x & (kc < K)[:, None]
+    xc = tl.load(x_at, mask=is_x, other=0)
+    if norm is not None:
+        wide = xc.to(tl.float32)
+        squares += tl.sum(wide * wide, 0)
+        xc = (wide * _load(norm + kc, kc, K, BLOCK_K).to(tl.float32)[:, None]).to(xc.dtype)
+    if FORMAT != "plain":
+        tile = _as_float(tile, FORMAT).to(xc.dtype)
+    acc = tl.dot(tile, xc, acc)
+    if PAIRED:
+        if FORMAT != "plain":
+            tile_second = _as_float(tile_second, FORMAT).to(xc.dtype)
+        acc_second = tl.dot(tile_second, xc, acc_second)
+    return acc, acc_second, squares
+
+
+@triton.jit
+def linear_few(
+    x, weight, scale, bias, norm, rows, residual, out,
+    positions, rope, slots, k_cache, v_cache, num_tokens,
+    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, EPILOGUE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Up to BLOCK_M tokens a program: tensor cores, weight rows in the dot's wide dim."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    OUTPUTS: tl.constexpr = N if EPILOGUE == "plain" else N // 2
+    if OUTPUTS % BLOCK_N != 0:
+        index_in = tl.minimum(index, OUTPUTS - 1)
+    else:
+        index_in = index
+    n, n_second = _row_pair(index_in, EPILOGUE, N, HEAD_DIM)
+    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_token = tokens < num_tokens
+    k = tl.arange(0, BLOCK_K)
+    at = weight + n[:, None].to(tl.int64) * K + k[None, :]
+    at_second = weight + n_second[:, None].to(tl.int64) * K + k[None, :]
+    PAIRED: tl.constexpr = EPILOGUE != "plain"
+    tile = _load(at, k[None, :], K, BLOCK_K)
+    tile_second = tile
+    if PAIRED:
+        tile_second = _load(at_second, k[None, :], K, BLOCK_K)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    source = tokens
+    if rows is not None:
+        source = tl.load(rows + tokens, mask=is_token, other=0)
+    x_at = x + source[None, :].to(tl.int64) * K + k[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc_second = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    acc, acc_second, squares = _products(
+        acc, acc_second, squares, tile, tile_second, x_at, norm, k, is_token,
+        K, BLOCK_K, PAIRED, FORMAT,
+    )  # fmt: skip
+    for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
+        kc = start + k
+        tile = _load(at + start, kc[None, :], K, BLOCK_K)
+        tile_second = tile
+        if PAIRED:
+            tile_second = _load(at_second + start, kc[None, :], K, BLOCK_K)
+        acc, acc_second, squares = _products(
+            acc, acc_second, squares, tile, tile_second, x_at + start, norm, kc, is_token,
+            K, BLOCK_K, PAIRED, FORMAT,
+        )  # fmt: skip
+    if norm is not None:
+        rstd = tl.rsqrt(squares / K + EPS)[None, :]
+        acc *= rstd
+        acc_second *= rstd
+    _finish(
+        acc, acc_second, index, n, n_second, tokens, num_tokens, scale, bias, residual, out,
+        positions, rope, slots, k_cache, v_cache,
+        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def quantize_rows(
+    x, out, scale_out, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    """Each row of x as e4m3 and its scale, amax / 448: what the fp8 matrix product of many tokens reads."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    value = tl.load(x + row * K + k, mask=k < K, other=0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), 0) / 448.0, 1e-12)
+    tl.store(scale_out + row, scale)
+    tl.store(out + row * K + k, (value / scale).to(out.dtype.element_ty), mask=k < K)

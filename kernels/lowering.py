@@ -1,0 +1,477 @@
+"""A fused graph as launches: which kernels a step runs, and on what.
+
+The graph's meaning does not change with the number of tokens, but what runs fastest does. For few tokens the
+weights' memory is everything: norms, residual adds, RoPE and KV writes ride on the linear kernels. For many tokens
+torch's matrix products win and the rest are kernels between them. The compiler asks for all regimes' variants; the
+runtime binds and launches them. No Triton here.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from kernels.attention import launch as attention
+from kernels.launch import (
+    Batch, Grid, KvCache, Launch, MatMul, Operand, Size, Sizes, Step, Value, Weight,
+)  # fmt: skip
+from kernels.linear import launch as linear
+from kernels.variant import Argument, KernelVariant, pointer
+from shared.arch import Arch
+from shared.ir import Graph, Node
+
+TRITON_DTYPES = {
+    "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8e4nv",
+    "int32": "i32", "int8": "i8", "uint8": "u8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """A range of steps that share their launches.
+
+    Args:
+        max_tokens: 1: one token; up to 64: few tokens in tiles of that many; 0: any number.
+        max_sequences: decode only, bounds how attention splits; 0 where sequences may have several query tokens.
+        block_tokens: tokens of one KV block.
+        kv_dtype: of the KV cache, torch's name.
+    """
+
+    max_tokens: int
+    max_sequences: int
+    block_tokens: int = 16
+    kv_dtype: str = "bfloat16"
+
+
+DECODE_REGIMES = tuple(
+    Regime(tokens, sequences)
+    for tokens, sequences in ((1, 1), (16, 2), (16, 4), (16, 8), (16, 16), (32, 32), (64, 64))
+)
+REGIMES = (*DECODE_REGIMES, Regime(16, 0), Regime(64, 0), Regime(0, 0))
+
+
+def lower(graph: Graph, arch: Arch, regime: Regime) -> tuple[Step, ...]:
+    """The launches of one step of `graph`, in order.
+
+    Raises:
+        AssertionError: the graph holds an op or a layout that has no GPU form.
+    """
+    return tuple(_Lowering(graph, arch, regime).steps())
+
+
+def row_widths(graph: Graph) -> dict[str, int]:
+    """Elements in a row of every value of a fused graph; effects have none."""
+    widths: dict[str, int] = {}
+    for node in graph.nodes:
+        shape = graph.weights[node.weights["weight"]].shape if "weight" in node.weights else ()
+        if node.op == "embedding":
+            width = shape[1]
+        elif node.op == "linear":
+            width = shape[0]
+        elif node.op in ("qkv_rope_write", "attention"):
+            width = _integer(node.attrs["num_heads"]) * _integer(node.attrs["head_dim"])
+        elif node.op == "silu_mul":
+            width = widths[node.inputs[0]] // 2
+        else:
+            width = widths[node.inputs[0]]
+        outputs = node.outputs[:1] if node.op == "qkv_rope_write" else node.outputs
+        widths |= dict.fromkeys(outputs, width)
+    return widths
+
+
+def variants(graph: Graph, arch: Arch, regimes: Iterable[Regime] = REGIMES) -> set[KernelVariant]:
+    """Every kernel variant that the regimes launch."""
+    return {
+        step.variant
+        for regime in regimes
+        for step in lower(graph, arch, regime)
+        if isinstance(step, Launch)
+    }
+
+
+class _Lowering:
+    """One walk over the graph; `absorbed` are nodes that ride on another's kernel."""
+
+    def __init__(self, graph: Graph, arch: Arch, regime: Regime) -> None:
+        self.graph = graph
+        self.arch = arch
+        self.regime = regime
+        self.dtype = TRITON_DTYPES[str(graph.config["dtype"])]
+        self.producer = {name: node for node in graph.nodes for name in node.outputs}
+        self.users: dict[str, list[Node]] = {}
+        for node in graph.nodes:
+            for name in node.inputs:
+                self.users.setdefault(name, []).append(node)
+
+    def steps(self) -> Iterator[Step]:
+        emit = {
+            "embedding": self._embedding,
+            "rms_norm": self._rms_norm,
+            "linear": self._linear,
+            "qkv_rope_write": self._qkv_rope_write,
+            "attention": self._attention,
+            "silu_mul": self._silu_mul,
+            "select_rows": self._select_rows,
+        }
+        for node in self.graph.nodes:
+            assert node.op in emit, f"op {node.op!r} has no GPU form; run the fusing passes"
+            if not self._is_absorbed(node):
+                yield from emit[node.op](node)
+
+    # Which nodes ride on a linear kernel.
+
+    @property
+    def _is_few(self) -> bool:
+        return self.regime.max_tokens > 0
+
+    def _is_absorbed(self, node: Node) -> bool:
+        if not self._is_few:
+            return False
+        if node.op == "rms_norm":
+            return self._rides_before(node) and self._residual_rides(node)
+        if node.op == "select_rows":
+            return self._only_linears_use(node.outputs[0])
+        if node.op in ("silu_mul", "qkv_rope_write"):
+            return self._rides_after(node)
+        return False
+
+    def _only_linears_use(self, value: str) -> bool:
+        users = self.users.get(value, [])
+        return bool(users) and all(user.op == "linear" for user in users)
+
+    def _rides_before(self, norm: Node) -> bool:
+        """Claims that every reader of the norm is a linear, or a selection that linears read."""
+        users = self.users.get(norm.outputs[0], [])
+        return (
+            not norm.attrs.get("head_dim")
+            and bool(users)
+            and all(
+                user.op == "linear"
+                or (user.op == "select_rows" and self._only_linears_use(user.outputs[0]))
+                for user in users
+            )
+        )
+
+    def _residual_rides(self, norm: Node) -> bool:
+        """Claims that the norm adds nothing, or adds to what a linear alone makes for it."""
+        if len(norm.inputs) == 1:
+            return True
+        source = self.producer.get(norm.inputs[0])
+        return source is not None and source.op == "linear" and self._has_one_use(norm.inputs[0])
+
+    def _rides_after(self, node: Node) -> bool:
+        source = self.producer.get(node.inputs[0])
+        return (
+            source is not None
+            and source.op == "linear"
+            and self._has_one_use(node.inputs[0])
+            and "q_norm" not in node.weights
+        )
+
+    def _has_one_use(self, value: str) -> bool:
+        return len(self.users.get(value, [])) == 1 and value not in self.graph.outputs
+
+    def _follower(self, node: Node) -> Node | None:
+        """The node that rides on this linear, if any."""
+        users = self.users.get(node.outputs[0], [])
+        if len(users) != 1 or not self._is_absorbed(users[0]):
+            return None
+        follower = users[0]
+        adds = len(follower.inputs) == 2 and follower.inputs[0] == node.outputs[0]
+        if follower.op in ("silu_mul", "qkv_rope_write") or (follower.op == "rms_norm" and adds):
+            return follower
+        return None
+
+    # Emission, an op each.
+
+    def _embedding(self, node: Node) -> Iterator[Step]:
+        weight = self.graph.weights[node.weights["weight"]]
+        rows, layout = weight.shape[1], weight.layout
+        assert layout in ("plain", "int8_channel"), f"an embedding cannot be stored as {layout}"
+        scaled = layout == "int8_channel"
+        arguments = [pointer("token_ids", "i32"), pointer("weight", "i8" if scaled else self.dtype)]
+        operands: list[Operand] = [Batch("token_ids_T"), Weight(node.weights["weight"], "weight")]
+        if scaled:
+            arguments.append(pointer("scale", "fp32"))
+            operands.append(Weight(node.weights["weight"], "scale"))
+        arguments.append(pointer("out", self.dtype))
+        operands.append(Value(node.outputs[0]))
+        absent = {} if scaled else {"scale": None}
+        yield self._launch(
+            "embedding", arguments, {"M": rows, "BLOCK": _power_of_two(rows), **absent},
+            _per_token, operands,
+        )  # fmt: skip
+
+    def _linear(self, node: Node) -> Iterator[Step]:
+        if self._is_few:
+            yield self._fused_linear(node)
+            return
+        bias = node.weights.get("bias")
+        x = Value(node.inputs[0])
+        layout = self.graph.weights[node.weights["weight"]].layout
+        assert layout in ("plain", "fp8_channel"), f"{layout} has no GPU form for many tokens"
+        scale = None
+        if layout == "fp8_channel":
+            k = self.graph.weights[node.weights["weight"]].shape[1]
+            quantized = Value(f"{node.inputs[0]}.fp8")
+            scale = Value(f"{node.inputs[0]}.scale")
+            yield self._launch(
+                "linear",
+                [pointer("x", self.dtype), pointer("out", "fp8e4nv"), pointer("scale_out", "fp32")],
+                {"K": k, "BLOCK": _power_of_two(k)},
+                _per_row if self._is_selected(node.inputs[0]) else _per_token,
+                [x, quantized, scale],
+                kernel="quantize_rows",
+                num_warps=8,
+            )
+            x = quantized
+        yield MatMul(x, node.weights["weight"], bias, Value(node.outputs[0]), scale)
+
+    def _is_selected(self, value: str) -> bool:
+        source = self.producer.get(value)
+        return source is not None and source.op == "select_rows"
+
+    def _fused_linear(self, node: Node) -> Step:
+        weight = self.graph.weights[node.weights["weight"]]
+        follower = self._follower(node)
+        source = self.producer.get(node.inputs[0])
+        rows = source if source is not None and source.op == "select_rows" else None
+        x = rows.inputs[0] if rows else node.inputs[0]
+        source = self.producer.get(x)
+        norm = source if source is not None and source.op == "rms_norm" else None
+        if norm is not None and not self._is_absorbed(norm):
+            norm = None
+        if norm is not None:
+            # What it norms: its input, or the sum that the linear before it has stored.
+            x = norm.inputs[0] if len(norm.inputs) == 1 else norm.outputs[1]
+        rope = follower if follower and follower.op == "qkv_rope_write" else None
+        adds = follower if follower and follower.op == "rms_norm" else None
+        attrs = rope.attrs if rope else {}
+        is_logits = node.outputs[0] in self.graph.outputs
+        shape = linear.LinearShape(
+            n=weight.shape[0],
+            k=weight.shape[1],
+            dtype=self.dtype,
+            out_dtype="fp32" if is_logits else self.dtype,
+            layout=weight.layout,
+            has_bias="bias" in node.weights,
+            has_norm=norm is not None,
+            eps=_number(norm.attrs["eps"]) if norm else 0.0,
+            has_rows=rows is not None,
+            has_residual=adds is not None,
+            epilogue="rope" if rope else "silu_mul" if follower and not adds else "plain",
+            num_heads=_integer(attrs.get("num_heads", 0)),
+            num_kv_heads=_integer(attrs.get("num_kv_heads", 0)),
+            head_dim=_integer(attrs.get("head_dim", 0)),
+            kv_dtype=TRITON_DTYPES[self.regime.kv_dtype] if rope else "bf16",
+        )
+        if adds is not None:
+            out = adds.outputs[1]
+        elif follower is not None:
+            out = follower.outputs[0]
+        else:
+            out = node.outputs[0]
+        operands: list[Operand] = [Value(x), Weight(node.weights["weight"], "weight")]
+        if shape.layout != "plain":
+            operands.append(Weight(node.weights["weight"], "scale"))
+        if shape.has_bias:
+            operands.append(Weight(node.weights["bias"], "weight"))
+        if norm is not None:
+            operands.append(Weight(norm.weights["weight"], "weight"))
+        if shape.has_rows:
+            operands.append(Batch("logit_rows_R"))
+        if adds is not None:
+            operands.append(Value(adds.inputs[1]))
+        operands.append(Value(out))
+        if rope is not None:
+            operands += _rope_operands(_integer(rope.attrs["layer"]))
+        return self._linear_launch(shape, operands)
+
+    def _linear_launch(self, shape: linear.LinearShape, operands: list[Operand]) -> Launch:
+        block_m = self.regime.max_tokens
+        if block_m == 1:
+            tiles = linear.one_token_tiles(shape)
+            programs = linear.num_programs(shape, tiles)
+            variant = linear.one_token(shape, self.arch, tiles)
+            return Launch(variant, lambda _: (programs, 1, 1), tuple(operands))
+        tiles = linear.few_tokens_tiles(shape, block_m)
+        programs = linear.num_programs(shape, tiles)
+        variant = linear.few_tokens(shape, self.arch, tiles, block_m)
+        field = "rows" if shape.has_rows else "tokens"
+
+        def grid(sizes: Sizes) -> Grid:
+            return programs, -(-int(getattr(sizes, field)) // block_m), 1
+
+        return Launch(variant, grid, (*operands, Size(field)))
+
+    def _qkv_rope_write(self, node: Node) -> Iterator[Step]:
+        heads = _integer(node.attrs["num_heads"])
+        kv_heads = _integer(node.attrs["num_kv_heads"])
+        head_dim = _integer(node.attrs["head_dim"])
+        block_d = _power_of_two(head_dim // 2)
+        block_h = max(1, 1024 // block_d)
+        blocks = -(-(heads + 2 * kv_heads) // block_h)
+        kv_dtype = TRITON_DTYPES[self.regime.kv_dtype]
+        rope = _rope_operands(_integer(node.attrs["layer"]))
+        arguments = [
+            pointer("qkv", self.dtype),
+            pointer("positions", "i32"),
+            pointer("rope", "fp32"),
+            pointer("slots", "i32"),
+        ]
+        operands: list[Operand] = [Value(node.inputs[0]), *rope[:3]]
+        constants: dict[str, object] = {}
+        for role in ("q_norm", "k_norm"):
+            if role in node.weights:
+                arguments.append(pointer(role, self.dtype))
+                operands.append(Weight(node.weights[role], "weight"))
+            else:
+                constants[role] = None
+        arguments += [
+            pointer("q_out", self.dtype),
+            pointer("k_cache", kv_dtype),
+            pointer("v_cache", kv_dtype),
+        ]
+        operands += [Value(node.outputs[0]), *rope[3:]]
+        constants |= {
+            "NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
+            "EPS": _number(node.attrs.get("eps", 0.0)), "BLOCK_H": block_h, "BLOCK_D": block_d,
+        }  # fmt: skip
+        yield self._launch(
+            "qkv_rope_write", arguments, constants, lambda s: (s.tokens, blocks, 1), operands
+        )
+
+    def _attention(self, node: Node) -> Iterator[Step]:
+        shape = attention.AttentionShape(
+            num_heads=_integer(node.attrs["num_heads"]),
+            num_kv_heads=_integer(node.attrs["num_kv_heads"]),
+            head_dim=_integer(node.attrs["head_dim"]),
+            scale=_number(node.attrs["scale"]),
+            window=_integer(node.attrs["window"]),
+            soft_cap=_number(node.attrs["soft_cap"]),
+            dtype=self.dtype,
+            kv_dtype=TRITON_DTYPES[self.regime.kv_dtype],
+            block_tokens=self.regime.block_tokens,
+        )
+        if self.regime.max_sequences:
+            tiles = attention.decode_tiles(shape, self.regime.max_sequences)
+        else:
+            tiles = attention.prefill_tiles(shape, self.arch)
+        layer = _integer(node.attrs["layer"])
+        operands: list[Operand] = [
+            Value(node.inputs[0]),
+            KvCache(layer, False),
+            KvCache(layer, True),
+            Batch("block_tables_SB"),
+            Batch("seq_lens_S"),
+        ]
+        if not tiles.is_decode:
+            operands.append(Batch("query_start_S1"))
+        operands.append(Value(node.outputs[0]))
+        operands += attention.scratch(shape, tiles)
+        operands += [Size("sequences"), Size("table_stride")]
+        yield Launch(
+            attention.variant(shape, self.arch, tiles),
+            lambda sizes: attention.grid(shape, tiles, sizes),
+            tuple(operands),
+        )
+
+    def _rms_norm(self, node: Node) -> Iterator[Step]:
+        row = self.graph.weights[node.weights["weight"]].shape[0]
+        has_residual = len(node.inputs) == 2
+        per_head = _integer(node.attrs.get("head_dim") or 0)
+        assert not per_head, "a norm over heads has no GPU form of its own; fuse it with rope"
+        arguments = [pointer("x", self.dtype)]
+        operands: list[Operand] = [Value(node.inputs[0])]
+        constants: dict[str, object] = {"scale_out": None}
+        if has_residual:
+            arguments.append(pointer("residual", self.dtype))
+            operands.append(Value(node.inputs[1]))
+        arguments += [pointer("weight", self.dtype), pointer("out", self.dtype)]
+        operands += [Weight(node.weights["weight"], "weight"), Value(node.outputs[0])]
+        if has_residual:
+            arguments.append(pointer("residual_out", self.dtype))
+            operands.append(Value(node.outputs[1]))
+        else:
+            constants |= {"residual": None, "residual_out": None}
+        constants |= {"M": row, "EPS": _number(node.attrs["eps"]), "BLOCK": _power_of_two(row)}
+        yield self._launch(
+            "rms_norm", arguments, constants, _per_token, operands, num_warps=_row_warps(row)
+        )
+
+    def _silu_mul(self, node: Node) -> Iterator[Step]:
+        source = self.producer[node.inputs[0]]
+        width = self.graph.weights[source.weights["weight"]].shape[0] // 2
+        blocks = -(-width // 1024)
+        yield self._launch(
+            "silu_mul",
+            [pointer("gate_up", self.dtype), pointer("out", self.dtype)],
+            {"scale_out": None, "F": width, "BLOCK": 1024},
+            lambda sizes: (sizes.tokens, blocks, 1),
+            [Value(node.inputs[0]), Value(node.outputs[0])],
+        )
+
+    def _select_rows(self, node: Node) -> Iterator[Step]:
+        width = _integer(self.graph.config["hidden_size"])
+        yield self._launch(
+            "embedding",
+            [pointer("token_ids", "i32"), pointer("weight", self.dtype), pointer("out", self.dtype)],
+            {"scale": None, "M": width, "BLOCK": _power_of_two(width)},
+            _per_row,
+            [Batch("logit_rows_R"), Value(node.inputs[0]), Value(node.outputs[0])],
+        )
+
+    def _launch(
+        self,
+        op: str,
+        arguments: list[Argument],
+        constants: dict[str, object],
+        grid: "object",
+        operands: list[Operand],
+        *,
+        kernel: str | None = None,
+        num_warps: int = 4,
+    ) -> Launch:
+        variant = KernelVariant(
+            op=op,
+            kernel=kernel or op,
+            arguments=tuple(arguments),
+            constants=tuple({**constants, "PDL": self.arch.has_pdl}.items()),  # type: ignore[arg-type]
+            num_warps=num_warps,
+            has_pdl=self.arch.has_pdl,
+        )
+        return Launch(variant, grid, tuple(operands))  # type: ignore[arg-type]
+
+
+def _rope_operands(layer: int) -> list[Operand]:
+    return [
+        Batch("positions_T"),
+        Batch("rope"),
+        Batch("slot_mapping_T"),
+        KvCache(layer, False),
+        KvCache(layer, True),
+    ]
+
+
+def _per_token(sizes: Sizes) -> Grid:
+    return sizes.tokens, 1, 1
+
+
+def _per_row(sizes: Sizes) -> Grid:
+    return sizes.rows, 1, 1
+
+
+def _row_warps(row: int) -> int:
+    return 4 if row <= 2048 else 8
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _integer(value: object) -> int:
+    assert isinstance(value, int), f"{value!r} is no integer"
+    return value
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float), f"{value!r} is no number"
+    return float(value)

@@ -1,0 +1,230 @@
+"""Runs a fused graph on an NVIDIA GPU from an engine's machine code.
+
+Binds the launches of `kernels/lowering.py` to device memory: weights as loaded, activations in an arena shared by
+liveness, the step's batch by reference. Knows nothing of requests, of CUDA graphs, or of how a token is drawn.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kernels.batch import StepBatch
+from kernels.launch import (
+    Batch, KvCache, Launch, MatMul, Operand, Scratch, Size, Sizes, Step, Value, Weight,
+)  # fmt: skip
+from kernels.launcher import KernelLibrary
+from kernels.lowering import Regime, lower, row_widths
+from shared.ir import Graph
+
+PackedWeights = Mapping[str, Mapping[str, torch.Tensor]]
+
+_ALIGNMENT_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """A step's batch on the device, with what else its ops read.
+
+    Args:
+        token_ids_T: int32, beside `step`'s tensors.
+        rope: fp32 [positions, head_dim]: cos of each angle, then sin.
+    """
+
+    token_ids_T: torch.Tensor
+    step: StepBatch
+    rope: torch.Tensor
+
+    @property
+    def sizes(self) -> Sizes:
+        """T, S and R of the tensors as they are."""
+        return Sizes(
+            self.token_ids_T.shape[0],
+            self.step.seq_lens_S.shape[0],
+            self.step.logit_rows_R.shape[0],
+        )
+
+
+class CudaExecutor:
+    """A graph bound to its weights on the current device.
+
+    Args:
+        library: the engine's kernels; must hold the variants of every regime that is run.
+        weights: packed tensors on the device, by weight name and role; kept, not copied.
+        max_sizes: the largest step; activations are allocated for it once.
+    """
+
+    def __init__(
+        self, graph: Graph, library: KernelLibrary, weights: PackedWeights, max_sizes: Sizes
+    ) -> None:
+        self._graph = graph
+        self._library = library
+        self._weights = weights
+        self._max_sizes = max_sizes
+        self._plans: dict[Regime, tuple[Step, ...]] = {}
+        self._buffers: dict[Regime, dict[str, torch.Tensor]] = {}
+        self._scratch: dict[str, torch.Tensor] = {}
+        self._widths = row_widths(graph)
+        self._dtype: torch.dtype = getattr(torch, str(graph.config["dtype"]))
+        self._arena = torch.empty(0, dtype=torch.uint8, device="cuda")
+
+    def prepare(self, regimes: Sequence[Regime]) -> None:
+        """Loads the regimes' kernels and allocates their memory: afterwards nothing is allocated, so that
+        steps can be captured."""
+        layouts = {}
+        for regime in regimes:
+            plan = lower(self._graph, self._library.arch, regime)
+            for step in plan:
+                if isinstance(step, Launch):
+                    self._library.kernel(step.variant)
+                    self._grow_scratch(step, regime)
+            self._plans[regime] = plan
+            layouts[regime] = self._lay_out(plan, regime)
+        need = max(end for _, end in layouts.values())
+        if need > self._arena.numel():
+            self._arena = torch.empty(need, dtype=torch.uint8, device="cuda")
+        for regime, (places, _) in layouts.items():
+            self._buffers[regime] = {
+                name: self._arena[start : start + size].view(dtype).view(-1, width)
+                for name, (start, size, dtype, width) in places.items()
+            }
+
+    def run(self, regime: Regime, batch: DeviceBatch) -> torch.Tensor:
+        """Launches one step and does not wait.
+
+        Returns:
+            Logits [R, V], fp32, in memory that the next step overwrites.
+        """
+        sizes = batch.sizes
+        buffers = self._buffers[regime]
+        for step in self._plans[regime]:
+            if isinstance(step, Launch):
+                grid = step.grid(sizes)
+                if grid[0] * grid[1]:
+                    arguments = [self._address(o, buffers, batch, sizes) for o in step.operands]
+                    self._library.kernel(step.variant)(grid, *arguments)
+            else:
+                self._matmul(step, buffers, sizes)
+        return buffers[self._graph.outputs[0]][: sizes.rows]
+
+    def _address(
+        self, operand: Operand, buffers: dict[str, torch.Tensor], batch: DeviceBatch, sizes: Sizes
+    ) -> int:
+        if isinstance(operand, Value):
+            return buffers[operand.name].data_ptr()
+        if isinstance(operand, Weight):
+            return self._weights[operand.name][operand.role].data_ptr()
+        if isinstance(operand, Batch):
+            if operand.field == "token_ids_T":
+                return batch.token_ids_T.data_ptr()
+            if operand.field == "rope":
+                return batch.rope.data_ptr()
+            return int(getattr(batch.step, operand.field).data_ptr())
+        if isinstance(operand, KvCache):
+            return batch.step.kv_caches[operand.layer][operand.is_value].data_ptr()
+        if isinstance(operand, Scratch):
+            return self._scratch[operand.name].data_ptr()
+        if operand.field == "table_stride":
+            return batch.step.block_tables_SB.stride(0)
+        return int(getattr(sizes, operand.field))
+
+    def _matmul(self, step: MatMul, buffers: dict[str, torch.Tensor], sizes: Sizes) -> None:
+        is_logits = step.out.name in self._graph.outputs
+        num_rows = sizes.rows if is_logits else sizes.tokens
+        if num_rows == 0:
+            return
+        x, out = buffers[step.x.name][:num_rows], buffers[step.out.name][:num_rows]
+        packed = self._weights[step.weight]
+        weight = packed["weight"].t()
+        target = None if is_logits else out
+        if step.x_scale is None:
+            result = torch.mm(x, weight, out=target)
+        else:
+            result = torch._scaled_mm(
+                x, weight, scale_a=buffers[step.x_scale.name][:num_rows],
+                scale_b=packed["scale"].view(1, -1), out_dtype=self._dtype,
+                use_fast_accum=True, out=target,
+            )  # fmt: skip
+        if step.bias is not None:
+            result += self._weights[step.bias]["weight"]
+        if is_logits:
+            out.copy_(result)
+
+    # Memory.
+
+    def _lay_out(
+        self, plan: tuple[Step, ...], regime: Regime
+    ) -> tuple[dict[str, tuple[int, int, torch.dtype, int]], int]:
+        """Places of values in the arena: a value's bytes are free again after its last reader."""
+        last = {name: i for i, step in enumerate(plan) for name in _values(step)}
+        last |= dict.fromkeys(self._graph.outputs, len(plan))
+        places: dict[str, tuple[int, int, torch.dtype, int]] = {}
+        live: list[tuple[int, int, int]] = []  # (start, end, last use)
+        end = 0
+        for index, step in enumerate(plan):
+            for name in _values(step):
+                if name in places:
+                    continue
+                dtype, width, rows = self._spec(name, regime)
+                size = rows * width * dtype.itemsize
+                room = -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+                live = sorted(entry for entry in live if entry[2] >= index)
+                start = _first_gap(live, room)
+                live.append((start, start + room, last[name]))
+                places[name] = (start, size, dtype, width)
+                end = max(end, start + room)
+        return places, end
+
+    def _spec(self, name: str, regime: Regime) -> tuple[torch.dtype, int, int]:
+        """dtype, elements in a row, and rows of a value or a temporary."""
+        tokens = regime.max_tokens or self._max_sizes.tokens
+        if name in self._graph.outputs:
+            return torch.float32, self._widths[name], min(self._max_sizes.rows, tokens)
+        if name.endswith(".scale"):
+            return torch.float32, 1, tokens
+        if name.endswith(".fp8"):
+            return torch.float8_e4m3fn, self._widths[name.removesuffix(".fp8")], tokens
+        return self._dtype, self._widths[name], tokens
+
+    def _grow_scratch(self, launch: Launch, regime: Regime) -> None:
+        tokens = regime.max_tokens or self._max_sizes.tokens
+        sizes = Sizes(tokens, regime.max_sequences or self._max_sizes.sequences, tokens)
+        for operand in launch.operands:
+            if isinstance(operand, Scratch):
+                size = operand.num_bytes(sizes)
+                if operand.name not in self._scratch or self._scratch[operand.name].numel() < size:
+                    self._scratch[operand.name] = torch.zeros(
+                        size, dtype=torch.uint8, device="cuda"
+                    )
+
+
+def rope_table(
+    inv_freq: Sequence[float], attention_scaling: float, num_positions: int
+) -> torch.Tensor:
+    """cos then sin of each position's angles, fp32 [num_positions, 2 * len(inv_freq)]; fp64 inside."""
+    positions = torch.arange(num_positions, dtype=torch.float64, device="cuda")
+    angles = torch.outer(
+        positions, torch.tensor(inv_freq, dtype=torch.float64, device="cuda")
+    )
+    return (torch.cat((angles.cos(), angles.sin()), 1) * attention_scaling).float()
+
+
+def _values(step: Step) -> Iterator[str]:
+    if isinstance(step, MatMul):
+        yield step.x.name
+        if step.x_scale is not None:
+            yield step.x_scale.name
+        yield step.out.name
+    else:
+        for operand in step.operands:
+            if isinstance(operand, Value):
+                yield operand.name
+
+
+def _first_gap(live: list[tuple[int, int, int]], room: int) -> int:
+    start = 0
+    for low, high, _ in live:
+        if low - start >= room:
+            break
+        start = max(start, high)
+    return start
