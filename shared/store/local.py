@@ -148,7 +148,7 @@ class LocalStore:
         with self.pin():
             config = self.blobs.write([oci.config_json(draft)], oci.CONFIG_TYPE)
             manifest = self.blobs.write([oci.manifest_json(draft, config)], oci.MANIFEST_TYPE)
-            return self.commit(manifest, draft.key, draft.model, time.time())
+            return self.commit(manifest, draft.key, draft.model, _now_s())
 
     def commit(
         self, manifest: Blob, key: EngineKey, model: str, created_s: float
@@ -282,3 +282,8 @@ class LocalStore:
         with self.blobs.adding():
             os.replace(self._write_beside(content), path)
         sync_folder(path.parent)
+
+
+def _now_s() -> float:
+    # No finer than what crosses the wire, so that an engine is equal on both sides.
+    return round(time.time(), 6)

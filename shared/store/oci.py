@@ -7,7 +7,6 @@ Nothing here knows a clock or a path: equal drafts give equal bytes.
 Source: OCI image-spec 1.1: manifest.md, config.md, image-index.md, annotations.md.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -153,24 +152,23 @@ def _index(manifests: Iterable[dict[str, Any]]) -> bytes:
     )
 
 
-def group_by_index(
-    engines: Iterable[EngineManifest],
-) -> dict[str, list[EngineManifest]]:
-    """Engines that share an index (model, quantization and builder), by the index's reference.
+def group_by_index(engines: Iterable[EngineManifest]) -> dict[str, list[EngineManifest]]:
+    """What shares an index, by the index's reference, `model-quant`.
 
     Args:
-        engines: newest first; the newest builder's index has the plain name, `model-quant`.
+        engines: newest first; an index holds the newest engine of each arch.
     """
-    groups: dict[tuple[str, str, str], list[EngineManifest]] = {}
+    groups: dict[tuple[str, str], dict[str, EngineManifest]] = {}
     for engine in engines:
-        key = engine.key
-        groups.setdefault((key.model_digest, str(key.quant), key.builder), []).append(engine)
+        group = groups.setdefault((engine.key.model_digest, str(engine.key.quant)), {})
+        group.setdefault(engine.key.arch, engine)
     named: dict[str, list[EngineManifest]] = {}
-    for identity, group in groups.items():
-        ref = _ref_name(f"{group[0].model}-{group[0].key.quant}")
-        if ref in named:
-            ref = f"{ref}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:12]}"
-        named[ref] = group
+    for (model_digest, quant), by_arch in groups.items():
+        newest = next(iter(by_arch.values()))
+        ref = _ref_name(f"{newest.model}-{quant}")
+        if ref in named:  # another checkpoint of that name
+            ref = f"{ref}-{model_digest[:12]}"
+        named[ref] = list(by_arch.values())
     return named
 
 

@@ -1,7 +1,6 @@
-"""Weights in blobs: packed tensors one after the other, found through the layer `weights.json`.
+"""Weights in the store: packed tensors in blobs, found through the layer `weights.json`.
 
-What a layout's roles mean is not known here. Tensors begin at multiples of 256 bytes, so that a
-device may load 16 bytes at a time; blobs are small enough to be hashed beside each other.
+Where they lie in blobs is `shared/weight_layout.py`; what a weight's roles mean is not known here.
 """
 
 import contextlib
@@ -17,7 +16,6 @@ import torch
 
 from shared.engine import (
     MAX_WEIGHT_BLOB_BYTES,
-    WEIGHT_ALIGNMENT_BYTES,
     WEIGHT_INDEX_TYPE,
     WEIGHTS_TYPE,
     Blob,
@@ -28,6 +26,7 @@ from shared.engine import (
 from shared.errors import DigestMismatch
 from shared.store.blobs import BlobWriter
 from shared.store.local import LocalStore
+from shared.weight_layout import WeightLayout, tensor_bytes
 
 INDEX_TITLE = "weights.json"
 MAX_VERIFY_THREADS = 8
@@ -44,12 +43,12 @@ class WeightWriter:
     The same tensors in the same order give the same blobs.
 
     Args:
-        max_blob_bytes: a blob is not begun beyond it; a larger tensor has a blob of its own.
+        max_blob_bytes: as in `WeightLayout`.
     """
 
     def __init__(self, store: LocalStore, max_blob_bytes: int = MAX_WEIGHT_BLOB_BYTES) -> None:
         self._store = store
-        self._max_blob_bytes = max_blob_bytes
+        self._layout = WeightLayout(max_blob_bytes)
         self._tensors: dict[str, dict[str, StoredTensor]] = {}
         self._blobs: list[Blob] = []
         self._writer: BlobWriter | None = None
@@ -91,24 +90,15 @@ class WeightWriter:
         return WeightIndex(self._tensors)
 
     def _append(self, tensor: torch.Tensor) -> StoredTensor:
-        # Bytes are viewed, not copied, where the tensor is dense and on the CPU.
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        writer = self._writer_for(content.nbytes)
-        writer.write(b"\0" * (-writer.size_bytes % WEIGHT_ALIGNMENT_BYTES))
-        offset = writer.size_bytes
-        writer.write(content.data)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return StoredTensor(len(self._blobs), offset, tuple(tensor.shape), dtype)
-
-    def _writer_for(self, num_bytes: int) -> BlobWriter:
-        if self._writer is not None and self._writer.size_bytes:
-            start = -(-self._writer.size_bytes // WEIGHT_ALIGNMENT_BYTES) * WEIGHT_ALIGNMENT_BYTES
-            if start + num_bytes > self._max_blob_bytes:
-                self._end_blob()
+        stored = self._layout.place(tensor)
+        if stored.blob > len(self._blobs):
+            self._end_blob()
         if self._writer is None:
-            title = weights_title(len(self._blobs))
+            title = weights_title(stored.blob)
             self._writer = self._open.enter_context(self._store.blob_writer(WEIGHTS_TYPE, title))
-        return self._writer
+        self._writer.write(b"\0" * (stored.offset - self._writer.size_bytes))
+        self._writer.write(tensor_bytes(tensor))
+        return stored
 
     def _end_blob(self) -> None:
         if self._writer is not None:

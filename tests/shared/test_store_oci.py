@@ -73,20 +73,23 @@ def test_archs_of_one_model_share_an_index_and_their_weights(
     }
 
 
-def test_newest_builder_has_the_plain_reference(store: LocalStore) -> None:
+def test_index_holds_the_newest_engine_of_each_arch(store: LocalStore) -> None:
     old = publish_engine(store, engine_key(builder="1"))
     new = publish_engine(store, engine_key(builder="2"))
-    other = publish_engine(store, engine_key(builder="2", quant=QuantConfig("int4", 32)))
+    gpu = publish_engine(store, engine_key("sm_90", builder="1-kernels"))
+    int4 = publish_engine(store, engine_key(builder="2", quant=QuantConfig("int4", 32)))
+    namesake = publish_engine(store, engine_key(model="another checkpoint"))
     indexes = {
         ref: oci.digests_in_index(store.read_all(raw["digest"]))
         for ref, raw in refs(store).items()
         if raw["mediaType"] == oci.INDEX_TYPE
     }
-    assert indexes.pop("tiny-int8") == {new.manifest.digest}
-    assert indexes.pop("tiny-int4-g32") == {other.manifest.digest}
-    ((ref, digests),) = indexes.items()
-    assert ref.startswith("tiny-int8-")
-    assert digests == {old.manifest.digest}
+    assert indexes == {
+        "tiny-int8": {namesake.manifest.digest},
+        f"tiny-int8-{new.key.model_digest[:12]}": {new.manifest.digest, gpu.manifest.digest},
+        "tiny-int4-g32": {int4.manifest.digest},
+    }
+    assert refs(store)[old.key.digest]["digest"] == old.manifest.digest
 
 
 def test_deleted_engine_leaves_the_index(store: LocalStore, engines: list[EngineManifest]) -> None:
