@@ -1,0 +1,349 @@
+"""One generation, from its start command to its terminal event.
+
+Turns what the engine process reports into what the client reads: text that never holds half a
+character or a stop string, finish reasons, usage and timings. What the client has not read yet
+gathers here, joined per sample, so a slow reader costs at most the tokens it asked for. Knows
+neither calls nor processes: commands to the engine go through `EngineLink`.
+"""
+
+import time
+from asyncio import TimerHandle
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import structlog
+from millrace.runtime.v1 import runtime_pb2 as pb
+
+from runtime_service.engine_messages import (
+    AbortSamples,
+    AddCredit,
+    Command,
+    SampleOutput,
+    UpdateRequest,
+)
+from runtime_service.metrics import RuntimeMetrics
+from runtime_service.sample_text import SampleText
+from runtime_service.scheduling.output import TokenLogprobs
+from runtime_service.scheduling.request import Request
+from shared.errors import MillraceError, to_status
+
+# Tokens in one event at most: a message must stay far below every client's size limit.
+MAX_EVENT_TOKENS = 4096
+MAX_EVENT_LOGPROBS = 512
+
+_log = structlog.get_logger()
+
+
+class EngineLink(Protocol):
+    """Where a running generation's commands go."""
+
+    def send(self, command: Command) -> None:
+        """Passes `command` on with the next message."""
+
+    def forget(self, request_id: int) -> None:
+        """Nothing more is wanted of this request."""
+
+
+class _Sample:
+    """One of a generation's samples: its text, what waits to be read, and how it ended."""
+
+    __slots__ = ("finish", "logprobs", "num_tokens", "prompt_logprobs", "text", "token_ids")
+
+    def __init__(self, text: SampleText) -> None:
+        self.text = text
+        self.num_tokens = 0
+        self.finish: pb.SampleFinish | None = None
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
+
+
+class Generation:
+    """One generation of one call.
+
+    Args:
+        request_id: the client's name for it; may name another one, elsewhere.
+        on_news: called when there are events to take.
+        on_end: called once, when the terminal event is there to take.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        metrics: RuntimeMetrics,
+        on_news: Callable[["Generation"], None],
+        on_end: Callable[["Generation"], None],
+    ) -> None:
+        self.request_id = request_id
+        self.error: MillraceError | None = None
+        self.is_ended = False
+        self.num_unread_tokens = 0
+        # A timer that ends it, or None; cancelled with it.
+        self.deadline: TimerHandle | None = None
+        self._metrics = metrics
+        self._on_news = on_news
+        self._on_end = on_end
+        self._started_s = time.monotonic()
+        self._submitted_s = self._first_token_s = self._last_token_s = 0.0
+        self._queued_s = self._total_s = 0.0
+        self._engine: EngineLink | None = None
+        self._engine_id = -1
+        self._early: list[pb.UpdateGeneration | pb.AddCredit] = []
+        self._samples: list[_Sample] = []
+        self._num_prompt_tokens = self._num_cached_tokens = 0
+        self._seed = 0
+        self._sends_logprobs = self._sends_started = False
+        self._credit_tokens: int | None = None
+        self._finish_without_engine = pb.SampleFinish(reason=pb.FINISH_REASON_CANCELLED)
+
+    # What the runtime says.
+
+    def submitted(
+        self, engine: EngineLink, request: Request, texts: list[SampleText], sends_logprobs: bool
+    ) -> None:
+        """The engine has it now, as `request`; `texts`, one a sample, know the resumed tokens."""
+        assert self._engine is None, f"{self.request_id} was submitted twice"
+        assert not self.is_ended, f"{self.request_id} was submitted after its end"
+        self._engine, self._engine_id = engine, request.request_id
+        self._submitted_s = time.monotonic()
+        self._samples = [_Sample(text) for text in texts]
+        self._num_prompt_tokens = len(request.prompt_token_ids)
+        self._seed = request.sampling.seed
+        self._sends_logprobs = sends_logprobs
+        self._sends_started = True
+        self._credit_tokens = request.credit_tokens
+        early, self._early = self._early, []
+        for command in early:
+            self.update(command) if isinstance(command, pb.UpdateGeneration) else self.credit(
+                command
+            )
+        self._on_news(self)
+
+    def resumed_at_end(self, num_prompt_tokens: int, finish: pb.SampleFinish) -> None:
+        """What was resumed had ended already: nothing is generated."""
+        self._num_prompt_tokens = num_prompt_tokens
+        self._sends_started = True
+        self._finish_without_engine = finish
+        self._end("finished")
+
+    # What the client says.
+
+    def cancel(self) -> None:
+        """Ends it with FINISH_REASON_CANCELLED."""
+        if not self.is_ended:
+            self._abort()
+            self._finish_cancelled()
+
+    def update(self, update: pb.UpdateGeneration) -> None:
+        """Passes a checked update on."""
+        if self._engine is None:
+            self._early.append(update)
+            return
+        self._engine.send(
+            UpdateRequest(
+                self._engine_id,
+                update.priority if update.HasField("priority") else None,
+                update.max_new_tokens if update.HasField("max_new_tokens") else None,
+            )
+        )
+
+    def credit(self, credit: pb.AddCredit) -> None:
+        """Passes checked credit on; means nothing where there is no limit."""
+        if self._engine is None:
+            self._early.append(credit)
+        elif self._credit_tokens is not None:
+            self._credit_tokens += credit.tokens
+            self._engine.send(AddCredit(self._engine_id, credit.tokens))
+
+    # What the world says.
+
+    def fail(self, error: MillraceError) -> None:
+        """Ends it with `error`. Text held back is not sent: where it is resumed, it comes again."""
+        if not self.is_ended:
+            self._abort()
+            self.error = error
+            self._end(error.reason)
+
+    def abandon(self) -> None:
+        """Ends it without an event: nobody is there to read it."""
+        if not self.is_ended:
+            self._abort()
+            self._end("client_gone")
+
+    @property
+    def waits_for_credit(self) -> bool:
+        """Claims that the engine may not go on with it before the client allows it."""
+        return self._credit_tokens is not None and self._credit_tokens <= 0
+
+    def on_output(self, output: SampleOutput, now_s: float) -> None:
+        """Takes what one of its samples gained in a step."""
+        if self.is_ended:
+            return
+        sample = self._samples[output.sample_index]
+        if sample.finish is not None:
+            return
+        token_ids = output.token_ids
+        if output.num_cached_tokens is not None:
+            self._on_first_output(sample, output)
+        num_taken, stop_string = sample.text.feed(token_ids, output.finish == "stop_token")
+        if num_taken:
+            self._count_tokens(num_taken, now_s)
+            sample.num_tokens += num_taken
+            sample.token_ids += token_ids[:num_taken]
+            if self._sends_logprobs:
+                sample.logprobs += output.logprobs[:num_taken]
+        if stop_string:
+            self._end_sample(output.sample_index, pb.FINISH_REASON_STOP_STRING, stop_string)
+            assert self._engine is not None, "an output came before the start was submitted"
+            self._engine.send(AbortSamples(self._engine_id, (output.sample_index,)))
+        elif output.finish == "stop_token":
+            sample.text.flush()
+            finish = self._end_sample(output.sample_index, pb.FINISH_REASON_STOP_TOKEN)
+            finish.stop_token_id = token_ids[-1]
+        elif output.finish:
+            assert output.finish == "length", f"unknown finish {output.finish!r}"
+            sample.text.flush()
+            self._end_sample(output.sample_index, pb.FINISH_REASON_LENGTH)
+        if sample.finish is not None and all(s.finish is not None for s in self._samples):
+            self._end("finished")
+        else:
+            self._on_news(self)
+
+    # What the reader takes.
+
+    def take_events(self) -> Iterator[pb.Event]:
+        """Everything that happened since the last time, oldest first."""
+        name = self.request_id
+        if self._sends_started:
+            self._sends_started = False
+            started = pb.GenerationStarted(seed=self._seed, prompt_tokens=self._num_prompt_tokens)
+            yield pb.Event(request_id=name, started=started)
+        self.num_unread_tokens = 0
+        for index, sample in enumerate(self._samples):
+            if sample.token_ids or sample.text.is_ready or sample.prompt_logprobs:
+                for chunk in _take_chunks(index, sample):
+                    yield pb.Event(request_id=name, tokens=chunk)
+        if self.is_ended:
+            if self.error is not None:
+                yield pb.Event(request_id=name, error=to_status(self.error))
+            else:
+                yield pb.Event(request_id=name, finished=self._finished())
+
+    def _on_first_output(self, sample: _Sample, output: SampleOutput) -> None:
+        sample.prompt_logprobs += output.prompt_logprobs
+        assert output.num_cached_tokens is not None, "not a sample's first output"
+        # Samples share the prompt: what the first one found is what the cache gave.
+        if not self._queued_s:
+            self._num_cached_tokens = output.num_cached_tokens
+            self._queued_s = self._submitted_s - self._started_s + (output.queued_s or 0.0)
+            self._metrics.queue_seconds.observe(self._queued_s)
+
+    def _count_tokens(self, num_tokens: int, now_s: float) -> None:
+        self.num_unread_tokens += num_tokens
+        if self._credit_tokens is not None:
+            self._credit_tokens -= num_tokens
+        metrics = self._metrics
+        metrics.generated_tokens += num_tokens
+        if self._first_token_s:
+            metrics.inter_token_seconds.observe((now_s - self._last_token_s) / num_tokens)
+        else:
+            self._first_token_s = now_s
+            metrics.first_token_seconds.observe(now_s - self._started_s)
+        self._last_token_s = now_s
+
+    def _finish_cancelled(self) -> None:
+        for index, sample in enumerate(self._samples):
+            if sample.finish is None:
+                sample.text.flush(is_whole=False)
+                self._end_sample(index, pb.FINISH_REASON_CANCELLED)
+        self._end("cancelled")
+
+    def _end_sample(
+        self, index: int, reason: pb.FinishReason.ValueType, stop_string: str = ""
+    ) -> pb.SampleFinish:
+        finish = pb.SampleFinish(sample_index=index, reason=reason, stop_string=stop_string)
+        self._samples[index].finish = finish
+        return finish
+
+    def _abort(self) -> None:
+        if self._engine is not None:
+            self._engine.send(AbortSamples(self._engine_id))
+
+    def _end(self, reason: str) -> None:
+        self.is_ended = True
+        if self.deadline is not None:
+            self.deadline.cancel()
+        if self._engine is not None:
+            self._engine.forget(self._engine_id)
+        self._total_s = total_s = time.monotonic() - self._started_s
+        self._metrics.ended(reason, total_s)
+        first_s = self._first_token_s - self._started_s if self._first_token_s else None
+        _log.info(
+            "generation_finished",
+            request_id=self.request_id,
+            reason=reason,
+            sample_reasons=sorted({_reason_name(s.finish) for s in self._samples if s.finish}),
+            num_samples=len(self._samples),
+            prompt_tokens=self._num_prompt_tokens,
+            cached_prompt_tokens=self._num_cached_tokens,
+            generated_tokens=sum(s.num_tokens for s in self._samples),
+            queued_s=round(self._queued_s, 6),
+            first_token_s=first_s and round(first_s, 6),
+            duration_s=round(total_s, 6),
+        )
+        self._on_end(self)
+
+    def _finished(self) -> pb.GenerationFinished:
+        finished = pb.GenerationFinished(
+            samples=[s.finish for s in self._samples if s.finish is not None]
+            or [self._finish_without_engine],
+            usage=pb.Usage(
+                prompt_tokens=self._num_prompt_tokens,
+                cached_prompt_tokens=self._num_cached_tokens,
+                generated_tokens=sum(s.num_tokens for s in self._samples),
+            ),
+        )
+        timings = finished.timings
+        timings.queued.FromNanoseconds(round(self._queued_s * 1e9))
+        timings.total.FromNanoseconds(round(self._total_s * 1e9))
+        if self._first_token_s:
+            first_s = self._first_token_s - self._started_s
+            timings.time_to_first_token.FromNanoseconds(round(first_s * 1e9))
+        return finished
+
+
+def _reason_name(finish: pb.SampleFinish) -> str:
+    return pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
+
+
+def _take_chunks(index: int, sample: _Sample) -> Iterator[pb.TokenChunk]:
+    """What waits in `sample`, in pieces small enough for any message."""
+    token_ids, logprobs, prompt = sample.token_ids, sample.logprobs, sample.prompt_logprobs
+    sample.token_ids, sample.logprobs, sample.prompt_logprobs = [], [], []
+    text = sample.text.take()
+    if len(token_ids) <= MAX_EVENT_TOKENS and not (logprobs or prompt):
+        yield pb.TokenChunk(sample_index=index, token_ids=token_ids, text=text)
+        return
+    size = MAX_EVENT_LOGPROBS if logprobs or prompt else MAX_EVENT_TOKENS
+    for start in range(0, len(prompt) - size, size):
+        piece = [_logprob(row) for row in prompt[start : start + size]]
+        yield pb.TokenChunk(sample_index=index, prompt_logprobs=piece)
+    last_prompt = prompt[(len(prompt) - 1) // size * size :] if prompt else []
+    for start in range(0, max(len(token_ids), 1), size):
+        yield pb.TokenChunk(
+            sample_index=index,
+            token_ids=token_ids[start : start + size],
+            text=text,
+            logprobs=[_logprob(row) for row in logprobs[start : start + size]],
+            prompt_logprobs=[_logprob(row) for row in last_prompt],
+        )
+        text, last_prompt = "", []
+
+
+def _logprob(row: TokenLogprobs) -> pb.TokenLogprob:
+    return pb.TokenLogprob(
+        token_id=row.token_id,
+        logprob=row.logprob,
+        rank=row.rank,
+        top=[pb.TopLogprob(token_id=token_id, logprob=value) for token_id, value in row.top],
+    )
