@@ -1,4 +1,4 @@
-"""Runs a whole graph by its ops' references: what a graph means, and what all else is compared with.
+"""Runs a whole graph by its ops' references: what a graph means.
 
 Legend: T packed tokens, S sequences, N out, K in.
 """

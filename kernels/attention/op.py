@@ -10,6 +10,7 @@ Source: Vaswani et al. 2017, section 3.2; Ainslie et al. 2023 (GQA); Kwon et al.
 "PagedAttention", section 4; soft cap: Gemma 2 report, section 2; window: Mistral 7B, section 2.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -39,10 +40,10 @@ def reference(
     batch: StepBatch,
 ) -> tuple[torch.Tensor, ...]:
     """The formula, one sequence after the other."""
-    q_THD = inputs[0].unflatten(-1, (integer(node, "num_heads"), integer(node, "head_dim")))
+    q_THD = inputs[0].view(-1, integer(node, "num_heads"), integer(node, "head_dim"))
     out_THD = torch.empty_like(q_THD)
     starts = batch.query_start_S1.tolist()
-    for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for row, (start, end) in enumerate(itertools.pairwise(starts)):
         if start == end:
             continue
         length = int(batch.seq_lens_S[row])

@@ -43,7 +43,7 @@ def write(layer: int, k_TN: torch.Tensor, v_TN: torch.Tensor, batch: StepBatch) 
     """Puts a step's keys and values into their slots."""
     slots_T = batch.slot_mapping_T.long()
     for cache, new_TN in zip(batch.kv_caches[layer], (k_TN, v_TN), strict=True):
-        heads = new_TN.unflatten(-1, cache.shape[2:]).to(cache.dtype)
+        heads = new_TN.reshape(-1, *cache.shape[2:]).to(cache.dtype)
         cache.view(-1, *cache.shape[2:])[slots_T] = heads
 
 

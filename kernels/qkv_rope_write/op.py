@@ -44,7 +44,8 @@ def reference(
     """The ops that it stands for, one after the other."""
     head_dim, eps = integer(node, "head_dim"), number(node, "eps")
     kv_width = integer(node, "num_kv_heads") * head_dim
-    q, k, v = inputs[0].split((inputs[0].shape[-1] - 2 * kv_width, kv_width, kv_width), -1)
+    sizes = [inputs[0].shape[-1] - 2 * kv_width, kv_width, kv_width]
+    q, k, v = torch.split_with_sizes(inputs[0], sizes, -1)
     if weights:
         q, k = (
             normed(q, weights["q_norm"], eps, head_dim),

@@ -1,4 +1,4 @@
-"""`rms_norm`: rows scaled to unit root mean square, then by a weight; a residual may be added first.
+"""`rms_norm`: rows scaled to unit root mean square, then by a weight; maybe after a residual add.
 
     s = x + residual              (where attribute `residual`; s is the second output)
     y = s / sqrt(mean(s^2) + eps) * weight
@@ -54,9 +54,10 @@ def reference(
 
 def normed(x: torch.Tensor, weight: torch.Tensor, eps: float, head_dim: int = 0) -> torch.Tensor:
     """`x` normed over its last dim, or over each slice of `head_dim` values."""
-    wide = widened(x).unflatten(-1, (-1, head_dim or x.shape[-1]))
+    wide = widened(x).reshape(*x.shape[:-1], -1, head_dim or x.shape[-1])
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight.to(wide.dtype)).flatten(-2).to(x.dtype)
+    result = wide * scale * weight.to(wide.dtype)
+    return result.reshape(x.shape).to(x.dtype)
 
 
 RMS_NORM = Op("rms_norm", infer, reference)

@@ -53,7 +53,7 @@ def rotated(node: Node, x_TN: torch.Tensor, positions_T: torch.Tensor) -> torch.
     """Each head of `x_TN` rotated to its token's position; angles are taken in fp64."""
     inv_freq = torch.tensor(numbers(node, "inv_freq"), dtype=torch.float64, device=x_TN.device)
     angles_TI = positions_T.double()[:, None] * inv_freq
-    wide = widened(x_TN).unflatten(-1, (-1, integer(node, "head_dim")))
+    wide = widened(x_TN).reshape(len(x_TN), -1, integer(node, "head_dim"))
     scaling = number(node, "attention_scaling")
     cos = (angles_TI.cos() * scaling).to(wide.dtype)[:, None]
     sin = (angles_TI.sin() * scaling).to(wide.dtype)[:, None]

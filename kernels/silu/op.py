@@ -1,4 +1,7 @@
-"""`silu`: x * sigmoid(x), element-wise. Source: Hendrycks and Gimpel 2016; Ramachandran et al. 2017."""
+"""`silu`: x * sigmoid(x), element-wise.
+
+Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2.
+"""
 
 from collections.abc import Mapping, Sequence
 

@@ -26,7 +26,7 @@ def reference(
     batch: StepBatch,
 ) -> tuple[torch.Tensor, ...]:
     """Views of `x`."""
-    return tuple(inputs[0].split(list(sizes(node)), -1))
+    return torch.split_with_sizes(inputs[0], list(sizes(node)), -1)
 
 
 def sizes(node: Node) -> tuple[int, ...]:
