@@ -103,7 +103,12 @@ def known_model_digest(inputs: Mapping[str, Path | bytes], hashes: FileHashes) -
     return _merkle_root(leaves)
 
 
-def verify_unchanged(inputs: Mapping[str, Path | bytes], hashes: FileHashes, expected: str) -> None:
+def verify_unchanged(
+    inputs: Mapping[str, Path | bytes],
+    hashes: FileHashes,
+    expected: str,
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
     """Reads every file again and checks that they still are the model called `expected`.
 
     Raises:
@@ -115,7 +120,7 @@ def verify_unchanged(inputs: Mapping[str, Path | bytes], hashes: FileHashes, exp
             leaves[title] = hashlib.sha256(content).hexdigest()
             continue
         known = hashes.known(content)
-        leaves[title] = sha256_of_file(content)
+        leaves[title] = sha256_of_file(content, on_bytes)
         if known != leaves[title]:
             raise ModelChanged(file=title)
     if _merkle_root(leaves) != expected:

@@ -65,7 +65,7 @@ def _pack_int8(weight_NK: torch.Tensor, group_size: int) -> dict[str, torch.Tens
     scale_N = torch.empty(len(weight_NK))
     for rows in _row_chunks(weight_NK):
         chunk = weight_NK[rows].float()
-        scale = _bf16_at_least(chunk.abs().amax(1) / 127)
+        scale = _nonzero(_bf16_at_least(chunk.abs().amax(1) / 127))
         scale_N[rows] = scale
         packed_NK[rows] = (chunk / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return {"weight": packed_NK, "scale": scale_N}
@@ -121,8 +121,9 @@ def _best_int4(groups_NJG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     low, high = groups_NJG.amin(-1), groups_NJG.amax(-1)
     best: tuple[torch.Tensor, ...] | None = None
     for clip in _CLIPS:
-        scale = _bf16_at_least((high - low) * (clip / 15))
-        zero = ((low + high) / 2 + scale / 2).bfloat16().float()
+        step = _bf16_at_least((high - low) * (clip / 15))
+        zero = ((low + high) / 2 + step / 2).bfloat16().float()
+        scale = _nonzero(step)
         levels = (groups_NJG - zero[..., None]).div_(scale[..., None]).round_().clamp_(-8, 7)
         residual = (levels * scale[..., None]).add_(zero[..., None]).sub_(groups_NJG)
         error = _pairwise_sum(residual.square_())
@@ -166,11 +167,11 @@ def _bf16_at_least(scale: torch.Tensor) -> torch.Tensor:
     bf16 is the upper half of fp32: for numbers >= 0, rounding up is integer arithmetic.
     """
     bits = (scale.view(torch.int32) + 0xFFFF) & ~0xFFFF
-    return _nonzero(bits.view(torch.float32))
+    return bits.view(torch.float32)
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:
-    """A row of zeros gets scale 1: any would do, and nothing is divided by zero."""
+    """Where all values are equal the scale is 1: any would do, and nothing is divided by zero."""
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 

@@ -1,0 +1,101 @@
+"""What a build will do, decided before any weight is read: printable, testable without bytes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from compiler_service.checkpoints.checkpoint import Checkpoint
+from compiler_service.engine_files import engine_files
+from compiler_service.models import lower_model
+from compiler_service.passes import run_passes
+from compiler_service.quantization import scheme_named
+from compiler_service.weight_table import require_tensors, stored_tensors, weights_in_order
+from kernels.ops import OPS
+from shared.arch import arch_named
+from shared.engine import EngineKey
+from shared.ir import Graph
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """All decisions of a build, no bytes of weights.
+
+    Args:
+        source: the graph as the family lowered it.
+        graph: the graph that the engine runs: after all passes, every weight's layout chosen.
+        weight_names: in the order in which they are stored.
+        files: what the engine carries for tokenizing and chatting, by name.
+        read_bytes: bytes of the checkpoint that will be read.
+        stored_bytes: bytes of packed weights that will be written.
+    """
+
+    key: EngineKey
+    model: str
+    source: Graph
+    graph: Graph
+    weight_names: tuple[str, ...]
+    files: dict[str, bytes]
+    read_bytes: int
+    stored_bytes: int
+
+    def to_text(self) -> str:
+        """For people: what is built, what becomes of the graph, how weights are stored."""
+        layouts: dict[str, int] = {}
+        for name in self.weight_names:
+            layout = self.graph.weights[name].layout
+            layouts[layout] = layouts.get(layout, 0) + 1
+        return "\n".join(
+            [
+                f"engine   {self.key.digest}",
+                f"model    {self.model} ({self.graph.config['family']})",
+                f"target   {self.key.arch}, {self.key.quant}",
+                f"graph    {len(self.source.nodes)} nodes -> {len(self.graph.nodes)}",
+                f"weights  {', '.join(f'{count} {name}' for name, count in layouts.items())}",
+                f"bytes    {self.read_bytes:,} read, {self.stored_bytes:,} stored",
+                f"files    {', '.join(self.files)}",
+            ]
+        )
+
+
+def plan(
+    checkpoint: Checkpoint,
+    key: EngineKey,
+    model: str,
+    on_pass: Callable[[], None] = lambda: None,
+) -> BuildPlan:
+    """The plan to build `key` from `checkpoint`.
+
+    Args:
+        on_pass: called once the checkpoint was found good and before the passes run.
+
+    Raises:
+        UnsupportedModel, InvalidModel: the checkpoint cannot be used.
+        UnsupportedQuant, UnsupportedArch: the key asks for what cannot be done.
+    """
+    scheme = scheme_named(key.quant)
+    scheme.require_arch(key.quant, arch_named(key.arch))
+    source = lower_model(checkpoint.config, scheme.activation_dtype)
+    require_tensors(source, checkpoint.tensors)
+    files = engine_files(checkpoint)
+    on_pass()
+    graph = scheme.apply(run_passes(source, OPS), key.quant)
+    graph.verify(OPS)
+    stored = [t for weight in graph.weights.values() for t in stored_tensors(weight).values()]
+    return BuildPlan(
+        key=key,
+        model=model,
+        source=source,
+        graph=graph,
+        weight_names=tuple(weights_in_order(graph)),
+        files=files,
+        read_bytes=sum(
+            checkpoint.tensors[part].num_bytes
+            for weight in graph.weights.values()
+            for part in weight.parts
+        ),
+        stored_bytes=sum(
+            math.prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in stored
+        ),
+    )

@@ -1,0 +1,233 @@
+"""Builds one engine: from a checkpoint to a published manifest. It knows no queue and no wire.
+
+    import     open the checkpoint, check that it is the model that the key names
+    passes     lower, fuse, choose layouts: the plan
+    quantize   stream weights tensor by tensor into blobs, while the files are hashed once more
+    kernels    machine code, for arches that have any
+    publish    name the engine
+
+Only kernels differ between arches: where another arch of the same model, scheme and builder is in
+the store, its other layers are adopted and no weight is read.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from compiler_service.build_plan import BuildPlan, plan
+from compiler_service.checkpoints.checkpoint import Checkpoint
+from compiler_service.checkpoints.digest import FileHashes, model_digest, verify_unchanged
+from compiler_service.checkpoints.sources import open_checkpoint
+from compiler_service.fingerprints import weights_part
+from compiler_service.weight_table import pack_weight
+from shared.arch import arch_named
+from shared.engine import (
+    FILE_TYPE,
+    GRAPH_TYPE,
+    KERNELS_TYPE,
+    Blob,
+    EngineDraft,
+    EngineKey,
+    EngineManifest,
+)
+from shared.errors import EngineNotFound, ModelChanged
+from shared.ir import Graph
+from shared.store.local import LocalStore
+from shared.store.weights import WeightWriter
+
+# Share of a build that is done when a stage begins, and the stages in order.
+STAGES = {"import": 0.0, "passes": 0.04, "quantize": 0.06, "kernels": 0.9, "publish": 0.98}
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """What is built, from where. `cache_dir` keeps file hashes between builds."""
+
+    model_uri: str
+    key: EngineKey
+    model: str
+    cache_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class BuildProgress:
+    """Where a build is: `fraction` of the whole, bytes of the checkpoint read in this stage."""
+
+    stage: str
+    fraction: float
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+class BuildCancelled(Exception):
+    """Somebody asked the build to stop; nothing of it is visible."""
+
+
+Report = Callable[[BuildProgress], None]
+IsCancelled = Callable[[], bool]
+
+
+def build(
+    request: BuildRequest,
+    store: LocalStore,
+    report: Report,
+    is_cancelled: IsCancelled = lambda: False,
+) -> EngineManifest:
+    """The engine of `request.key`: built and published, or the one that is there already.
+
+    Args:
+        report: called at every stage and after every weight.
+        is_cancelled: asked as often.
+
+    Raises:
+        BuildCancelled: `is_cancelled` said so.
+        MillraceError: the checkpoint, the key or the disk is at fault.
+    """
+    steps = _Steps(report, is_cancelled)
+    with store.pin():
+        engine = _published(store, request.key)
+        if engine is None:
+            engine = store.publish(_draft(request, store, steps))
+    if engine.model != request.model:
+        store.add_model_name(engine, request.model)
+    return engine
+
+
+def _draft(request: BuildRequest, store: LocalStore, steps: "_Steps") -> EngineDraft:
+    steps.enter("import")
+    checkpoint = open_checkpoint(request.model_uri)
+    hashes = FileHashes(request.cache_dir)
+    total = sum(p.stat().st_size for p in checkpoint.digest_inputs.values() if isinstance(p, Path))
+    if model_digest(checkpoint.digest_inputs, hashes, steps.reading(total)) != (
+        request.key.model_digest
+    ):
+        raise ModelChanged(file=request.model_uri)
+    build_plan = plan(checkpoint, request.key, request.model, lambda: steps.enter("passes"))
+    layers = _adopted_layers(store, request.key)
+    if layers is None:
+        layers = (
+            *_graph_layers(store, build_plan),
+            *_weight_layers(store, build_plan, checkpoint, hashes, steps),
+            *_file_layers(store, build_plan),
+        )
+    steps.enter("kernels")
+    kernels = tuple(
+        store.write_blob([content], KERNELS_TYPE, title)
+        for title, content in machine_code(build_plan.graph, request.key.arch)
+    )
+    steps.enter("publish")
+    return EngineDraft(request.key, request.model, (*layers, *kernels))
+
+
+def machine_code(graph: Graph, arch_name: str) -> list[tuple[str, bytes]]:
+    """The kernel layers of an engine, (title, bytes); none where torch runs the graph."""
+    arch = arch_named(arch_name)
+    if not arch.is_gpu:
+        return []
+    # Only a build for a GPU needs the compiler's half of kernels/.
+    from kernels.aot import compile_variants, pack_kernels
+    from kernels.lowering import variants
+
+    return pack_kernels(compile_variants(variants(graph, arch), arch), arch)
+
+
+def _published(store: LocalStore, key: EngineKey) -> EngineManifest | None:
+    try:
+        return store.get(key.digest)
+    except EngineNotFound:
+        return None
+
+
+def _adopted_layers(store: LocalStore, key: EngineKey) -> tuple[Blob, ...] | None:
+    """The layers of an engine that differs in arch alone, if the store has one and it is whole."""
+    for engine in store.list():
+        other = engine.key
+        if (other.model_digest, other.quant, weights_part(other.builder)) != (
+            key.model_digest,
+            key.quant,
+            weights_part(key.builder),
+        ):
+            continue
+        layers = tuple(blob for blob in engine.layers if blob.media_type != KERNELS_TYPE)
+        if all(store.adopt(blob) for blob in layers):
+            return layers
+    return None
+
+
+def _graph_layers(store: LocalStore, build_plan: BuildPlan) -> tuple[Blob, ...]:
+    return tuple(
+        store.write_blob([graph.to_json().encode()], GRAPH_TYPE, title)
+        for title, graph in (
+            ("graph.json", build_plan.graph),
+            ("graph.source.json", build_plan.source),
+        )
+    )
+
+
+def _weight_layers(
+    store: LocalStore,
+    build_plan: BuildPlan,
+    checkpoint: Checkpoint,
+    hashes: FileHashes,
+    steps: "_Steps",
+) -> tuple[Blob, ...]:
+    """Streams the weights into blobs while a thread reads the files once more and hashes them.
+
+    A file that changes at any moment of the build has another hash or another state at its end.
+    """
+    steps.enter("quantize", build_plan.read_bytes)
+    with ThreadPoolExecutor(1, thread_name_prefix="rehash") as pool:
+        unchanged = pool.submit(
+            verify_unchanged,
+            checkpoint.digest_inputs,
+            hashes,
+            build_plan.key.model_digest,
+            steps.check,
+        )
+        with WeightWriter(store) as writer:
+            for name in build_plan.weight_names:
+                weight = build_plan.graph.weights[name]
+                writer.add(name, pack_weight(checkpoint, weight))
+                steps.read(sum(checkpoint.tensors[part].num_bytes for part in weight.parts))
+            layers = writer.finish()
+        unchanged.result()
+    return layers
+
+
+def _file_layers(store: LocalStore, build_plan: BuildPlan) -> tuple[Blob, ...]:
+    return tuple(
+        store.write_blob([content], FILE_TYPE, title) for title, content in build_plan.files.items()
+    )
+
+
+class _Steps:
+    """Where the build is; every step forward reports, and is where a cancel is noticed."""
+
+    def __init__(self, report: Report, is_cancelled: IsCancelled) -> None:
+        self._report, self._is_cancelled = report, is_cancelled
+        self._stage, self._done, self._total = "import", 0, 0
+
+    def enter(self, stage: str, total_bytes: int = 0) -> None:
+        self._stage, self._done, self._total = stage, 0, total_bytes
+        self._tell()
+
+    def read(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        self._tell()
+
+    def reading(self, total_bytes: int) -> Callable[[int], None]:
+        self._total = total_bytes
+        return self.read
+
+    def check(self, num_bytes: int = 0) -> None:
+        if self._is_cancelled():
+            raise BuildCancelled
+
+    def _tell(self) -> None:
+        self.check()
+        starts = [*STAGES.values(), 1.0]
+        index = list(STAGES).index(self._stage)
+        share = self._done / self._total if self._total else 0.0
+        fraction = starts[index] + share * (starts[index + 1] - starts[index])
+        self._report(BuildProgress(self._stage, fraction, self._done, self._total))

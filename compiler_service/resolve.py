@@ -1,0 +1,90 @@
+"""What is asked for, made exact: a model URI, arches and a scheme become engine keys."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compiler_service.build_plan import plan
+from compiler_service.checkpoints.checkpoint import Checkpoint
+from compiler_service.checkpoints.digest import FileHashes, known_model_digest, model_digest
+from compiler_service.checkpoints.sources import open_checkpoint
+from compiler_service.fingerprints import builder_for
+from compiler_service.quantization import scheme_named
+from shared.arch import arch_named
+from shared.engine import EngineKey, QuantConfig
+from shared.errors import InvalidField
+
+UNSET_QUANT = QuantConfig("")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A request whose every key is known; keys by arch, in the order asked."""
+
+    model: str
+    model_digest: str
+    quant: QuantConfig
+    keys: Mapping[str, EngineKey]
+
+
+def resolve(
+    model_uri: str,
+    archs: Sequence[str],
+    quant: QuantConfig,
+    model: str,
+    cache_dir: Path,
+    on_bytes: Callable[[int], None] | None = None,
+) -> ResolvedModel:
+    """The keys of the engines that are asked for; reads the whole checkpoint if it is new.
+
+    Args:
+        quant: scheme "" means the checkpoint's own float format.
+        model: "" means a name derived from the checkpoint.
+        cache_dir: where hashes of files are kept between calls.
+        on_bytes: told how many bytes were just hashed.
+
+    Raises:
+        ModelNotFound, InvalidModel, UnsupportedModel: the checkpoint cannot be used.
+        UnsupportedArch, UnsupportedQuant, InvalidField: the request cannot be met.
+    """
+    checkpoint = _open(model_uri, archs, quant)
+    digest = model_digest(checkpoint.digest_inputs, FileHashes(cache_dir), on_bytes)
+    return _resolved(checkpoint, archs, quant, model, digest)
+
+
+def resolve_cached(
+    model_uri: str, archs: Sequence[str], quant: QuantConfig, model: str, cache_dir: Path
+) -> ResolvedModel | None:
+    """As `resolve`, but None where files would have to be hashed first: never slow on a disk."""
+    checkpoint = _open(model_uri, archs, quant)
+    digest = known_model_digest(checkpoint.digest_inputs, FileHashes(cache_dir))
+    return None if digest is None else _resolved(checkpoint, archs, quant, model, digest)
+
+
+def _open(model_uri: str, archs: Sequence[str], quant: QuantConfig) -> Checkpoint:
+    """Opens the checkpoint, once everything was checked that needs no file."""
+    if not archs:
+        raise InvalidField(field="archs", problem="name at least one, such as cpu or sm_90")
+    rows = [arch_named(name) for name in archs]
+    if quant != UNSET_QUANT:
+        scheme = scheme_named(quant)
+        for row in rows:
+            scheme.require_arch(quant, row)
+        scheme.resolve(quant)
+    return open_checkpoint(model_uri)
+
+
+def _resolved(
+    checkpoint: Checkpoint, archs: Sequence[str], quant: QuantConfig, model: str, digest: str
+) -> ResolvedModel:
+    if not quant.scheme:
+        quant = QuantConfig(checkpoint.float_format, quant.group_size)
+    quant = scheme_named(quant).resolve(quant)
+    keys = {
+        arch: EngineKey(digest, arch, quant, builder_for(arch)) for arch in dict.fromkeys(archs)
+    }
+    name = model or checkpoint.name
+    # The plan is what finds a checkpoint that contradicts itself, before anything is queued.
+    for key in keys.values():
+        plan(checkpoint, key, name)
+    return ResolvedModel(name, digest, quant, keys)

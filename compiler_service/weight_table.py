@@ -1,0 +1,86 @@
+"""A graph's weights out of a checkpoint: do they fit, and the packing of them, a part at a time."""
+
+from collections.abc import Mapping
+
+import torch
+
+from compiler_service.checkpoints.checkpoint import Checkpoint, TensorInfo
+from kernels.linear.layouts import LAYOUTS
+from shared.errors import InvalidModel
+from shared.ir import Graph, WeightSpec
+
+# Tensors that old checkpoints carry and that say nothing.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+_CHUNK_VALUES = 1 << 22
+
+
+def require_tensors(graph: Graph, tensors: Mapping[str, TensorInfo]) -> None:
+    """Checks that a checkpoint's tensors are those that the graph wants, and have its shapes.
+
+    Raises:
+        InvalidModel: one is missing, left over, or has another shape than config.json says.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    for weight in graph.weights.values():
+        for part, rows in zip(weight.parts, weight.part_rows, strict=True):
+            wanted[part] = (rows, *weight.shape[1:])
+    missing = sorted(set(wanted) - set(tensors))
+    if missing:
+        raise InvalidModel(problem=f"{_count(missing)} missing that config.json implies")
+    for name, shape in wanted.items():
+        found = tensors[name].shape
+        if found != shape:
+            raise InvalidModel(
+                problem=f"{name} has shape {list(found)} and config.json implies {list(shape)}"
+            )
+    # A tied head is often stored again beside the embedding that it equals.
+    ignored = {"lm_head.weight"} if "lm_head" not in graph.weights else set()
+    extra = sorted(
+        name
+        for name in set(tensors) - set(wanted) - ignored
+        if not name.endswith(_IGNORED_SUFFIXES)
+    )
+    if extra:
+        raise InvalidModel(problem=f"{_count(extra)} left over that config.json does not imply")
+
+
+def weights_in_order(graph: Graph) -> list[str]:
+    """Weight names in the order in which the graph first uses them: how they lie in an engine."""
+    return list(dict.fromkeys(name for node in graph.nodes for name in node.weights.values()))
+
+
+def stored_tensors(weight: WeightSpec) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Role to (shape, dtype) of what a weight's layout stores."""
+    return LAYOUTS[weight.layout].roles(weight.shape, weight.dtype, weight.group_size)
+
+
+def pack_weight(checkpoint: Checkpoint, weight: WeightSpec) -> dict[str, torch.Tensor]:
+    """The packed tensors, by role, of a weight: its parts are packed one by one and joined.
+
+    Raises:
+        InvalidModel: a part holds NaN or infinity.
+    """
+    packed = [_pack_part(checkpoint, weight, part) for part in weight.parts]
+    if len(packed) == 1:
+        return packed[0]
+    return {role: torch.cat([tensors[role] for tensors in packed]) for role in packed[0]}
+
+
+def _pack_part(checkpoint: Checkpoint, weight: WeightSpec, part: str) -> dict[str, torch.Tensor]:
+    tensor = checkpoint.read(part)
+    _require_finite(part, tensor)
+    if weight.layout == "plain":
+        tensor = tensor.to(getattr(torch, weight.dtype))
+    return LAYOUTS[weight.layout].pack(tensor, weight.group_size)
+
+
+def _require_finite(name: str, tensor: torch.Tensor) -> None:
+    for chunk in torch.split(tensor.reshape(-1), _CHUNK_VALUES):
+        if not bool(torch.isfinite(chunk).all()):
+            raise InvalidModel(problem=f"{name} holds NaN or infinity")
+
+
+def _count(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"tensor {names[0]} is"
+    return f"{len(names)} tensors, such as {names[0]}, are"
