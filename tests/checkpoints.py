@@ -98,7 +98,7 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{index}."
         for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
             shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, hidden)
-            if config["model_type"] == "qwen2":
+            if config["model_type"] == "qwen2" or config.get("attention_bias"):
                 shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
             if config["model_type"] == "qwen3" and name != "v":
                 shapes[f"{layer}self_attn.{name}_norm.weight"] = (dim,)
@@ -108,6 +108,11 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[f"{layer}mlp.down_proj.weight"] = (hidden, ffn)
         shapes[f"{layer}input_layernorm.weight"] = (hidden,)
         shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
+        if config.get("attention_bias"):
+            shapes[f"{layer}self_attn.o_proj.bias"] = (hidden,)
+        if config.get("mlp_bias"):
+            for name, rows in (("gate", ffn), ("up", ffn), ("down", hidden)):
+                shapes[f"{layer}mlp.{name}_proj.bias"] = (rows,)
     shapes["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)

@@ -46,7 +46,7 @@ def test_rows_packed_in_pieces_are_the_same_bytes(name: str, group_size: int) ->
     """Parts of a fused weight are packed one by one."""
     weight = _weight()
     whole = LAYOUTS[name].pack(weight, group_size)
-    pieces = [LAYOUTS[name].pack(part, group_size) for part in torch.split(weight, (5, 31, 1))]
+    pieces = [LAYOUTS[name].pack(part, group_size) for part in torch.split(weight, [5, 31, 1])]
     for role, tensor in whole.items():
         joined = torch.cat([piece[role] for piece in pieces])
         assert torch.equal(joined.view(torch.uint8), tensor.view(torch.uint8)), role
