@@ -4,14 +4,13 @@ A crash or running out of memory kills this process alone. It reads one job, a l
 stdin, and writes lines of JSON to stdout; stderr is its log.
 
     in    {"model_uri", "model", "key": {...}, "store": folder, "cache_dir": folder}
-    out   {"progress": {"stage", "fraction", "done_bytes", "total_bytes"}}     any number
-    out   {"engine": name}  or  {"error": base64 of a google.rpc.Status}       last, exactly one
+    out   {"stage", "fraction", "done_bytes", "total_bytes"}               any number
+    out   {"engine": name}  or  {"error": base64 of a google.rpc.Status}   last, exactly one
 
 SIGTERM cancels: it ends with exit status 143, and no line follows. It dies with its parent.
 """
 
 import base64
-import ctypes
 import json
 import os
 import signal
@@ -29,30 +28,18 @@ from compiler_service.builder import BuildCancelled, BuildProgress, BuildRequest
 from shared.engine import EngineKey
 from shared.errors import Internal, MillraceError, to_status
 from shared.log import configure_logging
+from shared.redis import end_with_parent
 from shared.store.local import LocalStore
 
 CANCELLED_STATUS = 128 + signal.SIGTERM
 MIN_REPORT_INTERVAL_S = 0.1
-_PR_SET_PDEATHSIG = 1
 
 log = structlog.get_logger()
 
 
-def job_line(request: BuildRequest, store: Path) -> str:
-    """The job as a child reads it from stdin."""
-    job = {
-        "model_uri": request.model_uri,
-        "model": request.model,
-        "key": request.key.to_dict(),
-        "store": str(store),
-        "cache_dir": str(request.cache_dir),
-    }
-    return json.dumps(job) + "\n"
-
-
 def main() -> int:
     """Builds what stdin asks for; the exit status: 0 built, 1 failed, 143 cancelled."""
-    _die_with_parent(os.getppid())
+    end_with_parent(os.getppid(), signal.SIGKILL)
     # Results have stdout to themselves: libraries that print do so into the log.
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -87,7 +74,7 @@ def _build(job: dict[str, Any], results: IO[str], is_cancelled: Callable[[], boo
         stages.setdefault(progress.stage, round(now - started_s, 3))
         if progress.stage != last_stage or now - last_s >= MIN_REPORT_INTERVAL_S:
             last_stage, last_s = progress.stage, now
-            _send(results, progress=asdict(progress))
+            _send(results, **asdict(progress))
 
     engine = build(request, LocalStore(job["store"]), report, is_cancelled)
     log.info(
@@ -106,15 +93,6 @@ def _send(results: IO[str], **message: object) -> None:
 
 def _encoded(error: MillraceError) -> str:
     return base64.b64encode(to_status(error).SerializeToString()).decode()
-
-
-def _die_with_parent(parent: int) -> None:
-    """Asks the kernel for SIGKILL when the parent ends, also if it ended meanwhile."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
