@@ -23,6 +23,9 @@ KERNELS_TYPE = "application/vnd.millrace.engine.kernels.v1"
 MAX_WEIGHT_BLOB_BYTES = 256 << 20
 WEIGHT_ALIGNMENT_BYTES = 256
 
+# What a group size of 0 stands for in schemes that have groups; part of the wire contract.
+DEFAULT_GROUP_SIZES = {"int4": 64}
+
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -45,6 +48,12 @@ class QuantConfig:
 
     def __str__(self) -> str:
         return f"{self.scheme}-g{self.group_size}" if self.group_size else self.scheme
+
+    @property
+    def resolved(self) -> "QuantConfig":
+        """This quantization with its default group size spelled out."""
+        size = self.group_size or DEFAULT_GROUP_SIZES.get(self.scheme, 0)
+        return QuantConfig(self.scheme, size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,16 +75,15 @@ class BlobWriter:
         assert self._blob is not None, "the blob is not finished"
         return self._blob
 
-    def close(self, media_type: str, title: str) -> Blob:
+    def finish(self, media_type: str, title: str) -> Blob:
         """What was written, which is on the disk from now on."""
         os.fsync(self._file.fileno())
-        self._file.close()
         digest = f"sha256:{self._hash.hexdigest()}"
         self._blob = Blob(media_type, digest, self.size_bytes, title)
         return self._blob
 
-    def discard(self) -> None:
-        """Removes what was written."""
+    def close(self) -> None:
+        """Removes what was not given its place, and lets sweeps have it."""
         self.path.unlink(missing_ok=True)
         self._file.close()
 
@@ -217,11 +216,10 @@ class BlobFolder:
                 writer = BlobWriter(self.partial / f"{os.getpid()}-{uuid.uuid4().hex}")
             try:
                 yield writer
-                blob = writer.close(media_type, title)
+                blob = writer.finish(media_type, title)
                 self.place(writer.path, blob.digest)
-            except BaseException:
-                writer.discard()
-                raise
+            finally:
+                writer.close()
 
     def write(self, chunks: Iterable[Bytes], media_type: str, title: str = "") -> Blob:
         """The blob that `chunks` make; on the disk when this returns.
@@ -312,10 +310,15 @@ class BlobFolder:
     def _set_aside(self, digest: str, stamp: tuple[int, int, int]) -> None:
         self._verified.pop(digest, None)
         path = self._path(digest)
-        with self.adding():
-            # Somebody may have put a good file there since.
-            if path.exists() and _stamp(path.stat()) == stamp:
-                os.replace(path, self._corrupt / path.name)
+        try:
+            with self.adding():
+                # Somebody may have put a good file there since.
+                if path.exists() and _stamp(path.stat()) == stamp:
+                    os.replace(path, self._corrupt / path.name)
+        except OSError as error:
+            # A reader that may not write refuses the blob all the same; its owner sets it aside.
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ else (`index.json`, the selectors) follows from the names.
     blobs/ and others               blobs.py
     engines/<key digest>            the engine's manifest descriptor and its time of publication
     selectors/<selector digest>/    a name `<key digest>` for every engine that was named so
-    locks/index                     held while index.json is made
+    locks/names                     held while names and index.json change
 """
 
 import contextlib
@@ -143,7 +143,7 @@ class LocalStore:
 
         Raises:
             BlobNotFound: a layer is not in the store.
-            DiskFull: there is no room; no name was made.
+            DiskFull: there is no room; the engine has no name, or is whole.
         """
         with self.pin():
             config = self.blobs.write([oci.config_json(draft)], oci.CONFIG_TYPE)
@@ -155,7 +155,7 @@ class LocalStore:
     ) -> EngineManifest:
         """Names the engine whose manifest and other blobs are here, unless it has a name."""
         record = {"manifest": oci.descriptor(manifest), "created_s": created_s}
-        with self.blobs.disk_full(), self.blobs.adding():
+        with self._naming():
             self._require(manifest, created_s)
             for name in {model, key.model_digest}:
                 self._select(EngineSelector(name, key.arch, key.quant), key.digest)
@@ -168,7 +168,7 @@ class LocalStore:
     def add_model_name(self, engine: EngineManifest, model: str) -> None:
         """Lets selectors find the engine by this model name too."""
         key = engine.key
-        with self.blobs.disk_full(), self.blobs.adding():
+        with self._naming():
             self._select(EngineSelector(model, key.arch, key.quant), key.digest)
 
     def delete(self, name: str) -> EngineManifest:
@@ -177,17 +177,27 @@ class LocalStore:
         Raises:
             EngineNotFound: there is none.
         """
-        engine = self.get(name)
-        with self.blobs.disk_full(), self.blobs.adding():
-            (self._engines / engine.key.digest).unlink(missing_ok=True)
+        with self._naming():
+            engine = self.get(name)
+            (self._engines / engine.key.digest).unlink()
             for path in self._selectors.glob(f"*/{engine.key.digest}"):
-                path.unlink(missing_ok=True)
+                path.unlink()
             self._write_index()
         return engine
 
     def sweep(self, grace_s: float = DEFAULT_GRACE_S) -> Sweep:
         """Removes blobs that no engine and no pin needs and that are older than `grace_s`."""
         return self.blobs.sweep(self._referenced, grace_s)
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        # In this order everywhere: no sweep, then no other change of names.
+        with (
+            self.blobs.disk_full(),
+            self.blobs.adding(),
+            FileLock(self.root / "locks" / "names"),
+        ):
+            yield
 
     def _resolve(self, name: str) -> str:
         prefix = name.removeprefix("engines/")
@@ -222,7 +232,7 @@ class LocalStore:
         return engine
 
     def _selector_folder(self, selector: EngineSelector) -> Path:
-        quant = selector.quant
+        quant = selector.quant.resolved
         parts = [selector.model, selector.arch, quant.scheme, quant.group_size]
         return self._selectors / hashlib.sha256(canonical_json(parts)).hexdigest()
 
@@ -245,13 +255,12 @@ class LocalStore:
         sync_folder(self._engines)
 
     def _write_index(self) -> None:
-        with FileLock(self.root / "locks" / "index"):
-            engines = self.list()
-            refs = []
-            for ref, group in oci.group_by_index(engines).items():
-                refs.append((ref, self.blobs.write([oci.index_json(group)], oci.INDEX_TYPE)))
-            refs += [(engine.key.digest, engine.manifest) for engine in engines]
-            self._replace(self.root / "index.json", oci.layout_index_json(refs))
+        engines = self.list()
+        refs = []
+        for ref, group in oci.group_by_index(engines).items():
+            refs.append((ref, self.blobs.write([oci.index_json(group)], oci.INDEX_TYPE)))
+        refs += [(engine.key.digest, engine.manifest) for engine in engines]
+        self._replace(self.root / "index.json", oci.layout_index_json(refs))
 
     def _referenced(self) -> set[str]:
         index = self.root / "index.json"

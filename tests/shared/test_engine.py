@@ -53,6 +53,12 @@ def test_name_of_a_key_never_changes() -> None:
     assert KEY.digest == "34717060309c8f3ecdd11368f57e4977b9b5e5b6ab0320de9260fad67059c488"
 
 
+def test_default_group_size_is_spelled_out() -> None:
+    assert QuantConfig("int4").resolved == QuantConfig("int4", 64).resolved
+    assert QuantConfig("int4", 32).resolved == QuantConfig("int4", 32)
+    assert QuantConfig("int8").resolved == QuantConfig("int8")
+
+
 def test_digests_are_told_from_other_text() -> None:
     assert is_digest("sha256:" + "a0" * 32)
     for text in ("a0" * 32, "sha256:" + "A0" * 32, "sha256:" + "a0" * 31, "sha256:" + "a0" * 33):

@@ -105,6 +105,13 @@ def test_engine_is_not_found_by_other_names(store: LocalStore) -> None:
     assert [store.find(selector) for selector in selectors] == [None] * 4
 
 
+def test_default_group_size_and_its_value_are_one_selector(store: LocalStore) -> None:
+    engine = publish_engine(store, engine_key(quant=QuantConfig("int4", 64)))
+    assert store.find(EngineSelector("tiny", "cpu", QuantConfig("int4"))) == engine
+    assert store.find(EngineSelector("tiny", "cpu", QuantConfig("int4", 64))) == engine
+    assert store.find(EngineSelector("tiny", "cpu", QuantConfig("int4", 32))) is None
+
+
 def test_prefix_that_fits_two_engines_is_refused(store: LocalStore) -> None:
     # 6 characters collide once in 2**24; a prefix is shared here by making a twin's file.
     engine = publish_engine(store)
@@ -323,12 +330,12 @@ def test_two_processes_publish_one_engine(store: LocalStore) -> None:
     store.verify(engine)
 
 
-# One mebibyte of room, in a mount namespace of its own.
+# A mebibyte of room.
 FULL_DISK = """
 import sys
 from shared.errors import DiskFull
 from shared.store import LocalStore
-from tests.shared.engines import draft_engine, engine_key, publish_engine, weight_bytes
+from tests.shared.engines import engine_key, publish_engine, weight_bytes
 store = LocalStore(sys.argv[1])
 first = publish_engine(store)
 try:
@@ -341,25 +348,51 @@ assert not list((store.root / 'partial').iterdir())
 publish_engine(store, engine_key('sm_90'), graph=b'small')
 """
 
+READ_ONLY = """
+import sys
+from shared.errors import DigestMismatch
+from shared.store import LocalStore
+store = LocalStore(sys.argv[1])
+good, corrupt = sorted(store.list(), key=lambda engine: engine.model)
+store.verify(good)
+try:
+    store.verify(corrupt)
+except DigestMismatch as error:
+    print(error.fields['digest'])
+assert store.list() == (good, corrupt) or store.list() == (corrupt, good)
+"""
 
-def test_full_disk_is_an_error_of_ours_and_leaves_no_half_engine(tmp_path: Path) -> None:
-    """Law 7: a full disk is DISK_FULL, and no half engine is visible."""
-    mount = f'mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}'
+
+def run_mounted(mount: str, script: str, root: Path) -> str:
+    """What a Python script prints that runs with `mount` in a mount namespace of its own."""
     own_mounts = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["-Ur"])]
-    probe = subprocess.run(
-        [*own_mounts, "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True
-    )
-    if probe.returncode != 0:
-        pytest.skip(f"no mount namespaces here: {probe.stderr.decode().strip()}")
+    probe = [*own_mounts, "mount", "-t", "tmpfs", "none", "/mnt"]
+    probed = subprocess.run(probe, capture_output=True, text=True)
+    if probed.returncode != 0:
+        pytest.skip(f"no mount namespaces here: {probed.stderr.strip()}")
+    command = f'{mount} && exec {sys.executable} -c "$0" {root}'
     run = subprocess.run(
-        [*own_mounts, "sh", "-c", mount, FULL_DISK],
+        [*own_mounts, "sh", "-c", command, script],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout == f"{DiskFull(path=tmp_path)}\n"
+    return run.stdout
+
+
+def test_full_disk_is_an_error_of_ours_and_leaves_no_half_engine(tmp_path: Path) -> None:
+    """Law 7: a full disk is DISK_FULL, and no half engine is visible."""
+    printed = run_mounted(f"mount -t tmpfs -o size=1m none {tmp_path}", FULL_DISK, tmp_path)
+    assert printed == f"{DiskFull(path=tmp_path)}\n"
+
+
+def test_store_that_cannot_be_written_is_read_and_refuses_corrupt_blobs(store: LocalStore) -> None:
+    publish_engine(store, engine_key(model="good"), "good")
+    bad = publish_engine(store, engine_key(model="bad"), "tampered", weights=weight_bytes(99, 1))
+    corrupt(store, bad.layers[1])
+    mount = f"mount --bind {store.root} {store.root} && mount -o remount,ro,bind {store.root}"
+    assert run_mounted(mount, READ_ONLY, store.root) == f"{bad.layers[1].digest}\n"
 
 
 def test_stores_open_by_url(tmp_path: Path) -> None:
