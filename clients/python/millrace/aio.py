@@ -1,0 +1,153 @@
+"""The asyncio client: as `Client`, with `await`."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from itertools import count
+from typing import Self, TypeVar, Unpack
+
+import grpc
+
+from millrace.async_stream import AsyncStream, SingleCall
+from millrace.builds import build_request, has_ended, raise_if_failed
+from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, open_async_channel
+from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
+from millrace.engine.v1 import engine_pb2
+from millrace.errors import MillraceError, from_rpc_error
+from millrace.generation import GenerateOptions, Prompt, start_generation
+from millrace.retries import Retries
+from millrace.runtime.v1 import runtime_pb2, runtime_pb2_grpc
+from millrace.session import Session
+
+_Answer = TypeVar("_Answer")
+_GenerateCall = grpc.aio.StreamStreamCall[runtime_pb2.GenerateRequest, runtime_pb2.GenerateResponse]
+
+
+class AsyncClient:
+    """Both daemons, from one place; make it inside a running event loop. As `Client`."""
+
+    def __init__(
+        self,
+        compiler: str = DEFAULT_COMPILER,
+        runtime: str = DEFAULT_RUNTIME,
+        *,
+        timeout_s: float = 30.0,
+        retries: Retries | None = None,
+    ) -> None:
+        self._compiler_address, self._runtime_address = compiler, runtime
+        self._timeout_s = timeout_s
+        self._retries = retries or Retries()
+        self._compiler_channel = open_async_channel(compiler)
+        self._runtime_channel = open_async_channel(runtime)
+        self._compiler = compiler_pb2_grpc.CompilerServiceStub(self._compiler_channel)
+        self._runtime = runtime_pb2_grpc.RuntimeServiceStub(self._runtime_channel)
+
+    async def close(self) -> None:
+        """Closes the connections; what streams still run end as cancelled."""
+        await self._compiler_channel.close()
+        await self._runtime_channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def build(
+        self,
+        model_uri: str,
+        archs: Sequence[str] = ("cpu",),
+        quant: str = "",
+        *,
+        group_size: int = 0,
+        model: str = "",
+        on_change: Callable[[compiler_pb2.Operation], None] | None = None,
+    ) -> compiler_pb2.Operation:
+        """As `Client.build`."""
+        request = build_request(model_uri, archs, quant, group_size, model)
+        operation = (await self._ask_compiler(self._compiler.BuildEngine, request)).operation
+        name = operation.name
+        async for operation in self.watch_operation(name):
+            if on_change is not None:
+                on_change(operation)
+        raise_if_failed(operation)
+        return operation
+
+    async def watch_operation(self, name: str) -> AsyncIterator[compiler_pb2.Operation]:
+        """As `Client.watch_operation`."""
+        request = compiler_pb2.WatchOperationRequest(name=name)
+        attempt = 0
+        while True:
+            try:
+                async for response in self._compiler.WatchOperation(request):
+                    attempt = 0
+                    yield response.operation
+                    if has_ended(response.operation):
+                        return
+            except grpc.RpcError as raised:
+                attempt += 1
+                await self._wait_or_raise(from_rpc_error(raised, self._compiler_address), attempt)
+
+    async def get_engine(self, name: str) -> compiler_pb2.GetEngineResponse:
+        """As `Client.get_engine`."""
+        request = compiler_pb2.GetEngineRequest(name=name)
+        return await self._ask_compiler(self._compiler.GetEngine, request)
+
+    async def get_status(self) -> runtime_pb2.GetStatusResponse:
+        """As `Client.get_status`."""
+        request = runtime_pb2.GetStatusRequest()
+        return await self._ask(
+            self._runtime.GetStatus, request, self._runtime_address, self._timeout_s
+        )
+
+    async def load_engine(
+        self, model: str, quant: str, *, group_size: int = 0, arch: str = "", model_uri: str = ""
+    ) -> engine_pb2.Engine:
+        """As `Client.load_engine`."""
+        quant_config = engine_pb2.QuantConfig(scheme=quant, group_size=group_size)
+        selector = engine_pb2.EngineSelector(model=model, arch=arch, quant=quant_config)
+        request = runtime_pb2.LoadEngineRequest(selector=selector, model_uri=model_uri)
+        method = self._runtime.LoadEngine
+        return (await self._ask(method, request, self._runtime_address, None)).engine
+
+    def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> "AsyncStream":
+        """As `Client.generate`, with `async with` and `async for`."""
+        start = start_generation(prompt, **options)
+        request = runtime_pb2.GenerateStreamRequest(start=start)
+        return AsyncStream(
+            lambda: SingleCall(self._runtime.GenerateStream(request)),
+            self._runtime_address,
+            self._retries,
+        )
+
+    def session(self) -> "Session":
+        """Many generations on one call, for callers with many streams.
+
+        async with client.session() as session:
+            await asyncio.gather(*(session.generate(prompt).wait() for prompt in prompts))
+        """
+        return Session(self._runtime.Generate(), self._runtime_address, self._retries)
+
+    async def _ask_compiler(
+        self, method: Callable[..., Awaitable[_Answer]], request: object
+    ) -> _Answer:
+        return await self._ask(method, request, self._compiler_address, self._timeout_s)
+
+    async def _ask(
+        self,
+        method: Callable[..., Awaitable[_Answer]],
+        request: object,
+        address: str,
+        timeout_s: float | None,
+    ) -> _Answer:
+        for attempt in count(1):
+            try:
+                return await method(request, timeout=timeout_s)
+            except grpc.RpcError as raised:
+                await self._wait_or_raise(from_rpc_error(raised, address), attempt)
+        raise AssertionError("unreachable: the loop returns or raises")
+
+    async def _wait_or_raise(self, error: MillraceError, attempt: int) -> None:
+        delay_s = self._retries.delay_s(error, attempt)
+        if delay_s is None:
+            raise error from None
+        await asyncio.sleep(delay_s)

@@ -1,0 +1,91 @@
+"""What a call can raise: one exception, with everything that the daemon said.
+
+Decodes google.rpc.Status as the daemons send it: an ErrorInfo of the domain `millrace`, RetryInfo
+where trying again can help, BadRequest for fields.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+UNREACHABLE = "UNREACHABLE"
+_DETAILS_KEY = "grpc-status-details-bin"
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+@dataclass(eq=False)
+class MillraceError(Exception):
+    """A call, a build or a generation failed.
+
+    Args:
+        message: one sentence for people: what is wrong, what was found, what to do.
+        reason: for programs, such as `ENGINE_NOT_FOUND`; docs/API.md lists them. `UNREACHABLE`
+            where no daemon answered, and the name of the code where a status carried no reason.
+        code: gRPC status code.
+        metadata: the values that the message speaks of.
+        retry_after_s: set where trying again can help: wait this long first.
+    """
+
+    message: str
+    reason: str
+    code: grpc.StatusCode
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    retry_after_s: float | None = None
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def from_status(status: status_pb2.Status) -> MillraceError:
+    """The error that `status` says."""
+    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    error = MillraceError(status.message, code.name, code)
+    for packed in status.details:
+        info = error_details_pb2.ErrorInfo()
+        retry = error_details_pb2.RetryInfo()
+        if packed.Unpack(info):
+            error.reason, error.metadata = info.reason, dict(info.metadata)
+        elif packed.Unpack(retry):
+            error.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+    return error
+
+
+def from_rpc_error(raised: grpc.RpcError, address: str) -> MillraceError:
+    """The error that a call of the daemon at `address` ended with."""
+    assert isinstance(raised, grpc.Call | grpc.aio.AioRpcError), "every ended call has a status"
+    for key, value in raised.trailing_metadata() or ():
+        if key == _DETAILS_KEY and isinstance(value, bytes):
+            return from_status(status_pb2.Status.FromString(value))
+    code, details = raised.code(), raised.details() or ""
+    if code is grpc.StatusCode.UNAVAILABLE:
+        message = f"No daemon answers at {address}; start one with: millrace up"
+        return MillraceError(message, UNREACHABLE, code, {"address": address, "details": details})
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        details = f"The daemon at {address} did not answer in time."
+    return MillraceError(details or code.name, code.name, code, {"address": address})
+
+
+def build_cancelled(name: str) -> MillraceError:
+    """The error of waiting for a build that somebody cancelled."""
+    return MillraceError(
+        f"The build {name} was cancelled.", "CANCELLED", grpc.StatusCode.CANCELLED, {"build": name}
+    )
+
+
+def corrupt_blob(digest: str, found: str) -> MillraceError:
+    """The error of bytes that are not those of their name."""
+    return MillraceError(
+        f"Blob {digest} arrived with other bytes ({found}); it was not used.",
+        "DIGEST_MISMATCH",
+        grpc.StatusCode.DATA_LOSS,
+        {"digest": digest, "found": found},
+    )
+
+
+def call_ended(address: str) -> MillraceError:
+    """The error of a daemon that ended a call before its generations had ended."""
+    return MillraceError(
+        f"The daemon at {address} ended the call.", "CALL_ENDED", grpc.StatusCode.UNAVAILABLE
+    )

@@ -1,0 +1,238 @@
+"""A generation as the SDK sees it: how it is asked for, and what comes back; pure.
+
+Blocking, async and multiplexed streams all build their request with `start_generation` and feed
+the events to a `Collector`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict, Unpack
+
+from google.protobuf.duration_pb2 import Duration
+
+from millrace.errors import from_status
+from millrace.runtime.v1 import runtime_pb2 as pb
+
+FinishReason = Literal["stop_token", "stop_string", "length", "cancelled", "unspecified"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text, token ids, or messages for the model's chat template."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Everything that can be asked of a generation; protos/millrace/runtime/v1 documents each.
+
+    `stop` are strings and `stop_token_ids` ids that end it; `timeout_s` counts queueing. Decoding
+    is greedy unless `temperature` is set.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+    n: int
+    logprobs: bool
+    top_logprobs: int
+    prompt_logprobs: bool
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_end_tokens: bool
+    timeout_s: float
+    priority: int
+
+
+_STOP_FIELDS = {
+    "max_new_tokens": "max_new_tokens",
+    "min_new_tokens": "min_new_tokens",
+    "stop": "strings",
+    "stop_token_ids": "token_ids",
+    "ignore_end_tokens": "ignore_end_tokens",
+}
+
+
+def start_generation(
+    prompt: Prompt, request_id: str = "", **options: Unpack[GenerateOptions]
+) -> pb.StartGeneration:
+    """The wire form of what is asked.
+
+    Raises:
+        TypeError: an option does not exist, or has the wrong type.
+    """
+    if unknown := options.keys() - GenerateOptions.__annotations__.keys():
+        raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
+    start = pb.StartGeneration(request_id=request_id, priority=options.get("priority", 0))
+    _set_prompt(start, prompt)
+    sampling: dict[str, object] = {}
+    stop: dict[str, object] = {}
+    for name, value in options.items():
+        if name in _STOP_FIELDS:
+            stop[_STOP_FIELDS[name]] = value
+        elif name not in ("timeout_s", "priority"):
+            sampling[name] = value
+    start.sampling.CopyFrom(pb.SamplingParams(**sampling))  # type: ignore[arg-type]
+    start.stop.CopyFrom(pb.StopConditions(**stop))  # type: ignore[arg-type]
+    if "timeout_s" in options:
+        start.timeout.FromMilliseconds(round(options["timeout_s"] * 1000))
+    return start
+
+
+def _set_prompt(start: pb.StartGeneration, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        start.text = prompt
+        return
+    messages = [item for item in prompt if not isinstance(item, int)]
+    if not messages:
+        ids = [item for item in prompt if isinstance(item, int)]
+        start.token_ids.CopyFrom(pb.TokenIds(ids=ids))
+        return
+    if len(messages) != len(prompt):
+        raise TypeError("a prompt is text, token ids or messages, not a mix of them")
+    for message in messages:
+        start.chat.messages.add(role=message["role"], content=message["content"])
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New tokens of one sample.
+
+    Args:
+        text: what they add to the text; may be empty while a character is unfinished.
+        logprobs: one per token, when asked for.
+        prompt_logprobs: one per prompt token after the first, when asked for; first chunk only.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    sample_index: int
+    logprobs: tuple[pb.TokenLogprob, ...]
+    prompt_logprobs: tuple[pb.TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One whole answer. `stop_string` and `stop_token_id` say what ended it, where they did."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_string: str
+    stop_token_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished generation.
+
+    Args:
+        seed: repeats it exactly.
+        generated_tokens: over all samples.
+        time_to_first_token_s: as the daemon counts it, queueing included.
+    """
+
+    samples: tuple[Sample, ...]
+    seed: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    queued_s: float
+    time_to_first_token_s: float
+    total_s: float
+
+    @property
+    def text(self) -> str:
+        """The first sample's text."""
+        return self.samples[0].text
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second after the first token; 0 where there was at most one."""
+        decoding_s = self.total_s - self.time_to_first_token_s
+        rest = self.generated_tokens - len(self.samples)
+        return rest / decoding_s if rest > 0 and decoding_s > 0 else 0.0
+
+
+class Collector:
+    """Turns the events of one generation into chunks, and at the end into a `Generation`."""
+
+    def __init__(self) -> None:
+        self.has_started = False
+        self.result: Generation | None = None
+        self._seed = 0
+        self._texts: dict[int, list[str]] = {}
+        self._token_ids: dict[int, list[int]] = {}
+
+    def take(self, event: pb.Event) -> Chunk | None:
+        """The chunk that `event` brings, if it is one.
+
+        Raises:
+            MillraceError: the generation failed.
+        """
+        kind = event.WhichOneof("event")
+        if kind == "error":
+            raise from_status(event.error)
+        self.has_started = True
+        if kind == "started":
+            self._seed = event.started.seed
+        elif kind == "tokens":
+            return self._take_tokens(event.tokens)
+        elif kind == "finished":
+            self.result = self._finish(event.finished)
+        return None
+
+    def take_all(self, events: Iterable[pb.Event]) -> list[Chunk]:
+        """The chunks that `events` bring."""
+        return [chunk for event in events if (chunk := self.take(event)) is not None]
+
+    def _take_tokens(self, tokens: pb.TokenChunk) -> Chunk:
+        index, ids = tokens.sample_index, tuple(tokens.token_ids)
+        self._texts.setdefault(index, []).append(tokens.text)
+        self._token_ids.setdefault(index, []).extend(ids)
+        return Chunk(tokens.text, ids, index, tuple(tokens.logprobs), tuple(tokens.prompt_logprobs))
+
+    def _finish(self, finished: pb.GenerationFinished) -> Generation:
+        usage, timings = finished.usage, finished.timings
+        return Generation(
+            samples=tuple(
+                Sample(
+                    text="".join(self._texts.get(sample.sample_index, ())),
+                    token_ids=tuple(self._token_ids.get(sample.sample_index, ())),
+                    finish_reason=_finish_reason(sample.reason),
+                    stop_string=sample.stop_string,
+                    stop_token_id=(
+                        sample.stop_token_id if sample.HasField("stop_token_id") else None
+                    ),
+                )
+                for sample in sorted(finished.samples, key=lambda sample: sample.sample_index)
+            ),
+            seed=self._seed,
+            prompt_tokens=usage.prompt_tokens,
+            cached_prompt_tokens=usage.cached_prompt_tokens,
+            generated_tokens=usage.generated_tokens,
+            queued_s=_seconds(timings.queued),
+            time_to_first_token_s=_seconds(timings.time_to_first_token),
+            total_s=_seconds(timings.total),
+        )
+
+
+def _finish_reason(reason: "pb.FinishReason.ValueType") -> FinishReason:
+    name = pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
+    return name  # type: ignore[return-value]
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
