@@ -1,0 +1,116 @@
+"""One build in a child process: a crash, or the system's out-of-memory killer, ends only the child.
+
+What the child is told and tells is written at the head of build_child.py.
+"""
+
+import asyncio
+import base64
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import structlog
+from google.rpc import status_pb2
+
+from compiler_service.build_queue import BuildProgress
+from shared.redis import end_with_parent
+
+_TERMINATE_S = 5.0
+_MAX_LINE_BYTES = 1 << 20
+
+
+class BuildProcess:
+    """A running build. It dies with this process; call `end` in any case.
+
+    Args:
+        command: starts the child.
+        job: the line that the child reads.
+    """
+
+    def __init__(self, command: Sequence[str], job: str) -> None:
+        self._command = command
+        self._job = job
+        self._process: asyncio.subprocess.Process | None = None
+        self._start = time.monotonic()
+        self._stages: list[tuple[str, float]] = []
+        self.progress: BuildProgress | None = None
+
+    async def run(self) -> status_pb2.Status | None:
+        """How the build ended: OK, or why not; None where the child ended without a word."""
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_MAX_LINE_BYTES,
+            # A Ctrl-C in the terminal is for the daemon, which then returns the build.
+            start_new_session=True,
+            preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGKILL),
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(self._job.encode())
+            await self._process.stdin.drain()
+            self._process.stdin.close()
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it ended before it read its job: it is found out below
+        status = None
+        async for line in self._process.stdout:
+            status = self._take(line) or status
+        code = await self._process.wait()
+        if status is None:
+            structlog.get_logger().warning("build_child_ended", exit_code=code)
+        return status
+
+    async def end(self) -> None:
+        """Ends the child if it runs: asks it to, and kills it where it does not listen."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._process.terminate()
+        try:
+            async with asyncio.timeout(_TERMINATE_S):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+    @property
+    def stage_timings(self) -> list[tuple[str, float]]:
+        """How long each stage took so far, in order."""
+        ends = [start for _, start in self._stages[1:]] + [time.monotonic()]
+        return [
+            (stage, round(end - start, 3))
+            for (stage, start), end in zip(self._stages, ends, strict=True)
+        ]
+
+    def _take(self, line: bytes) -> status_pb2.Status | None:
+        try:
+            message = json.loads(line)
+            if "engine" in message:
+                return status_pb2.Status()
+            if "error" in message:
+                return status_pb2.Status.FromString(base64.b64decode(message["error"]))
+            stage, fraction = str(message["stage"]), float(message["fraction"])
+            done, total = int(message["done_bytes"]), int(message["total_bytes"])
+        except (ValueError, KeyError, TypeError):
+            # A library printed to stdout.
+            text = line[:200].decode(errors="replace").rstrip()
+            structlog.get_logger().warning("build_child_said", text=text)
+            return None
+        now = time.monotonic()
+        if not self._stages or self._stages[-1][0] != stage:
+            self._stages.append((stage, now))
+        self.progress = BuildProgress(
+            stage, fraction, done, total, eta_s(now - self._start, fraction)
+        )
+        return None
+
+
+def eta_s(elapsed_s: float, fraction: float) -> float | None:
+    """Seconds to the end if the rest goes as the beginning did; None while too little is done."""
+    if fraction < 0.02 or elapsed_s < 0.5:
+        return None
+    return round(elapsed_s * (1 - fraction) / fraction, 1)

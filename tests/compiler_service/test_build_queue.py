@@ -1,0 +1,346 @@
+"""The queue in a real Valkey: one key is one build, leases are fenced, nothing is lost."""
+
+import asyncio
+
+import pytest
+
+from compiler_service.build_queue import (
+    BUILDS,
+    CANCELLED,
+    FAILED,
+    KEPT_S,
+    MAX_ATTEMPTS,
+    QUEUED,
+    RUNNING,
+    SUCCEEDED,
+    Attempt,
+    BuildProgress,
+    BuildQueue,
+    Fenced,
+    Lease,
+)
+from shared.errors import (
+    BuildNotFound,
+    BuildQueueFull,
+    DiskFull,
+    RedisUnreachable,
+    reason_of,
+    to_status,
+)
+from shared.redis import EmbeddedRedis, connect_sync
+from tests.compiler_service.build_helpers import job, open_queue
+
+pytestmark = pytest.mark.redis
+
+JOB = job()
+DIGEST = JOB.key.digest
+
+
+async def take(queue: BuildQueue, owner: str) -> tuple[Lease, Attempt]:
+    """Leases and starts the next build, waiting for leases to run out where it must."""
+    async with asyncio.timeout(20):
+        while True:
+            lease = await queue.lease(owner)
+            if lease is None:
+                continue
+            attempt = await queue.start(owner, lease, lease.digests[0])
+            assert attempt is not None
+            return lease, attempt
+
+
+async def state_of(queue: BuildQueue, digest: str = DIGEST) -> str:
+    record = await queue.record(digest)
+    assert record is not None
+    return record.state
+
+
+async def test_asking_twice_is_asking_once(redis_url: str) -> None:
+    async with open_queue(redis_url) as queue:
+        await asyncio.gather(*(queue.enqueue([JOB]) for _ in range(50)))
+        assert await queue.num_waiting() == 1
+        _, attempt = await take(queue, "a")
+        await queue.enqueue([JOB])
+        assert await queue.num_waiting() == 0
+        assert await queue.finish("a", attempt, SUCCEEDED)
+        assert await state_of(queue) == SUCCEEDED
+
+
+async def test_archs_of_one_request_go_to_one_worker(redis_url: str) -> None:
+    archs = ["cpu", "sm_80", "sm_90"]
+    jobs = [job(arch=arch) for arch in archs]
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue(jobs[:1])
+        await queue.enqueue(jobs)
+        assert (await queue.lease("a")) == Lease(_first(redis_url), (jobs[0].key.digest,))
+        lease = await queue.lease("b")
+        assert lease is not None
+        assert lease.digests == (jobs[1].key.digest, jobs[2].key.digest)
+
+
+async def test_progress_and_end_are_in_the_record(redis_url: str) -> None:
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        progress = BuildProgress("quantize", 0.5, 10, 20, 7.5)
+        assert not await queue.beat("a", attempt, progress)
+        record = await queue.record(DIGEST)
+        assert record is not None
+        assert (record.state, record.progress, record.attempt) == (RUNNING, progress, 1)
+        await queue.finish("a", attempt, FAILED, to_status(DiskFull(path="/s")), [("import", 1.5)])
+        record = await queue.record(DIGEST)
+        assert record is not None
+        assert record.error is not None
+        assert reason_of(record.error) == "DISK_FULL"
+        assert record.stage_timings == (("import", 1.5),)
+        assert record.progress is None
+        assert record.end_s is not None
+        assert record.start_s is not None
+        assert record.create_s <= record.start_s <= record.end_s
+
+
+@pytest.mark.parametrize("state", [FAILED, CANCELLED, SUCCEEDED])
+async def test_ended_build_is_started_anew_when_it_is_asked_for(redis_url: str, state: str) -> None:
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        if state == CANCELLED:
+            await queue.cancel(DIGEST)
+        await queue.finish("a", attempt, state)
+        await queue.enqueue([JOB])
+        assert await state_of(queue) == QUEUED
+        _, second = await take(queue, "b")
+        assert (second.number, second.fence) == (1, attempt.fence + 1)
+
+
+async def test_silent_worker_is_fenced_off(redis_url: str) -> None:
+    async with open_queue(redis_url, lease_s=0.15) as queue:
+        await queue.enqueue([JOB])
+        lease, stale = await take(queue, "a")
+        _, fresh = await take(queue, "b")
+        assert fresh.number == 2
+        with pytest.raises(Fenced):
+            await queue.beat("a", stale, BuildProgress("publish", 0.9))
+        with pytest.raises(Fenced):
+            await queue.finish("a", stale, SUCCEEDED)
+        with pytest.raises(Fenced):
+            await queue.give_back("a", stale)
+        with pytest.raises(Fenced):
+            await queue.start("a", lease, DIGEST)
+        await queue.close("a", lease)
+        assert await state_of(queue) == RUNNING
+        assert not await queue.beat("b", fresh)
+        assert await queue.finish("b", fresh, SUCCEEDED)
+
+
+async def test_heartbeats_keep_the_lease(redis_url: str) -> None:
+    async with open_queue(redis_url, lease_s=0.3) as queue:
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        other = asyncio.create_task(take(queue, "b"))
+        for _ in range(10):
+            await asyncio.wait({other}, timeout=0.1)
+            await queue.beat("a", attempt)
+        assert not other.done()
+        other.cancel()
+
+
+async def test_build_fails_with_worker_lost_after_too_many_attempts(redis_url: str) -> None:
+    async with open_queue(redis_url, lease_s=0.1) as queue:
+        await queue.enqueue([JOB])
+        for number in range(1, MAX_ATTEMPTS + 1):
+            _, attempt = await take(queue, f"worker-{number}")
+            assert (attempt.number, attempt.is_lost) == (number, False)
+            await queue.beat(f"worker-{number}", attempt, BuildProgress("kernels", 0.9))
+        _, last = await take(queue, "last")
+        assert last.is_lost
+        assert last.last_stage == "kernels"
+
+
+async def test_returned_build_is_taken_at_once_and_uncounted(redis_url: str) -> None:
+    async with open_queue(redis_url, lease_s=30) as queue:
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        await queue.give_back("a", attempt)
+        await queue.leave("a")
+        assert await state_of(queue) == QUEUED
+        _, again = await take(queue, "b")
+        assert again.number == 1
+        assert again.fence > attempt.fence
+
+
+async def test_leaving_worker_frees_a_lease_that_it_did_not_start(redis_url: str) -> None:
+    async with open_queue(redis_url, lease_s=30) as queue:
+        await queue.enqueue([JOB])
+        assert await queue.lease("a") is not None
+        await queue.leave("a")
+        _, attempt = await take(queue, "b")
+        assert attempt.number == 1
+
+
+async def test_waiting_build_is_cancelled_at_once(redis_url: str) -> None:
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue([JOB])
+        await queue.cancel(DIGEST)
+        assert await state_of(queue) == CANCELLED
+        assert await queue.num_waiting() == 0
+        await queue.cancel(DIGEST)
+        assert await state_of(queue) == CANCELLED
+
+
+async def test_running_build_is_cancelled_at_its_heartbeat(redis_url: str) -> None:
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        await queue.cancel(DIGEST)
+        assert await queue.beat("a", attempt)
+        assert await queue.finish("a", attempt, CANCELLED)
+        assert await state_of(queue) == CANCELLED
+
+
+async def test_build_asked_for_again_while_it_is_cancelled_is_not_cancelled(redis_url: str) -> None:
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        await queue.cancel(DIGEST)
+        assert await queue.beat("a", attempt)
+        await queue.enqueue([JOB])
+        assert not await queue.finish("a", attempt, CANCELLED)
+        assert not await queue.beat("a", attempt)
+
+
+async def test_cancelled_arch_of_a_waiting_request_is_skipped(redis_url: str) -> None:
+    jobs = [job(arch="cpu"), job(arch="sm_90")]
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue(jobs)
+        await queue.cancel(jobs[0].key.digest)
+        lease = await queue.lease("a")
+        assert lease is not None
+        assert await queue.start("a", lease, jobs[0].key.digest) is None
+        assert await queue.start("a", lease, jobs[1].key.digest) is not None
+
+
+async def test_full_queue_refuses_new_builds_and_joins_old_ones(redis_url: str) -> None:
+    async with open_queue(redis_url, max_queued=2) as queue:
+        await queue.enqueue([job(arch="cpu")])
+        await queue.enqueue([job(arch="sm_80")])
+        with pytest.raises(BuildQueueFull, match="2 builds are waiting and at most 2 may"):
+            await queue.enqueue([job(arch="sm_90")])
+        await queue.enqueue([job(arch="cpu")])
+        await take(queue, "a")
+        await queue.enqueue([job(arch="sm_90")])
+
+
+async def test_watch_begins_with_the_state_and_ends_with_the_end(redis_url: str) -> None:
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue([JOB])
+        watch = queue.watch(DIGEST)
+        assert (await anext(watch)).state == QUEUED
+        _, attempt = await take(queue, "a")
+        assert (await anext(watch)).state == RUNNING
+        await queue.finish("a", attempt, SUCCEEDED)
+        assert [record.state async for record in watch] == [SUCCEEDED]
+        assert [record.state async for record in queue.watch(DIGEST)] == [SUCCEEDED]
+
+
+async def test_watch_of_an_unknown_build_says_so(redis_url: str) -> None:
+    async with open_queue(redis_url) as queue:
+        with pytest.raises(BuildNotFound):
+            await anext(queue.watch("f" * 64))
+        with pytest.raises(BuildNotFound):
+            await queue.cancel("f" * 64)
+
+
+async def test_pages_list_builds_newest_first(redis_url: str) -> None:
+    jobs = [job(f"b{i}") for i in range(7)]
+    async with open_queue(redis_url) as queue:
+        for each in jobs:
+            await queue.enqueue([each])
+        seen, before, sizes = [], None, []
+        while True:
+            records, before = await queue.page(3, before)
+            sizes.append(len(records))
+            seen += [record.job.model_uri for record in records]
+            if before is None:
+                break
+        assert seen == [f"fake:b{i}" for i in reversed(range(7))]
+        assert sizes == [3, 3, 1]
+
+
+async def test_running_build_is_registered_anew_when_redis_lost_its_data(
+    embedded_redis: EmbeddedRedis,
+) -> None:
+    url = embedded_redis.url
+    async with open_queue(url) as queue:
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        connect_sync(url).flushall()
+        assert not await queue.beat("a", attempt, BuildProgress("quantize", 0.5))
+        record = await queue.record(DIGEST)
+        assert record is not None
+        assert (record.state, record.job) == (RUNNING, JOB)
+        # Another worker that reads the new entry leaves the build to its owner ...
+        lease = await queue.lease("b")
+        assert lease is not None
+        with pytest.raises(Fenced):
+            await queue.start("b", lease, DIGEST)
+        assert not await queue.beat("a", attempt)
+        assert await queue.finish("a", attempt, SUCCEEDED)
+
+
+async def test_build_registered_anew_is_recovered_when_its_worker_dies(redis_url: str) -> None:
+    async with open_queue(redis_url, lease_s=0.15) as queue:
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        connect_sync(redis_url).flushall()
+        await queue.beat("a", attempt)
+        lease = await queue.lease("b")
+        assert lease is not None
+        with pytest.raises(Fenced):
+            await queue.start("b", lease, DIGEST)
+        _, recovered = await take(queue, "c")
+        assert recovered.number == 2
+
+
+async def test_running_build_is_adopted_when_it_was_asked_for_again_after_a_loss(
+    redis_url: str,
+) -> None:
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        connect_sync(redis_url).flushall()
+        await queue.enqueue([JOB])
+        assert not await queue.beat("a", attempt)
+        assert await state_of(queue) == RUNNING
+        assert await queue.finish("a", attempt, SUCCEEDED)
+
+
+async def test_every_key_expires_or_empties(redis_url: str) -> None:
+    client = connect_sync(redis_url)
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue([JOB])
+        lease, attempt = await take(queue, "a")
+        await queue.beat("a", attempt, BuildProgress("import", 0.1))
+        await queue.finish("a", attempt, SUCCEEDED)
+        await queue.close("a", lease)
+    assert client.xlen(BUILDS) == 0
+    for key in client.keys("*"):
+        if key != BUILDS:
+            assert 0 < client.ttl(key) <= KEPT_S, key
+
+
+async def test_absent_redis_is_a_clear_error(embedded_redis: EmbeddedRedis) -> None:
+    async with open_queue(embedded_redis.url) as queue:
+        await queue.enqueue([JOB])
+        embedded_redis.stop()
+        with pytest.raises(RedisUnreachable):
+            await queue.enqueue([JOB])
+        with pytest.raises(RedisUnreachable):
+            await anext(queue.watch(DIGEST))
+        embedded_redis.start()
+        assert await state_of(queue) == QUEUED
+
+
+def _first(url: str) -> str:
+    entries = connect_sync(url).xrange(BUILDS)
+    assert entries
+    return str(entries[0][0])
