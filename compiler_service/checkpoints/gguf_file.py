@@ -128,6 +128,8 @@ def _config(
             raise InvalidModel(problem=f"the GGUF file lacks {family}.{key}")
         if isinstance(value, list):
             raise InvalidModel(problem=f"{family}.{key} differs between layers")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidModel(problem=f"{family}.{key} is {value!r}, no number")
         return value
 
     num_heads = field("attention.head_count")

@@ -71,8 +71,8 @@ def gguf_tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     kind = metadata.get("tokenizer.ggml.model", "none")
     if kind != "gpt2":
         raise UnsupportedModel(architecture=f"GGUF tokenizer {kind}", known="gpt2 (byte-level BPE)")
-    tokens = _list(metadata, "tokenizer.ggml.tokens")
-    types = _list(metadata, "tokenizer.ggml.token_type")
+    tokens = _list(metadata, "tokenizer.ggml.tokens", str)
+    types = _list(metadata, "tokenizer.ggml.token_type", int)
     if len(types) != len(tokens):
         raise InvalidModel(problem=f"{len(tokens)} tokens and {len(types)} token types")
     special = _special_tokens(metadata, tokens)
@@ -104,7 +104,7 @@ def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], types: list[int])
     if row is None:
         known = ", ".join(PRE_TOKENIZERS)
         raise UnsupportedModel(architecture=f"GGUF pre-tokenizer {name}", known=known)
-    merges = [tuple(m.split(" ", 1)) for m in _list(metadata, "tokenizer.ggml.merges")]
+    merges = [tuple(m.split(" ", 1)) for m in _list(metadata, "tokenizer.ggml.merges", str)]
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise InvalidModel(problem=f"{len(tokens) - len(vocab)} tokens occur twice")
@@ -132,7 +132,7 @@ def _special_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str,
         token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token_id is None:
             continue
-        if not 0 <= token_id < len(tokens):
+        if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
             raise InvalidModel(problem=f"{key}_token_id {token_id} is not among the tokens")
         special[f"{role}_token"] = tokens[token_id]
     return special
@@ -147,10 +147,10 @@ def _begin_with(bos_token: str, tokenizer: Tokenizer) -> TemplateProcessing:
     )
 
 
-def _list(metadata: Mapping[str, Any], key: str) -> list[Any]:
+def _list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     value = metadata.get(key)
-    if not isinstance(value, list):
-        raise InvalidModel(problem=f"the GGUF file has no list {key}")
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise InvalidModel(problem=f"the GGUF file has no list {key} of {kind.__name__}")
     return value
 
 

@@ -3,6 +3,7 @@
 import struct
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -109,11 +110,12 @@ def test_pre_tokenizer_splits_without_losing_text(name: str) -> None:
     assert max(map(len, digits)) == longest
 
 
-BAD_METADATA = {
+BAD_METADATA: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "family": ({"general__architecture": "mamba"}, UnsupportedModel, "mamba"),
     "vocabulary kind": ({"tokenizer__ggml__model": "llama"}, UnsupportedModel, "tokenizer llama"),
     "pre-tokenizer": ({"tokenizer__ggml__pre": "martian"}, UnsupportedModel, "martian"),
     "missing size": ({"llama__block_count": None}, InvalidModel, "lacks llama.block_count"),
+    "text for a size": ({"llama__block_count": "two"}, InvalidModel, "is 'two', no number"),
     "layers that differ": (
         {"llama__attention__head_count_kv": [2, 4]},
         InvalidModel,
