@@ -30,7 +30,7 @@ from shared.engine import (
     EngineSelector,
     canonical_json,
 )
-from shared.errors import BlobNotFound, DigestMismatch, EngineNotFound
+from shared.errors import BlobNotFound, DigestMismatch, EngineNotFound, InvalidField
 from shared.store import oci
 from shared.store.blobs import BlobFolder, BlobWriter, Bytes, Sweep, sync_folder
 from shared.store.locks import FileLock
@@ -58,8 +58,15 @@ class LocalStore:
 
     @staticmethod
     def from_url(url: str) -> "LocalStore":
-        """The store at a `file:///path` URL."""
-        return LocalStore(unquote(urlsplit(url).path))
+        """The store at a `file:///path` URL.
+
+        Raises:
+            InvalidField: the URL names a host, or no path.
+        """
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise InvalidField(field="store", problem=f"{url!r} is not file:///path")
+        return LocalStore(unquote(parts.path))
 
     # Reading: `ArtifactStore`.
 

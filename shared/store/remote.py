@@ -15,11 +15,11 @@ from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 
 from shared import errors, wire
 from shared.engine import EngineManifest, EngineSelector
-from shared.errors import CompilerUnreachable, EngineNotFound
+from shared.errors import CompilerUnreachable, EngineNotFound, InvalidField
 
 Value = TypeVar("Value")
 
-LIST_PAGE_ENGINES = 1000
+LIST_PAGE_ENGINES = 100
 
 
 class GrpcStore:
@@ -41,8 +41,15 @@ class GrpcStore:
 
     @staticmethod
     def from_url(url: str) -> "GrpcStore":
-        """The store at a `grpc://host:port` URL."""
-        return GrpcStore(urlsplit(url).netloc)
+        """The store at a `grpc://host:port` URL.
+
+        Raises:
+            InvalidField: the URL has no host, or more than that.
+        """
+        parts = urlsplit(url)
+        if not parts.netloc or parts.path.strip("/") or parts.query:
+            raise InvalidField(field="store", problem=f"{url!r} is not grpc://host:port")
+        return GrpcStore(parts.netloc)
 
     def close(self) -> None:
         """Closes the connection."""

@@ -13,7 +13,7 @@ import pytest
 
 from shared.engine import Blob, EngineSelector, QuantConfig
 from shared.errors import BlobNotFound, DigestMismatch, DiskFull, EngineNotFound, InvalidField
-from shared.store import LocalStore, open_store
+from shared.store import GrpcStore, LocalStore, open_store
 from tests.shared.engines import (
     INT8,
     draft_engine,
@@ -334,7 +334,7 @@ def test_two_processes_publish_one_engine(store: LocalStore) -> None:
 FULL_DISK = """
 import sys
 from shared.errors import DiskFull
-from shared.store import LocalStore
+from shared.store import LocalStore, pull
 from tests.shared.engines import engine_key, publish_engine, weight_bytes
 store = LocalStore(sys.argv[1])
 first = publish_engine(store)
@@ -345,6 +345,15 @@ except DiskFull as error:
 assert store.list() == (first,)
 store.verify(first)
 assert not list((store.root / 'partial').iterdir())
+source = LocalStore(sys.argv[1] + '-source')
+large = publish_engine(source, engine_key('sm_80'), weights=weight_bytes(4 << 20))
+try:
+    pull(source, large, store)
+except DiskFull as error:
+    print(error)
+assert store.list() == (first,)
+(partial,) = (store.root / 'partial').iterdir()
+partial.unlink()
 publish_engine(store, engine_key('sm_90'), graph=b'small')
 """
 
@@ -384,7 +393,7 @@ def run_mounted(mount: str, script: str, root: Path) -> str:
 def test_full_disk_is_an_error_of_ours_and_leaves_no_half_engine(tmp_path: Path) -> None:
     """Law 7: a full disk is DISK_FULL, and no half engine is visible."""
     printed = run_mounted(f"mount -t tmpfs -o size=1m none {tmp_path}", FULL_DISK, tmp_path)
-    assert printed == f"{DiskFull(path=tmp_path)}\n"
+    assert printed == f"{DiskFull(path=tmp_path)}\n" * 2
 
 
 def test_store_that_cannot_be_written_is_read_and_refuses_corrupt_blobs(store: LocalStore) -> None:
@@ -399,5 +408,7 @@ def test_stores_open_by_url(tmp_path: Path) -> None:
     engine = publish_engine(LocalStore(tmp_path / "a store"))
     for url in (str(tmp_path / "a store"), f"file://{tmp_path}/a%20store"):
         assert open_store(url).get(engine.name) == engine
-    with pytest.raises(InvalidField, match="grpc://"):
-        open_store("ftp://host/path")
+    for url in ("ftp://host/path", "file://host/path", "file://", "grpc://", "grpc://host:1/path"):
+        with pytest.raises(InvalidField, match="store"):
+            open_store(url)
+    assert isinstance(open_store("grpc://host:1"), GrpcStore)
