@@ -225,9 +225,9 @@ class _Steps:
             raise BuildCancelled
 
     def _tell(self) -> None:
-        self.check()
         starts = [*STAGES.values(), 1.0]
         index = list(STAGES).index(self._stage)
         share = self._done / self._total if self._total else 0.0
-        fraction = starts[index] + share * (starts[index + 1] - starts[index])
+        fraction = starts[index] * (1 - share) + starts[index + 1] * share
         self._report(BuildProgress(self._stage, fraction, self._done, self._total))
+        self.check()

@@ -66,7 +66,7 @@ def _open(model_uri: str, archs: Sequence[str], quant: QuantConfig) -> Checkpoin
     if not archs:
         raise InvalidField(field="archs", problem="name at least one, such as cpu or sm_90")
     rows = [arch_named(name) for name in archs]
-    if quant != UNSET_QUANT:
+    if quant.scheme:
         scheme = scheme_named(quant)
         for row in rows:
             scheme.require_arch(quant, row)

@@ -37,5 +37,5 @@ def scheme_named(quant: QuantConfig) -> QuantScheme:
     """
     scheme = SCHEMES.get(quant.scheme)
     if scheme is None:
-        raise UnsupportedQuant(quant=quant, problem=f"known schemes are {', '.join(SCHEMES)}")
+        raise UnsupportedQuant(quant=str(quant), problem=f"known schemes are {', '.join(SCHEMES)}")
     return scheme

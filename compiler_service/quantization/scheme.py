@@ -38,12 +38,12 @@ class QuantScheme:
         """
         if not self.group_sizes:
             if quant.group_size:
-                raise UnsupportedQuant(quant=quant, problem=f"{self.name} has no groups")
+                raise UnsupportedQuant(quant=str(quant), problem=f"{self.name} has no groups")
             return quant
         size = quant.group_size or self.group_sizes[0]
         if size not in self.group_sizes:
             known = ", ".join(map(str, sorted(self.group_sizes)))
-            raise UnsupportedQuant(quant=quant, problem=f"groups may have {known} values")
+            raise UnsupportedQuant(quant=str(quant), problem=f"groups may have {known} values")
         return QuantConfig(self.name, size)
 
     def require_arch(self, quant: QuantConfig, arch: Arch) -> None:
@@ -54,7 +54,9 @@ class QuantScheme:
         """
         if not self.runs_on(arch):
             able = ", ".join(row.name for row in ARCHES.values() if self.runs_on(row))
-            raise UnsupportedQuant(quant=quant, problem=f"{arch.name} cannot run it; {able} can")
+            raise UnsupportedQuant(
+                quant=str(quant), problem=f"{arch.name} cannot run it; {able} can"
+            )
 
     def apply(self, graph: Graph, quant: QuantConfig) -> Graph:
         """The graph with every weight's layout chosen; nodes stay as they are.
@@ -88,5 +90,5 @@ def _stored(name: str, weight: WeightSpec, layout: str, quant: QuantConfig) -> W
         return replace(weight, layout=layout)
     if weight.shape[1] % quant.group_size:
         problem = f"{name} has {weight.shape[1]} columns, which groups do not divide"
-        raise UnsupportedQuant(quant=quant, problem=problem)
+        raise UnsupportedQuant(quant=str(quant), problem=problem)
     return replace(weight, layout=layout, group_size=quant.group_size)
