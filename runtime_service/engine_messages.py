@@ -69,7 +69,15 @@ class SampleOutput(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """The loop's state after a step; counters count from the start."""
+    """The loop's state after a step; counters count from the start.
+
+    Args:
+        num_running: hold a row and blocks, those without credit too.
+        waiting_tokens: of those that wait for a row, to be computed.
+        step_tokens: T of the last step; 0 where none was launched.
+        is_idle: nothing can run until a command arrives, so no message comes before: a watchdog
+            that waits for the next message may sleep.
+    """
 
     num_waiting: int
     num_running: int
@@ -81,6 +89,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     prefix_hit_tokens: int
     prefix_query_tokens: int
     step_tokens: int
+    is_idle: bool = False
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):

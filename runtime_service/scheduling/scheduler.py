@@ -1,0 +1,569 @@
+"""Which sequences run how many tokens in the next step: policy, in integers.
+
+    order       higher priority first, then arrival, then sample
+    a step      decoding sequences, then prompts under way, then new ones, while the budget lasts
+    blocks      a prompt takes all of its blocks when it is admitted; a decoding sequence takes one
+                when it needs it, from the sequence that comes last in order if none is free
+    preemption  the sequence gives up row and blocks, and computes its tokens again later
+
+`schedule` may be called again before `update_from` has read the step before. Steps are read in the
+order in which they were scheduled. The device runs steps in order too, so what a preempted sequence
+gives up may be used by the next step at once; a finished sequence's row and blocks are given up
+when the last step that it is in was read, and what that step drew for it is discarded.
+"""
+
+import time
+from bisect import insort
+from collections import deque
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+
+from runtime_service.engine_messages import EngineStats, SampleOutput
+from runtime_service.limits import RuntimeLimits
+from runtime_service.scheduling.kv_cache_manager import KVCacheManager
+from runtime_service.scheduling.output import (
+    ModelRunnerOutput,
+    NewSequence,
+    ScheduledSequence,
+    SchedulerOutput,
+    TokenLogprobs,
+)
+from runtime_service.scheduling.request import Request
+from runtime_service.scheduling.sequence import Group, Sequence, State
+from runtime_service.scheduling.waiting_queue import WaitingQueue
+
+# Of the blocks, kept free when a sequence is admitted beside others, so that they can grow.
+_GROWTH_RESERVE = 0.01
+
+_ORDER = attrgetter("order")
+
+
+class _Step:
+    """A step while it is made, and until it is read: `sequences` belong to `scheduled`."""
+
+    __slots__ = ("block_copies", "budget", "led", "new", "number", "scheduled", "sequences")
+
+    def __init__(self, number: int, budget: int) -> None:
+        self.number = number
+        self.budget = budget
+        self.new: list[NewSequence] = []
+        self.block_copies: list[tuple[int, int]] = []
+        self.scheduled: list[ScheduledSequence] = []
+        self.sequences: list[Sequence] = []
+        # Groups whose leader computes the end of the prompt here.
+        self.led: list[Group] = []
+
+
+class Scheduler:
+    """All generations of one engine.
+
+    Args:
+        limits: one sequence of `max_sequence_tokens` must fit into the blocks.
+        clock: seconds, for `queued_s`.
+    """
+
+    def __init__(self, limits: RuntimeLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits
+        self._clock = clock
+        self.kv = KVCacheManager(limits.num_blocks, limits.block_tokens)
+        assert self.kv.num_blocks_for(limits.max_sequence_tokens) <= limits.num_blocks, (
+            "a sequence of the greatest length does not fit into the KV cache"
+        )
+        self._growth_reserve = int(limits.num_blocks * _GROWTH_RESERVE)
+        self._groups: dict[int, Group] = {}
+        self._waiting = WaitingQueue()
+        # Sorted by order. Ones that left are dropped by _compact, before any can come back.
+        self._running: list[Sequence] = []
+        self._has_left = False
+        self._stalled: dict[Sequence, None] = {}
+        self._free_rows = list(reversed(range(limits.max_sequences)))
+        self._freed_rows: list[int] = []
+        self._unread: deque[_Step] = deque()
+        self._victim = 0
+        self._num_arrivals = self._num_steps = self._num_preemptions = 0
+        self._num_waiting = self._waiting_tokens = self._step_tokens = 0
+        self._prefix_hit_tokens = self._prefix_query_tokens = 0
+
+    # What clients want.
+
+    def add(self, request: Request) -> None:
+        """Takes a request, and owns it from now on."""
+        assert request.request_id not in self._groups, "a request id is used twice"
+        group = Group(
+            request,
+            self._num_arrivals,
+            self._clock(),
+            self._limits.max_sequence_tokens,
+            self.kv.root_name(request.cache_salt),
+        )
+        first = group.samples[0]
+        assert 0 < group.num_prompt_tokens <= first.num_tokens < group.max_tokens, (
+            "a request has no prompt or no room for a token"
+        )
+        self._num_arrivals += 1
+        self._groups[request.request_id] = group
+        for sample in group.samples:
+            self._wait(sample, first.num_tokens if sample is first else 1)
+
+    def abort(self, request_id: int, sample_indices: Iterable[int] = ()) -> None:
+        """Ends samples, all where none is named, without an output; those that ended are let be."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return
+        for index in tuple(sample_indices) or range(len(group.samples)):
+            if group.samples[index].state is not State.FINISHED:
+                self._finish(group.samples[index])
+
+    def update(
+        self, request_id: int, priority: int | None = None, max_new_tokens: int | None = None
+    ) -> list[SampleOutput]:
+        """Changes a request; returns the ends of samples that have reached the new limit."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return []
+        live = [sample for sample in group.samples if sample.state is not State.FINISHED]
+        if priority is not None:
+            for sample in live:
+                self._move(sample, priority)
+        outputs = []
+        if max_new_tokens is not None:
+            group.limit_new_tokens(max_new_tokens)
+            for sample in live:
+                if len(sample.token_ids) >= group.max_tokens:
+                    outputs.append(self._output(sample, (), "length"))
+                    self._finish(sample)
+        return outputs
+
+    def credit(self, request_id: int, tokens: int) -> None:
+        """Lets a request draw `tokens` more; means nothing where there is no limit."""
+        group = self._groups.get(request_id)
+        if group is not None and group.request.credit_tokens is not None:
+            self._add_credit(group, tokens)
+
+    # The steps.
+
+    def schedule(self) -> SchedulerOutput | None:
+        """The next step; None where nothing can run before a step is read or a client speaks."""
+        self._compact()
+        self._make_room_for_first()
+        self._victim = len(self._running) - 1
+        step = _Step(self._num_steps, self._limits.max_step_tokens)
+        prompts = self._schedule_decoding(step)
+        for sequence in prompts:
+            if step.budget and sequence.state is State.RUNNING:
+                self._schedule_prompt(step, sequence)
+        self._compact()
+        self._admit(step)
+        self._step_tokens = self._limits.max_step_tokens - step.budget
+        if not step.scheduled:
+            assert not step.new, "a sequence was admitted and does nothing"
+            return None
+        for group in step.led:
+            self._set_leader(group, None)
+        self._num_steps += 1
+        self._unread.append(step)
+        freed_rows, self._freed_rows = tuple(self._freed_rows), []
+        return SchedulerOutput(
+            step.number,
+            freed_rows,
+            tuple(step.new),
+            tuple(step.block_copies),
+            tuple(step.scheduled),
+        )
+
+    def update_from(self, drawn: ModelRunnerOutput) -> list[SampleOutput]:
+        """What samples gained by the oldest step that was not read yet."""
+        step = self._unread.popleft()
+        assert drawn.step == step.number, "steps are read out of order"
+        outputs: list[SampleOutput] = []
+        sampled = iter(drawn.sampled)
+        finished, parked = State.FINISHED, State.PARKED
+        for scheduled, sequence in zip(step.scheduled, step.sequences, strict=True):
+            sequence.num_unread_steps -= 1
+            if sequence.state is finished:
+                self._discard(scheduled, sequence)
+                if scheduled.is_sampled:
+                    next(sampled)
+                continue
+            num_read = scheduled.start + scheduled.num_tokens
+            if num_read >= sequence.next_remembered:
+                self._remember(sequence, num_read)
+            if drawn.prompt_logprobs:
+                _collect_prompt_logprobs(sequence.group, scheduled, drawn)
+            if scheduled.is_sampled:
+                row = next(sampled)
+                assert row.row == scheduled.row, "a step's rows came back in another order"
+                group = sequence.group
+                token_ids = sequence.token_ids
+                (token_id,) = row.token_ids
+                token_ids.append(token_id)
+                finish = ""
+                if token_id in group.end_token_ids:
+                    finish = "stop_token"
+                elif len(token_ids) >= group.max_tokens:
+                    finish = "length"
+                if sequence.has_output:
+                    output = SampleOutput(
+                        group.request.request_id,
+                        sequence.sample_index,
+                        row.token_ids,
+                        finish,
+                        row.logprobs,
+                    )
+                else:
+                    output = self._output(sequence, row.token_ids, finish, row.logprobs)
+                outputs.append(output)
+                if finish:
+                    self._finish(sequence)
+            if sequence.state is parked:
+                self._queue_if_ready(sequence)
+        return outputs
+
+    def stats(self, is_idle: bool = False) -> EngineStats:
+        """The state as the next message reports it."""
+        return EngineStats(
+            num_waiting=self._num_waiting,
+            num_running=self._limits.max_sequences - len(self._free_rows),
+            num_free_blocks=self.kv.num_free,
+            num_blocks=self._limits.num_blocks,
+            waiting_tokens=self._waiting_tokens,
+            steps=self._num_steps,
+            preemptions=self._num_preemptions,
+            prefix_hit_tokens=self._prefix_hit_tokens,
+            prefix_query_tokens=self._prefix_query_tokens,
+            step_tokens=self._step_tokens,
+            is_idle=is_idle,
+        )
+
+    # Making a step.
+
+    def _schedule_decoding(self, step: _Step) -> list[Sequence]:
+        """Adds every decoding sequence; returns those that still compute what is known."""
+        prompts = []
+        budget = step.budget
+        running = State.RUNNING
+        add_scheduled, add_sequence = step.scheduled.append, step.sequences.append
+        for sequence in self._running:
+            if sequence.state is not running:  # preempted in this very loop
+                continue
+            if not sequence.is_decoding:
+                prompts.append(sequence)
+                continue
+            group = sequence.group
+            num_tokens = sequence.num_tokens
+            if num_tokens >= group.max_tokens:  # its last token is being drawn
+                continue
+            if group.credit <= 0:
+                self._stall(sequence)
+                continue
+            if not budget:
+                break
+            new_block_ids: tuple[int, ...] = ()
+            if num_tokens > sequence.capacity:
+                block = self._take_block_for(sequence)
+                if block is None:
+                    continue
+                new_block_ids = (block,)
+            add_scheduled(ScheduledSequence(sequence.row, num_tokens - 1, 1, new_block_ids))
+            add_sequence(sequence)
+            sequence.num_scheduled = num_tokens
+            sequence.num_tokens = num_tokens + 1
+            sequence.num_unread_steps += 1
+            group.credit -= 1
+            budget -= 1
+        step.budget = budget
+        return prompts
+
+    def _schedule_prompt(self, step: _Step, sequence: Sequence) -> None:
+        """Adds as much of what is known and not computed as the budget allows."""
+        start = sequence.num_scheduled
+        num_tokens = min(sequence.num_tokens - start, step.budget)
+        end = start + num_tokens
+        is_sampled = end == sequence.num_tokens
+        group = sequence.group
+        if is_sampled:
+            if group.credit <= 0:
+                self._stall(sequence)
+                return
+            group.credit -= 1
+            sequence.is_decoding = True
+            sequence.num_tokens += 1
+        step.scheduled.append(
+            ScheduledSequence(sequence.row, start, num_tokens, is_sampled=is_sampled)
+        )
+        step.sequences.append(sequence)
+        step.budget -= num_tokens
+        sequence.num_scheduled = end
+        sequence.num_unread_steps += 1
+        if start < group.num_prompt_tokens <= end:
+            sequence.prompt_step = step.number
+            if group.leader is sequence:
+                step.led.append(group)
+
+    def _admit(self, step: _Step) -> None:
+        """Moves waiting sequences into rows, in order, until one does not fit."""
+        while step.budget and self._free_rows:
+            sequence = self._waiting.first()
+            if sequence is None:
+                return
+            group = sequence.group
+            if group.credit <= 0:
+                sequence.state = State.PARKED
+                continue
+            shared, num_cached, copied = self._find_cached(step, sequence)
+            num_taken = self.kv.num_blocks_for(sequence.num_tokens) - len(shared)
+            spare = self.kv.num_free - self.kv.num_free_among(shared) - num_taken
+            if spare < (self._growth_reserve if self._running else 0):
+                return
+            self.kv.hold(shared)
+            blocks = [*shared, *(self.kv.take() for _ in range(num_taken))]
+            if copied is not None:
+                step.block_copies.append((copied, blocks[len(shared)]))
+            self._enter(step, sequence, blocks, num_cached, len(shared))
+            self._schedule_prompt(step, sequence)
+
+    def _find_cached(self, step: _Step, sequence: Sequence) -> tuple[list[int], int, int | None]:
+        """What need not be computed: blocks to share, their tokens and those of a block to copy."""
+        group = sequence.group
+        shared: list[int] = []
+        if group.uses_prefix_cache:
+            shared = self.kv.find_prefix(sequence.names, sequence.token_ids)
+        size = self._limits.block_tokens
+        num_cached = len(shared) * size
+        num_forked = min(group.num_prompt_tokens, sequence.num_tokens - 1)
+        if num_forked > num_cached:
+            for sibling in group.samples:
+                # In the step that computes them, the blocks are not there yet to be copied.
+                if sibling.row >= 0 and sibling.prompt_step < step.number:
+                    whole, rest = divmod(num_forked, size)
+                    sequence.names = max(sequence.names, sibling.names[: whole + 1], key=len)
+                    copied = sibling.block_ids[whole] if rest else None
+                    return sibling.block_ids[:whole], num_forked, copied
+        return shared, num_cached, None
+
+    def _enter(
+        self, step: _Step, sequence: Sequence, blocks: list[int], num_cached: int, num_shared: int
+    ) -> None:
+        group = sequence.group
+        self._stop_waiting(sequence)
+        sequence.row = self._free_rows.pop()
+        sequence.block_ids = blocks
+        sequence.capacity = len(blocks) * self._limits.block_tokens
+        sequence.num_scheduled = num_cached
+        if group.uses_prefix_cache:
+            sequence.next_remembered = (num_shared + 1) * self._limits.block_tokens
+        if num_cached >= group.num_prompt_tokens:
+            sequence.prompt_step = step.number
+        if sequence.queued_s is None:
+            sequence.queued_s = self._clock() - group.arrival_s
+        if group.num_cached_tokens is None:
+            group.num_cached_tokens = min(num_cached, group.num_prompt_tokens)
+            self._prefix_hit_tokens += num_cached
+            self._prefix_query_tokens += sequence.num_tokens
+        step.new.append(
+            NewSequence(
+                sequence.row,
+                list(sequence.token_ids),
+                group.num_prompt_tokens,
+                group.request.sampling,
+                group.request.stop,
+                sequence.sample_index,
+                num_cached,
+                list(blocks),
+            )
+        )
+        self._run(sequence)
+
+    # Room.
+
+    def _make_room_for_first(self) -> None:
+        """Preempts for the first waiting sequence: stalled ones, and those of lower priority."""
+        first = self._waiting.first()
+        if first is None or first.group.credit <= 0:
+            return
+        running = self._running
+        if not self._stalled and not (running and running[-1].order[0] > first.order[0]):
+            return
+        needed = self.kv.num_blocks_for(first.num_tokens) + self._growth_reserve
+        victims = list(self._stalled)
+        for sequence in reversed(running):
+            if sequence.order[0] <= first.order[0]:
+                break
+            victims.append(sequence)
+        # Not in vain: counts shared blocks twice, which only real pressure makes matter.
+        if self.kv.num_free + sum(len(victim.block_ids) for victim in victims) < needed:
+            return
+        for victim in victims:
+            if self._free_rows and self.kv.num_free >= needed:
+                break
+            self._preempt(victim)
+        self._compact()
+
+    def _take_block_for(self, sequence: Sequence) -> int | None:
+        """One more block for `sequence`, from ones that come after it if need be."""
+        while not self.kv.num_free:
+            victim = self._worst_after(sequence)
+            if victim is None:
+                return None
+            self._preempt(victim)
+        block = self.kv.take()
+        sequence.block_ids.append(block)
+        sequence.capacity += self._limits.block_tokens
+        return block
+
+    def _worst_after(self, sequence: Sequence) -> Sequence | None:
+        """A stalled sequence, or the last in order that is not yet part of this step."""
+        if self._stalled:
+            return next(reversed(self._stalled))
+        while (victim := self._running[self._victim]).state is not State.RUNNING:
+            self._victim -= 1
+        return victim if victim is not sequence else None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._num_preemptions += 1
+        self._leave_row(sequence)
+        self._wait(sequence, len(sequence.token_ids))
+
+    # From state to state.
+
+    def _wait(self, sequence: Sequence, waiting_tokens: int) -> None:
+        sequence.waiting_tokens = waiting_tokens
+        self._num_waiting += 1
+        self._waiting_tokens += waiting_tokens
+        sequence.state = State.PARKED
+        self._queue_if_ready(sequence)
+
+    def _stop_waiting(self, sequence: Sequence) -> None:
+        self._num_waiting -= 1
+        self._waiting_tokens -= sequence.waiting_tokens
+
+    def _queue_if_ready(self, sequence: Sequence) -> None:
+        group = sequence.group
+        if (
+            not sequence.num_unread_steps
+            and group.credit > 0
+            and (group.leader is None or group.leader is sequence)
+        ):
+            sequence.num_tokens = len(sequence.token_ids)
+            self._waiting.push(sequence)
+
+    def _add_credit(self, group: Group, tokens: int) -> None:
+        had_none = group.credit <= 0
+        group.credit += tokens
+        if not had_none or group.credit <= 0:
+            return
+        for sample in group.samples:
+            if sample.state is State.STALLED:
+                del self._stalled[sample]
+                self._run(sample)
+            elif sample.state is State.PARKED:
+                self._queue_if_ready(sample)
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.state = State.RUNNING
+        insort(self._running, sequence, key=_ORDER)
+
+    def _stall(self, sequence: Sequence) -> None:
+        sequence.state = State.STALLED
+        self._stalled[sequence] = None
+        self._has_left = True
+
+    def _move(self, sequence: Sequence, priority: int) -> None:
+        """Gives `sequence` another place in the order."""
+        self._compact()
+        if sequence.state is State.RUNNING:
+            self._running.remove(sequence)
+        sequence.order = (-priority, *sequence.order[1:])
+        if sequence.state is State.RUNNING:
+            self._run(sequence)
+        elif sequence.state is State.QUEUED:
+            self._waiting.push(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        group = sequence.group
+        if sequence.row < 0:
+            self._stop_waiting(sequence)
+        elif not sequence.num_unread_steps:
+            self._leave_row(sequence)
+        else:
+            self._stalled.pop(sequence, None)
+            self._has_left = True
+        sequence.state = State.FINISHED
+        group.num_unfinished -= 1
+        if not group.num_unfinished:
+            del self._groups[group.request.request_id]
+        elif group.leader is sequence:
+            live = (sample for sample in group.samples if sample.state is not State.FINISHED)
+            self._set_leader(group, next(live))
+
+    def _set_leader(self, group: Group, leader: Sequence | None) -> None:
+        group.leader = leader
+        for sample in group.samples:
+            if sample.state is State.PARKED:
+                self._queue_if_ready(sample)
+
+    def _leave_row(self, sequence: Sequence) -> None:
+        self._stalled.pop(sequence, None)
+        self._has_left = True
+        self.kv.release(sequence.block_ids)
+        self._free_rows.append(sequence.row)
+        self._freed_rows.append(sequence.row)
+        sequence.leave()
+
+    def _compact(self) -> None:
+        if self._has_left:
+            self._running = [s for s in self._running if s.state is State.RUNNING]
+            self._has_left = False
+
+    # Reading a step.
+
+    def _discard(self, scheduled: ScheduledSequence, sequence: Sequence) -> None:
+        """A step of a sequence that had ended: nothing of it counts."""
+        if scheduled.is_sampled:
+            self._add_credit(sequence.group, 1)
+        if not sequence.num_unread_steps and sequence.row >= 0:
+            self._leave_row(sequence)
+
+    def _remember(self, sequence: Sequence, num_read: int) -> None:
+        """Lets the blocks be found that this step made whole."""
+        size = self._limits.block_tokens
+        begin, end = sequence.next_remembered // size - 1, num_read // size
+        self.kv.remember(sequence.names, sequence.token_ids, sequence.block_ids, begin, end)
+        sequence.next_remembered = (end + 1) * size
+
+    def _output(
+        self,
+        sequence: Sequence,
+        token_ids: tuple[int, ...],
+        finish: str,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> SampleOutput:
+        """An output; a sample's first says how it began."""
+        group = sequence.group
+        num_cached_tokens = queued_s = None
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        if not sequence.has_output:
+            sequence.has_output = True
+            num_cached_tokens = group.num_cached_tokens or 0
+            queued_s = sequence.queued_s or 0.0
+            prompt_logprobs = tuple(group.prompt_logprobs or ())
+            group.prompt_logprobs = None
+        return SampleOutput(
+            group.request.request_id,
+            sequence.sample_index,
+            token_ids,
+            finish,
+            logprobs,
+            prompt_logprobs,
+            num_cached_tokens,
+            queued_s,
+        )
+
+
+def _collect_prompt_logprobs(
+    group: Group, scheduled: ScheduledSequence, drawn: ModelRunnerOutput
+) -> None:
+    """Keeps each position's the first time: after preemption positions are computed again."""
+    kept = group.prompt_logprobs
+    if kept is not None and len(kept) >= scheduled.start:
+        kept += drawn.prompt_logprobs.get(scheduled.row, ())[len(kept) - scheduled.start :]

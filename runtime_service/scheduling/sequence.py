@@ -1,0 +1,124 @@
+"""One request's samples and how far each has come, in integers.
+
+Host counts run ahead of the device's results: what a launched step will draw is counted as drawn.
+"""
+
+from enum import Enum
+
+from runtime_service.scheduling.output import TokenLogprobs
+from runtime_service.scheduling.request import Request
+
+UNLIMITED_CREDIT = 1 << 62
+NEVER = 1 << 62
+
+
+class State(Enum):
+    """Where a sequence stands.
+
+    QUEUED: in the waiting queue.
+    PARKED: neither row nor queue: waits for its first sample's prompt, for credit, or for a step
+        that was launched before it was preempted.
+    RUNNING: holds a row and blocks.
+    STALLED: likewise, but is not scheduled until there is credit.
+    FINISHED: ended; holds row and blocks until the last step that it is in was read.
+    """
+
+    QUEUED = 1
+    PARKED = 2
+    RUNNING = 3
+    STALLED = 4
+    FINISHED = 5
+
+
+class Group:
+    """The samples of one request and what they share.
+
+    Args:
+        arrival: counts requests; earlier ones go first.
+        max_sequence_tokens: the engine's limit.
+        root_name: begins the names of its blocks.
+    """
+
+    __slots__ = (
+        "arrival", "arrival_s", "credit", "end_token_ids", "leader", "max_sequence_tokens",
+        "max_tokens", "num_cached_tokens", "num_prompt_tokens", "num_unfinished", "prompt_logprobs",
+        "request", "samples", "uses_prefix_cache",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request: Request,
+        arrival: int,
+        arrival_s: float,
+        max_sequence_tokens: int,
+        root_name: bytes,
+    ) -> None:
+        known = request.prompt_token_ids + request.resumed_token_ids
+        self.request = request
+        self.arrival = arrival
+        self.arrival_s = arrival_s
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.max_sequence_tokens = max_sequence_tokens
+        self.max_tokens = 0
+        self.limit_new_tokens(request.stop.max_new_tokens)
+        self.end_token_ids = frozenset(request.stop.end_token_ids)
+        credit = request.credit_tokens
+        self.credit = UNLIMITED_CREDIT if credit is None else credit
+        # Prompt logprobs need every position computed. They go out with the first output.
+        self.uses_prefix_cache = not request.sampling.prompt_logprobs
+        self.prompt_logprobs: list[TokenLogprobs] | None = (
+            [] if request.sampling.prompt_logprobs else None
+        )
+        self.num_cached_tokens: int | None = None
+        self.samples = [
+            Sequence(self, index, list(known), [root_name]) for index in range(request.num_samples)
+        ]
+        self.num_unfinished = len(self.samples)
+        # The sample that computes the prompt; the others wait until it has. None: it has.
+        self.leader: Sequence | None = self.samples[0] if len(self.samples) > 1 else None
+
+    def limit_new_tokens(self, max_new_tokens: int) -> None:
+        """Ends its samples at this many generated tokens, resumed ones included."""
+        self.max_tokens = min(self.num_prompt_tokens + max_new_tokens, self.max_sequence_tokens)
+
+
+class Sequence:
+    """One sample: its tokens, its row and its blocks.
+
+    `num_tokens` counts known tokens and those that launched steps will draw; `num_scheduled` those
+    whose keys and values are computed or will be by launched steps.
+    """
+
+    __slots__ = (
+        "block_ids", "capacity", "group", "has_output", "is_decoding", "names", "next_remembered",
+        "num_scheduled", "num_tokens", "num_unread_steps", "order", "prompt_step", "queued_s",
+        "row", "sample_index", "state", "token_ids", "waiting_tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self, group: Group, sample_index: int, token_ids: list[int], names: list[bytes]
+    ) -> None:
+        self.group = group
+        self.sample_index = sample_index
+        self.token_ids = token_ids
+        self.names = names
+        self.state = State.PARKED
+        self.order = (-group.request.priority, group.arrival, sample_index)
+        self.num_tokens = len(token_ids)
+        self.num_unread_steps = 0
+        self.waiting_tokens = 0
+        self.queued_s: float | None = None
+        self.has_output = False
+        self.leave()
+
+    def leave(self) -> None:
+        """Forgets the row and all that was computed there."""
+        self.row = -1
+        self.block_ids: list[int] = []
+        self.capacity = 0
+        self.num_scheduled = 0
+        self.is_decoding = False
+        # When the last token of the prompt is computed: from the step after, samples can fork.
+        self.prompt_step = NEVER
+        # Tokens that must be read back before the next block can be remembered.
+        self.next_remembered = NEVER

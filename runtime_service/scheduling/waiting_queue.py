@@ -1,0 +1,32 @@
+"""Sequences that wait for a row, highest priority first, then in order of arrival."""
+
+import heapq
+from itertools import count
+
+from runtime_service.scheduling.sequence import Sequence, State
+
+
+class WaitingQueue:
+    """A heap that drops entries when they come up and no longer hold.
+
+    A sequence that leaves (state) or changes its place (order) leaves its old entry behind.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int, int], int, Sequence]] = []
+        self._pushes = count()
+
+    def push(self, sequence: Sequence) -> None:
+        """Queues `sequence` at its order."""
+        sequence.state = State.QUEUED
+        heapq.heappush(self._heap, (sequence.order, next(self._pushes), sequence))
+
+    def first(self) -> Sequence | None:
+        """The next to be admitted; stays queued."""
+        heap = self._heap
+        while heap:
+            order, _, sequence = heap[0]
+            if sequence.state is State.QUEUED and sequence.order == order:
+                return sequence
+            heapq.heappop(heap)
+        return None

@@ -1,0 +1,129 @@
+"""The engine process: what it says, and how it ends."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import psutil
+import pytest
+from google.rpc import status_pb2
+
+from runtime_service.engine_messages import (
+    AddRequest,
+    Failed,
+    Ready,
+    SampleOutput,
+    Shutdown,
+    StepOutputs,
+)
+from runtime_service.engine_process import EngineProcess, EngineSpec, start_engine_process
+from runtime_service.engine_transport import PeerGone
+from runtime_service.scheduling.request import Request, SamplingParams, StopParams
+from shared.errors import reason_of
+from tests.runtime_service.fake_runner import small_limits, tokens_alone
+
+LOADER = "tests.runtime_service.fake_runner:load_fake_engine"
+
+Start = Callable[[EngineSpec], Awaitable[EngineProcess]]
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """Starts engine processes and ends them with the test."""
+    started = []
+
+    async def start_one(spec: EngineSpec) -> EngineProcess:
+        started.append(await start_engine_process(spec))
+        return started[-1]
+
+    yield start_one
+    for process in started:
+        await process.stop()
+
+
+def fake_spec(overlap: bool = True, **arguments: object) -> EngineSpec:
+    return EngineSpec(LOADER, {"limits": small_limits(), **arguments}, overlap)
+
+
+def request(request_id: int, num_tokens: int = 20) -> Request:
+    sampling = SamplingParams(seed=(1 << 64) - 1 - request_id)
+    return Request(request_id, [1, 2, 3, request_id], sampling, StopParams(num_tokens))
+
+
+async def gather(process: EngineProcess, num_finishes: int) -> dict[int, list[SampleOutput]]:
+    outputs: dict[int, list[SampleOutput]] = {}
+    while num_finishes:
+        reply = await process.link.receive()
+        assert isinstance(reply, StepOutputs)
+        for output in reply.outputs:
+            outputs.setdefault(output.request_id, []).append(output)
+            num_finishes -= bool(output.finish)
+    return outputs
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_process_serves_what_was_asked(start: Start, overlap: bool) -> None:
+    process = await start(fake_spec(overlap))
+    ready = await process.link.receive()
+    assert isinstance(ready, Ready)
+    assert ready.limits == small_limits()
+    assert [name for name, _ in ready.phases] == ["import", "load", "warm_up"]
+    requests = [request(n) for n in range(8)]
+    process.link.send([AddRequest(r) for r in requests])
+    outputs = await gather(process, num_finishes=8)
+    for asked in requests:
+        drawn = tuple(t for o in outputs[asked.request_id] for t in o.token_ids)
+        assert (drawn, outputs[asked.request_id][-1].finish) == tokens_alone(asked)
+    process.link.send([Shutdown()])
+    assert await process.wait() == 0
+
+
+async def test_process_says_when_it_is_idle_and_burns_no_cpu(start: Start) -> None:
+    process = await start(fake_spec())
+    await process.link.receive()
+    process.link.send([AddRequest(request(0))])
+    reply = await process.link.receive()
+    while not (isinstance(reply, StepOutputs) and reply.stats.is_idle):
+        reply = await process.link.receive()
+    times = psutil.Process(process.pid).cpu_times
+    before = times()
+    await asyncio.sleep(0.3)  # an interval to measure, not something to wait for
+    assert times().user + times().system - before.user - before.system <= 0.02
+
+
+async def test_process_reports_what_failed_and_ends(start: Start) -> None:
+    process = await start(fake_spec(fails_at_step=3))
+    await process.link.receive()
+    process.link.send([AddRequest(request(0))])
+    reply = await process.link.receive()
+    while not isinstance(reply, Failed):
+        reply = await process.link.receive()
+    assert reason_of(status_pb2.Status.FromString(reply.status)) == "INTERNAL"
+    with pytest.raises(PeerGone):
+        await process.link.receive()
+    assert await process.wait() == 1
+
+
+async def test_process_reports_an_engine_that_cannot_be_loaded(start: Start) -> None:
+    process = await start(EngineSpec("shared.arch:arch_named", {"name": "sm_1"}))
+    reply = await process.link.receive()
+    assert isinstance(reply, Failed)
+    assert reason_of(status_pb2.Status.FromString(reply.status)) == "UNSUPPORTED_ARCH"
+
+
+async def test_killed_process_is_seen_by_the_front(start: Start) -> None:
+    process = await start(fake_spec())
+    await process.link.receive()
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(PeerGone):
+        while True:
+            await process.link.receive()
+    assert await process.wait() == -signal.SIGKILL
+
+
+async def test_process_ends_when_the_front_closes_its_side(start: Start) -> None:
+    process = await start(fake_spec())
+    await process.link.receive()
+    process.link.close()
+    assert await process.wait() == 1
