@@ -32,7 +32,8 @@ from shared.engine import (
 )
 from shared.errors import BlobNotFound, DigestMismatch, EngineNotFound, InvalidField
 from shared.store import oci
-from shared.store.blobs import BlobFolder, BlobWriter, Bytes, Sweep, sync_folder
+from shared.store.blob_writer import BlobWriter, Bytes
+from shared.store.blobs import BlobFolder, Sweep, sync_folder
 from shared.store.locks import FileLock
 from shared.store.pins import Pin
 

@@ -24,7 +24,7 @@ from shared.engine import (
     WeightIndex,
 )
 from shared.errors import DigestMismatch
-from shared.store.blobs import BlobWriter
+from shared.store.blob_writer import BlobWriter
 from shared.store.local import LocalStore
 from shared.weight_layout import WeightLayout, tensor_bytes
 

@@ -62,6 +62,13 @@ def test_engine_is_an_image_manifest(store: LocalStore) -> None:
     assert "created" not in config
 
 
+def test_engine_bytes_never_change(store: LocalStore) -> None:
+    """Law 3: same key, same bytes, next year too: other values need a new FORMAT_VERSION."""
+    assert publish_engine(store).manifest.digest == (
+        "sha256:b312bc93a00fb7a2a95a9d2c82cb0699943b3f626ba673935a359d7d5b4d158f"
+    )
+
+
 def test_archs_of_one_model_share_an_index_and_their_weights(
     store: LocalStore, engines: list[EngineManifest]
 ) -> None:

@@ -120,6 +120,19 @@ def test_same_tensors_give_the_same_blobs(tmp_path: Path) -> None:
     assert write(LocalStore(tmp_path / "two"), weights, 1000) == first
 
 
+def test_weight_bytes_never_change(store: LocalStore) -> None:
+    """Law 3: same key, same bytes, next year too: other values need a new FORMAT_VERSION."""
+    weights = {
+        "a": {"weight": torch.arange(7, dtype=torch.int8), "scale": torch.ones(3)},
+        "b": {"weight": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)},
+    }
+    assert [blob.digest for blob in write(store, weights, 300)] == [
+        "sha256:7ab1068ab2b8835f3b74fd783c1073e205b29cf8ba4bc927eb7ef004704648f9",
+        "sha256:f067598024efcd7b21d9ee70deaafd7a01d5a26af468c4e08c5878babb26f6ae",
+        "sha256:a8c3c50be91f116761c95b3137575dd8e77e91794f6ff74fb18fe40875bb640c",
+    ]
+
+
 def test_changed_tensor_changes_only_its_blob(store: LocalStore) -> None:
     weights = {f"w{i}": {"weight": tensor_of(torch.int8, (300,), seed=i)} for i in range(4)}
     before = write(store, weights, 600)
