@@ -76,7 +76,7 @@ class Generation:
     ) -> None:
         self.request_id = request_id
         self.error: MillraceError | None = None
-        self.is_ended = False
+        self.is_ended = self._is_told = False
         self.num_unread_tokens = 0
         # A timer that ends it, or None; cancelled with it.
         self.deadline: TimerHandle | None = None
@@ -212,25 +212,28 @@ class Generation:
     # What the reader takes.
 
     def take_events(self) -> Iterator[pb.Event]:
-        """Everything that happened since the last time, oldest first."""
+        """Everything that happened since the last time, oldest first; may be taken slowly."""
+        # What comes while this is being taken is for the next time; so is an end.
+        is_last = self.is_ended and not self._is_told
+        self._is_told = self.is_ended
+        self.num_unread_tokens = 0
         name = self.request_id
         if self._sends_started:
             self._sends_started = False
             started = pb.GenerationStarted(seed=self._seed, prompt_tokens=self._num_prompt_tokens)
             yield pb.Event(request_id=name, started=started)
-        self.num_unread_tokens = 0
         for index, sample in enumerate(self._samples):
             if sample.token_ids or sample.text.is_ready or sample.prompt_logprobs:
                 for chunk in _take_chunks(index, sample):
                     yield pb.Event(request_id=name, tokens=chunk)
-        if self.is_ended:
-            if self.error is not None:
-                yield pb.Event(request_id=name, error=to_status(self.error))
-            else:
-                yield pb.Event(request_id=name, finished=self._finished())
+        if is_last and self.error is not None:
+            yield pb.Event(request_id=name, error=to_status(self.error))
+        elif is_last:
+            yield pb.Event(request_id=name, finished=self._finished())
 
     def _on_first_output(self, sample: _Sample, output: SampleOutput) -> None:
         sample.prompt_logprobs += output.prompt_logprobs
+        self.num_unread_tokens += len(output.prompt_logprobs)
         assert output.num_cached_tokens is not None, "not a sample's first output"
         # Samples share the prompt: what the first one found is what the cache gave.
         if not self._queued_s:

@@ -56,10 +56,11 @@ class SampleText:
                 return place, found
         return len(token_ids), ""
 
-    def resume(self, token_ids: Sequence[int]) -> None:
-        """Goes on after tokens whose text was sent from elsewhere."""
-        self.feed(token_ids)
+    def resume(self, token_ids: Sequence[int]) -> str:
+        """Goes on after tokens whose text was sent from elsewhere; the stop string in it or ""."""
+        _, found = self.feed(token_ids)
         self._ready.clear()
+        return found
 
     def flush(self, *, is_whole: bool = True) -> None:
         """Readies what was held back: the sample has ended.

@@ -135,12 +135,13 @@ def to_request(
         InvalidField: the prompt is empty.
         PromptTooLong: prompt and one new token exceed the engine's limit.
     """
-    num_known = len(prompt_token_ids) + len(start.resumed_token_ids)
     if not prompt_token_ids:
         raise InvalidField(field="start.prompt", problem="it has no tokens; send at least one")
     room = limits.max_sequence_tokens - len(prompt_token_ids)
-    if num_known >= limits.max_sequence_tokens:
-        raise PromptTooLong(prompt_tokens=num_known, max_sequence_tokens=limits.max_sequence_tokens)
+    if room < 1:
+        raise PromptTooLong(
+            prompt_tokens=len(prompt_token_ids), max_sequence_tokens=limits.max_sequence_tokens
+        )
     return Request(
         request_id=request_id,
         prompt_token_ids=prompt_token_ids,

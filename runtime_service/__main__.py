@@ -1,0 +1,197 @@
+"""`millrace-runtime`: wires settings, engine source, runtime and server, and runs until a signal.
+
+The engine process is started before anything else is awaited; torch is never imported here.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+from millrace.runtime.v1 import runtime_pb2_grpc
+
+from runtime_service.deployment import EngineSource
+from runtime_service.device import own_arch
+from runtime_service.engine_client import EngineClient
+from runtime_service.engine_process import EngineSpec
+from runtime_service.metrics import RuntimeMetrics
+from runtime_service.registration import Registration
+from runtime_service.runtime import OnLost, Runtime
+from runtime_service.served_engine import EngineText
+from runtime_service.service import RuntimeService
+from runtime_service.settings import RuntimeSettings, quant_named
+from shared.engine import EngineManifest, EngineSelector
+from shared.errors import MillraceError
+from shared.log import configure_logging
+from shared.server import DaemonServer, daemon_registry, start_metrics
+from shared.settings import SettingsError, exit_with
+from shared.store import GrpcStore, LocalStore, open_store
+
+SERVICE = "millrace.runtime.v1.RuntimeService"
+LOADER = "runtime_service.execution.loading:load_engine"
+
+# After the drain's own grace: for last events to reach their readers.
+_LAST_EVENTS_S = 2.0
+_MOST_RETRY_S = 30.0
+
+_log = structlog.get_logger()
+
+
+def main() -> None:
+    """Runs the daemon."""
+    settings = RuntimeSettings.load()
+    configure_logging(settings.log_level, settings.log_format, "runtime")
+    try:
+        asyncio.run(serve(settings))
+    except (MillraceError, SettingsError) as error:
+        exit_with(f"millrace-runtime: {error}")
+
+
+async def serve(settings: RuntimeSettings, loader: str = LOADER) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Args:
+        loader: what the engine process runs to load an engine; see `EngineSpec`.
+    Raises:
+        MillraceError: the first engine cannot be served, and trying again will not help.
+    """
+    store = open_store(settings.store)
+    local = store if isinstance(store, LocalStore) else LocalStore(settings.cache)
+    remote = None if store is local else store
+    if remote is None and settings.compiler:
+        remote = GrpcStore(settings.compiler)
+    metrics = RuntimeMetrics()
+    changed = asyncio.Event()
+    changed.set()
+    runtime = Runtime(
+        arch=settings.arch or own_arch(),
+        source=EngineSource(local, remote, settings.compiler),
+        read_text=lambda engine: EngineText.read(local, engine),
+        start_client=_client_starter(settings, local, loader, metrics),
+        metrics=metrics,
+        on_change=changed.set,
+    )
+    try:
+        await _serve(settings, runtime, changed)
+    finally:
+        await runtime.close()
+
+
+async def _serve(settings: RuntimeSettings, runtime: Runtime, changed: asyncio.Event) -> None:
+    loading = asyncio.create_task(_load_first(settings, runtime))
+    await asyncio.sleep(0)  # the engine process starts while this one goes on importing
+    registry = daemon_registry()
+    registry.register(runtime.metrics)
+    server = DaemonServer(settings.listen, settings.max_message_bytes, registry)
+    service = RuntimeService(runtime)
+    runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(service, server.grpc)
+    await server.start(SERVICE, is_serving=False)
+    if settings.metrics_listen:
+        start_metrics(settings.metrics_listen, registry)
+    registration = _registration(settings, service, settings.advertise or server.address)
+    if registration is not None:
+        registration.start()
+    telling = asyncio.create_task(_tell_changes(server, runtime, registration, changed))
+
+    async def drain() -> None:
+        loading.cancel()
+        if registration is not None:
+            await registration.withdraw()
+        await runtime.drain(settings.drain_s)
+
+    serving = asyncio.create_task(
+        server.serve_until_signal(drain, settings.drain_s + _LAST_EVENTS_S)
+    )
+    try:
+        await asyncio.wait({serving, loading, telling}, return_when=asyncio.FIRST_EXCEPTION)
+        for task in (serving, telling, loading):
+            if task.done() and not task.cancelled():
+                task.result()
+    finally:
+        telling.cancel()
+        loading.cancel()
+        serving.cancel()
+        await server.grpc.stop(0)
+        if registration is not None:
+            await registration.withdraw()
+
+
+async def _load_first(settings: RuntimeSettings, runtime: Runtime) -> None:
+    """Serves the engine of the settings; tries for as long as trying again may help."""
+    if not settings.model:
+        return
+    selector = EngineSelector(settings.model, runtime.arch, quant_named(settings.quant))
+    delay_s = 1.0
+    while True:
+        try:
+            await runtime.load(selector, settings.model_uri)
+            return
+        except MillraceError as error:
+            if error.retry_after_s is None:
+                raise
+            _log.warning("engine_not_served_yet", reason=error.reason, problem=str(error))
+        await asyncio.sleep(delay_s)
+        delay_s = min(delay_s * 2, _MOST_RETRY_S)
+
+
+async def _tell_changes(
+    server: DaemonServer,
+    runtime: Runtime,
+    registration: Registration | None,
+    changed: asyncio.Event,
+) -> None:
+    while True:
+        await changed.wait()
+        changed.clear()
+        await server.set_serving(runtime.is_serving)
+        if registration is not None:
+            registration.refresh()
+
+
+def _registration(
+    settings: RuntimeSettings, service: RuntimeService, address: str
+) -> Registration | None:
+    if not settings.redis_url:
+        return None
+    # Imported where it is wanted: redis costs a start-up 100 ms.
+    from shared.redis import connect
+
+    return Registration(
+        connect(settings.redis_url),
+        service.runtime_id,
+        lambda: service.describe(address),
+        settings.heartbeat_s,
+    )
+
+
+def _client_starter(
+    settings: RuntimeSettings, local: LocalStore, loader: str, metrics: RuntimeMetrics
+) -> Callable[[EngineManifest, OnLost], Awaitable[EngineClient]]:
+    """Starts engine processes as the settings say."""
+    chosen = ("max_sequence_tokens", "max_sequences", "max_step_tokens", "kv_bytes", "num_threads")
+
+    async def start(engine: EngineManifest, on_lost: OnLost) -> EngineClient:
+        spec = EngineSpec(
+            loader,
+            {
+                "store": str(local.root),
+                "engine": engine.name,
+                **{name: getattr(settings, name) or None for name in chosen},
+            },
+            overlap=settings.overlap,
+            log_level=settings.log_level,
+            log_format=settings.log_format,
+        )
+        return await EngineClient.start(
+            spec,
+            metrics,
+            max_waiting_tokens=settings.max_waiting_tokens,
+            load_timeout_s=settings.load_timeout_s,
+            step_timeout_s=settings.step_timeout_s,
+            on_lost=on_lost,
+        )
+
+    return start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""The front's side of one engine process: commands out, outputs in, and a watch over it.
+
+One client is one process, from its start to its end. When the process dies, says that it failed, or
+takes too long for a step, everything that runs on it ends with ENGINE_LOST and the owner is told;
+starting another one is the owner's business.
+"""
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+
+import structlog
+from google.rpc import status_pb2
+
+from runtime_service.engine_messages import (
+    AddRequest,
+    Command,
+    EngineStats,
+    Failed,
+    Ready,
+    Shutdown,
+    StepOutputs,
+)
+from runtime_service.engine_process import EngineProcess, EngineSpec, start_engine_process
+from runtime_service.engine_transport import PeerGone
+from runtime_service.generation import Generation
+from runtime_service.metrics import RuntimeMetrics
+from runtime_service.sample_text import SampleText
+from runtime_service.scheduling.request import Request
+from shared.errors import EngineLost, MillraceError, QueueFull, from_status
+
+_LEAST_RETRY_S, _MOST_RETRY_S = 0.1, 30.0
+_SHUTDOWN_S = 5.0
+
+_log = structlog.get_logger()
+
+
+class EngineClient:
+    """Speaks with one engine process; made by `start`.
+
+    Args:
+        max_waiting_tokens: of prompts that wait for their first step; 0 = four times the KV cache.
+        step_timeout_s: a step that takes longer means that the process hangs.
+        on_lost: called once when the process is lost, after everything on it has ended.
+    """
+
+    def __init__(
+        self,
+        process: EngineProcess,
+        ready: Ready,
+        metrics: RuntimeMetrics,
+        max_waiting_tokens: int,
+        step_timeout_s: float,
+        on_lost: Callable[["EngineClient", MillraceError], None],
+    ) -> None:
+        self.limits = ready.limits
+        self.phases = ready.phases
+        self.stats: EngineStats | None = None
+        kv_tokens = ready.limits.num_blocks * ready.limits.block_tokens
+        self.max_waiting_tokens = max_waiting_tokens or 4 * kv_tokens
+        self._process = process
+        self._metrics = metrics
+        self._step_timeout_s = step_timeout_s
+        self._on_lost = on_lost
+        self._generations: dict[int, Generation] = {}
+        self._waiting: dict[int, int] = {}
+        self._waiting_tokens = 0
+        self._num_requests = 0
+        self._outbox: list[Command] = []
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._is_over = self._owes_answer = False
+        self._reaping: asyncio.Task[int] | None = None
+        self._last_sign_s = time.monotonic()
+        self._tokens_per_s = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._receiving = self._loop.create_task(self._receive())
+        self._watching = self._loop.create_task(self._watch())
+
+    @classmethod
+    async def start(
+        cls,
+        spec: EngineSpec,
+        metrics: RuntimeMetrics,
+        *,
+        max_waiting_tokens: int,
+        load_timeout_s: float,
+        step_timeout_s: float,
+        on_lost: Callable[["EngineClient", MillraceError], None],
+    ) -> "EngineClient":
+        """A client of a new process that has loaded what `spec` says.
+
+        Raises:
+            MillraceError: what the process says why it cannot.
+            EngineLost: it died or took too long.
+        """
+        process = await start_engine_process(spec)
+        try:
+            async with asyncio.timeout(load_timeout_s):
+                reply = await process.link.receive()
+            if isinstance(reply, Failed):
+                raise from_status(status_pb2.Status.FromString(reply.status))
+            assert isinstance(reply, Ready), f"it began with {type(reply).__name__}"
+        except TimeoutError:
+            await process.stop()
+            raise EngineLost(problem=f"not loaded within {load_timeout_s} s") from None
+        except PeerGone:
+            raise EngineLost(problem=await _describe_end(process)) from None
+        except BaseException:
+            await process.stop()
+            raise
+        return cls(process, reply, metrics, max_waiting_tokens, step_timeout_s, on_lost)
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    @property
+    def is_over(self) -> bool:
+        """Claims that the process was lost or stopped."""
+        return self._is_over
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of prompts that wait for their first step."""
+        return self._waiting_tokens
+
+    def new_request_id(self) -> int:
+        """A name for a request that this process has not seen."""
+        self._num_requests += 1
+        return self._num_requests
+
+    def submit(
+        self,
+        request: Request,
+        generation: Generation,
+        texts: list[SampleText],
+        sends_logprobs: bool,
+    ) -> None:
+        """Has `request` run; its outputs go to `generation`.
+
+        Raises:
+            QueueFull: too many tokens wait already.
+            EngineLost: the process is gone.
+        """
+        if self._is_over:
+            raise EngineLost(problem="it has just ended")
+        num_tokens = len(request.prompt_token_ids) + len(request.resumed_token_ids)
+        # Alone in the queue, any prompt that the engine takes may wait.
+        if self._waiting and self._waiting_tokens + num_tokens > self.max_waiting_tokens:
+            raise QueueFull(
+                waiting_tokens=self._waiting_tokens,
+                max_waiting_tokens=self.max_waiting_tokens,
+                retry_after_s=self._retry_after_s(),
+            )
+        if not self._generations:
+            self._last_sign_s = time.monotonic()
+        self._generations[request.request_id] = generation
+        self._waiting[request.request_id] = num_tokens
+        self._waiting_tokens += num_tokens
+        self._metrics.prompt_tokens += len(request.prompt_token_ids)
+        self._idle.clear()
+        self.send(AddRequest(request))
+        generation.submitted(self, request, texts, sends_logprobs)
+
+    def send(self, command: Command) -> None:
+        """Passes `command` on with everything else that this turn of the event loop brings."""
+        if not self._outbox:
+            self._loop.call_soon(self._flush)
+        self._outbox.append(command)
+
+    def forget(self, request_id: int) -> None:
+        """Drops what still comes of this request."""
+        self._left_queue(request_id)
+        self._generations.pop(request_id, None)
+        if not self._generations:
+            self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Returns when nothing runs."""
+        await self._idle.wait()
+
+    async def stop(self) -> None:
+        """Ends the process; what still runs ends with ENGINE_LOST."""
+        if not self._is_over:
+            self._process.link.send([Shutdown()])
+            self._end(EngineLost(problem="it was stopped"))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _SHUTDOWN_S)
+        await self._process.stop()
+
+    def _flush(self) -> None:
+        commands, self._outbox = self._outbox, []
+        if not self._is_over:
+            self._process.link.send(commands)
+            self._owes_answer = True
+
+    def _left_queue(self, request_id: int) -> None:
+        self._waiting_tokens -= self._waiting.pop(request_id, 0)
+
+    async def _receive(self) -> None:
+        while True:
+            try:
+                reply = await self._process.link.receive()
+            except PeerGone:
+                self._lose(EngineLost(problem=await _describe_end(self._process)))
+                return
+            if isinstance(reply, Failed):
+                cause = from_status(status_pb2.Status.FromString(reply.status))
+                self._lose(EngineLost(problem=str(cause).rstrip(".")))
+                return
+            assert isinstance(reply, StepOutputs), "an engine is ready once"
+            self._take(reply)
+
+    def _take(self, step: StepOutputs) -> None:
+        now_s = time.monotonic()
+        generations = self._generations
+        for output in step.outputs:
+            generation = generations.get(output.request_id)
+            if generation is not None:
+                if output.num_cached_tokens is not None:
+                    self._left_queue(output.request_id)
+                generation.on_output(output, now_s)
+        self.stats = step.stats
+        self._metrics.stepped(step.stats)
+        took_s = max(now_s - self._last_sign_s, 1e-4)
+        self._tokens_per_s += 0.1 * (step.stats.step_tokens / took_s - self._tokens_per_s)
+        self._last_sign_s = now_s
+        self._owes_answer = False
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(min(self._step_timeout_s / 4, 1.0))
+            silent_s = time.monotonic() - self._last_sign_s
+            if not self._is_working():
+                self._last_sign_s = time.monotonic()
+            elif silent_s > self._step_timeout_s:
+                self._lose(EngineLost(problem=f"no step ended for {silent_s:.1f} s"))
+                return
+
+    def _is_working(self) -> bool:
+        """Claims that a message from the process is due."""
+        if self.stats is not None and not self.stats.is_idle:
+            return True
+        return self._owes_answer and any(
+            not generation.waits_for_credit for generation in self._generations.values()
+        )
+
+    def _lose(self, error: EngineLost) -> None:
+        if self._is_over:
+            return
+        problem = error.fields["problem"]
+        _log.error("engine_lost", problem=problem, running=len(self._generations))
+        self._end(error)
+        self._reaping = self._loop.create_task(self._process.stop())
+        self._on_lost(self, error)
+
+    def _end(self, error: EngineLost) -> None:
+        self._is_over = True
+        current = asyncio.current_task()
+        for task in (self._receiving, self._watching):
+            if task is not current:
+                task.cancel()
+        for generation in list(self._generations.values()):
+            generation.fail(error)
+        self._metrics.engine_ended()
+
+    def _retry_after_s(self) -> float:
+        if not self._tokens_per_s:
+            return 1.0
+        return min(max(self._waiting_tokens / self._tokens_per_s, _LEAST_RETRY_S), _MOST_RETRY_S)
+
+
+async def _describe_end(process: EngineProcess) -> str:
+    """How a process that has closed its link ended, for people; it has ended after this."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(process.wait(), 1.0)
+    status = await process.stop()
+    if status < 0:
+        return f"it was killed by {signal.Signals(-status).name}"
+    return f"it exited with status {status}"

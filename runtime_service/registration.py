@@ -1,0 +1,89 @@
+"""Tells the fleet who serves what, through Redis; whether Redis answers never matters here.
+
+Redis keys:
+    runtime:{id}    hash    address, state, engine, model, arch, quant, running_sequences,
+                            waiting_sequences, waiting_tokens, free_blocks, seen_at (Unix seconds);
+                            expires three heartbeats after the last one, removed when draining
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+_log = structlog.get_logger()
+
+
+class Registration:
+    """Writes a runtime's record at every heartbeat, until it is withdrawn.
+
+    Args:
+        describe: gives the record's fields as they stand.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        runtime_id: str,
+        describe: Callable[[], Mapping[str, str | int]],
+        heartbeat_s: float,
+    ) -> None:
+        self._redis = redis
+        self._key = f"runtime:{runtime_id}"
+        self._describe = describe
+        self._heartbeat_s = heartbeat_s
+        self._changed = asyncio.Event()
+        self._is_reachable = True
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Registers now and goes on until `withdraw`."""
+        self._task = asyncio.create_task(self._beat())
+
+    def refresh(self) -> None:
+        """Something changed that others should know before the next heartbeat."""
+        self._changed.set()
+
+    async def withdraw(self) -> None:
+        """Removes the record and stops."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.wait({self._task})
+        self._task = None
+        try:
+            await self._redis.delete(self._key)
+        except RedisError:  # then it expires by itself
+            _log.warning("withdrawal_failed", key=self._key)
+        await self._redis.aclose()
+
+    async def _beat(self) -> None:
+        while True:
+            self._changed.clear()
+            await self._write()
+            try:
+                await asyncio.wait_for(self._changed.wait(), self._heartbeat_s)
+            except TimeoutError:  # nothing changed for a heartbeat
+                continue
+
+    async def _write(self) -> None:
+        record: dict[Any, Any] = {**self._describe(), "seen_at": f"{time.time():.3f}"}
+        try:
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.delete(self._key)
+                pipeline.hset(self._key, mapping=record)
+                pipeline.pexpire(self._key, round(self._heartbeat_s * 3000))
+                await pipeline.execute()
+        # Redis remembers who is working and nothing else: generations go on without it.
+        except RedisError as error:
+            if self._is_reachable:
+                _log.warning("registration_failed", error=type(error).__name__)
+            self._is_reachable = False
+            return
+        if not self._is_reachable:
+            _log.info("registration_restored")
+        self._is_reachable = True

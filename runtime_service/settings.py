@@ -1,0 +1,85 @@
+"""The serve daemon's settings."""
+
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from shared.arch import ARCHES
+from shared.engine import QuantConfig
+from shared.settings import Settings
+
+
+class RuntimeSettings(Settings):
+    """Serves one engine over gRPC (millrace.runtime.v1)."""
+
+    component: ClassVar[str] = "runtime"
+
+    listen: str = Field("127.0.0.1:7602", description="host:port of the gRPC server")
+    metrics_listen: str = Field(
+        "127.0.0.1:7612", description="host:port of the Prometheus metrics; empty: none"
+    )
+    advertise: str = Field(
+        "", description="host:port by which clients reach this daemon; empty: as bound"
+    )
+    compiler: str = Field(
+        "", description="host:port of a compile daemon to build and pull engines; empty: none"
+    )
+    cache: Path = Field(
+        Path("~/.millrace/cache"), description="where engines are kept when the store is remote"
+    )
+
+    model: str = Field(
+        "", description="model to serve, by name or digest; empty: wait for LoadEngine"
+    )
+    quant: str = Field("int8", description="quantization to serve, as int8 or int4-g64")
+    arch: str = Field("", description="arch to serve; empty: this machine's own")
+    model_uri: str = Field(
+        "", description="checkpoint to build from when the store lacks the engine; empty: do not"
+    )
+
+    max_sequence_tokens: int = Field(
+        0, ge=0, description="prompt and generated tokens of a sequence; 0: as the model allows"
+    )
+    max_sequences: int = Field(0, ge=0, description="sequences in one step; 0: chosen at start")
+    max_step_tokens: int = Field(0, ge=0, description="tokens in one step; 0: chosen at start")
+    kv_bytes: int = Field(0, ge=0, description="bytes of the KV cache; 0: from free memory")
+    max_waiting_tokens: int = Field(
+        0, ge=0, description="prompt tokens that may wait; 0: four times the KV cache"
+    )
+    overlap: bool = Field(True, description="schedule a step while the one before runs")
+    num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: one a core")
+
+    load_timeout_s: float = Field(900.0, gt=0, description="longest time to load an engine")
+    step_timeout_s: float = Field(
+        60.0, gt=0, description="a step that takes longer means that the engine hangs"
+    )
+    drain_s: float = Field(
+        30.0, ge=0, description="after SIGTERM, how long running generations may go on"
+    )
+    heartbeat_s: float = Field(
+        5.0, gt=0, description="between records in Redis; they expire after three"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.arch and self.arch not in ARCHES:
+            raise ValueError(f"--arch {self.arch!r} is not one of {', '.join(ARCHES)}")
+        if self.model_uri and not self.model:
+            raise ValueError("--model-uri needs --model: the name that the engine gets")
+        if self.model_uri and not self.compiler:
+            raise ValueError("--model-uri needs --compiler: the daemon that builds the engine")
+        quant_named(self.quant)
+        return self
+
+
+def quant_named(text: str) -> QuantConfig:
+    """The quantization that `QuantConfig` writes as `text`.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    scheme, separator, group = text.partition("-g")
+    if not scheme or (separator and not group.isdigit()):
+        raise ValueError(f"--quant {text!r} is not of the form int8 or int4-g64")
+    return QuantConfig(scheme, int(group) if separator else 0)

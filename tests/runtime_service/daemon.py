@@ -1,0 +1,236 @@
+"""A runtime daemon inside the test's own loop: real gRPC, a real engine process that echoes."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from millrace.runtime.v1 import runtime_pb2 as pb
+from millrace.runtime.v1 import runtime_pb2_grpc
+
+from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer, byte_tokenizer_files
+from runtime_service.deployment import EngineSource
+from runtime_service.engine_client import EngineClient
+from runtime_service.engine_process import EngineSpec
+from runtime_service.metrics import RuntimeMetrics
+from runtime_service.runtime import OnLost, Runtime
+from runtime_service.served_engine import EngineText
+from runtime_service.service import RuntimeService
+from shared.engine import (
+    FILE_TYPE,
+    GRAPH_TYPE,
+    EngineDraft,
+    EngineKey,
+    EngineManifest,
+    EngineSelector,
+    QuantConfig,
+)
+from shared.server import DaemonServer, daemon_registry
+from shared.store import LocalStore
+from tests.runtime_service.echo_engine import LOADER, VOCAB_SIZE
+
+TOKENIZER = byte_tokenizer()
+FP32 = QuantConfig("fp32")
+
+
+def publish_echo(store: LocalStore, model: str = "echo") -> EngineManifest:
+    """An engine with the tests' tokenizer and nothing to compute."""
+    graph = json.dumps({"config": {"vocab_size": VOCAB_SIZE}}).encode()
+    layers = [store.write_blob([graph], GRAPH_TYPE, "graph.json")]
+    for name, content in byte_tokenizer_files().items():
+        layers.append(store.write_blob([content], FILE_TYPE, name))
+    key = EngineKey(model.encode().hex().ljust(64, "0"), "cpu", FP32, "test")
+    return store.publish(EngineDraft(key, model, tuple(layers)))
+
+
+@dataclass
+class Daemon:
+    """What a test holds of a running daemon."""
+
+    runtime: Runtime
+    server: DaemonServer
+    store: LocalStore
+    channel: grpc.aio.Channel
+    stub: Any
+    arguments: dict[str, Any]
+
+    @property
+    def client(self) -> EngineClient:
+        """The client of the engine process that serves now."""
+        assert self.runtime.served is not None, "nothing is served"
+        return self.runtime.served.client
+
+    def call(self) -> "Call":
+        """A new call of Generate."""
+        return Call(self.stub.Generate())
+
+    async def load(self, model: str = "echo") -> EngineManifest:
+        """Serves the engine of `model`."""
+        return await self.runtime.load(EngineSelector(model, "cpu", FP32), "")
+
+
+@asynccontextmanager
+async def running_daemon(
+    folder: Path,
+    *,
+    max_waiting_tokens: int = 0,
+    step_timeout_s: float = 30.0,
+    max_message_bytes: int = 1 << 20,
+    on_change: Callable[[], None] = lambda: None,
+    **arguments: Any,
+) -> AsyncIterator[Daemon]:
+    """A daemon that serves the echo engine; `arguments` are the engine's."""
+    store = LocalStore(folder / "store")
+    publish_echo(store)
+    metrics = RuntimeMetrics()
+
+    async def start_client(engine: EngineManifest, on_lost: OnLost) -> EngineClient:
+        spec = EngineSpec(
+            LOADER,
+            {"store": str(store.root), "engine": engine.name, **arguments},
+            log_level="error",
+        )
+        return await EngineClient.start(
+            spec,
+            metrics,
+            max_waiting_tokens=max_waiting_tokens,
+            load_timeout_s=30.0,
+            step_timeout_s=step_timeout_s,
+            on_lost=on_lost,
+        )
+
+    runtime = Runtime(
+        arch="cpu",
+        source=EngineSource(store, None, ""),
+        read_text=lambda engine: EngineText.read(store, engine),
+        start_client=start_client,
+        metrics=metrics,
+        on_change=on_change,
+    )
+    registry = daemon_registry()
+    registry.register(metrics)
+    server = DaemonServer("127.0.0.1:0", max_message_bytes, registry)
+    runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(RuntimeService(runtime), server.grpc)
+    await server.start("millrace.runtime.v1.RuntimeService")
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
+        daemon = Daemon(runtime, server, store, channel, stub, arguments)
+        try:
+            await daemon.load()
+            yield daemon
+        finally:
+            await runtime.close()
+            await server.grpc.stop(0)
+
+
+@dataclass
+class Seen:
+    """What a client has seen of one generation."""
+
+    seed: int | None = None
+    prompt_tokens: int = 0
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    text: dict[int, str] = field(default_factory=dict)
+    chunks: list[pb.TokenChunk] = field(default_factory=list)
+    finished: pb.GenerationFinished | None = None
+    error: Any = None
+    num_terminal: int = 0
+
+    def add(self, event: pb.Event) -> None:
+        """Takes an event; nothing may follow a terminal one."""
+        assert not self.num_terminal, f"{event} came after the terminal event"
+        kind = event.WhichOneof("event")
+        if kind == "started":
+            self.seed, self.prompt_tokens = event.started.seed, event.started.prompt_tokens
+        elif kind == "tokens":
+            chunk = event.tokens
+            self.chunks.append(chunk)
+            self.token_ids.setdefault(chunk.sample_index, []).extend(chunk.token_ids)
+            self.text[chunk.sample_index] = self.text.get(chunk.sample_index, "") + chunk.text
+        else:
+            self.num_terminal += 1
+            if kind == "finished":
+                self.finished = event.finished
+            else:
+                self.error = event.error
+
+    @property
+    def reason(self) -> str:
+        """Of the first sample's end."""
+        assert self.finished is not None, f"it did not finish: {self.error}"
+        return pb.FinishReason.Name(self.finished.samples[0].reason).removeprefix("FINISH_REASON_")
+
+
+class Call:
+    """A client's side of one call of Generate."""
+
+    def __init__(self, call: Any) -> None:
+        self.raw = call
+        self.seen: dict[str, Seen] = {}
+        self.messages: list[pb.GenerateResponse] = []
+
+    async def start(self, request_id: str, prompt: str | list[int], **fields: Any) -> None:
+        """Starts a generation; `max_new_tokens` and other stop conditions may be given bare."""
+        await self.send(start=start_of(prompt, request_id=request_id, **fields))
+
+    async def send(self, **command: Any) -> None:
+        """Sends one command."""
+        await self.raw.write(pb.GenerateRequest(**command))
+
+    async def done(self) -> None:
+        """Half-closes."""
+        await self.raw.done_writing()
+
+    async def read(self) -> bool:
+        """Reads one message; false at the end of the call."""
+        message = await self.raw.read()
+        if message is grpc.aio.EOF:
+            return False
+        self.messages.append(message)
+        for event in message.events:
+            self.seen.setdefault(event.request_id, Seen()).add(event)
+        return True
+
+    async def read_until(self, condition: Callable[[], bool]) -> None:
+        """Reads until `condition` holds."""
+        while not condition():
+            assert await self.read(), "the call ended"
+
+    async def read_to_end(self, request_id: str) -> Seen:
+        """Reads until this generation has ended."""
+        await self.read_until(
+            lambda: request_id in self.seen and bool(self.seen[request_id].num_terminal)
+        )
+        return self.seen[request_id]
+
+    async def finish(self) -> dict[str, Seen]:
+        """Half-closes and reads to the end of the call."""
+        await self.done()
+        while await self.read():
+            pass
+        return self.seen
+
+
+_STOP_FIELDS = set(pb.StopConditions.DESCRIPTOR.fields_by_name)
+
+
+def start_of(prompt: str | list[int], **fields: Any) -> pb.StartGeneration:
+    """A start command; stop conditions may be given bare, and end tokens do not end it."""
+    stop = {name: fields.pop(name) for name in list(fields) if name in _STOP_FIELDS - {"token_ids"}}
+    start = pb.StartGeneration(stop=pb.StopConditions(**stop), **fields)
+    if isinstance(prompt, str):
+        start.text = prompt
+    else:
+        start.token_ids.ids.extend(prompt)
+    return start
+
+
+async def until(condition: Callable[[], Any], what: str, limit_s: float = 10.0) -> None:
+    """Waits until `condition` holds, for what no event tells the test."""
+    async with asyncio.timeout(limit_s):
+        while not condition():  # noqa: ASYNC110 - see above
+            await asyncio.sleep(0.01)
