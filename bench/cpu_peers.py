@@ -54,7 +54,7 @@ def serve(store: Path, quant: str, port: int) -> subprocess.Popen[bytes]:
     """A runtime daemon that serves the sample model from `store`."""
     command = [sys.executable, "-m", "runtime_service", "--listen", f"127.0.0.1:{port}"]
     command += ["--store", str(store), "--model", "smollm2-135m", "--quant", quant]
-    command += ["--max-sequence-tokens", "2048", "--metrics-port", "0"]
+    command += ["--max-sequence-tokens", "2048", "--metrics-listen", ""]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
