@@ -50,15 +50,14 @@ class RunningServer:
     """A real server on a free port, in a thread of its own."""
 
     def __init__(self, store: LocalStore) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._stop: asyncio.Event = asyncio.Event()
+        self._stop = asyncio.Event()
         address: Future[str] = Future()
-        serving = self._serve(store, address)
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(serving,))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(store, address)))
         self._thread.start()
         self.address = address.result()
 
     async def _serve(self, store: LocalStore, address: "Future[str]") -> None:
+        self._loop = asyncio.get_running_loop()
         server = DaemonServer("127.0.0.1:0", 4 << 20, CollectorRegistry())
         artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(ArtifactService(store), server.grpc)
         lister = ListingServicer(store)  # type: ignore[abstract]
@@ -73,7 +72,6 @@ class RunningServer:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
-            self._loop.close()
 
 
 class RecordingStore:
