@@ -1,0 +1,1 @@
+"""The `millrace` command: a client of both daemons, and the local stack."""

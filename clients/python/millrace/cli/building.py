@@ -1,0 +1,186 @@
+"""`millrace build`: asks for engines and shows how they come about."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from millrace.builds import raise_if_failed
+from millrace.cli import output
+from millrace.cli.failures import USAGE, CommandFailed
+from millrace.client import Client
+from millrace.compiler.v1 import compiler_pb2 as pb
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_STATES = {
+    pb.BUILD_STATE_QUEUED: "queued",
+    pb.BUILD_STATE_RUNNING: "running",
+    pb.BUILD_STATE_SUCCEEDED: "succeeded",
+    pb.BUILD_STATE_FAILED: "failed",
+    pb.BUILD_STATE_CANCELLED: "cancelled",
+}
+
+
+def state_text(build: pb.Build) -> str:
+    """Where a build stands, in a word."""
+    if build.state == pb.BUILD_STATE_SUCCEEDED and build.cached:
+        return "cached"
+    return _STATES.get(build.state, "unknown")
+
+
+def build(
+    client: Client,
+    model_uri: str,
+    archs: Sequence[str],
+    quant: str,
+    group_size: int,
+    model: str,
+    *,
+    detach: bool,
+    as_json: bool,
+) -> pb.Operation:
+    """The operation, finished unless `detach`; shown while it goes on.
+
+    Raises:
+        MillraceError: it was refused, or one of its builds failed.
+    """
+    start = time.monotonic()
+    operation = client.start_build(model_uri, archs, quant, group_size=group_size, model=model)
+    if detach:
+        _show_detached(operation, as_json)
+        return operation
+    changes = client.watch_operation(operation.name)
+    if as_json:
+        for operation in changes:
+            output.print_json(output.to_dict(operation))
+    elif output.is_fancy(is_stderr=True):
+        operation = _show_bars(changes, operation)
+    else:
+        operation = _show_lines(changes, operation)
+    raise_if_failed(operation)
+    if not as_json:
+        _show_result(operation, time.monotonic() - start)
+    return operation
+
+
+def parse_quant(text: str) -> tuple[str, int]:
+    """Scheme and group size of `int8` or `int4-g128`.
+
+    Raises:
+        CommandFailed: it is not of that form.
+    """
+    scheme, separator, group = text.partition("-g")
+    if separator and not group.isdigit():
+        raise CommandFailed(f"--quant {text!r} is not of the form int8 or int4-g64", USAGE)
+    return scheme, int(group) if separator else 0
+
+
+class Speed:
+    """Bytes a second of the running stage, over its last seconds."""
+
+    _WINDOW_S = 5.0
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._samples: list[tuple[float, int]] = []
+
+    def update(self, stage: str, done_bytes: int, now_s: float) -> float:
+        """The speed, after `done_bytes` of `stage` were read at `now_s`; 0 while unknown."""
+        if stage != self._stage:
+            self._stage, self._samples = stage, []
+        self._samples.append((now_s, done_bytes))
+        while len(self._samples) > 2 and now_s - self._samples[0][0] > self._WINDOW_S:
+            self._samples.pop(0)
+        (first_s, first_bytes), (last_s, last_bytes) = self._samples[0], self._samples[-1]
+        return (last_bytes - first_bytes) / (last_s - first_s) if last_s > first_s else 0.0
+
+
+def progress_columns(build: pb.Build, speed: float) -> dict[str, Any]:
+    """What the bar of a build shows beside its percent: stage, speed, time left."""
+    if build.state != pb.BUILD_STATE_RUNNING:
+        return {"stage": state_text(build), "speed": "", "eta": ""}
+    progress = build.progress
+    eta = ""
+    if progress.HasField("eta"):
+        eta = f"{output.duration_text(progress.eta.ToMilliseconds() / 1000)} left"
+    return {
+        "stage": progress.stage or "starting",
+        "speed": f"{speed / 1e6:.0f} MB/s" if speed and progress.total_bytes else "",
+        "eta": eta,
+    }
+
+
+def _show_bars(changes: Iterator[pb.Operation], operation: pb.Operation) -> pb.Operation:
+    speeds: dict[str, Speed] = {}
+    tasks: dict[str, Any] = {}
+    with _bars() as bars:
+        resolving = bars.add_task("reading the checkpoint", total=None, stage="", speed="", eta="")
+        for operation in changes:
+            if operation.builds:
+                bars.update(resolving, visible=False)
+            for build in operation.builds:
+                if build.name not in tasks:
+                    tasks[build.name] = bars.add_task(
+                        f"{operation.builds[0].key.quant.scheme} for {build.key.arch}",
+                        total=1.0, stage="", speed="", eta="",
+                    )  # fmt: skip
+                    speeds[build.name] = Speed()
+                progress = build.progress
+                speed = speeds[build.name].update(
+                    progress.stage, progress.done_bytes, time.monotonic()
+                )
+                is_done = build.state == pb.BUILD_STATE_SUCCEEDED
+                bars.update(
+                    tasks[build.name],
+                    completed=1.0 if is_done else progress.fraction,
+                    **progress_columns(build, speed),
+                )
+    return operation
+
+
+def _bars() -> "Progress":
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        TextColumn("[cyan]{task.fields[stage]:<10}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("[dim]{task.fields[speed]:>9}"),
+        TextColumn("[dim]{task.fields[eta]}"),
+        console=output.console(is_stderr=True),
+    )
+
+
+def _show_lines(changes: Iterator[pb.Operation], operation: pb.Operation) -> pb.Operation:
+    """A line when a build enters a stage or state: for logs."""
+    shown: dict[str, str] = {}
+    for operation in changes:
+        for build in operation.builds:
+            stage = progress_columns(build, 0.0)["stage"]
+            if shown.get(build.name) != stage:
+                shown[build.name] = stage
+                percent = f"{build.progress.fraction:4.0%} " if build.HasField("progress") else ""
+                output.say(f"{build.key.arch}: {percent}{stage}")
+    return operation
+
+
+def _show_detached(operation: pb.Operation, as_json: bool) -> None:
+    if as_json:
+        output.print_json(output.to_dict(operation))
+        return
+    for build in operation.builds:
+        output.print_line(f"{build.name}  {build.key.arch}  {state_text(build)}")
+    if not operation.builds:
+        output.print_line(f"{operation.name}  resolving")
+    output.say("See how it goes with: [bold]millrace builds[/]")
+
+
+def _show_result(operation: pb.Operation, seconds: float) -> None:
+    for build in operation.builds:
+        how = "was in the store" if build.cached else f"built in {output.duration_text(seconds)}"
+        key = build.key
+        output.print_line(
+            f"engines/{output.short_name(build.name)}  {key.arch}  {key.quant.scheme}  {how}"
+        )

@@ -1,0 +1,203 @@
+"""`millrace inspect`: what an engine is made of, and what became of the model's graph."""
+
+import json
+from collections import Counter
+from typing import Any
+
+from millrace.cli import output
+from millrace.cli.listing import quant_text
+from millrace.client import Client
+from millrace.compiler.v1 import compiler_pb2
+from millrace.engine.v1 import engine_pb2
+
+_SOURCE, _FINAL = "graph.source.json", "graph.json"
+_KERNELS = "kernels/index.json"
+
+
+def inspect(client: Client, name: str, *, with_graph: bool, as_json: bool) -> None:
+    """Prints an engine: key, sizes, layers, graph, kernels, build times."""
+    if "/" not in name:
+        name = f"engines/{name}"
+    found = client.get_engine(name)
+    documents = _read_documents(client, found.engine)
+    if as_json:
+        output.print_json({**output.to_dict(found), **documents})
+        return
+    _show_key(found.engine, documents[_FINAL])
+    _show_layers(found.engine)
+    _show_graphs(documents, with_graph)
+    _show_kernels(documents.get(_KERNELS))
+    _show_build(found)
+
+
+def _read_documents(client: Client, engine: engine_pb2.Engine) -> dict[str, Any]:
+    """The engine's JSON layers that people look at, by title."""
+    return {
+        layer.title: json.loads(client.read_blob(layer.digest))
+        for layer in engine.layers
+        if layer.title in (_SOURCE, _FINAL, _KERNELS)
+    }
+
+
+def graph_text(graph: dict[str, Any]) -> list[str]:
+    """A graph's pipeline, a line per node; equal layers are told once."""
+    lines = [f"in   {name}: {_spec_text(spec)}" for name, spec in graph["inputs"].items()]
+    lines += _folded([_node_text(node) for node in graph["nodes"]])
+    return [*lines, f"out  {', '.join(graph['outputs'])}"]
+
+
+def _node_text(node: dict[str, Any]) -> str:
+    attrs = ", ".join(f"{name}={_short(value)}" for name, value in node["attrs"].items())
+    weights = ", ".join(sorted(node["weights"].values()))
+    text = f"{', '.join(node['outputs'])} = {node['op']}({', '.join(node['inputs'])})"
+    return text + (f" {{{attrs}}}" if attrs else "") + (f" [{weights}]" if weights else "")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 4:
+        return f"({len(value)} values)"
+    return str(value)
+
+
+def _spec_text(spec: dict[str, Any]) -> str:
+    return f"{spec['dtype']}[{', '.join(map(str, spec['dims']))}]"
+
+
+def _folded(lines: list[str]) -> list[str]:
+    """`lines` with the run of repeated layers cut to its first turn.
+
+    Layers differ in names and numbers only, so lines are compared without their digits.
+    """
+    shapes = ["".join(" " if c.isdigit() else c for c in line).split() for line in lines]
+    best: tuple[int, int, int] = (0, 0, 1)  # first line, lines a turn, turns
+    for first in range(min(len(lines), 16)):
+        for period in range(3, 40):
+            turns = 1
+            while shapes[first : first + period] == shapes[
+                first + turns * period : first + (turns + 1) * period
+            ] and first + (turns + 1) * period <= len(lines):
+                turns += 1
+            if turns > 1 and (turns - 1) * period > (best[2] - 1) * best[1]:
+                best = (first, period, turns)
+    first, period, turns = best
+    if turns == 1:
+        return [f"     {line}" for line in lines]
+    before, turn, after = (
+        lines[:first],
+        lines[first : first + period],
+        lines[first + turns * period :],
+    )
+    return [
+        *(f"     {line}" for line in before),
+        f"     {turns} times:",
+        *(f"       {line}" for line in turn),
+        *(f"     {line}" for line in after),
+    ]
+
+
+def _show_key(engine: engine_pb2.Engine, graph: dict[str, Any]) -> None:
+    total = sum(layer.size_bytes for layer in engine.layers)
+    config = graph["config"]
+    shape = ", ".join(
+        f"{config[name]} {text}"
+        for name, text in (
+            ("num_layers", "layers"),
+            ("hidden_size", "hidden"),
+            ("num_heads", "heads"),
+            ("num_kv_heads", "KV heads"),
+            ("vocab_size", "tokens"),
+        )
+        if name in config
+    )
+    output.print_fields(
+        (
+            ("engine", engine.name),
+            ("model", f"{engine.model} ({config.get('family', 'unknown family')}: {shape})"),
+            ("arch", engine.key.arch),
+            ("quant", quant_text(engine.key.quant)),
+            ("size", f"{output.bytes_text(total)} in {len(engine.layers)} layers"),
+            ("format", str(engine.format_version)),
+            ("model digest", engine.key.model_digest),
+            ("builder", engine.key.builder),
+            ("manifest", engine.manifest.digest),
+            ("published", output.age_text(engine.create_time.seconds)),
+        )
+    )
+
+
+def _show_layers(engine: engine_pb2.Engine) -> None:
+    output.print_line("")
+    output.print_table(
+        ("layer", "size", "digest"),
+        [
+            (layer.title, output.bytes_text(layer.size_bytes), layer.digest[:19])
+            for layer in engine.layers
+        ],
+        "no layers",
+    )
+
+
+def _show_graphs(documents: dict[str, Any], with_graph: bool) -> None:
+    titles = [title for title in (_SOURCE, _FINAL) if title in documents]
+    counts = [f"{len(documents[title]['nodes'])} nodes" for title in titles]
+    layouts = Counter(weight["layout"] for weight in documents[_FINAL]["weights"].values())
+    output.print_line("")
+    output.print_fields(
+        (
+            ("graph", " -> ".join(counts)),
+            *((f"  {name}", _ops_text(documents[title])) for title, name in _NAMES.items()
+              if title in documents),
+            ("weights", ", ".join(f"{n} {layout}" for layout, n in layouts.most_common())),
+        )
+    )  # fmt: skip
+    if with_graph:
+        for title in titles:
+            output.print_line(f"\n{_NAMES[title]} ({title})")
+            for line in graph_text(documents[title]):
+                output.print_line(f"  {line}")
+
+
+_NAMES = {_SOURCE: "before", _FINAL: "after"}
+
+
+def _ops_text(graph: dict[str, Any]) -> str:
+    counts = Counter(node["op"] for node in graph["nodes"])
+    return ", ".join(f"{count} {op}" for op, count in counts.most_common())
+
+
+def _show_kernels(index: dict[str, Any] | None) -> None:
+    if index is None:
+        output.print_fields((("kernels", "none: torch operators run this arch"),))
+        return
+    kernels = index["kernels"]
+    counts = Counter(key.replace("[", "/").split("/")[0].split(".")[0] for key in kernels)
+    size = sum(kernel["code"][1] for kernel in kernels.values())
+    driver = ".".join(map(str, index["min_driver"]))
+    output.print_fields(
+        (
+            (
+                "kernels",
+                f"{len(kernels)} for {index['arch']}, {output.bytes_text(size)}, "
+                f"driver for CUDA {driver} or newer",
+            ),
+            ("", ", ".join(f"{count} {op}" for op, count in counts.most_common())),
+        )
+    )
+
+
+def _show_build(found: compiler_pb2.GetEngineResponse) -> None:
+    if not found.HasField("build"):
+        output.print_fields((("built", "its record has expired"),))
+        return
+    build = found.build
+    seconds = (build.end_time.ToMilliseconds() - build.start_time.ToMilliseconds()) / 1000
+    stages = ", ".join(
+        f"{timing.stage} {output.duration_text(timing.duration.ToMilliseconds() / 1000)}"
+        for timing in build.stage_timings
+    )
+    output.print_fields(
+        (
+            ("built in", f"{output.duration_text(max(0.0, seconds))} from {build.model_uri}"),
+            ("", stages),
+        )
+    )

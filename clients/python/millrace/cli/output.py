@@ -1,0 +1,127 @@
+"""How results are shown: tables and sizes for people, JSON for programs.
+
+On a terminal rich draws; elsewhere, and with NO_COLOR, plain aligned text. Results go to stdout,
+everything about the work (progress, hints) to stderr.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+    from rich.console import Console
+
+
+@cache
+def console(is_stderr: bool = False) -> "Console":
+    """The rich console of stdout, or of stderr."""
+    from rich.console import Console
+
+    return Console(stderr=is_stderr, highlight=False, emoji=False, soft_wrap=True)
+
+
+def is_fancy(is_stderr: bool = False) -> bool:
+    """Claims that colours and redrawn lines are welcome."""
+    stream = sys.stderr if is_stderr else sys.stdout
+    is_dumb = os.environ.get("TERM") == "dumb" or "NO_COLOR" in os.environ
+    return stream.isatty() and not is_dumb
+
+
+def say(text: str = "") -> None:
+    """One line about the work, for people, on stderr. Markup is rich's."""
+    console(is_stderr=True).print(text)
+
+
+def print_line(text: str) -> None:
+    """One line of result, plain."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on stdout."""
+    print_line(json.dumps(value, ensure_ascii=False))
+
+
+def to_dict(message: "Message") -> dict[str, Any]:
+    """A wire message as JSON knows it, under its own field names, with fields that are unset."""
+    from google.protobuf.json_format import MessageToDict
+
+    value: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return value
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
+    """A table on stdout; `empty` is said where there are no rows."""
+    if not rows:
+        say(empty)
+    elif is_fancy():
+        from rich import box
+        from rich.table import Table
+
+        table = Table(*columns, box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        console().print(table)
+    else:
+        widths = [
+            max(len(column), *(len(row[i]) for row in rows)) for i, column in enumerate(columns)
+        ]
+        for row in ([column.upper() for column in columns], *rows):
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print_line("  ".join(cells).rstrip())
+
+
+def print_fields(fields: Sequence[tuple[str, str]]) -> None:
+    """Names and values on stdout, a line each."""
+    width = max(len(name) for name, _ in fields)
+    for name, value in fields:
+        if is_fancy():
+            from rich.text import Text
+
+            console().print(Text.assemble((name.ljust(width), "bold"), "  ", value))
+        else:
+            print_line(f"{name.ljust(width)}  {value}")
+
+
+def bytes_text(size: float) -> str:
+    """`134 MB`: powers of ten, as disks and networks count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """`0.42 s`, `12 s`, `3:07`, `1:02:03`."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def age_text(unix_s: float) -> str:
+    """How long ago that was: `12 s ago`; `-` for 0."""
+    if not unix_s:
+        return "-"
+    age_s = max(0.0, time.time() - unix_s)
+    for limit_s, unit_s, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if age_s < limit_s:
+            return f"{age_s / unit_s:.0f} {unit} ago"
+    return f"{age_s / 86400:.0f} d ago"
+
+
+def short_name(name: str) -> str:
+    """A resource name cut to what people type: `engines/ab12…` to 12 digits of its digest."""
+    return name.rpartition("/")[2][:12]

@@ -1,0 +1,101 @@
+"""`millrace up` and `millrace demo`: the local stack in the foreground."""
+
+import signal
+import time
+from pathlib import Path
+
+from rich.markup import escape
+
+from millrace.cli import output
+from millrace.cli.building import build, parse_quant
+from millrace.cli.generating import speed_text, stream_text
+from millrace.cli.loading import serve
+from millrace.cli.machine import local_arch
+from millrace.cli.stack import Stack
+from millrace.client import Client
+from millrace.generation import Message
+
+QUESTION = "In one short paragraph: why is the sky blue?"
+
+
+def up(stack: Stack, model_uri: str, quant: str) -> None:
+    """Runs the stack until Ctrl-C or SIGTERM, serving a model where one is named.
+
+    Raises:
+        CommandFailed: a child ended, or did not start.
+        MillraceError: the model cannot be built or served.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    output.say("[dim]starting Valkey, the compile daemon and the runtime daemon ...[/]")
+    with stack:
+        _show_addresses(stack)
+        try:
+            if model_uri:
+                with Client(stack.compiler, stack.runtime) as client:
+                    _serve(client, model_uri, quant)
+            _show_next(stack, bool(model_uri))
+            while True:
+                stack.check()
+                time.sleep(0.3)
+        except KeyboardInterrupt:
+            output.say("\n[dim]stopping: what runs is finished first, Ctrl-C again cuts it off[/]")
+    output.say("stopped")
+
+
+def demo(state: Path, model_uri: str, quant: str, question: str) -> None:
+    """The main job, once: builds a model, serves it, streams an answer, stops."""
+    stack = Stack(state, "127.0.0.1:0", "127.0.0.1:0", with_metrics=False)
+    output.say("[bold]1[/] starting the local stack: Valkey, a compile daemon, a runtime daemon")
+    with stack, Client(stack.compiler, stack.runtime) as client:
+        output.say(f"[bold]2[/] building [bold]{escape(model_uri)}[/] for cpu in {quant}")
+        _serve(client, model_uri, quant)
+        output.say(f"[bold]3[/] asking: [bold]{escape(question)}[/]\n")
+        asked = [Message(role="user", content=question)]
+        result, first_s = stream_text(client, asked, {"max_new_tokens": 160})
+        output.say(f"\n[green]{speed_text(result, first_s)}[/]")
+        output.say("[dim]stopping the stack[/]")
+    output.say(
+        f"""
+Next, with the stack running in one terminal:
+  [bold]. .venv/bin/activate[/]
+  [bold]millrace up --state {state} --model {model_uri} --quant {quant}[/]
+and in another:
+  [bold]millrace chat[/]
+  [bold]millrace generate "Once upon a time"[/]
+  [bold]millrace engines[/]   [bold]millrace inspect ENGINE --graph[/]   [bold]millrace --help[/]"""
+    )
+
+
+def _serve(client: Client, model_uri: str, quant: str) -> None:
+    """Builds `model_uri` for the runtime's own arch, and has the runtime serve it."""
+    start = time.monotonic()
+    scheme, group_size = parse_quant(quant)
+    operation = build(
+        client, model_uri, [local_arch()], scheme, group_size, "", detach=False, as_json=False
+    )
+    name = operation.builds[0].name.replace("builds/", "engines/", 1)
+    engine = client.get_engine(name).engine
+    serve(client, engine)
+    output.say(f"[dim]serving after {output.duration_text(time.monotonic() - start)}[/]")
+
+
+def _show_addresses(stack: Stack) -> None:
+    output.say(f"  compile daemon  [bold]{stack.compiler}[/]")
+    output.say(f"  runtime daemon  [bold]{stack.runtime}[/]")
+    if stack.with_metrics:
+        output.say("  metrics         http://127.0.0.1:7611/metrics http://127.0.0.1:7612/metrics")
+    output.say(f"  engines         {stack.store}")
+    output.say(f"  logs            {stack.logs}")
+
+
+def _show_next(stack: Stack, has_model: bool) -> None:
+    where = ""
+    if stack.compiler != "127.0.0.1:7601":
+        where += f" --compiler {stack.compiler}"
+    at = f" --runtime {stack.runtime}" if stack.runtime != "127.0.0.1:7602" else ""
+    output.say("\nready; in another terminal:")
+    if not has_model:
+        output.say(f"  [bold]millrace build sample:smollm2-135m --quant int8{where}[/]")
+        output.say(f"  [bold]millrace load smollm2-135m{where}{at}[/]")
+    output.say(f"  [bold]millrace chat{at}[/]")
+    output.say("Ctrl-C stops it.")
