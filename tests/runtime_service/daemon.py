@@ -64,6 +64,15 @@ class Daemon:
         assert self.runtime.served is not None, "nothing is served"
         return self.runtime.served.client
 
+    async def freed(self, limit_s: float = 10.0) -> None:
+        """Waits until the engine process says that no sequence holds a block."""
+
+        def is_free() -> bool:
+            stats = self.client.stats
+            return stats is not None and not (stats.num_running or stats.num_waiting)
+
+        await until(is_free, limit_s)
+
     def call(self) -> "Call":
         """A new call of Generate."""
         return Call(self.stub.Generate())
@@ -195,6 +204,10 @@ class Call:
             self.seen.setdefault(event.request_id, Seen()).add(event)
         return True
 
+    def num_tokens(self, request_id: str) -> int:
+        """Tokens of this generation that were read."""
+        return sum(map(len, self.seen.get(request_id, Seen()).token_ids.values()))
+
     async def read_until(self, condition: Callable[[], bool]) -> None:
         """Reads until `condition` holds."""
         while not condition():
@@ -220,7 +233,7 @@ _STOP_FIELDS = set(pb.StopConditions.DESCRIPTOR.fields_by_name)
 
 def start_of(prompt: str | list[int], **fields: Any) -> pb.StartGeneration:
     """A start command; stop conditions may be given bare, and end tokens do not end it."""
-    stop = {name: fields.pop(name) for name in list(fields) if name in _STOP_FIELDS - {"token_ids"}}
+    stop = {name: fields.pop(name) for name in list(fields) if name in _STOP_FIELDS}
     start = pb.StartGeneration(stop=pb.StopConditions(**stop), **fields)
     if isinstance(prompt, str):
         start.text = prompt
@@ -229,7 +242,7 @@ def start_of(prompt: str | list[int], **fields: Any) -> pb.StartGeneration:
     return start
 
 
-async def until(condition: Callable[[], Any], what: str, limit_s: float = 10.0) -> None:
+async def until(condition: Callable[[], Any], limit_s: float = 10.0) -> None:
     """Waits until `condition` holds, for what no event tells the test."""
     async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110 - see above
