@@ -17,8 +17,7 @@ waiting builds are asked for again, running ones are registered anew by their wo
 
 import base64
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +30,8 @@ from shared.engine import EngineKey
 from shared.errors import (
     BuildNotFound,
     BuildQueueFull,
-    RedisUnreachable,
 )
-from shared.redis import MAX_BLOCK_S, UNREACHABLE, public_url
+from shared.redis import MAX_BLOCK_S, reachable
 
 BUILDS = "builds"
 INDEX = "builds:index"
@@ -148,7 +146,7 @@ class BuildQueue:
     def __init__(self, client: Redis, url: str, lease_s: float, max_queued: int) -> None:
         # redis-py's types cannot say that replies are decoded.
         self._redis: Any = client
-        self._url = public_url(url)
+        self._url = url
         self.lease_s = lease_s
         self._max_queued = max_queued
         self._script = {
@@ -173,7 +171,7 @@ class BuildQueue:
 
     async def record(self, digest: str) -> BuildRecord | None:
         """The build as it stands; None where there is no record of it."""
-        with self._reachable():
+        async with reachable(self._url):
             raw = await self._redis.hgetall(record_key(digest))
         return _record(raw) if raw else None
 
@@ -217,7 +215,7 @@ class BuildQueue:
         records: list[BuildRecord] = []
         while True:
             highest = "+inf" if before is None else f"({before}"
-            with self._reachable():
+            async with reachable(self._url):
                 rows: list[tuple[str, float]] = await self._redis.zrange(
                     INDEX, highest, "-inf", desc=True, byscore=True, withscores=True,
                     offset=0, num=size - len(records) + 1,
@@ -234,7 +232,7 @@ class BuildQueue:
 
     async def num_waiting(self) -> int:
         """Entries that wait for a worker."""
-        with self._reachable():
+        async with reachable(self._url):
             length = int(await self._redis.xlen(BUILDS))
             try:
                 pending = await self._redis.xpending(BUILDS, GROUP)
@@ -252,7 +250,7 @@ class BuildQueue:
         """
         await self._run("FORGET_WORKERS", [BUILDS], [_FORGOTTEN_WORKER_MS])
         lease_ms = round(self.lease_s * 1000)
-        with self._reachable():
+        async with reachable(self._url):
             try:
                 found = (await self._redis.xautoclaim(BUILDS, GROUP, owner, lease_ms, count=1))[1]
                 if not found:
@@ -351,13 +349,8 @@ class BuildQueue:
         await self._run("LEAVE", [BUILDS], [owner])
 
     async def _run(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        with self._reachable():
+        async with reachable(self._url):
             return await self._script[script](keys=list(keys), args=list(args))
-
-    @contextmanager
-    def _reachable(self) -> Iterator[None]:
-        with reachable(self._url):
-            yield
 
 
 class EventTail:
@@ -365,12 +358,12 @@ class EventTail:
 
     def __init__(self, client: Redis, url: str, keys: Sequence[str]) -> None:
         self._redis: Any = client
-        self._url = public_url(url)
+        self._url = url
         self._seen = dict.fromkeys(keys, "0-0")
 
     async def start(self) -> None:
         """Takes everything so far as known; read the state after it, and no change is missed."""
-        with reachable(self._url):
+        async with reachable(self._url):
             for key in self._seen:
                 for entry, _ in await self._redis.xrevrange(key, count=1):
                     self._seen[key] = entry
@@ -378,19 +371,10 @@ class EventTail:
     async def wait(self, limit_s: float = MAX_BLOCK_S) -> None:
         """Returns after the next change, or after `limit_s` without one."""
         block = round(min(limit_s, MAX_BLOCK_S) * 1000)
-        with reachable(self._url):
+        async with reachable(self._url):
             streams = await self._redis.xread(self._seen, block=block)
         for key, entries in streams:
             self._seen[key] = entries[-1][0]
-
-
-@contextmanager
-def reachable(url: str) -> Iterator[None]:
-    """Turns a silent Redis into the error that callers see."""
-    try:
-        yield
-    except UNREACHABLE as error:
-        raise RedisUnreachable(url=public_url(url)) from error
 
 
 def _progress_fields(progress: BuildProgress | None) -> list[object]:

