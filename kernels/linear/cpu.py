@@ -1,0 +1,106 @@
+"""`linear` on a CPU: the packing that this CPU multiplies fastest, made when an engine is loaded.
+
+| activations | stored as | packed as | product |
+|---|---|---|---|
+| fp32 | any, of bf16 values | fp16, FBGEMM | fp32 accumulated |
+| fp32 | plain fp32 | fp32, oneDNN | |
+| bf16 | int8_channel | int8 for few rows, bf16 oneDNN for many | fp32 accumulated |
+| bf16 | int4_group | int4 for few rows, bf16 oneDNN for many | fp32 accumulated |
+| bf16 | plain | bf16, oneDNN | |
+
+Below `MANY_ROWS` a product waits for the weight's bytes, above it for arithmetic. fp16 keeps 11
+bits of a value, bf16 has 8; values beyond fp16's range keep the fp32 form.
+
+Legend: N out, K in, G values per group.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
+from shared.ir import Node
+
+MANY_ROWS = 16
+_FP16_MAX = 65504.0
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> BoundOp:
+    """The product, and the bias where there is one."""
+    weight = weights["weight"]
+    bias = weights["bias"].dense() if "bias" in weights else None
+    if target.activation_dtype == torch.bfloat16:
+        product = _bf16_product(weight, bias, target)
+    else:
+        product = _fp32_product(weight, bias, target)
+    return lambda x, batch: product(x)
+
+
+def describe(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> str:
+    """The table's row that `bind` chooses, for people."""
+    layout = weights["weight"].spec.layout
+    if target.activation_dtype == torch.bfloat16:
+        few = {"int8_channel": "int8", "int4_group": "int4"}.get(layout)
+        return f"{few} below {MANY_ROWS} rows, else bf16" if few else "bf16"
+    return "fp16 (FBGEMM)" if _takes_fp16(weights["weight"], target) else "fp32"
+
+
+def _takes_fp16(weight: PackedWeight, target: CpuTarget) -> bool:
+    return target.has_fbgemm and weight.spec.dtype == "bfloat16"
+
+
+def _fp32_product(weight: PackedWeight, bias: torch.Tensor | None, target: CpuTarget) -> Product:
+    dense_NK = weight.dense()
+    if _takes_fp16(weight, target) and dense_NK.abs().max() <= _FP16_MAX:
+        packed = torch.ops.quantized.linear_prepack_fp16(dense_NK, bias)
+        multiply = torch.ops.quantized.linear_dynamic_fp16.default
+        return lambda x: multiply(x, packed)
+    return _dense_product(dense_NK, bias, target)
+
+
+def _bf16_product(weight: PackedWeight, bias: torch.Tensor | None, target: CpuTarget) -> Product:
+    many = _dense_product(
+        weight.dense().bfloat16(), None if bias is None else bias.bfloat16(), target
+    )
+    few = _few_rows_product(weight)
+    if few is None:
+        return many
+    bias_N = None if bias is None else bias.bfloat16()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] >= MANY_ROWS:
+            return many(x)
+        y = few(x)
+        return y if bias_N is None else y.add_(bias_N)
+
+    return run
+
+
+def _few_rows_product(weight: PackedWeight) -> Product | None:
+    """The product straight from quantized values, where torch has one."""
+    tensors = weight.tensors
+    if weight.spec.layout == "int8_channel":
+        codes_NK, scale_N = tensors["weight"], tensors["scale"].bfloat16()
+        multiply = torch.ops.aten._weight_int8pack_mm.default
+        return lambda x: multiply(x, codes_NK, scale_N)
+    if weight.spec.layout == "int4_group" and weight.spec.shape[0] % 16 == 0:
+        stored = tensors["weight"]
+        codes_NK = torch.stack((stored & 15, stored >> 4), -1).flatten(1).int()
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
+        # [J, N, 2]: scale and zero of each group, as torch's kernel reads them.
+        scales = torch.stack((tensors["scale"].T, tensors["zero"].T), -1).bfloat16().contiguous()
+        multiply4 = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        group = weight.spec.group_size
+        return lambda x: multiply4(x, packed, group, scales)
+    return None
+
+
+def _dense_product(dense_NK: torch.Tensor, bias: torch.Tensor | None, target: CpuTarget) -> Product:
+    if target.has_mkldnn and dense_NK.dtype in (torch.float32, torch.bfloat16):
+        packed = torch.ops.mkldnn._reorder_linear_weight(dense_NK, MANY_ROWS)
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        return lambda x: multiply(x, packed, bias, "none", [], "")
+    linear = torch.ops.aten.linear.default
+    return lambda x: linear(x, dense_NK, bias)

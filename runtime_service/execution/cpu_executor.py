@@ -1,0 +1,102 @@
+"""Runs a graph on the CPU: every node bound to its weights once, then called in order.
+
+Legend: T packed tokens, R rows whose logits are wanted, V vocabulary, K kv heads, D head dim.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from kernels.batch import StepBatch
+from kernels.cpu import bind_node
+from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
+from shared.ir import Graph, Node
+
+# (form, inputs' places, outputs' places)
+_Step = tuple[BoundOp, tuple[int, ...], tuple[int, ...]]
+
+
+class CpuExecutor:
+    """`Executor` on this machine's CPU.
+
+    Args:
+        read_weight: packed tensors of a weight by role; asked once for each reading node.
+        num_blocks: KV blocks; their memory is touched only when they are written.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        read_weight: Callable[[str], Mapping[str, torch.Tensor]],
+        target: CpuTarget,
+        num_blocks: int,
+        block_tokens: int,
+    ) -> None:
+        self._places: dict[str, int] = {"token_ids": 0}
+        self._steps = [self._bind(graph, node, read_weight, target) for node in graph.nodes]
+        (output,) = graph.outputs
+        self._output = self._places[output]
+        self._vocab_size = int(str(graph.config["vocab_size"]))
+        # Where no logits are wanted, what comes after the choice of rows is not run.
+        self._num_before_rows = next(
+            (i for i, node in enumerate(graph.nodes) if node.op == "select_rows"), len(graph.nodes)
+        )
+        shape = (
+            num_blocks,
+            block_tokens,
+            int(str(graph.config["num_kv_heads"])),
+            int(str(graph.config["head_dim"])),
+        )
+        self._kv_caches = [
+            (torch.zeros(shape, dtype=target.kv_dtype), torch.zeros(shape, dtype=target.kv_dtype))
+            for _ in range(int(str(graph.config["num_layers"])))
+        ]
+
+    def forward(self, token_ids_T: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        """Logits [R, V], fp32."""
+        batch.kv_caches = self._kv_caches
+        has_rows = batch.logit_rows_R.numel() > 0
+        values: list[Any] = [None] * len(self._places)
+        values[0] = token_ids_T
+        for form, inputs, outputs in (
+            self._steps if has_rows else self._steps[: self._num_before_rows]
+        ):
+            if len(inputs) == 1:
+                result = form(values[inputs[0]], batch)
+            else:
+                result = form(values[inputs[0]], values[inputs[1]], batch)
+            if len(outputs) == 1:
+                values[outputs[0]] = result
+            else:
+                for place, value in zip(outputs, result, strict=True):
+                    values[place] = value
+        if not has_rows:
+            return torch.empty(0, self._vocab_size)
+        logits: torch.Tensor = values[self._output]
+        return logits.float()
+
+    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
+        """Copies whole KV blocks in all layers."""
+        sources, destinations = (torch.tensor(side) for side in zip(*copies, strict=True))
+        for caches in self._kv_caches:
+            for cache in caches:
+                cache[destinations] = cache[sources]
+
+    def _bind(
+        self,
+        graph: Graph,
+        node: Node,
+        read_weight: Callable[[str], Mapping[str, torch.Tensor]],
+        target: CpuTarget,
+    ) -> _Step:
+        weights = {
+            role: PackedWeight(graph.weights[name], read_weight(name))
+            for role, name in node.weights.items()
+        }
+        inputs = tuple(self._places[name] for name in node.inputs)
+        assert len(inputs) in (1, 2), f"{node.op} has {len(inputs)} inputs"
+        for name in node.outputs:
+            self._places[name] = len(self._places)
+        outputs = tuple(self._places[name] for name in node.outputs)
+        return bind_node(node, weights, target), inputs, outputs

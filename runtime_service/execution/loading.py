@@ -1,0 +1,125 @@
+"""An engine from the store onto its device: mapped, packed for this machine, verified."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import structlog
+import torch
+
+from kernels.cpu_form import cpu_target
+from runtime_service.execution.cpu_executor import CpuExecutor
+from runtime_service.execution.limits import RunnerOptions, choose_limits
+from runtime_service.execution.model_runner import ModelRunner
+from runtime_service.limits import RuntimeLimits
+from shared.arch import arch_named
+from shared.engine import EngineManifest
+from shared.errors import ArchMismatch
+from shared.ir import Graph
+from shared.store.local import LocalStore
+from shared.store.weights import WeightReader
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """An engine that is ready to run steps.
+
+    Args:
+        phases: (name, seconds) of loading, in order.
+    """
+
+    runner: ModelRunner
+    limits: RuntimeLimits
+    phases: tuple[tuple[str, float], ...]
+
+
+def load_engine(
+    store: str,
+    engine: str,
+    max_sequence_tokens: int | None = None,
+    max_sequences: int | None = None,
+    max_step_tokens: int | None = None,
+    kv_bytes: int | None = None,
+    num_threads: int | None = None,
+) -> LoadedEngine:
+    """What an engine process runs: everything by name, so that it crosses a process border.
+
+    Args:
+        store: folder of a local store that holds the engine whole.
+        engine: its name.
+    Raises:
+        what `load_runner` does.
+    """
+    local = LocalStore(Path(store))
+    options = RunnerOptions(
+        max_sequence_tokens, max_sequences, max_step_tokens, kv_bytes, num_threads
+    )
+    return load_runner(local, local.get(engine), options)
+
+
+def load_runner(store: LocalStore, engine: EngineManifest, options: RunnerOptions) -> LoadedEngine:
+    """The engine, loaded; nothing of it was used before all of its bytes were verified.
+
+    Raises:
+        ArchMismatch: it is for another kind of device.
+        DigestMismatch, BlobNotFound: the store's copy is not whole.
+        InvalidField: options contradict each other, the model, or the memory.
+    """
+    arch = arch_named(engine.key.arch)
+    if arch.is_gpu:
+        raise ArchMismatch(built_for=arch.name, found="cpu", command="millrace-runtime --arch cpu")
+    phases = _Phases()
+    if options.num_threads:
+        torch.set_num_threads(options.num_threads)
+    with WeightReader(store, engine) as reader:
+        reader.start_verify()
+        with phases.timed("read_graph"):
+            graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
+        target = cpu_target(graph, int(str(graph.config["max_position_embeddings"])))
+        free_bytes = max(psutil.virtual_memory().available - 2 * reader.num_bytes, 0)
+        limits = choose_limits(
+            graph,
+            str(target.kv_dtype).removeprefix("torch."),
+            target.kv_dtype.itemsize,
+            free_bytes,
+            options,
+        )
+        with phases.timed("pack_weights"):
+            executor = CpuExecutor(
+                graph, reader.roles, target, limits.num_blocks, limits.block_tokens
+            )
+        with phases.timed("verify_weights"):
+            reader.verify()
+    _log.info(
+        "engine_loaded",
+        engine=engine.name,
+        activations=target.name,
+        activations_reason=target.reason,
+        kv_bytes=limits.kv_bytes,
+        kv_reason=limits.kv_reason,
+        max_sequence_tokens=limits.max_sequence_tokens,
+        max_sequences=limits.max_sequences,
+    )
+    vocab_size = int(str(graph.config["vocab_size"]))
+    runner = ModelRunner(executor, limits, vocab_size, options.num_threads or 0)
+    return LoadedEngine(runner, limits, phases.timings)
+
+
+class _Phases:
+    def __init__(self) -> None:
+        self._timings: list[tuple[str, float]] = []
+
+    @property
+    def timings(self) -> tuple[tuple[str, float], ...]:
+        return tuple(self._timings)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._timings.append((name, time.monotonic() - started))

@@ -1,0 +1,137 @@
+"""One step after the other on the device: pack, run the graph, draw, remember what was drawn.
+
+Steps run on one thread of their own, in order; `execute` only hands them over. So a step may be
+launched before the one before it was read: what that one draws is in the row table by then. What a
+request is, nobody here knows.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from runtime_service.execution.executor import Executor
+from runtime_service.execution.rows import RowTable
+from runtime_service.limits import RuntimeLimits
+from runtime_service.sampling.sampler import Draw, sample, token_logprobs
+from runtime_service.scheduling.output import (
+    ModelRunnerOutput,
+    NewSequence,
+    SampledSequence,
+    ScheduledSequence,
+    SchedulerOutput,
+    TokenLogprobs,
+)
+from runtime_service.scheduling.request import SamplingParams, StopParams
+
+
+class ModelRunner:
+    """Runs steps of one engine.
+
+    Args:
+        num_threads: CPU threads of one op; 0 leaves torch's own number.
+    """
+
+    def __init__(
+        self, executor: Executor, limits: RuntimeLimits, vocab_size: int, num_threads: int = 0
+    ) -> None:
+        self._executor = executor
+        self._limits = limits
+        self._rows = RowTable(limits, vocab_size)
+        self._worker = ThreadPoolExecutor(
+            1, "model-runner", initializer=_set_threads, initargs=(num_threads,)
+        )
+
+    def execute(self, step: SchedulerOutput) -> Future[ModelRunnerOutput]:
+        """Hands the step over and returns at once; `result()` waits for what it draws."""
+        return self._worker.submit(self._run, step)
+
+    def warm_up(self) -> None:
+        """Runs steps of a few shapes, whose results nobody wants, on an empty cache."""
+        blocks = list(range(-(-2 // self._limits.block_tokens)))
+        new = NewSequence(0, [0, 0], 2, SamplingParams(), StopParams(1), 0, 0, blocks)
+        prompt = SchedulerOutput(0, (), (new,), (), (ScheduledSequence(0, 0, 2),))
+        decode = SchedulerOutput(1, (), (), (), (ScheduledSequence(0, 1, 1),))
+        free = SchedulerOutput(2, (0,), (), (), ())
+        for step in (prompt, decode):
+            self.execute(step).result()
+        self._worker.submit(self._rows.apply, free).result()
+
+    def close(self) -> None:
+        """Ends the thread, after the steps that were handed over."""
+        self._worker.shutdown()
+
+    def _run(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        with torch.inference_mode():
+            self._rows.apply(step)
+            if step.block_copies:
+                self._executor.copy_blocks(step.block_copies)
+            sampled, scored = self._wanted(step.scheduled)
+            logit_rows = [row for row, _ in sampled]
+            logit_rows += [row for rows, _ in scored for row in rows]
+            token_ids_T, batch = self._rows.pack(step.scheduled, logit_rows)
+            logits_RV = self._executor.forward(token_ids_T, batch)
+            drawn = self._draw([s for _, s in sampled], logits_RV[: len(sampled)])
+            scores = self._score(scored, logits_RV[len(sampled) :])
+        return ModelRunnerOutput(step.step, drawn, scores)
+
+    def _wanted(
+        self, scheduled: Sequence[ScheduledSequence]
+    ) -> tuple[list[tuple[int, ScheduledSequence]], list[tuple[range, ScheduledSequence]]]:
+        """Packed tokens whose logits are drawn from, and those that score prompt tokens."""
+        sampled, scored = [], []
+        first = 0
+        for sequence in scheduled:
+            assert not sequence.draft_token_ids, "drafts are not verified here"
+            end = first + sequence.num_tokens
+            if sequence.is_sampled:
+                sampled.append((end - 1, sequence))
+            row = self._rows.sampler(sequence.row)
+            if row.params.prompt_logprobs:
+                # The token at position p scores the one at p + 1, as long as that is the prompt's.
+                count = min(sequence.num_tokens, row.num_prompt_tokens - 1 - sequence.start)
+                if count > 0:
+                    scored.append((range(first, first + count), sequence))
+            first = end
+        return sampled, scored
+
+    def _draw(
+        self, scheduled: Sequence[ScheduledSequence], logits_RV: torch.Tensor
+    ) -> tuple[SampledSequence, ...]:
+        if not scheduled:
+            return ()
+        ends = [s.start + s.num_tokens for s in scheduled]
+        draws = [
+            Draw(self._rows.sampler(s.row), self._rows.tokens(s.row, end))
+            for s, end in zip(scheduled, ends, strict=True)
+        ]
+        token_ids, logprobs = sample(logits_RV, draws)
+        drawn = []
+        for s, end, token_id, entry in zip(scheduled, ends, token_ids, logprobs, strict=True):
+            self._rows.append(s.row, end, token_id)
+            drawn.append(SampledSequence(s.row, (token_id,), () if entry is None else (entry,)))
+        return tuple(drawn)
+
+    def _score(
+        self, scored: Sequence[tuple[range, ScheduledSequence]], logits_RV: torch.Tensor
+    ) -> dict[int, tuple[TokenLogprobs, ...]]:
+        result: dict[int, tuple[TokenLogprobs, ...]] = {}
+        first = 0
+        for rows, sequence in scored:
+            end = sequence.start + 1 + len(rows)
+            tokens = self._rows.tokens(sequence.row, end)[sequence.start + 1 :]
+            num_top = self._rows.sampler(sequence.row).params.num_logprobs or 0
+            result[sequence.row] = tuple(
+                token_logprobs(
+                    logits_RV[first : first + len(rows)],
+                    torch.from_numpy(tokens),
+                    [num_top] * len(rows),
+                )
+            )
+            first += len(rows)
+        return result
+
+
+def _set_threads(num_threads: int) -> None:
+    if num_threads:
+        torch.set_num_threads(num_threads)
