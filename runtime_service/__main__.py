@@ -90,7 +90,7 @@ async def _serve(settings: RuntimeSettings, runtime: Runtime, changed: asyncio.E
     registration = _registration(settings, service, settings.advertise or server.address)
     if registration is not None:
         registration.start()
-    telling = asyncio.create_task(_tell_changes(server, runtime, registration, changed))
+    telling = asyncio.create_task(tell_changes(server, runtime, registration, changed))
 
     async def drain() -> None:
         loading.cancel()
@@ -133,12 +133,13 @@ async def _load_first(settings: RuntimeSettings, runtime: Runtime) -> None:
         delay_s = min(delay_s * 2, _MOST_RETRY_S)
 
 
-async def _tell_changes(
+async def tell_changes(
     server: DaemonServer,
     runtime: Runtime,
     registration: Registration | None,
     changed: asyncio.Event,
 ) -> None:
+    """Keeps health checks and the fleet's record true, from change to change."""
     while True:
         await changed.wait()
         changed.clear()

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
 from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer, byte_tokenizer_files
+from runtime_service.__main__ import tell_changes
 from runtime_service.deployment import EngineSource
 from runtime_service.engine_client import EngineClient
 from runtime_service.engine_process import EngineSpec
@@ -37,12 +39,20 @@ TOKENIZER = byte_tokenizer()
 FP32 = QuantConfig("fp32")
 
 
-def publish_echo(store: LocalStore, model: str = "echo") -> EngineManifest:
-    """An engine with the tests' tokenizer and nothing to compute."""
+def publish_echo(
+    store: LocalStore, model: str = "echo", arch_error: bool = False
+) -> EngineManifest:
+    """An engine with the tests' tokenizer and nothing to compute.
+
+    Args:
+        arch_error: its process cannot load it.
+    """
     graph = json.dumps({"config": {"vocab_size": VOCAB_SIZE}}).encode()
     layers = [store.write_blob([graph], GRAPH_TYPE, "graph.json")]
     for name, content in byte_tokenizer_files().items():
         layers.append(store.write_blob([content], FILE_TYPE, name))
+    if arch_error:
+        layers.append(store.write_blob([b"x"], FILE_TYPE, "broken"))
     key = EngineKey(model.encode().hex().ljust(64, "0"), "cpu", FP32, "test")
     return store.publish(EngineDraft(key, model, tuple(layers)))
 
@@ -77,6 +87,11 @@ class Daemon:
         """A new call of Generate."""
         return Call(self.stub.Generate())
 
+    def health(self) -> Any:
+        """A stream of what health checks are told, beginning with what holds now."""
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        return stub.Watch(health_pb2.HealthCheckRequest())
+
     async def load(self, model: str = "echo") -> EngineManifest:
         """Serves the engine of `model`."""
         return await self.runtime.load(EngineSelector(model, "cpu", FP32), "")
@@ -89,13 +104,13 @@ async def running_daemon(
     max_waiting_tokens: int = 0,
     step_timeout_s: float = 30.0,
     max_message_bytes: int = 1 << 20,
-    on_change: Callable[[], None] = lambda: None,
     **arguments: Any,
 ) -> AsyncIterator[Daemon]:
     """A daemon that serves the echo engine; `arguments` are the engine's."""
     store = LocalStore(folder / "store")
     publish_echo(store)
     metrics = RuntimeMetrics()
+    changed = asyncio.Event()
 
     async def start_client(engine: EngineManifest, on_lost: OnLost) -> EngineClient:
         spec = EngineSpec(
@@ -118,13 +133,14 @@ async def running_daemon(
         read_text=lambda engine: EngineText.read(store, engine),
         start_client=start_client,
         metrics=metrics,
-        on_change=on_change,
+        on_change=changed.set,
     )
     registry = daemon_registry()
     registry.register(metrics)
     server = DaemonServer("127.0.0.1:0", max_message_bytes, registry)
     runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(RuntimeService(runtime), server.grpc)
-    await server.start("millrace.runtime.v1.RuntimeService")
+    await server.start("millrace.runtime.v1.RuntimeService", is_serving=False)
+    telling = asyncio.create_task(tell_changes(server, runtime, None, changed))
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
         daemon = Daemon(runtime, server, store, channel, stub, arguments)
@@ -132,6 +148,7 @@ async def running_daemon(
             await daemon.load()
             yield daemon
         finally:
+            telling.cancel()
             await runtime.close()
             await server.grpc.stop(0)
 
@@ -223,6 +240,10 @@ class Call:
     async def finish(self) -> dict[str, Seen]:
         """Half-closes and reads to the end of the call."""
         await self.done()
+        return await self.read_rest()
+
+    async def read_rest(self) -> dict[str, Seen]:
+        """Reads to the end of the call."""
         while await self.read():
             pass
         return self.seen

@@ -19,6 +19,7 @@ from runtime_service.scheduling.output import (
     TokenLogprobs,
 )
 from shared.errors import ArchMismatch
+from shared.store import LocalStore
 
 LOADER = "tests.runtime_service.echo_engine:load"
 VOCAB_SIZE = 320
@@ -95,8 +96,9 @@ class _Loaded:
 def load(
     *, store: str, engine: str, step_s: float = 0.0, num_blocks: int = 256, **chosen: Any
 ) -> _Loaded:
-    """The loader. An engine whose folder holds a file `broken` cannot be loaded."""
-    if (Path(store) / "broken").exists():
+    """The loader. An engine with a layer `broken`, or in a store with such a file, is refused."""
+    layers = LocalStore(store).get(engine).layers
+    if (Path(store) / "broken").exists() or any(blob.title == "broken" for blob in layers):
         raise ArchMismatch(built_for="sm_90", found="cpu", command="millrace build --arch cpu")
     limits = RuntimeLimits(
         max_sequence_tokens=chosen.get("max_sequence_tokens") or 512,

@@ -1,0 +1,312 @@
+"""Every stream ends exactly once, whatever dies, hangs, stops reading or stops."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from millrace.runtime.v1 import runtime_pb2 as pb
+
+from shared.engine import EngineSelector
+from shared.errors import (
+    ArchMismatch,
+    EngineNotFound,
+    from_status,
+    reason_of,
+)
+from tests.runtime_service.daemon import (
+    FP32,
+    Daemon,
+    publish_echo,
+    running_daemon,
+    start_of,
+    until,
+)
+from tests.runtime_service.echo_engine import CRASH, HANG, RAISE
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def still_works(daemon: Daemon) -> None:
+    """A new call gets its tokens."""
+    call = daemon.call()
+    await call.start("after", [40, 41], max_new_tokens=4)
+    seen = await call.finish()
+    assert seen["after"].token_ids[0] == [40, 41, 40, 41]
+
+
+async def test_killed_engine_ends_every_stream_once_and_comes_back(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path, step_s=0.005) as daemon:
+        health = daemon.health()
+        assert (await health.read()).status == SERVING
+        calls = [daemon.call() for _ in range(3)]
+        for call in calls:
+            for number in range(10):
+                await call.start(str(number), [40, 41], max_new_tokens=400)
+        for call in calls:
+            await call.read_until(lambda call=call: call.num_tokens("9") > 3)  # type: ignore[misc]
+        os.kill(daemon.client.pid, signal.SIGKILL)
+        for call in calls:
+            seen = await call.finish()
+            assert [s.num_terminal for s in seen.values()] == [1] * 10
+            for one in seen.values():
+                error = from_status(one.error)
+                assert error.reason == "ENGINE_LOST"
+                assert error.retry_after_s
+                assert "SIGKILL" in error.fields["problem"]
+        assert (await health.read()).status == NOT_SERVING
+        assert (await health.read()).status == SERVING
+        await still_works(daemon)
+        assert daemon.runtime.metrics.engine_restarts == 1
+
+
+@pytest.mark.parametrize(
+    ("token", "problem"),
+    [(CRASH, "exited with status 7"), (RAISE, "unforeseen"), (HANG, "no step ended")],
+    ids=["crash", "raise", "hang"],
+)
+async def test_engine_that_fails_is_restarted(tmp_path: Path, token: int, problem: str) -> None:
+    async with running_daemon(tmp_path, step_timeout_s=0.6) as daemon:
+        pid = daemon.client.pid
+        call = daemon.call()
+        await call.start("waits", [40], credit_tokens=0)
+        await call.start("culprit", [40, token])
+        seen = await call.finish()
+        for one in seen.values():
+            assert reason_of(one.error) == "ENGINE_LOST"
+            assert problem in one.error.message
+        await until(lambda: daemon.runtime.served is not None)
+        assert daemon.client.pid != pid
+        await still_works(daemon)
+
+
+async def test_starts_are_refused_while_the_engine_restarts(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        os.kill(daemon.client.pid, signal.SIGKILL)
+        await until(lambda: daemon.runtime.served is None)
+        call = daemon.call()
+        await call.start("a", [40])
+        await call.start("b", "text")
+        seen = await call.finish()
+        assert [reason_of(s.error) for s in seen.values()] == ["ENGINE_LOST"] * 2
+
+
+async def test_engine_that_cannot_restart_is_tried_again(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        broken = daemon.store.root / "broken"
+        broken.touch()
+        os.kill(daemon.client.pid, signal.SIGKILL)
+
+        def refusal() -> str:
+            return str(daemon.runtime._refusal)
+
+        await until(lambda: "sm_90" in refusal())
+        broken.unlink()
+        await until(lambda: daemon.runtime.served is not None)
+        await still_works(daemon)
+
+
+async def test_full_queue_refuses_with_a_hint_when_to_come_back(tmp_path: Path) -> None:
+    async with running_daemon(
+        tmp_path, step_s=0.02, max_waiting_tokens=200, max_sequences=1
+    ) as daemon:
+        call = daemon.call()
+        await call.start("runs", [40], max_new_tokens=30)
+        await call.read_until(lambda: call.num_tokens("runs") > 0)
+        await call.start("waits", [41] * 150, max_new_tokens=1)
+        await call.start("refused", [42] * 150, max_new_tokens=1)
+        seen = await call.finish()
+    error = from_status(seen["refused"].error)
+    assert error.reason == "QUEUE_FULL"
+    assert error.retry_after_s
+    assert 0.1 <= error.retry_after_s <= 30
+    assert seen["waits"].reason == seen["runs"].reason == "LENGTH"
+
+
+async def test_prompt_larger_than_the_queue_may_wait_alone(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path, max_waiting_tokens=10) as daemon:
+        call = daemon.call()
+        await call.start("large", [41] * 300, max_new_tokens=1)
+        assert (await call.finish())["large"].reason == "LENGTH"
+
+
+async def test_client_that_never_reads_costs_a_bounded_buffer(tmp_path: Path) -> None:
+    """It is read from no more once it leaves too much unread; others do not notice."""
+    async with running_daemon(tmp_path, max_sequences=128, num_blocks=8192) as daemon:
+        raw = daemon.stub.Generate()
+
+        async def flood() -> None:
+            for number in range(5000):
+                start = start_of([40] * 11, request_id=f"{number:0256}", max_new_tokens=500)
+                await raw.write(pb.GenerateRequest(start=start))
+
+        flooding = asyncio.create_task(flood())
+        (deaf,) = await _calls(daemon)
+        await until(lambda: not deaf._room.is_set(), 60.0)
+        num_read = len(deaf._running) + len(deaf._unread)
+        await still_works(daemon)
+        await daemon.freed()
+        assert len(deaf._unread) <= num_read < 1000
+        assert not flooding.done()
+        flooding.cancel()
+        raw.cancel()
+        await until(lambda: not daemon.runtime._calls)
+
+
+async def test_slow_reader_gets_steps_joined_and_loses_nothing(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path, num_blocks=2048) as daemon:
+        call = daemon.call()
+        prompt = list(range(3, 103))
+        for number in range(32):
+            await call.start(str(number), prompt, max_new_tokens=400, ignore_end_tokens=True)
+        (slow,) = await _calls(daemon)
+        await until(lambda: not slow._running)
+        seen = await call.finish()
+        for one in seen.values():
+            assert one.token_ids[0] == prompt * 4
+            assert one.reason == "LENGTH"
+
+
+async def _calls(daemon: Daemon) -> list[object]:
+    await until(lambda: bool(daemon.runtime._calls))
+    return list(daemon.runtime._calls)
+
+
+async def test_drain_lets_running_generations_finish(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path, step_s=0.01) as daemon:
+        call = daemon.call()
+        await call.start("runs", [40], max_new_tokens=40)
+        await call.read_until(lambda: call.num_tokens("runs") > 0)
+        draining = asyncio.create_task(daemon.runtime.drain(10.0))
+        await until(lambda: daemon.runtime.state == pb.RUNTIME_STATE_DRAINING)
+        await call.start("late", [41])
+        await call.start("late text", "hello")
+        await call.read_to_end("runs")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read_rest()
+        await draining
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert call.seen["runs"].reason == "LENGTH"
+    assert reason_of(call.seen["late"].error) == "DRAINING"
+    assert reason_of(call.seen["late text"].error) == "DRAINING"
+
+
+async def test_drain_ends_what_outlives_its_grace(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path, step_s=0.02) as daemon:
+        call = daemon.call()
+        await call.start("long", [40], max_new_tokens=400)
+        await call.start("waits", [40], credit_tokens=0)
+        await call.read_until(lambda: call.num_tokens("long") > 0)
+        await daemon.runtime.drain(0.1)
+        seen = await call.finish()
+        await daemon.freed()
+    for one in seen.values():
+        assert reason_of(one.error) == "DRAINING"
+        assert from_status(one.error).retry_after_s
+
+
+async def test_swap_holds_starts_and_loses_nothing(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path, step_s=0.01) as daemon:
+        second = publish_echo(daemon.store, "second")
+        call = daemon.call()
+        await call.start("old", [40], max_new_tokens=30)
+        await call.read_until(lambda: call.num_tokens("old") > 0)
+        selector = pb.LoadEngineRequest()
+        selector.selector.model = "second"
+        selector.selector.quant.scheme = "fp32"
+        loading = asyncio.create_task(_load(daemon, selector))
+        await until(lambda: daemon.runtime._is_holding)
+        await call.start("held", [41], max_new_tokens=3)
+        await call.start("held text", "hello", max_new_tokens=3)
+        await call.start("cancelled", [41])
+        await call.send(cancel=pb.CancelGeneration(request_id="cancelled"))
+        assert (await call.read_to_end("cancelled")).reason == "CANCELLED"
+        assert "held" not in call.seen
+        assert (await loading).engine.name == second.name
+        seen = await call.finish()
+        status = await daemon.stub.GetStatus(pb.GetStatusRequest())
+    assert len(seen["old"].token_ids[0]) == 30
+    assert seen["held"].token_ids[0] == [41] * 3
+    assert seen["held text"].reason == "LENGTH"
+    assert status.engine.model == "second"
+
+
+async def _load(daemon: Daemon, request: pb.LoadEngineRequest) -> pb.LoadEngineResponse:
+    response: pb.LoadEngineResponse = await daemon.stub.LoadEngine(request)
+    return response
+
+
+async def test_old_engine_comes_back_when_the_new_one_cannot_be_loaded(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        publish_echo(daemon.store, "bad", arch_error=True)
+        with pytest.raises(ArchMismatch):
+            await daemon.load("bad")
+        assert daemon.runtime.served is not None
+        assert daemon.runtime.served.engine.model == "echo"
+        await still_works(daemon)
+
+
+async def test_engine_that_is_not_there_changes_nothing(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        pid = daemon.client.pid
+        with pytest.raises(EngineNotFound):
+            await daemon.load("nothing")
+        with pytest.raises(ArchMismatch, match="--arch sm_90"):
+            await daemon.runtime.load(EngineSelector("echo", "sm_90", FP32), "")
+        assert daemon.client.pid == pid
+        await still_works(daemon)
+
+
+async def test_swap_that_is_given_up_while_it_waits_changes_nothing(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path, step_s=0.01) as daemon:
+        pid = daemon.client.pid
+        call = daemon.call()
+        await call.start("a", [40], max_new_tokens=60)
+        await call.read_until(lambda: call.num_tokens("a") > 0)
+        loading = asyncio.create_task(daemon.load())
+        await until(lambda: daemon.runtime._is_holding)
+        loading.cancel()
+        await still_works(daemon)
+        assert (await call.finish())["a"].reason == "LENGTH"
+        assert daemon.client.pid == pid
+
+
+async def test_unloaded_runtime_refuses_until_it_is_loaded(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path, step_s=0.01) as daemon:
+        call = daemon.call()
+        await call.start("runs", [40], max_new_tokens=20)
+        await call.read_until(lambda: call.num_tokens("runs") > 0)
+        unloading = asyncio.create_task(_unload(daemon))
+        assert (await call.read_to_end("runs")).reason == "LENGTH"
+        await unloading
+        await call.start("refused", [40])
+        assert reason_of((await call.read_to_end("refused")).error) == "NO_ENGINE"
+        status = await daemon.stub.GetStatus(pb.GetStatusRequest())
+        assert status.state == pb.RUNTIME_STATE_IDLE
+        assert not status.HasField("engine")
+        await daemon.load()
+        await still_works(daemon)
+
+
+async def _unload(daemon: Daemon) -> None:
+    await daemon.stub.UnloadEngine(pb.UnloadEngineRequest())
+
+
+async def test_storm_of_cancels_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        call = daemon.call()
+        for number in range(300):
+            await call.start(str(number), [40, 41, 42], max_new_tokens=200)
+            if number % 3:
+                await call.send(cancel=pb.CancelGeneration(request_id=str(number)))
+        seen = await call.finish()
+        assert [s.num_terminal for s in seen.values()] == [1] * 300
+        await daemon.freed()
+        assert daemon.client.stats is not None
+        assert daemon.client.stats.num_free_blocks == 256
+        assert daemon.client.waiting_tokens == 0
+        assert not daemon.client._generations
