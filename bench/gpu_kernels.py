@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.gpu_models import MODELS, LlamaSizes, llama_graph
+from kernels.attention import launch as attention
+from kernels.attention.launch import AttentionShape, AttentionTiles
 from kernels.aot import CODE_TITLE, INDEX_TITLE, compile_variants, pack_kernels
 from kernels.launcher import KernelLibrary
 from kernels.linear.launch import LinearShape, Tiles, few_tokens, one_token
@@ -24,13 +26,13 @@ LAYOUTS = {"bf16": "plain", "fp8": "fp8_channel"}
 def linear_shapes(sizes: LlamaSizes, layout: str) -> dict[str, LinearShape]:
     """The five linears of a decode step, as fused."""
     s = sizes
-    norm = {"has_norm": True, "eps": 1e-5}
+    norm = {"num_squares": 64, "eps": 1e-5}
     shapes = {
         "qkv": LinearShape((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden, "bf16", "bf16", epilogue="rope",
                            num_heads=s.heads, num_kv_heads=s.kv_heads, head_dim=s.head_dim, **norm),
-        "o": LinearShape(s.hidden, s.heads * s.head_dim, "bf16", "bf16", has_residual=True),
+        "o": LinearShape(s.hidden, s.heads * s.head_dim, "bf16", "bf16", has_residual=True, has_gain=True),
         "gate_up": LinearShape(2 * s.ffn, s.hidden, "bf16", "bf16", epilogue="silu_mul", **norm),
-        "down": LinearShape(s.hidden, s.ffn, "bf16", "bf16", has_residual=True),
+        "down": LinearShape(s.hidden, s.ffn, "bf16", "bf16", has_residual=True, has_gain=True),
     }  # fmt: skip
     shapes = {name: replace(shape, layout=layout) for name, shape in shapes.items()}
     if layout == "plain":
@@ -41,23 +43,65 @@ def linear_shapes(sizes: LlamaSizes, layout: str) -> dict[str, LinearShape]:
 def one_token_candidates(shape: LinearShape) -> Iterator[Tiles]:
     """Tiles worth timing for one token."""
     width = 1 if shape.epilogue == "plain" else 2
-    for block_k, num_warps in ((512, 2), (1024, 2), (1024, 4), (2048, 4), (2048, 8), (512, 4), (4096, 8)):
-        for block_n in (1, 2, 4, 8):
-            per_thread = width * block_n * block_k // (32 * num_warps)
-            if shape.k % block_k or not 16 <= per_thread <= 64:
-                continue
-            for prefetch in (1, 2):
-                yield Tiles(block_n, block_k, num_warps, prefetch)
+    bf16 = ((1, 2048, 4), (1, 1024, 2), (2, 512, 2), (2, 2048, 8), (2, 4096, 8), (1, 2048, 8), (4, 1024, 2),
+            (8, 512, 2), (4, 2048, 4), (2, 1024, 4))
+    fp8 = ((2, 4096, 8), (4, 1024, 2), (8, 512, 2), (4, 512, 2), (8, 1024, 4), (4, 2048, 4), (2, 2048, 4),
+           (1, 4096, 8), (4, 4096, 8))  # fmt: skip
+    for block_n, block_k, num_warps in bf16 if shape.layout == "plain" else fp8:
+        per_thread = width * block_n * block_k // (32 * num_warps)
+        if shape.k % block_k or not 16 <= per_thread <= 128:
+            continue
+        for vector in (0,) if shape.layout == "plain" else (0, 8):
+            for prefetch in (1,) if shape.k == block_k else (1, 2):
+                yield Tiles(block_n, block_k, num_warps, prefetch, vector=vector)
 
 
 def few_tokens_candidates(shape: LinearShape) -> Iterator[Tiles]:
     """Tiles worth timing for a tile of tokens."""
-    for block_n in (16, 32, 64):
-        for block_k, stages, num_warps in ((64, 5, 4), (128, 4, 4), (256, 3, 4), (256, 3, 8), (128, 6, 4)):
-            element = 2 if shape.layout == "plain" else 1
-            width = 1 if shape.epilogue == "plain" else 2
-            if width * block_n * block_k * element * stages <= 110_000:
-                yield Tiles(block_n, block_k, num_warps, 1, stages)
+    element = 2 if shape.layout == "plain" else 1
+    width = 1 if shape.epilogue == "plain" else 2
+    splits = (1, 2, 4) if shape.n < 10_000 else (1,)
+    for block_k, stages in ((64, 5), (64, 8), (128, 4), (128, 6), (256, 3), (256, 4)):
+        size = (width * 64 * element + 32) * block_k * stages
+        if not 30_000 <= size <= 200_000:
+            continue
+        for split in splits:
+            for prefetch in (0, 1):
+                yield Tiles(64, block_k, 4, prefetch, stages, split)
+
+
+def attention_shape(sizes: LlamaSizes) -> AttentionShape:
+    """A model's attention, as its graph asks for it."""
+    return AttentionShape(
+        sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.head_dim**-0.5, 0, 0.0, "bf16", "bf16", 16
+    )
+
+
+def decode_attention_candidates(num_sequences: int) -> Iterator[AttentionTiles]:
+    """Tiles worth timing where each sequence has one query."""
+    many = (1,) if num_sequences > 16 else (8, 16, 32) if num_sequences == 1 else (1, 4, 8)
+    for splits in many:
+        for block_n, warps, stages in ((64, 4, 2), (64, 4, 3), (32, 2, 3), (64, 2, 3), (128, 4, 2), (128, 4, 3),
+                                       (32, 1, 3), (32, 1, 4), (64, 4, 4), (16, 1, 4)):
+            yield AttentionTiles(1, block_n, splits, warps, stages, is_decode=True)
+
+
+def prefill_attention_candidates(shape: AttentionShape) -> Iterator[AttentionTiles]:
+    """Tiles worth timing for prompts."""
+    for rows, block_n, warps, stages in ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3),
+                                         (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2),
+                                         (64, 128, 4, 2), (128, 32, 4, 3)):
+        yield AttentionTiles(rows // shape.group, block_n, 1, warps, stages)
+
+
+def attention_variants(arch: Arch) -> Iterator[KernelVariant]:
+    """Every attention candidate of the 8B model."""
+    shape = attention_shape(MODELS["llama-3.1-8b"])
+    for num_sequences in (1, 16, 256):
+        for tiles in decode_attention_candidates(num_sequences):
+            yield attention.variant(shape, arch, tiles)
+    for tiles in prefill_attention_candidates(shape):
+        yield attention.variant(shape, arch, tiles)
 
 
 def tuning_variants(arch: Arch) -> Iterator[KernelVariant]:
@@ -98,12 +142,15 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--only", help="one library: models, tune or attention")
     options = parser.parse_args()
     arch = arch_named(options.arch)
     jobs = {"models": model_variants(arch, options.models.split(","))}
     if options.tune:
-        jobs = {"tune": tuning_variants(arch)}
+        jobs = {"tune": tuning_variants(arch), "attention": attention_variants(arch)}
     for name, wanted in jobs.items():
+        if options.only and name != options.only:
+            continue
         start = time.perf_counter()
         kernels = compile_variants(wanted, arch)
         write(options.folder, f"{arch.name}.{name}", pack_kernels(kernels, arch))

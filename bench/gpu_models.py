@@ -44,6 +44,10 @@ def llama_graph(sizes: LlamaSizes, layout: str, num_layers: int | None = None) -
         return name
 
     def add(op: str, inputs: list[str], outputs: list[str], w: dict[str, str], **attrs: Any) -> None:
+        if op == "rms_norm":
+            attrs |= {"residual": len(inputs) == 2, "head_dim": 0}
+        if op == "embedding":
+            attrs |= {"dtype": "bfloat16"}
         nodes.append(Node(op, tuple(inputs), tuple(outputs), w, attrs))
 
     s = sizes

@@ -30,7 +30,12 @@ def operands(shape: LinearShape, tokens: int) -> dict[str, torch.Tensor]:
     return {
         "x": torch.randn(tokens, shape.k, **half),
         "scale": torch.rand(shape.n, device="cuda"),
-        "norm": torch.randn(shape.k, **half),
+        "squares": torch.rand(tokens, 64, device="cuda"),
+        "gain": torch.randn(shape.n, **half),
+        "normed": torch.empty(tokens, shape.n, **half),
+        "squares_out": torch.empty(tokens, 1 << 16, device="cuda"),
+        "partial": torch.empty(16 << 20, device="cuda"),
+        "counters": torch.zeros(1 << 16, **ints),
         "rows": torch.arange(tokens, **ints),
         "residual": torch.randn(tokens, shape.n, **half),
         "out": torch.empty(tokens, width, device="cuda", dtype=torch.float32),
@@ -60,7 +65,7 @@ def time_tiles(
         variant = few_tokens(shape, library.arch, tiles, block_m)
     kernel = library.kernel(variant)
     tensors = operands(shape, tokens)
-    grid = (num_programs(shape, tiles), -(-tokens // block_m), 1)
+    grid = (num_programs(shape, tiles), -(-tokens // block_m), tiles.split_k)
     names = [a.name for a in variant.arguments]
 
     def chain() -> None:
@@ -100,8 +105,8 @@ def main() -> None:
                                  "tiles": repr(tiles)})  # fmt: skip
                 seen.sort(key=lambda item: -item[0])
                 best = " | ".join(
-                    f"{rate:.2f} n{t.block_n} k{t.block_k} w{t.num_warps} p{t.prefetch} s{t.stages}"
-                    for rate, t in seen[:4]
+                    f"{rate:.2f} n{t.block_n} k{t.block_k} w{t.num_warps} p{t.prefetch} s{t.stages} x{t.split_k} v{t.vector}"
+                    for rate, t in seen[:5]
                 )
                 print(f"{layout} {name} M={tokens}: {best} | worst {seen[-1][0]:.2f}", flush=True)
             del layers

@@ -23,9 +23,18 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value of the graph, or a temporary of the lowering."""
+    """A value of the graph."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Temporary:
+    """A value that the lowering added: one row a token. dtype is torch's name."""
+
+    name: str
+    dtype: str
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +80,7 @@ class Size:
     field: str
 
 
-Operand = Value | Weight | Batch | KvCache | Scratch | Size
+Operand = Value | Temporary | Weight | Batch | KvCache | Scratch | Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +100,11 @@ class MatMul:
         x_scale: per-token scale of an e4m3 x; then `weight` is fp8_channel.
     """
 
-    x: Value
+    x: Value | Temporary
     weight: str
     bias: str | None
     out: Value
-    x_scale: Value | None = None
+    x_scale: Temporary | None = None
 
 
 Step = Launch | MatMul

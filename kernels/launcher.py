@@ -62,9 +62,7 @@ class Driver:
         return number.value // 1000, number.value % 1000 // 10
 
 
-def check_device(
-    arch: Arch, capability: tuple[int, int], driver: tuple[int, int]
-) -> None:
+def check_device(arch: Arch, capability: tuple[int, int], driver: tuple[int, int]) -> None:
     """Checks that machine code of `arch` can run on a device of `capability` under `driver`.
 
     Raises:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kernels.attention import launch as attention
 from kernels.launch import (
-    Batch, Grid, KvCache, Launch, MatMul, Operand, Size, Sizes, Step, Value, Weight,
+    Batch, Grid, KvCache, Launch, MatMul, Operand, Size, Sizes, Step, Temporary, Value, Weight,
 )  # fmt: skip
 from kernels.linear import launch as linear
 from kernels.variant import Argument, KernelVariant, pointer
@@ -57,26 +57,6 @@ def lower(graph: Graph, arch: Arch, regime: Regime) -> tuple[Step, ...]:
     return tuple(_Lowering(graph, arch, regime).steps())
 
 
-def row_widths(graph: Graph) -> dict[str, int]:
-    """Elements in a row of every value of a fused graph; effects have none."""
-    widths: dict[str, int] = {}
-    for node in graph.nodes:
-        shape = graph.weights[node.weights["weight"]].shape if "weight" in node.weights else ()
-        if node.op == "embedding":
-            width = shape[1]
-        elif node.op == "linear":
-            width = shape[0]
-        elif node.op in ("qkv_rope_write", "attention"):
-            width = _integer(node.attrs["num_heads"]) * _integer(node.attrs["head_dim"])
-        elif node.op == "silu_mul":
-            width = widths[node.inputs[0]] // 2
-        else:
-            width = widths[node.inputs[0]]
-        outputs = node.outputs[:1] if node.op == "qkv_rope_write" else node.outputs
-        widths |= dict.fromkeys(outputs, width)
-    return widths
-
-
 def variants(graph: Graph, arch: Arch, regimes: Iterable[Regime] = REGIMES) -> set[KernelVariant]:
     """Every kernel variant that the regimes launch."""
     return {
@@ -94,6 +74,8 @@ class _Lowering:
         self.graph = graph
         self.arch = arch
         self.regime = regime
+        # Parts in which the squares of a riding norm's input come, by the norm's first output.
+        self.num_squares: dict[str, int] = {}
         self.dtype = TRITON_DTYPES[str(graph.config["dtype"])]
         self.producer = {name: node for node in graph.nodes for name in node.outputs}
         self.users: dict[str, list[Node]] = {}
@@ -126,7 +108,7 @@ class _Lowering:
         if not self._is_few:
             return False
         if node.op == "rms_norm":
-            return self._rides_before(node) and self._residual_rides(node)
+            return self._rides_before(node) and self._rides_on_source(node)
         if node.op == "select_rows":
             return self._only_linears_use(node.outputs[0])
         if node.op in ("silu_mul", "qkv_rope_write"):
@@ -150,12 +132,14 @@ class _Lowering:
             )
         )
 
-    def _residual_rides(self, norm: Node) -> bool:
-        """Claims that the norm adds nothing, or adds to what a linear alone makes for it."""
-        if len(norm.inputs) == 1:
-            return True
+    def _rides_on_source(self, norm: Node) -> bool:
+        """Claims that what the norm reads is made by a kernel that can add the residual and give the squares."""
         source = self.producer.get(norm.inputs[0])
-        return source is not None and source.op == "linear" and self._has_one_use(norm.inputs[0])
+        if source is None:
+            return False
+        if len(norm.inputs) == 1:
+            return source.op == "embedding"
+        return source.op == "linear" and self._has_one_use(norm.inputs[0])
 
     def _rides_after(self, node: Node) -> bool:
         source = self.producer.get(node.inputs[0])
@@ -192,27 +176,52 @@ class _Lowering:
         if scaled:
             arguments.append(pointer("scale", "fp32"))
             operands.append(Weight(node.weights["weight"], "scale"))
+        norm = self._riding_norm(node)
+        if norm is not None:
+            arguments.append(pointer("gain", self.dtype))
+            operands.append(Weight(norm.weights["weight"], "weight"))
         arguments.append(pointer("out", self.dtype))
         operands.append(Value(node.outputs[0]))
-        absent = {} if scaled else {"scale": None}
+        absent: dict[str, object] = {} if scaled else {"scale": None}
+        if norm is not None:
+            arguments += [pointer("normed", self.dtype), pointer("squares_out", "fp32")]
+            operands += self._norm_operands(norm, 1)
+        else:
+            absent |= {"gain": None, "normed": None, "squares_out": None}
         yield self._launch(
             "embedding", arguments, {"M": rows, "BLOCK": _power_of_two(rows), **absent},
             _per_token, operands,
         )  # fmt: skip
+
+    def _riding_norm(self, node: Node) -> Node | None:
+        """The norm whose gain rides on this embedding, if any."""
+        for user in self.users.get(node.outputs[0], []):
+            if user.op == "rms_norm" and len(user.inputs) == 1 and self._is_absorbed(user):
+                return user
+        return None
+
+    def _norm_operands(self, norm: Node, parts: int) -> list[Operand]:
+        """Where the kernel before a riding norm leaves x * gain, and its squares in `parts`."""
+        self.num_squares[norm.outputs[0]] = parts
+        return [Value(norm.outputs[0]), self._squares(norm)]
+
+    def _squares(self, norm: Node) -> Temporary:
+        name = norm.outputs[0]
+        return Temporary(f"{name}.squares", "float32", self.num_squares[name])
 
     def _linear(self, node: Node) -> Iterator[Step]:
         if self._is_few:
             yield self._fused_linear(node)
             return
         bias = node.weights.get("bias")
-        x = Value(node.inputs[0])
+        x: Value | Temporary = Value(node.inputs[0])
         layout = self.graph.weights[node.weights["weight"]].layout
         assert layout in ("plain", "fp8_channel"), f"{layout} has no GPU form for many tokens"
         scale = None
         if layout == "fp8_channel":
             k = self.graph.weights[node.weights["weight"]].shape[1]
-            quantized = Value(f"{node.inputs[0]}.fp8")
-            scale = Value(f"{node.inputs[0]}.scale")
+            quantized = Temporary(f"{node.inputs[0]}.fp8", "float8_e4m3fn", k)
+            scale = Temporary(f"{node.inputs[0]}.scale", "float32", 1)
             yield self._launch(
                 "linear",
                 [pointer("x", self.dtype), pointer("out", "fp8e4nv"), pointer("scale_out", "fp32")],
@@ -239,9 +248,6 @@ class _Lowering:
         norm = source if source is not None and source.op == "rms_norm" else None
         if norm is not None and not self._is_absorbed(norm):
             norm = None
-        if norm is not None:
-            # What it norms: its input, or the sum that the linear before it has stored.
-            x = norm.inputs[0] if len(norm.inputs) == 1 else norm.outputs[1]
         rope = follower if follower and follower.op == "qkv_rope_write" else None
         adds = follower if follower and follower.op == "rms_norm" else None
         attrs = rope.attrs if rope else {}
@@ -253,10 +259,11 @@ class _Lowering:
             out_dtype="fp32" if is_logits else self.dtype,
             layout=weight.layout,
             has_bias="bias" in node.weights,
-            has_norm=norm is not None,
+            num_squares=self.num_squares[norm.outputs[0]] if norm else 0,
             eps=_number(norm.attrs["eps"]) if norm else 0.0,
             has_rows=rows is not None,
             has_residual=adds is not None,
+            has_gain=adds is not None,
             epilogue="rope" if rope else "silu_mul" if follower and not adds else "plain",
             num_heads=_integer(attrs.get("num_heads", 0)),
             num_kv_heads=_integer(attrs.get("num_kv_heads", 0)),
@@ -275,32 +282,38 @@ class _Lowering:
         if shape.has_bias:
             operands.append(Weight(node.weights["bias"], "weight"))
         if norm is not None:
-            operands.append(Weight(norm.weights["weight"], "weight"))
+            operands.append(self._squares(norm))
         if shape.has_rows:
             operands.append(Batch("logit_rows_R"))
         if adds is not None:
-            operands.append(Value(adds.inputs[1]))
+            operands += [Value(adds.inputs[1]), Weight(adds.weights["weight"], "weight")]
         operands.append(Value(out))
+        if adds is not None:
+            operands += self._norm_operands(adds, linear.num_programs(shape, self._tiles(shape)))
         if rope is not None:
             operands += _rope_operands(_integer(rope.attrs["layer"]))
         return self._linear_launch(shape, operands)
 
+    def _tiles(self, shape: linear.LinearShape) -> linear.Tiles:
+        if self.regime.max_tokens == 1:
+            return linear.one_token_tiles(shape)
+        return linear.few_tokens_tiles(shape, self.regime.max_tokens)
+
     def _linear_launch(self, shape: linear.LinearShape, operands: list[Operand]) -> Launch:
         block_m = self.regime.max_tokens
+        tiles = self._tiles(shape)
+        programs = linear.num_programs(shape, tiles)
         if block_m == 1:
-            tiles = linear.one_token_tiles(shape)
-            programs = linear.num_programs(shape, tiles)
             variant = linear.one_token(shape, self.arch, tiles)
             return Launch(variant, lambda _: (programs, 1, 1), tuple(operands))
-        tiles = linear.few_tokens_tiles(shape, block_m)
-        programs = linear.num_programs(shape, tiles)
         variant = linear.few_tokens(shape, self.arch, tiles, block_m)
         field = "rows" if shape.has_rows else "tokens"
 
         def grid(sizes: Sizes) -> Grid:
-            return programs, -(-int(getattr(sizes, field)) // block_m), 1
+            return programs, -(-int(getattr(sizes, field)) // block_m), tiles.split_k
 
-        return Launch(variant, grid, (*operands, Size(field)))
+        scratch = linear.few_tokens_scratch(shape, tiles, block_m)
+        return Launch(variant, grid, (*operands, *scratch, Size(field)))
 
     def _qkv_rope_write(self, node: Node) -> Iterator[Step]:
         heads = _integer(node.attrs["num_heads"])
@@ -413,8 +426,13 @@ class _Lowering:
         width = _integer(self.graph.config["hidden_size"])
         yield self._launch(
             "embedding",
-            [pointer("token_ids", "i32"), pointer("weight", self.dtype), pointer("out", self.dtype)],
-            {"scale": None, "M": width, "BLOCK": _power_of_two(width)},
+            [
+                pointer("token_ids", "i32"),
+                pointer("weight", self.dtype),
+                pointer("out", self.dtype),
+            ],
+            {"scale": None, "gain": None, "normed": None, "squares_out": None,
+             "M": width, "BLOCK": _power_of_two(width)},
             _per_row,
             [Batch("logit_rows_R"), Value(node.inputs[0]), Value(node.outputs[0])],
         )

@@ -60,13 +60,17 @@ class KernelVariant:
     num_stages: int = 1
     has_pdl: bool = False
 
+    def __post_init__(self) -> None:
+        # One spelling: variants with equal keys are equal.
+        object.__setattr__(self, "constants", tuple(sorted(self.constants)))
+
     @property
     def key(self) -> str:
         """The variant's name: equal keys mean equal variants."""
         spec = json.dumps(
             [
                 [[a.name, a.type, a.is_aligned] for a in self.arguments],
-                sorted(self.constants),
+                self.constants,
                 self.num_warps,
                 self.num_stages,
                 self.has_pdl,

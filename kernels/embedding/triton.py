@@ -6,9 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def embedding(
-    token_ids, weight, scale, out, M: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
-    """out[t] = weight[token_ids[t]], times the row's scale where there is one."""
+    token_ids, weight, scale, gain, out, normed, squares_out,
+    M: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[t] = weight[token_ids[t]], times the row's scale where there is one.
+
+    With `gain`, a norm reads the result h: `normed` is h * gain, `squares_out` the sum of h^2.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -18,4 +22,10 @@ def embedding(
     row = tl.load(weight + token * M + i, mask=i < M, other=0)
     if scale is not None:
         row = row.to(tl.float32) * tl.load(scale + token)
-    tl.store(out + t * M + i, row.to(out.dtype.element_ty), mask=i < M)
+    h = row.to(out.dtype.element_ty)
+    tl.store(out + t * M + i, h, mask=i < M)
+    if gain is not None:
+        h = h.to(tl.float32)
+        value = h * tl.load(gain + i, mask=i < M, other=0).to(tl.float32)
+        tl.store(normed + t * M + i, value.to(normed.dtype.element_ty), mask=i < M)
+        tl.store(squares_out + t, tl.sum(h * h, 0))

@@ -5,6 +5,7 @@ Pure data: read by the compiler, which compiles the variants, and by the runtime
 
 from dataclasses import dataclass
 
+from kernels.launch import Scratch
 from kernels.variant import Argument, KernelVariant, integer, pointer
 from shared.arch import Arch
 
@@ -19,8 +20,9 @@ class LinearShape:
         n, k: rows and columns of the weight.
         dtype, out_dtype: Triton's names: `bf16`, `fp16`, `fp32`.
         layout: the weight's; a name in `LAYOUTS`.
-        has_norm: x is an RMS norm's input, normed here with `eps`.
+        num_squares: x is an RMS norm's input times its gain, and its squares come in so many parts; 0 = no norm.
         has_rows: x's rows are gathered.
+        has_gain: the result is a norm's input: it is also stored times the gain, with its squares.
         epilogue: "plain", "silu_mul" or "rope"; the latter uses heads, head_dim and kv_dtype.
     """
 
@@ -30,10 +32,11 @@ class LinearShape:
     out_dtype: str
     layout: str = "plain"
     has_bias: bool = False
-    has_norm: bool = False
+    num_squares: int = 0
     eps: float = 0.0
     has_rows: bool = False
     has_residual: bool = False
+    has_gain: bool = False
     epilogue: str = "plain"
     num_heads: int = 0
     num_kv_heads: int = 0
@@ -48,13 +51,22 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How the work is cut. `prefetch`: weight chunks loaded before the wait; `stages`: pipeline depth."""
+    """How the work is cut.
+
+    Args:
+        prefetch: weight chunks loaded before the wait.
+        stages: pipeline depth.
+        split_k: programs that share a tile's K.
+        vector: most elements that a thread loads at once; 0 leaves it to the compiler.
+    """
 
     block_n: int
     block_k: int
     num_warps: int
     prefetch: int = 1
     stages: int = 1
+    split_k: int = 1
+    vector: int = 0
 
 
 def one_token(shape: LinearShape, arch: Arch, tiles: Tiles) -> KernelVariant:
@@ -64,20 +76,44 @@ def one_token(shape: LinearShape, arch: Arch, tiles: Tiles) -> KernelVariant:
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "PREFETCH": tiles.prefetch,
+        "VECTOR": tiles.vector,
     }
     return _variant("linear_one", shape, arch, constants, tiles, ())
 
 
 def few_tokens(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> KernelVariant:
     """The variant for tiles of `block_m` tokens; its last argument is the number of tokens."""
+    share = -(-shape.k // (tiles.split_k * tiles.block_k)) * tiles.block_k
+    assert (tiles.split_k - 1) * share < shape.k, f"a split of K = {shape.k} is empty: {tiles}"
     constants = {
         **_constants(shape, arch),
         "BLOCK_M": block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
+        "SPLIT_K": tiles.split_k,
+        "PREFETCH": tiles.prefetch,
         "STAGES": tiles.stages,
     }
-    return _variant("linear_few", shape, arch, constants, tiles, (integer("num_tokens"),))
+    if tiles.split_k == 1:
+        constants |= {"partial": None, "counters": None}
+    more = (pointer("partial", "fp32"), pointer("counters", "i32"), integer("num_tokens"))
+    return _variant("linear_few", shape, arch, constants, tiles, more)
+
+
+def few_tokens_scratch(shape: LinearShape, tiles: Tiles, block_m: int) -> tuple[Scratch, ...]:
+    """Memory for the splits' parts and their counters, in the kernel's order."""
+    if tiles.split_k == 1:
+        return ()
+    programs = num_programs(shape, tiles)
+    part = tiles.block_n * block_m * 4 * (1 if shape.epilogue == "plain" else 2)
+    return (
+        Scratch("linear_partial", lambda s: _blocks(s.tokens, block_m) * programs * tiles.split_k * part),
+        Scratch("linear_counters", lambda s: _blocks(s.tokens, block_m) * programs * 4),
+    )
+
+
+def _blocks(tokens: int, block_m: int) -> int:
+    return -(-tokens // block_m)
 
 
 def one_token_tiles(shape: LinearShape) -> Tiles:
@@ -110,7 +146,10 @@ def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
     absent = {
         "scale": shape.layout == "plain",
         "bias": not shape.has_bias,
-        "norm": not shape.has_norm,
+        "squares": not shape.num_squares,
+        "gain": not shape.has_gain,
+        "normed": not shape.has_gain,
+        "squares_out": not shape.has_gain,
         "rows": not shape.has_rows,
         "residual": not shape.has_residual,
         **dict.fromkeys(_ROPE, shape.epilogue != "rope"),
@@ -120,6 +159,7 @@ def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
         "N": shape.n,
         "K": shape.k,
         "EPS": shape.eps,
+        "NUM_SQUARES": shape.num_squares,
         "EPILOGUE": shape.epilogue,
         "NUM_HEADS": shape.num_heads,
         "NUM_KV_HEADS": shape.num_kv_heads,
@@ -145,10 +185,13 @@ def _variant(
         pointer("weight", _STORED[shape.layout] or shape.dtype),
         pointer("scale", "fp32"),
         pointer("bias", shape.dtype),
-        pointer("norm", shape.dtype),
+        pointer("squares", "fp32"),
         pointer("rows", "i32"),
         pointer("residual", shape.dtype),
+        pointer("gain", shape.dtype),
         pointer("out", shape.out_dtype),
+        pointer("normed", shape.dtype),
+        pointer("squares_out", "fp32"),
         pointer("positions", "i32"),
         pointer("rope", "fp32"),
         pointer("slots", "i32"),

@@ -1,14 +1,18 @@
 """y = x @ weight.T for few tokens, at the speed of the weights' memory.
 
-Both kernels give one program BLOCK_N rows of the weight and all of K. Around the product they can do what
-would otherwise be launches of their own:
+Both kernels give one program BLOCK_N rows of the weight. Around the product they can do what would otherwise be
+launches of their own:
 
-    NORM      x is an RMS norm's input: y = rstd(x) * ((x * norm) @ weight.T), rstd found beside the product
-    ROWS      x's rows are gathered: token t reads row rows[t]
+    squares   x is h * gain of an RMS norm's input h; y is multiplied by rsqrt(mean(h^2) + EPS), the sum of h^2 found
+              in NUM_SQUARES parts
+    rows      x's rows are gathered: token t reads row rows[t]
     residual  is added to the result
+    gain      the result is the next norm's input h: h * gain goes to `normed`, each program's part of the sum of h^2
+              to `squares_out`
     EPILOGUE  "silu_mul": rows n and n + N/2 are gate and up, silu(gate) * up is stored
               "rope": rows n and n + D/2 of a head are rotated; q is stored, k and v go to the KV cache
 
+So a norm costs no launch and no pass over x: its gain rides on the kernel before, its division on the one after.
 With PDL the next kernel starts early: the first weight tiles, which no kernel writes, are loaded before
 `gdc_wait`, so that memory stays busy across kernel borders.
 Source: NVIDIA, PTX ISA, griddepcontrol; Zhang and Sennrich 2019 (RMSNorm); Su et al. 2021 (RoPE).
@@ -62,11 +66,33 @@ def _scaled(acc, n, scale, bias):
 
 
 @triton.jit
-def _store_plain(acc, n, tokens, is_valid, residual, out, N: tl.constexpr):
+def _store_plain(
+    acc, n, tokens, is_valid, residual, gain, out, normed, squares_out, N: tl.constexpr
+):
     at = tokens[None, :].to(tl.int64) * N + n[:, None]
     if residual is not None:
         acc += tl.load(residual + at, mask=is_valid, other=0).to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=is_valid)
+    rounded = acc.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, mask=is_valid)
+    if gain is not None:
+        h = tl.where(is_valid, rounded.to(tl.float32), 0.0)
+        value = h * tl.load(gain + n)[:, None].to(tl.float32)
+        tl.store(normed + at, value.to(normed.dtype.element_ty), mask=is_valid)
+        part = squares_out + tokens.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(part, tl.sum(h * h, 0), mask=tl.max(is_valid.to(tl.int32), 0) > 0)
+
+
+@triton.jit
+def _rstd(squares, source, is_token, K: tl.constexpr, EPS: tl.constexpr, NUM_SQUARES: tl.constexpr):
+    """rsqrt(mean + EPS) of each token's norm input, from the parts that the kernel before left."""
+    PADDED: tl.constexpr = triton.next_power_of_2(NUM_SQUARES)
+    i = tl.arange(0, PADDED)
+    parts = tl.load(
+        squares + source[:, None].to(tl.int64) * NUM_SQUARES + i[None, :],
+        mask=is_token[:, None] & (i < NUM_SQUARES)[None, :],
+        other=0,
+    )
+    return tl.rsqrt(tl.sum(parts, 1) / K + EPS)
 
 
 @triton.jit
@@ -101,8 +127,8 @@ def _store_rope(
 
 @triton.jit
 def _finish(
-    first, second, index, n, n_second, tokens, num_tokens, scale, bias, residual, out,
-    positions, rope, slots, k_cache, v_cache,
+    first, second, index, n, n_second, tokens, num_tokens, scale, bias, residual, gain, out,
+    normed, squares_out, positions, rope, slots, k_cache, v_cache,
     N: tl.constexpr, EPILOGUE: tl.constexpr,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -115,12 +141,14 @@ def _finish(
         n_second = tl.where(index < OUTPUTS, n_second, 0)
     first = _scaled(first, n, scale, bias)
     if EPILOGUE == "plain":
-        _store_plain(first, n, tokens, is_valid, residual, out, N)
+        _store_plain(
+            first, n, tokens, is_valid, residual, gain, out, normed, squares_out, N
+        )
     else:
         second = _scaled(second, n_second, scale, bias)
         if EPILOGUE == "silu_mul":
             value = first * tl.sigmoid(first) * second
-            _store_plain(value, n, tokens, is_valid, None, out, N // 2)
+            _store_plain(value, n, tokens, is_valid, None, None, out, None, None, N // 2)
         else:
             _store_rope(
                 first, second, n, tokens, is_token, is_valid, out, positions, rope, slots,
@@ -131,12 +159,13 @@ def _finish(
 
 @triton.jit
 def linear_one(
-    x, weight, scale, bias, norm, rows, residual, out,
+    x, weight, scale, bias, squares, rows, residual, gain, out, normed, squares_out,
     positions, rope, slots, k_cache, v_cache,
-    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, EPILOGUE: tl.constexpr,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, NUM_SQUARES: tl.constexpr,
+    EPILOGUE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, FORMAT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, VECTOR: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: multiply and add, K held across threads, one reduction at the end."""
     if PDL:
@@ -149,6 +178,8 @@ def linear_one(
         index_in = index
     n, n_second = _row_pair(index_in, EPILOGUE, N, HEAD_DIM)
     k = tl.arange(0, BLOCK_K)
+    if VECTOR:
+        k = tl.max_contiguous(tl.multiple_of(k, VECTOR), VECTOR)
     at = weight + n[:, None].to(tl.int64) * K + k[None, :]
     at_second = weight + n_second[:, None].to(tl.int64) * K + k[None, :]
     PAIRED: tl.constexpr = EPILOGUE != "plain"
@@ -162,17 +193,16 @@ def linear_one(
         early_second = _load(at_second, k[None, :], K, BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    token = tl.arange(0, 1)
+    source = token
     if rows is not None:
+        source = tl.load(rows + token)
         x += tl.load(rows).to(tl.int64) * K
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     acc_second = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((BLOCK_K,), tl.float32)
     for c in tl.static_range(CHUNKS):
         kc = c * BLOCK_K + k
         xc = _load(x + kc, kc, K, BLOCK_K).to(tl.float32)
-        if norm is not None:
-            squares += xc * xc
-            xc *= _load(norm + kc, kc, K, BLOCK_K).to(tl.float32)
         if c == 0:
             tile = early_0
         elif c == 1 and PREFETCH > 1:
@@ -190,32 +220,27 @@ def linear_one(
     second = first
     if PAIRED:
         second = tl.sum(acc_second, 1)[:, None]
-    if norm is not None:
-        rstd = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
+    if squares is not None:
+        rstd = _rstd(squares, source, token == 0, K, EPS, NUM_SQUARES)[None, :]
         first *= rstd
         second *= rstd
     _finish(
-        first, second, index, n, n_second, tl.arange(0, 1), 1, scale, bias, residual, out,
-        positions, rope, slots, k_cache, v_cache,
+        first, second, index, n, n_second, token, 1, scale, bias, residual, gain, out, normed,
+        squares_out, positions, rope, slots, k_cache, v_cache,
         N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit
 def _products(
-    acc, acc_second, squares, tile, tile_second, x_at, norm, kc, is_token,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, PAIRED: tl.constexpr,
-    FORMAT: tl.constexpr,
+    acc, acc_second, tile, tile_second, x_at, kc, is_token,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, PAIRED: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """One chunk of K: x is [BLOCK_K, BLOCK_M], tokens in the dot's narrow dim."""
     is_x = is_token[None, :]
     if K % BLOCK_K != 0:
         is_x = is_x & (kc < K)[:, None]
     xc = tl.load(x_at, mask=is_x, other=0)
-    if norm is not None:
-        wide = xc.to(tl.float32)
-        squares += tl.sum(wide * wide, 0)
-        xc = (wide * _load(norm + kc, kc, K, BLOCK_K).to(tl.float32)[:, None]).to(xc.dtype)
     if FORMAT != "plain":
         tile = _as_float(tile, FORMAT).to(xc.dtype)
     acc = tl.dot(tile, xc, acc)
@@ -223,20 +248,36 @@ def _products(
         if FORMAT != "plain":
             tile_second = _as_float(tile_second, FORMAT).to(xc.dtype)
         acc_second = tl.dot(tile_second, xc, acc_second)
-    return acc, acc_second, squares
+    return acc, acc_second
+
+
+@triton.jit
+def _sum_parts(
+    partial, base, tile_at, acc,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """The sum of all splits' parts, in their order; read past L1, other programs wrote them."""
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for s in tl.static_range(SPLIT_K):
+        total += tl.load(partial + (base + s) * STRIDE + tile_at, cache_modifier=".cg")
+    return total
 
 
 @triton.jit
 def linear_few(
-    x, weight, scale, bias, norm, rows, residual, out,
-    positions, rope, slots, k_cache, v_cache, num_tokens,
-    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, EPILOGUE: tl.constexpr,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    x, weight, scale, bias, squares, rows, residual, gain, out, normed, squares_out,
+    positions, rope, slots, k_cache, v_cache, partial, counters, num_tokens,
+    N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, NUM_SQUARES: tl.constexpr,
+    EPILOGUE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, FORMAT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    PREFETCH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Up to BLOCK_M tokens a program: tensor cores, weight rows in the dot's wide dim."""
+    """Up to BLOCK_M tokens a program: tensor cores, weight rows in the dot's wide dim.
+
+    With SPLIT_K > 1 as many programs share a tile's K; the last to finish adds the parts up. `partial` is scratch,
+    `counters` start at 0 and are left at 0.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -249,13 +290,17 @@ def linear_few(
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_token = tokens < num_tokens
     k = tl.arange(0, BLOCK_K)
+    SHARE: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
+    begin = tl.program_id(2) * SHARE
+    end = tl.minimum(begin + SHARE, K)
     at = weight + n[:, None].to(tl.int64) * K + k[None, :]
     at_second = weight + n_second[:, None].to(tl.int64) * K + k[None, :]
     PAIRED: tl.constexpr = EPILOGUE != "plain"
-    tile = _load(at, k[None, :], K, BLOCK_K)
-    tile_second = tile
-    if PAIRED:
-        tile_second = _load(at_second, k[None, :], K, BLOCK_K)
+    if PREFETCH:
+        tile = _load(at + begin, begin + k[None, :], K, BLOCK_K)
+        tile_second = tile
+        if PAIRED:
+            tile_second = _load(at_second + begin, begin + k[None, :], K, BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
     source = tokens
@@ -264,28 +309,46 @@ def linear_few(
     x_at = x + source[None, :].to(tl.int64) * K + k[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc_second = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    acc, acc_second, squares = _products(
-        acc, acc_second, squares, tile, tile_second, x_at, norm, k, is_token,
-        K, BLOCK_K, PAIRED, FORMAT,
-    )  # fmt: skip
-    for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
+    if PREFETCH:
+        acc, acc_second = _products(
+            acc, acc_second, tile, tile_second, x_at + begin, begin + k, is_token,
+            K, BLOCK_K, PAIRED, FORMAT,
+        )  # fmt: skip
+        begin += BLOCK_K
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         kc = start + k
         tile = _load(at + start, kc[None, :], K, BLOCK_K)
         tile_second = tile
         if PAIRED:
             tile_second = _load(at_second + start, kc[None, :], K, BLOCK_K)
-        acc, acc_second, squares = _products(
-            acc, acc_second, squares, tile, tile_second, x_at + start, norm, kc, is_token,
+        acc, acc_second = _products(
+            acc, acc_second, tile, tile_second, x_at + start, kc, is_token,
             K, BLOCK_K, PAIRED, FORMAT,
         )  # fmt: skip
-    if norm is not None:
-        rstd = tl.rsqrt(squares / K + EPS)[None, :]
+    if SPLIT_K > 1:
+        STRIDE: tl.constexpr = BLOCK_N * BLOCK_M * (2 if PAIRED else 1)
+        tile_id = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        base = tile_id.to(tl.int64) * SPLIT_K
+        i = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        here = partial + (base + tl.program_id(2)) * STRIDE + i
+        tl.store(here, acc)
+        if PAIRED:
+            tl.store(here + BLOCK_N * BLOCK_M, acc_second)
+        tl.debug_barrier()  # all of this program's stores come before its count
+        if tl.atomic_add(counters + tile_id, 1, sem="acq_rel") < SPLIT_K - 1:
+            return
+        tl.store(counters + tile_id, 0)
+        acc = _sum_parts(partial, base, i, acc, BLOCK_N, BLOCK_M, SPLIT_K, STRIDE)
+        if PAIRED:
+            i += BLOCK_N * BLOCK_M
+            acc_second = _sum_parts(partial, base, i, acc, BLOCK_N, BLOCK_M, SPLIT_K, STRIDE)
+    if squares is not None:
+        rstd = _rstd(squares, source, is_token, K, EPS, NUM_SQUARES)[None, :]
         acc *= rstd
         acc_second *= rstd
     _finish(
-        acc, acc_second, index, n, n_second, tokens, num_tokens, scale, bias, residual, out,
-        positions, rope, slots, k_cache, v_cache,
+        acc, acc_second, index, n, n_second, tokens, num_tokens, scale, bias, residual, gain, out,
+        normed, squares_out, positions, rope, slots, k_cache, v_cache,
         N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
 

@@ -11,10 +11,12 @@ import torch
 
 from kernels.batch import StepBatch
 from kernels.launch import (
-    Batch, KvCache, Launch, MatMul, Operand, Scratch, Size, Sizes, Step, Value, Weight,
+    Batch, KvCache, Launch, MatMul, Operand, Scratch, Size, Sizes, Step, Temporary, Value,
+    Weight,
 )  # fmt: skip
 from kernels.launcher import KernelLibrary
-from kernels.lowering import Regime, lower, row_widths
+from kernels.lowering import Regime, lower
+from kernels.ops import OPS
 from shared.ir import Graph
 
 PackedWeights = Mapping[str, Mapping[str, torch.Tensor]]
@@ -64,7 +66,11 @@ class CudaExecutor:
         self._plans: dict[Regime, tuple[Step, ...]] = {}
         self._buffers: dict[Regime, dict[str, torch.Tensor]] = {}
         self._scratch: dict[str, torch.Tensor] = {}
-        self._widths = row_widths(graph)
+        self._widths = {
+            name: int(spec.dims[-1])
+            for name, spec in graph.infer(OPS).items()
+            if len(spec.dims) == 2
+        }
         self._dtype: torch.dtype = getattr(torch, str(graph.config["dtype"]))
         self._arena = torch.empty(0, dtype=torch.uint8, device="cuda")
 
@@ -110,7 +116,7 @@ class CudaExecutor:
     def _address(
         self, operand: Operand, buffers: dict[str, torch.Tensor], batch: DeviceBatch, sizes: Sizes
     ) -> int:
-        if isinstance(operand, Value):
+        if isinstance(operand, Value | Temporary):
             return buffers[operand.name].data_ptr()
         if isinstance(operand, Weight):
             return self._weights[operand.name][operand.role].data_ptr()
@@ -156,16 +162,17 @@ class CudaExecutor:
         self, plan: tuple[Step, ...], regime: Regime
     ) -> tuple[dict[str, tuple[int, int, torch.dtype, int]], int]:
         """Places of values in the arena: a value's bytes are free again after its last reader."""
-        last = {name: i for i, step in enumerate(plan) for name in _values(step)}
+        last = {value.name: i for i, step in enumerate(plan) for value in _values(step)}
         last |= dict.fromkeys(self._graph.outputs, len(plan))
         places: dict[str, tuple[int, int, torch.dtype, int]] = {}
         live: list[tuple[int, int, int]] = []  # (start, end, last use)
         end = 0
         for index, step in enumerate(plan):
-            for name in _values(step):
+            for value in _values(step):
+                name = value.name
                 if name in places:
                     continue
-                dtype, width, rows = self._spec(name, regime)
+                dtype, width, rows = self._spec(value, regime)
                 size = rows * width * dtype.itemsize
                 room = -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
                 live = sorted(entry for entry in live if entry[2] >= index)
@@ -175,16 +182,14 @@ class CudaExecutor:
                 end = max(end, start + room)
         return places, end
 
-    def _spec(self, name: str, regime: Regime) -> tuple[torch.dtype, int, int]:
-        """dtype, elements in a row, and rows of a value or a temporary."""
+    def _spec(self, value: Value | Temporary, regime: Regime) -> tuple[torch.dtype, int, int]:
+        """dtype, elements in a row, and rows of a value."""
         tokens = regime.max_tokens or self._max_sizes.tokens
-        if name in self._graph.outputs:
-            return torch.float32, self._widths[name], min(self._max_sizes.rows, tokens)
-        if name.endswith(".scale"):
-            return torch.float32, 1, tokens
-        if name.endswith(".fp8"):
-            return torch.float8_e4m3fn, self._widths[name.removesuffix(".fp8")], tokens
-        return self._dtype, self._widths[name], tokens
+        if isinstance(value, Temporary):
+            return getattr(torch, value.dtype), value.width, tokens
+        if value.name in self._graph.outputs:
+            return torch.float32, self._widths[value.name], min(self._max_sizes.rows, tokens)
+        return self._dtype, self._widths[value.name], tokens
 
     def _grow_scratch(self, launch: Launch, regime: Regime) -> None:
         tokens = regime.max_tokens or self._max_sizes.tokens
@@ -209,16 +214,11 @@ def rope_table(
     return (torch.cat((angles.cos(), angles.sin()), 1) * attention_scaling).float()
 
 
-def _values(step: Step) -> Iterator[str]:
-    if isinstance(step, MatMul):
-        yield step.x.name
-        if step.x_scale is not None:
-            yield step.x_scale.name
-        yield step.out.name
-    else:
-        for operand in step.operands:
-            if isinstance(operand, Value):
-                yield operand.name
+def _values(step: Step) -> Iterator[Value | Temporary]:
+    operands = step.operands if isinstance(step, Launch) else (step.x, step.x_scale, step.out)
+    for operand in operands:
+        if isinstance(operand, Value | Temporary):
+            yield operand
 
 
 def _first_gap(live: list[tuple[int, int, int]], room: int) -> int:

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from kernels.linear.launch import LinearShape, Tiles, few_tokens, num_programs, one_token
+from kernels.launch import Sizes
+from kernels.linear.launch import (
+    LinearShape, Tiles, few_tokens, few_tokens_scratch, num_programs, one_token,
+)  # fmt: skip
 from tests.kernels.interpreted import INTERPRETER, run
 
 _EPS = 1e-5
@@ -28,7 +31,10 @@ def _operands(shape: LinearShape, tokens: int, seed: int) -> dict[str, torch.Ten
         "weight": stored,
         "scale": scale,
         "bias": torch.randn(shape.n).half(),
-        "norm": (1 + torch.randn(shape.k) / 4).half(),
+        "squares": torch.rand(tokens + 3, max(1, shape.num_squares)),
+        "gain": (1 + torch.randn(shape.n) / 4).half(),
+        "normed": torch.full((tokens, shape.n), float("nan")).half(),
+        "squares_out": torch.full((tokens, 64), float("nan")),
         "rows": torch.randperm(tokens + 3)[:tokens].int(),
         "residual": torch.randn(tokens, shape.n).half(),
         "out": torch.full((tokens, _width(shape)), float("nan")).half(),
@@ -49,9 +55,10 @@ def _width(shape: LinearShape) -> int:
 
 def _products(shape: LinearShape, at: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
     """x @ weight.T with all that comes before the epilogue, fp32."""
-    x = at["x"].float()[at["rows"].long()] if shape.has_rows else at["x"].float()[:tokens]
-    if shape.has_norm:
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + _EPS) * at["norm"].float()
+    rows = at["rows"].long() if shape.has_rows else slice(0, tokens)
+    x = at["x"].float()[rows]
+    if shape.num_squares:
+        x = x * torch.rsqrt(at["squares"][rows].sum(-1, keepdim=True) / shape.k + _EPS)
     weight = at["weight"]
     if shape.layout == "fp8_channel":
         weight = weight.view(torch.float8_e4m3fn)
@@ -62,7 +69,7 @@ def _products(shape: LinearShape, at: dict[str, torch.Tensor], tokens: int) -> t
     return y + at["bias"].float() if shape.has_bias else y
 
 
-def _check(shape: LinearShape, kernel: str, tokens: int, seed: int) -> None:
+def _check(shape: LinearShape, kernel: str, tokens: int, seed: int, split_k: int = 1) -> None:
     operands = _operands(shape, tokens, seed)
     at = {name: value for name, value in operands.items() if isinstance(value, torch.Tensor)}
     before = at["residual"].clone()
@@ -70,9 +77,17 @@ def _check(shape: LinearShape, kernel: str, tokens: int, seed: int) -> None:
         tiles = Tiles(block_n=2, block_k=64, num_warps=4, prefetch=2)
         variant, grid = one_token(shape, INTERPRETER, tiles), (num_programs(shape, tiles), 1, 1)
     else:
-        tiles = Tiles(block_n=16, block_k=32, num_warps=4, stages=2)
+        tiles = Tiles(block_n=16, block_k=32, num_warps=4, stages=2, split_k=split_k)
         variant = few_tokens(shape, INTERPRETER, tiles, 16)
-        grid = (num_programs(shape, tiles), -(-tokens // 16), 1)
+        grid = (num_programs(shape, tiles), -(-tokens // 16), split_k)
+        for request, dtype in zip(
+            few_tokens_scratch(shape, tiles, 16), (torch.float32, torch.int32), strict=False
+        ):
+            size = request.num_bytes(Sizes(tokens, tokens, tokens)) // 4
+            operands[request.name.removeprefix("linear_")] = torch.zeros(size, dtype=dtype)
+    programs = grid[0]
+    if shape.has_gain:
+        operands["squares_out"] = at["squares_out"] = torch.full((tokens, programs), float("nan"))
     run(variant, grid, operands)
     y = _products(shape, at, tokens)
     if shape.epilogue == "rope":
@@ -84,6 +99,10 @@ def _check(shape: LinearShape, kernel: str, tokens: int, seed: int) -> None:
     if shape.has_residual:
         y = y + before.float()
     torch.testing.assert_close(at["out"].float(), y, atol=2e-2, rtol=1e-2)
+    if shape.has_gain:
+        h = at["out"].float()
+        torch.testing.assert_close(at["normed"].float(), h * at["gain"].float(), atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(at["squares_out"].sum(1), h.pow(2).sum(1), atol=1e-3, rtol=1e-4)
 
 
 def _check_rope(shape: LinearShape, at: dict[str, torch.Tensor], y: torch.Tensor) -> None:
@@ -105,13 +124,13 @@ def _check_rope(shape: LinearShape, at: dict[str, torch.Tensor], y: torch.Tensor
 SHAPES = {
     "plain": LinearShape(37, 96, "fp16", "fp16"),
     "bias": LinearShape(32, 128, "fp16", "fp16", has_bias=True),
-    "norm_rows": LinearShape(50, 80, "fp16", "fp16", has_norm=True, eps=_EPS, has_rows=True),
-    "residual": LinearShape(40, 64, "fp16", "fp16", has_residual=True),
+    "norm_rows": LinearShape(50, 80, "fp16", "fp16", num_squares=5, eps=_EPS, has_rows=True),
+    "residual": LinearShape(40, 64, "fp16", "fp16", has_residual=True, has_gain=True),
     "int8": LinearShape(33, 96, "fp16", "fp16", layout="int8_channel", has_bias=True),
     "fp8_residual": LinearShape(33, 96, "fp16", "fp16", layout="fp8_channel", has_residual=True),
-    "silu_mul": LinearShape(70, 96, "fp16", "fp16", has_norm=True, eps=_EPS, epilogue="silu_mul"),
+    "silu_mul": LinearShape(70, 96, "fp16", "fp16", num_squares=5, eps=_EPS, epilogue="silu_mul"),
     "rope": LinearShape(
-        8 * 8, 48, "fp16", "fp16", has_norm=True, eps=_EPS, has_bias=True, epilogue="rope",
+        8 * 8, 48, "fp16", "fp16", num_squares=5, eps=_EPS, has_bias=True, epilogue="rope",
         num_heads=4, num_kv_heads=2, head_dim=8, kv_dtype="fp16",
     ),
 }  # fmt: skip
@@ -122,7 +141,7 @@ def test_one_token_kernel_equals_formula(name: str) -> None:
     _check(SHAPES[name], "one", 1, seed=3)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 19])
+@pytest.mark.parametrize(("tokens", "split_k"), [(1, 1), (5, 2), (19, 1), (19, 2)])
 @pytest.mark.parametrize("name", SHAPES)
-def test_few_tokens_kernel_equals_formula(name: str, tokens: int) -> None:
-    _check(SHAPES[name], "few", tokens, seed=tokens)
+def test_few_tokens_kernel_equals_formula(name: str, tokens: int, split_k: int) -> None:
+    _check(SHAPES[name], "few", tokens, seed=tokens, split_k=split_k)

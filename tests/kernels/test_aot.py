@@ -1,0 +1,109 @@
+"""Machine code is made without a GPU, fits each arch, and is the same bytes each time."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from bench.gpu_models import MODELS, llama_graph
+from kernels.aot import CODE_TITLE, INDEX_TITLE, CompiledKernel, compile_variants, pack_kernels
+from kernels.cubin import parameter_sizes
+from kernels.linear.launch import LinearShape, Tiles, few_tokens, one_token
+from kernels.lowering import Regime, variants
+from kernels.variant import KernelVariant
+from shared.arch import ARCHES, Arch
+
+GPU_ARCHES = [arch for arch in ARCHES.values() if arch.is_gpu]
+# A kind each: few tokens, one token, prompts. The other regimes differ in a tile size only, and arches with the
+# same limits and features would compile the same code once more.
+_FEW, _ONE, _MANY = Regime(16, 16), Regime(1, 1), Regime(0, 0)
+_REGIMES = {"sm_80": (_FEW, _ONE, _MANY), "sm_90": (_FEW, _ONE, _MANY)}
+_SHAPE = LinearShape(64, 256, "bf16", "bf16", has_residual=True)
+_TILES = Tiles(block_n=4, block_k=256, num_warps=4)
+
+
+def _llama_variants(arch: Arch) -> set[KernelVariant]:
+    """Variants of one layer of Llama-3.1-8B's shapes."""
+    layout = "fp8_channel" if arch.has_fp8 else "plain"
+    return variants(llama_graph(MODELS["llama-3.1-8b"], layout, num_layers=1), arch,
+                    _REGIMES.get(arch.name, (_FEW,)))  # fmt: skip
+
+
+def _compile_one(variant: KernelVariant, arch: Arch) -> CompiledKernel:
+    (kernel,) = compile_variants([variant], arch)
+    return kernel
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHES, ids=lambda arch: arch.name)
+def test_every_kernel_compiles_within_the_arch_limits(arch: Arch) -> None:
+    """Law 2: with no GPU present. `compile_variants` asserts shared memory and parameter lists."""
+    wanted = _llama_variants(arch)
+    kernels = compile_variants(wanted, arch)
+    assert {k.variant for k in kernels} == wanted
+    assert all(k.shared_bytes <= arch.max_shared_bytes for k in kernels)
+
+
+def test_same_variants_give_the_same_bytes() -> None:
+    """Law 3: each run compiles in a folder of its own, and the order of asking does not matter."""
+    arch = ARCHES["sm_90"]
+    wanted = [one_token(_SHAPE, arch, _TILES), one_token(replace(_SHAPE, k=512), arch, _TILES)]
+    first = pack_kernels(compile_variants(wanted, arch), arch)
+    second = pack_kernels(compile_variants(reversed(wanted), arch, num_processes=1), arch)
+    assert first == second
+
+
+def test_index_finds_each_kernel_in_the_code() -> None:
+    arch = ARCHES["sm_80"]
+    variant = one_token(_SHAPE, arch, _TILES)
+    kernel = _compile_one(variant, arch)
+    layers = dict(pack_kernels([kernel], arch))
+    entry = json.loads(layers[INDEX_TITLE])["kernels"][variant.key]
+    offset, size = entry["code"]
+    assert layers[CODE_TITLE][offset : offset + size] == kernel.cubin
+    offset, size = entry["ptx"]
+    assert layers[CODE_TITLE][offset : offset + size] == kernel.ptx
+    assert parameter_sizes(kernel.cubin) == {entry["symbol"]: (8, 8, 8, 8, 8, 8)}
+
+
+def test_only_portable_code_carries_ptx() -> None:
+    arch = ARCHES["sm_90"]
+    variant = one_token(_SHAPE, arch, _TILES)
+    index = json.loads(dict(pack_kernels([_compile_one(variant, arch)], arch))[INDEX_TITLE])
+    assert index["kernels"][variant.key]["ptx"] == [0, 0]
+    assert index["arch"] == "sm_90"
+
+
+def test_too_much_shared_memory_is_refused_by_name() -> None:
+    """The compiler itself does not check it."""
+    shape = replace(_SHAPE, k=4096)
+    tiles = Tiles(block_n=64, block_k=256, num_warps=4, stages=4)
+    variant = few_tokens(shape, ARCHES["sm_86"], tiles, 16)
+    with pytest.raises(AssertionError, match=f"{variant.key} uses .* bytes of shared memory, sm_86"):
+        compile_variants([variant], ARCHES["sm_86"])
+    compile_variants([few_tokens(shape, ARCHES["sm_90"], tiles, 16)], ARCHES["sm_90"])
+
+
+def test_variant_that_disagrees_with_its_kernel_is_refused() -> None:
+    variant = one_token(_SHAPE, ARCHES["sm_90"], _TILES)
+    wrong = replace(variant, constants=variant.constants[:-1])
+    with pytest.raises(AssertionError, match="the kernel takes"):
+        compile_variants([wrong], ARCHES["sm_90"])
+    swapped = replace(variant, arguments=variant.arguments[::-1])
+    with pytest.raises(AssertionError, match="out of order"):
+        compile_variants([swapped], ARCHES["sm_90"])
+
+
+def test_declared_alignment_makes_wide_loads() -> None:
+    """Undeclared, 16-byte loads fall apart into 2-byte ones."""
+    arch = ARCHES["sm_90"]
+    variant = one_token(_SHAPE, arch, _TILES)
+    loose = tuple(replace(a, is_aligned=False) for a in variant.arguments)
+    wide = _compile_one(variant, arch).ptx.decode()
+    narrow = _compile_one(replace(variant, arguments=loose), arch).ptx.decode()
+    assert "ld.global.v4.b32" in wide
+    assert "ld.global.v4.b32" not in narrow
+
+
+def test_compiling_writes_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    _compile_one(one_token(_SHAPE, ARCHES["sm_90"], _TILES), ARCHES["sm_90"])
+    assert capfd.readouterr().out == ""
