@@ -6,24 +6,20 @@ What the child is told and tells is written at the head of build_child.py.
 import asyncio
 import base64
 import json
-import os
-import signal
 import time
 from collections.abc import Sequence
-from functools import partial
 
 import structlog
 from google.rpc import status_pb2
 
 from compiler_service.build_queue import BuildProgress
-from shared.redis import end_with_parent
 
 _TERMINATE_S = 5.0
 _MAX_LINE_BYTES = 1 << 20
 
 
 class BuildProcess:
-    """A running build. It dies with this process; call `end` in any case.
+    """A running build. The child sees to it that it dies with this process; call `end` anyhow.
 
     Args:
         command: starts the child.
@@ -35,6 +31,7 @@ class BuildProcess:
         self._job = job
         self._process: asyncio.subprocess.Process | None = None
         self._start = time.monotonic()
+        self._end = 0.0
         self._stages: list[tuple[str, float]] = []
         self.progress: BuildProgress | None = None
 
@@ -47,7 +44,6 @@ class BuildProcess:
             limit=_MAX_LINE_BYTES,
             # A Ctrl-C in the terminal is for the daemon, which then returns the build.
             start_new_session=True,
-            preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGKILL),
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -57,13 +53,14 @@ class BuildProcess:
             self._process.stdin.close()
         except (BrokenPipeError, ConnectionResetError):
             pass  # it ended before it read its job: it is found out below
-        status = None
         async for line in self._process.stdout:
-            status = self._take(line) or status
+            status = self._take(line)
+            if status is not None:
+                self._end = time.monotonic()
+                return status
         code = await self._process.wait()
-        if status is None:
-            structlog.get_logger().warning("build_child_ended", exit_code=code)
-        return status
+        structlog.get_logger().warning("build_child_ended", exit_code=code)
+        return None
 
     async def end(self) -> None:
         """Ends the child if it runs: asks it to, and kills it where it does not listen."""
@@ -80,7 +77,7 @@ class BuildProcess:
     @property
     def stage_timings(self) -> list[tuple[str, float]]:
         """How long each stage took so far, in order."""
-        ends = [start for _, start in self._stages[1:]] + [time.monotonic()]
+        ends = [start for _, start in self._stages[1:]] + [self._end or time.monotonic()]
         return [
             (stage, round(end - start, 3))
             for (stage, start), end in zip(self._stages, ends, strict=True)

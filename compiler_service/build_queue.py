@@ -181,7 +181,7 @@ class BuildQueue:
         Raises:
             BuildNotFound: there is no record of it, or it is gone.
         """
-        tail = EventTail(self._redis, self._url, [events_key(digest)])
+        tail = self.tail([events_key(digest)])
         await tail.start()
         is_known = False
         while True:
@@ -196,6 +196,10 @@ class BuildQueue:
             if record.is_ended:
                 return
             await tail.wait()
+
+    def tail(self, keys: Sequence[str]) -> "EventTail":
+        """What will be new in the event streams at `keys`."""
+        return EventTail(self._redis, self._url, keys)
 
     async def cancel(self, digest: str) -> None:
         """Ends a build that has not ended: at once if it waits, at the next heartbeat if it runs.

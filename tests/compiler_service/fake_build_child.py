@@ -20,9 +20,11 @@ from pathlib import Path
 
 from shared.engine import EngineKey
 from shared.errors import DiskFull, to_status
+from shared.redis import end_with_parent
 
 
 def main() -> None:
+    end_with_parent(os.getppid(), signal.SIGKILL)
     job = json.loads(sys.stdin.readline())
     cache, store = Path(job["cache_dir"]), Path(job["store"])
     key = EngineKey.from_dict(job["key"])

@@ -1,0 +1,53 @@
+"""The compile daemon's settings."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+
+from shared.settings import Settings
+from shared.store import LocalStore, open_store
+
+
+class CompilerSettings(Settings):
+    """The compile daemon: builds engines and serves the store."""
+
+    component: ClassVar[str] = "compiler"
+
+    listen: str = Field("127.0.0.1:7601", description="host:port of gRPC; port 0 takes a free one")
+    metrics_listen: str = Field(
+        "127.0.0.1:7602", description="host:port of Prometheus metrics over HTTP; empty: none"
+    )
+    state_dir: Path = Field(
+        Path("~/.millrace/redis"),
+        description="data of the embedded Valkey, which runs where no --redis-url is given",
+    )
+    cache_dir: Path = Field(
+        Path("~/.millrace/cache"), description="hashes of files, and what hubs and samples fetch"
+    )
+    worker: bool = Field(True, description="build here; otherwise only take requests")
+    lease_s: float = Field(
+        30.0, ge=0.5, le=3600, description="seconds after which a silent worker counts as lost"
+    )
+    max_queued: int = Field(
+        1000, ge=1, description="requests that may wait for a worker; more are refused"
+    )
+    drain_s: float = Field(
+        30.0, ge=0, le=3600, description="seconds that running calls have when the daemon stops"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "CompilerSettings":
+        if self.store.startswith("grpc://"):
+            raise ValueError(
+                "--store (MILLRACE_STORE): the compile daemon writes engines, so it needs a folder"
+            )
+        if self.metrics_listen == self.listen and not self.listen.endswith(":0"):
+            raise ValueError(f"--listen and --metrics-listen are both {self.listen}")
+        return self
+
+    def open_store(self) -> LocalStore:
+        """The store, made if it is missing."""
+        store = open_store(str(Path(self.store).expanduser()))
+        assert isinstance(store, LocalStore), "a folder is not a local store"
+        return store
