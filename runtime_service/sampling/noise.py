@@ -1,58 +1,85 @@
-"""Gumbel noise that depends on nothing but (seed, sample index, position, token id).
+"""Gumbel noise that is a function of (seed, sample index, position, token id), and of nothing else.
 
-The same token at the same place gets the same noise in any batch, after any preemption, on any
-device: a counter-based generator has no state to carry. Adding the noise to scaled logits and
-taking the largest draws from their softmax.
-Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox4x32-10); Gumbel
-1954; Maddison et al. 2014, "A* Sampling".
+A token drawn as argmax(scores + noise) has the probability that softmax(scores) gives it, and is
+the same in any batch, after any preemption.
+
+    counter = (token id // 4, position, sample index, 0);  key = (seed's low half, high half)
+    word    = Philox4x32-10(counter, key)[token id % 4]
+    noise   = -log(-log((word + 0.5) / 2^32))
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3 (Philox);
+Gumbel 1954; Maddison et al. 2014, "A* Sampling", section 2 (Gumbel-max).
+
+Legend: R rows, V vocabulary, C candidates.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
-_WORD = 0xFFFFFFFF
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
+Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-def philox(
-    counter: tuple[torch.Tensor, int, int, int], key: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Four words of 32 bits for each value of the counter's first word.
 
-    Args:
-        counter: four words; the first is int64 [N] holding values below 2^32.
-        key: two words.
-    """
-    c0 = counter[0]
-    c1, c2, c3 = (torch.full_like(c0, word) for word in counter[1:])
+@dataclass(frozen=True, slots=True)
+class NoiseKey:
+    """What a row's noise depends on, beside the token."""
+
+    seed: int
+    sample_index: int
+    position: int
+
+
+def noise_of_all(keys: Sequence[NoiseKey], vocab_size: int) -> torch.Tensor:
+    """The noise of every token, fp32 [R, V]."""
+    groups = torch.arange(-(-vocab_size // 4))[None]
+    # A row's words at a time: they stay in the core's cache.
+    rows = [torch.stack(_words(groups, [key]), -1).view(1, -1)[:, :vocab_size] for key in keys]
+    return _gumbel(torch.cat(rows))
+
+
+def noise_of(keys: Sequence[NoiseKey], token_ids_RC: torch.Tensor) -> torch.Tensor:
+    """The noise of some tokens of each row, fp32 [R, C]; what `noise_of_all` gives them."""
+    words = torch.stack(_words(token_ids_RC >> 2, keys), -1)
+    return _gumbel(words.gather(-1, (token_ids_RC & 3)[..., None])[..., 0])
+
+
+def philox4x32(counter: Words, key: tuple[torch.Tensor, torch.Tensor]) -> Words:
+    """Four 32-bit words of each counter, held in int64; the arguments are too, and broadcast."""
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # int64 products wrap; the shift is arithmetic, so the high word is masked.
-        p0, p1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _WORD) ^ c1 ^ k0,
-            p1 & _WORD,
-            ((p0 >> 32) & _WORD) ^ c3 ^ k1,
-            p0 & _WORD,
-        )
-        k0, k1 = (k0 + _WEYL_0) & _WORD, (k1 + _WEYL_1) & _WORD
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ (c1 ^ k0), low1, high0 ^ (c3 ^ k1), low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
 
-def gumbel(token_ids_N: torch.Tensor, seed: int, sample_index: int, position: int) -> torch.Tensor:
-    """Standard Gumbel noise of each token at one place.
+def _multiply(words: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # The product's 64 bits are right though int64 wraps; the shift drags its sign in, the mask
+    # takes it out.
+    product = words * factor
+    return (product >> 32).bitwise_and_(_MASK), product.bitwise_and_(_MASK)
 
-    Args:
-        token_ids_N: int64.
-        seed: 64 bits. position: absolute, of the token that is drawn.
-    Returns:
-        fp32 [N], between -3.2 and 22.9.
-    """
-    # Four neighbours share a counter: a whole vocabulary costs a quarter of the rounds.
-    blocks, place = torch.unique_consecutive(token_ids_N >> 2, return_inverse=True)
-    words = philox((blocks, position, sample_index, 0), (seed & _WORD, seed >> 32 & _WORD))
-    bits_N = torch.stack(words, dim=1)[place, token_ids_N & 3]
-    # In fp64 neither end of (0, 1) rounds to 0 or 1.
-    uniform_N = (bits_N.double() + 0.5) * 2.0**-32
-    return (-torch.log(-torch.log(uniform_N))).float()
+
+def _words(groups: torch.Tensor, keys: Sequence[NoiseKey]) -> Words:
+    def column(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([value & _MASK for value in values])[:, None]
+
+    positions = column([key.position for key in keys])
+    samples = column([key.sample_index for key in keys])
+    low, high = column([key.seed for key in keys]), column([key.seed >> 32 for key in keys])
+    counter = (groups, positions, samples, torch.zeros_like(samples))
+    return philox4x32(counter, (low, high))
+
+
+def _gumbel(words: torch.Tensor) -> torch.Tensor:
+    # fp64 inside: (word + 0.5) / 2^32 has more bits than fp32.
+    uniform = words.double().add_(0.5).mul_(2.0**-32)
+    return uniform.log_().neg_().log_().neg_().float()
