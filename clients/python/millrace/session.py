@@ -31,6 +31,7 @@ class Session:
         self._queues: dict[str, asyncio.Queue[runtime_pb2.Event | MillraceError]] = {}
         self._failure: MillraceError | None = None
         self._reader: asyncio.Task[None] | None = None
+        self._write_lock = asyncio.Lock()  # gRPC takes one message of a call at a time
 
     async def __aenter__(self) -> Self:
         self._reader = asyncio.create_task(self._dispatch())
@@ -72,7 +73,8 @@ class Session:
     async def _send(self, request: runtime_pb2.GenerateRequest) -> None:
         # Where the call has ended, the reader tells every stream why.
         with suppress(grpc.RpcError, asyncio.InvalidStateError):
-            await self._call.write(request)
+            async with self._write_lock:
+                await self._call.write(request)
 
     async def _dispatch(self) -> None:
         try:

@@ -115,7 +115,10 @@ def _show_bars(changes: Iterator[pb.Operation], operation: pb.Operation) -> pb.O
     speeds: dict[str, Speed] = {}
     tasks: dict[str, Any] = {}
     with _bars() as bars:
-        resolving = bars.add_task("reading the checkpoint", total=None, stage="", speed="", eta="")
+        resolving = bars.add_task(
+            "reading the checkpoint",
+            total=None, visible=not operation.builds, stage="", speed="", eta="",
+        )  # fmt: skip
         for operation in changes:
             if operation.builds:
                 bars.update(resolving, visible=False)
@@ -136,6 +139,7 @@ def _show_bars(changes: Iterator[pb.Operation], operation: pb.Operation) -> pb.O
                     completed=1.0 if is_done else progress.fraction,
                     **progress_columns(build, speed),
                 )
+            bars.refresh()
     return operation
 
 

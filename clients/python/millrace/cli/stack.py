@@ -119,7 +119,10 @@ class Stack:
         shared = ("--redis-url", redis_url, "--store", str(self.store))
         metrics = () if self.with_metrics else ("--metrics-listen", "")
         self._start_daemon(
-            "compile daemon", "compiler", self.compiler, (*shared, *metrics, *self.compiler_flags)
+            "compile daemon",
+            "compiler",
+            self.compiler,
+            (*shared, *metrics, "--cache-dir", str(self.state / "cache"), *self.compiler_flags),
         )
         self._start_daemon(
             "runtime daemon",

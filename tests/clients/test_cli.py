@@ -1,0 +1,364 @@
+"""The `millrace` command as its users meet it: a process, its output and its exit code."""
+
+import json
+import os
+import pty
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from millrace.cli.building import Speed
+from millrace.cli.inspecting import graph_text
+from millrace.cli.output import bytes_text, duration_text
+from millrace.compiler.v1 import compiler_pb2
+
+from shared.errors import Draining, InvalidModel, QueueFull, to_status
+from tests.clients.scripted_daemon import (
+    DIGEST,
+    WORDS,
+    Script,
+    ScriptedDaemon,
+    a_build,
+    an_engine,
+    an_operation,
+    running,
+    succeeded,
+)
+
+COMMAND = (sys.executable, "-m", "millrace.cli")
+COMMANDS = (
+    "up", "build", "builds", "cancel", "engines", "inspect", "load", "generate", "chat", "bench",
+    "doctor", "health", "demo",
+)  # fmt: skip
+GRAPH = {
+    "inputs": {"token_ids": {"dims": ["T"], "dtype": "int32"}},
+    "nodes": [
+        {"op": "embedding", "inputs": ["token_ids"], "outputs": ["x"], "weights": {"weight": "e"},
+         "attrs": {"dtype": "float32"}},
+        *(
+            {"op": op, "inputs": [f"{op}.{i}.in"], "outputs": [f"{op}.{i}"], "weights": {},
+             "attrs": {"layer": i}}
+            for i in range(30)
+            for op in ("rms_norm", "linear", "attention")
+        ),
+    ],
+    "outputs": ["logits"],
+    "weights": {"e": {"layout": "plain"}},
+    "config": {"family": "llama", "num_layers": 30},
+}  # fmt: skip
+
+
+def millrace(
+    daemon: ScriptedDaemon | None, *arguments: str, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command against `daemon`, with no terminal."""
+    environ = {name: v for name, v in os.environ.items() if not name.startswith("MILLRACE_")}
+    if daemon is not None:
+        environ["MILLRACE_CLI_COMPILER"] = environ["MILLRACE_CLI_RUNTIME"] = daemon.address
+    return subprocess.run(
+        [*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=60, env=environ
+    )
+
+
+def on_a_terminal(daemon: ScriptedDaemon, *arguments: str) -> str:
+    """What the command shows on a terminal."""
+    environ = {**os.environ, "MILLRACE_CLI_COMPILER": daemon.address, "TERM": "xterm-256color",
+               "COLUMNS": "120"}  # fmt: skip
+    environ.pop("NO_COLOR", None)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environ
+    )
+    os.close(theirs)
+    shown = bytearray()
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the terminal closed with its last process
+            break
+        if not part:
+            break
+        shown += part
+    process.wait(60)
+    os.close(ours)
+    return shown.decode()
+
+
+def test_help_is_quick() -> None:
+    """In seconds of CPU, which a busy machine does not stretch."""
+
+    def children_s() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    spent = []
+    for _ in range(3):
+        before = children_s()
+        assert "Exit codes: 0 done" in millrace(None, "--help").stdout
+        spent.append(children_s() - before)
+    assert min(spent) < 0.4
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    done = millrace(None, command, "--help")
+    assert done.returncode == 0
+    assert f"Example: millrace {command}" in " ".join(done.stdout.split())
+
+
+def test_help_names_every_command() -> None:
+    listed = re.findall(r"^  (\w+)  ", millrace(None, "--help").stdout, re.M)
+    assert set(listed) == set(COMMANDS)
+
+
+def test_wrong_usage_exits_with_2_and_says_what_was_meant() -> None:
+    done = millrace(None, "bild")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Did you mean 'build'" in done.stderr
+
+
+def test_no_daemon_exits_with_4_in_one_line() -> None:
+    done = millrace(None, "builds", "--compiler", "127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("start one with: millrace up\n")
+
+
+def test_failures_are_json_for_programs() -> None:
+    done = millrace(None, "builds", "--json", "--compiler", "127.0.0.1:1")
+    assert json.loads(done.stderr)["error"]["reason"] == "UNREACHABLE"
+
+
+def test_build_tells_its_stages_and_its_engine(daemon: ScriptedDaemon, script: Script) -> None:
+    script.changes = [running(0.1, "import"), running(0.5, "quantize"), succeeded()]
+    done = millrace(daemon, "build", "sample:tiny", "--arch", "cpu,sm_90", "--quant", "int4-g128")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"engines/{DIGEST[:12]}  cpu  int8  built in ")
+    assert done.stderr.splitlines() == ["cpu:  10% import", "cpu:  50% quantize", "cpu: succeeded"]
+    asked = script.asked[0]
+    assert (list(asked.archs), asked.quant.scheme, asked.quant.group_size) == (
+        ["cpu", "sm_90"], "int4", 128,
+    )  # fmt: skip
+
+
+def test_build_says_that_an_engine_was_there(daemon: ScriptedDaemon) -> None:
+    assert "was in the store" in millrace(daemon, "build", "sample:tiny").stdout
+
+
+def test_build_gives_programs_a_line_per_change(daemon: ScriptedDaemon, script: Script) -> None:
+    script.changes = [running(0.5, "quantize"), succeeded()]
+    done = millrace(daemon, "build", "sample:tiny", "--json")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    states = [line["builds"][0]["state"] for line in lines]
+    assert states == ["BUILD_STATE_RUNNING", "BUILD_STATE_SUCCEEDED"]
+    assert done.stderr == ""
+
+
+def test_build_detaches(daemon: ScriptedDaemon, script: Script) -> None:
+    script.changes = [an_operation(a_build(compiler_pb2.BUILD_STATE_QUEUED))]
+    done = millrace(daemon, "build", "sample:tiny", "--detach")
+    assert done.stdout == f"builds/{DIGEST}  cpu  queued\n"
+    assert len(script.asked) == 1
+
+
+def test_failed_build_exits_with_the_code_of_its_reason(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    error = to_status(InvalidModel(problem="shard 2 is missing"))
+    script.changes = [an_operation(a_build(compiler_pb2.BUILD_STATE_FAILED, error=error))]
+    done = millrace(daemon, "build", "sample:tiny")
+    assert done.returncode == 2
+    assert "millrace: The checkpoint cannot be used: shard 2 is missing." in done.stderr
+
+
+def test_build_draws_a_bar_with_percent_speed_and_time_left(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    script.changes = [running(0.5, "quantize", done) for done in (0, 30_000_000, 60_000_000)]
+    script.changes.append(succeeded())
+    shown = on_a_terminal(daemon, "build", "sample:tiny")
+    for part in ("int8 for cpu", "quantize", "50%", "MB/s", "7.00 s left", "100%", "\033["):
+        assert part in shown
+    assert "built in" in shown
+
+
+def test_builds_are_a_plain_table_without_a_terminal(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    script.builds = [running(0.25, "quantize").builds[0], a_build(compiler_pb2.BUILD_STATE_QUEUED)]
+    done = millrace(daemon, "builds")
+    header, first, second = done.stdout.splitlines()
+    assert header.split() == ["BUILD", "MODEL", "ARCH", "QUANT", "STATE", "DONE", "ASKED"]
+    assert "running  25% quantize" in first
+    assert "queued" in second
+    assert "\033[" not in done.stdout
+
+
+def test_empty_lists_say_what_to_type(daemon: ScriptedDaemon) -> None:
+    done = millrace(daemon, "engines")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "millrace build sample:smollm2-135m" in done.stderr
+
+
+def test_engines_and_cancel(daemon: ScriptedDaemon, script: Script) -> None:
+    script.engines = [an_engine(script.blobs, {"graph.json": GRAPH})]
+    script.builds = [a_build(compiler_pb2.BUILD_STATE_QUEUED)]
+    assert json.loads(millrace(daemon, "engines", "--json").stdout)["engines"][0]["model"] == "tiny"
+    assert millrace(daemon, "cancel", DIGEST[:8]).stdout == f"{DIGEST[:12]}  cancelled\n"
+    assert millrace(daemon, "cancel", "ffff").returncode == 3
+
+
+def test_inspect_shows_key_layers_graph_kernels_and_times(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    kernel = {"code": [0, 2000]}
+    index = {"arch": "sm_90", "min_driver": [12, 0],
+             "kernels": {"linear.gemv.0a": kernel, "linear.gemv.0b": kernel}}  # fmt: skip
+    layers = {"graph.json": GRAPH, "graph.source.json": GRAPH, "kernels/index.json": index}
+    script.engines = [an_engine(script.blobs, layers)]
+    timing = compiler_pb2.StageTiming(stage="quantize", duration=Duration(seconds=4))
+    script.builds = [a_build(compiler_pb2.BUILD_STATE_SUCCEEDED, stage_timings=[timing])]
+    done = millrace(daemon, "inspect", DIGEST[:8], "--graph")
+    assert done.returncode == 0
+    for part in ("cd" * 32, "llama: 30 layers", "91 nodes -> 91 nodes", "30 attention",
+                 "2 for sm_90, 4.0 kB, driver for CUDA 12.0", "quantize 4.00 s", "before (",
+                 "30 times:", "1 plain"):  # fmt: skip
+        assert part in done.stdout, part
+
+
+def test_inspect_of_nothing_exits_with_3(daemon: ScriptedDaemon) -> None:
+    done = millrace(daemon, "inspect", "beefbeef")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "No engine" in done.stderr
+
+
+def test_load_finds_an_engine_by_model_name(daemon: ScriptedDaemon, script: Script) -> None:
+    script.engines = [an_engine(script.blobs, {"graph.json": GRAPH})]
+    assert millrace(daemon, "load", "tiny").stdout == "serving tiny  cpu  int8\n"
+    assert script.asked[-1].selector.arch == "cpu"
+    assert millrace(daemon, "load", "tiny", "--quant", "int4").returncode == 3
+
+
+def test_generate_streams_to_stdout_and_tells_its_speed_on_stderr(daemon: ScriptedDaemon) -> None:
+    done = millrace(daemon, "generate", "hello")
+    assert done.stdout == "".join((*WORDS * 52, "\n"))[: len(done.stdout) - 1] + "\n"
+    assert re.search(r"first token \d+ ms, [\d.]+ tokens/s, 3 prompt \+ 256 tokens", done.stderr)
+
+
+def test_generate_reads_stdin_and_gives_programs_one_object(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    done = millrace(
+        daemon, "generate", "-", "--json", "-m", "5", "-t", "0.5", "--seed", "9", stdin="from stdin"
+    )
+    answer = json.loads(done.stdout)
+    assert (answer["text"], answer["seed"]) == ("".join(WORDS), 9)
+    assert answer["samples"][0]["finish_reason"] == "length"
+    assert script.asked[0].text == "from stdin"
+    assert script.asked[0].sampling.temperature == 0.5
+
+
+def test_refused_generation_exits_with_4_when_retrying_may_help(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    script.failures = [QueueFull(retry_after_s=60, waiting_tokens=9, max_waiting_tokens=8)]
+    done = millrace(daemon, "generate", "hello")
+    assert (done.returncode, done.stdout) == (4, "")
+    script.failures = [Draining(retry_after_s=60)]
+    assert millrace(daemon, "generate", "hello").returncode == 4
+
+
+def test_refused_input_exits_with_2(daemon: ScriptedDaemon) -> None:
+    done = millrace(daemon, "generate", "")
+    assert (done.returncode, done.stderr) == (2, "millrace: prompt: is empty.\n")
+
+
+def test_interrupt_exits_with_130_and_cancels(daemon: ScriptedDaemon, script: Script) -> None:
+    script.blocks_after = 1
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "hello", "--runtime", daemon.address],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.read(4) == b"Once"
+    process.send_signal(2)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (130, b"")
+    assert script.cancelled.wait(10)
+
+
+def test_chat_keeps_the_conversation(daemon: ScriptedDaemon, script: Script) -> None:
+    script.engines = [an_engine(script.blobs, {"graph.json": GRAPH})]
+    said = "hello\nand then?\n/reset\nagain\n"
+    done = millrace(daemon, "chat", "--system", "Be brief.", "-m", "5", stdin=said)
+    assert done.returncode == 0
+    chats = [[m.content for m in asked.chat.messages] for asked in script.asked]
+    answer = "".join(WORDS)
+    assert chats == [
+        ["Be brief.", "hello"],
+        ["Be brief.", "hello", answer, "and then?"],
+        ["Be brief.", "again"],
+    ]
+
+
+def test_bench_reports_one_line_for_programs(daemon: ScriptedDaemon) -> None:
+    done = millrace(
+        daemon, "bench", "--streams", "4", "--calls", "2", "--requests", "8", "--in", "3",
+        "--out", "5", "--json",
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    assert (report["requests"], report["streams"], report["calls"]) == (8, 4, 2)
+    assert report["output_tokens_per_s"] > 0
+    assert 0 < report["ttft_ms"]["p50"] <= report["e2e_ms"]["p50"] <= report["e2e_ms"]["p99"]
+
+
+def test_doctor_finds_daemons_and_names_the_fix(daemon: ScriptedDaemon, tmp_path: Path) -> None:
+    done = millrace(daemon, "doctor", "--state", str(tmp_path), "--json")
+    findings = {row["subject"]: row for row in json.loads(done.stdout)["findings"]}
+    assert findings["runtime daemon"]["found"] == f"serves at {daemon.address}"
+    assert findings["torch"]["verdict"] == "ok"
+    away = millrace(
+        None, "doctor", "--runtime", "127.0.0.1:1", "--redis-url", "redis://127.0.0.1:1"
+    )
+    assert away.returncode == 1
+    assert "BAD   Redis" in away.stdout
+    assert re.search(
+        r"note  runtime daemon  none answers at 127.0.0.1:1 -> millrace up", away.stdout
+    )
+
+
+def test_health_is_an_exit_code(daemon: ScriptedDaemon) -> None:
+    assert millrace(None, "health", daemon.address).returncode == 0
+    assert millrace(None, "health", "127.0.0.1:1").returncode == 4
+
+
+def test_speed_is_of_the_running_stage() -> None:
+    speed = Speed()
+    assert speed.update("import", 0, 0.0) == 0.0
+    assert speed.update("import", 10_000_000, 1.0) == 10_000_000
+    assert speed.update("quantize", 0, 1.5) == 0.0
+    assert speed.update("quantize", 5_000_000, 2.0) == 10_000_000
+
+
+def test_repeated_layers_are_told_once() -> None:
+    lines = graph_text(GRAPH)
+    assert len(lines) == 1 + 1 + 1 + 3 + 1
+    assert lines[2].strip() == "30 times:"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(7, "7 B"), (1234, "1.2 kB"), (134_500_000, "134 MB"), (5e12, "5.0 TB")]
+)
+def test_sizes_are_short(size: float, text: str) -> None:
+    assert bytes_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.417, "0.42 s"), (42.4, "42 s"), (187, "3:07"), (3723, "1:02:03")]
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text

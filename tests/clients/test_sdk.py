@@ -1,0 +1,327 @@
+"""The SDK against a scripted daemon: blocking, async, and many on one call."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+
+import grpc
+import millrace
+import pytest
+from millrace.channels import is_serving
+from millrace.compiler.v1 import compiler_pb2
+from millrace.errors import UNREACHABLE, from_status
+from millrace.generation import start_generation
+from millrace.retries import Retries
+
+from shared.errors import ERRORS, EngineLost, InvalidModel, PromptTooLong, QueueFull, to_status
+from tests.clients.scripted_daemon import (
+    WORDS,
+    Script,
+    ScriptedDaemon,
+    a_build,
+    an_engine,
+    an_operation,
+    running,
+    succeeded,
+)
+
+TEXT = "".join(WORDS)
+BUSY = {"waiting_tokens": 9, "max_waiting_tokens": 8}
+
+
+@pytest.fixture
+def client(daemon: ScriptedDaemon) -> millrace.Client:
+    return millrace.Client(daemon.address, daemon.address)
+
+
+def test_importing_the_sdk_imports_neither_torch_nor_the_daemons_code() -> None:
+    code = (
+        "import sys, millrace; [getattr(millrace, name) for name in millrace.__all__];"
+        "bad = {'torch', 'shared', 'kernels', 'pydantic', 'redis', 'rich', 'typer'};"
+        "sys.exit(', '.join(bad & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_chunks_arrive_in_order_and_add_up_to_the_result(client: millrace.Client) -> None:
+    with client.generate("hello", seed=7) as stream:
+        texts = [chunk.text for chunk in stream]
+    assert texts == list(WORDS)
+    assert stream.result.text == TEXT
+    assert stream.result.samples[0].token_ids == (0, 1, 2, 3, 4)
+    assert stream.result.samples[0].finish_reason == "length"
+    assert stream.result.seed == 7
+    assert stream.result.tokens_per_s == pytest.approx(20)
+
+
+def test_samples_are_told_apart(client: millrace.Client) -> None:
+    result = client.generate("hello", n=3, max_new_tokens=2).wait()
+    assert [sample.text for sample in result.samples] == ["Once upon"] * 3
+
+
+def test_result_is_refused_before_the_stream_was_read(client: millrace.Client) -> None:
+    with client.generate("hello") as stream, pytest.raises(RuntimeError, match="read the stream"):
+        _ = stream.result
+
+
+def test_leaving_the_block_cancels(client: millrace.Client, script: Script) -> None:
+    script.blocks_after = 1
+    with client.generate("hello") as stream:
+        assert next(iter(stream)).text == "Once"
+    assert script.cancelled.wait(10)
+    assert list(stream) == []
+
+
+def test_another_thread_can_stop_a_stream(client: millrace.Client, script: Script) -> None:
+    script.blocks_after = 1
+    stream = client.generate("hello")
+    chunks = iter(stream)
+    next(chunks)
+    threading.Timer(0.05, stream.close).start()
+    assert list(chunks) == []
+    assert script.cancelled.wait(10)
+
+
+def test_refused_start_is_tried_again_after_the_daemons_delay(
+    client: millrace.Client, script: Script
+) -> None:
+    script.failures = [QueueFull(retry_after_s=0.02, **BUSY), QueueFull(retry_after_s=0.02, **BUSY)]
+    assert client.generate("hello").wait().text == TEXT
+    assert len(script.asked) == 3
+
+
+def test_retries_end(daemon: ScriptedDaemon, script: Script) -> None:
+    script.failures = [QueueFull(retry_after_s=0.0, **BUSY) for _ in range(5)]
+    client = millrace.Client(runtime=daemon.address, retries=Retries(max_attempts=2))
+    with pytest.raises(millrace.MillraceError) as caught:
+        client.generate("hello").wait()
+    assert caught.value.reason == "QUEUE_FULL"
+    assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert caught.value.metadata == {"waiting_tokens": "9", "max_waiting_tokens": "8"}
+    assert len(script.asked) == 2
+
+
+def test_what_retrying_cannot_help_is_raised_at_once(
+    client: millrace.Client, script: Script
+) -> None:
+    script.failures = [PromptTooLong(prompt_tokens=9, max_sequence_tokens=8)]
+    with pytest.raises(millrace.MillraceError, match="The prompt has 9 tokens") as caught:
+        client.generate("hello").wait()
+    assert (caught.value.reason, caught.value.retry_after_s) == ("PROMPT_TOO_LONG", None)
+    assert len(script.asked) == 1
+
+
+@pytest.mark.parametrize("row", ERRORS.values(), ids=ERRORS)
+def test_every_error_row_arrives_whole(row: type) -> None:
+    import string
+
+    names = {name for _, name, _, _ in string.Formatter().parse(row.template) if name}
+    error = row(**dict.fromkeys(names, "x"))
+    seen = from_status(to_status(error))
+    assert seen.reason == row.reason
+    assert seen.code is row.code
+    assert seen.message == str(error)
+    assert dict(seen.metadata) == error.fields
+    assert seen.retry_after_s == row.default_retry_after_s
+
+
+def test_missing_daemon_is_told_in_one_sentence_with_the_fix() -> None:
+    client = millrace.Client("127.0.0.1:1", retries=Retries(max_attempts=2, first_delay_s=0.01))
+    with pytest.raises(millrace.MillraceError, match="millrace up") as caught:
+        client.start_build("sample:tiny")
+    assert caught.value.reason == UNREACHABLE
+
+
+def test_health_is_asked_without_the_health_package(daemon: ScriptedDaemon) -> None:
+    assert is_serving(daemon.address)
+    with pytest.raises(millrace.MillraceError):
+        is_serving("127.0.0.1:1", timeout_s=1)
+
+
+def test_unknown_option_is_a_type_error(client: millrace.Client) -> None:
+    with pytest.raises(TypeError, match="max_tokens"):
+        client.generate("hello", max_tokens=3)  # type: ignore[call-arg]
+
+
+def test_options_go_where_the_protocol_has_them() -> None:
+    start = start_generation(
+        [5, 6], "r1", max_new_tokens=4, stop=["\n"], stop_token_ids=[2], ignore_end_tokens=True,
+        temperature=0.5, logit_bias={3: -100.0}, timeout_s=1.5, priority=3,
+    )  # fmt: skip
+    assert list(start.token_ids.ids) == [5, 6]
+    assert (start.stop.max_new_tokens, list(start.stop.strings)) == (4, ["\n"])
+    assert list(start.stop.token_ids) == [2]
+    assert start.stop.ignore_end_tokens
+    assert start.sampling.temperature == 0.5
+    assert start.sampling.logit_bias[3] == -100.0
+    assert not start.sampling.HasField("seed")
+    assert start.timeout.ToMilliseconds() == 1500
+    assert (start.request_id, start.priority) == ("r1", 3)
+
+
+def test_messages_become_a_chat_and_mixtures_are_refused() -> None:
+    start = start_generation([{"role": "user", "content": "hi"}])
+    assert [(m.role, m.content) for m in start.chat.messages] == [("user", "hi")]
+    with pytest.raises(TypeError, match="mix"):
+        start_generation([1, {"role": "user", "content": "hi"}])  # type: ignore[list-item]
+
+
+def test_build_is_watched_to_its_end(client: millrace.Client, script: Script) -> None:
+    script.changes = [running(0.1, "import"), running(0.6, "quantize"), succeeded()]
+    seen: list[float] = []
+    operation = client.build(
+        "sample:tiny", ["cpu"], "int8",
+        on_change=lambda change: seen.append(round(change.builds[0].progress.fraction, 3)),
+    )  # fmt: skip
+    assert seen == [0.1, 0.6, 0.0]
+    assert operation.builds[0].state == compiler_pb2.BUILD_STATE_SUCCEEDED
+    assert script.asked[0].quant.scheme == "int8"
+
+
+def test_broken_watch_is_taken_up_again(client: millrace.Client, script: Script) -> None:
+    script.changes = [running(0.1, "import"), running(0.6, "quantize"), succeeded()]
+    script.breaks = [1]
+    states = [operation.builds[0].state for operation in client.watch_operation("operations/1")]
+    assert states[-1] == compiler_pb2.BUILD_STATE_SUCCEEDED
+    assert len(script.asked) == 2
+
+
+def test_failed_build_is_raised(client: millrace.Client, script: Script) -> None:
+    error = to_status(InvalidModel(problem="a shard is missing"))
+    script.changes = [an_operation(a_build(compiler_pb2.BUILD_STATE_FAILED, error=error))]
+    with pytest.raises(millrace.MillraceError, match="a shard is missing") as caught:
+        client.build("sample:tiny")
+    assert caught.value.reason == "INVALID_MODEL"
+
+
+def test_cancelled_build_is_raised(client: millrace.Client, script: Script) -> None:
+    script.changes = [an_operation(a_build(compiler_pb2.BUILD_STATE_CANCELLED))]
+    with pytest.raises(millrace.MillraceError, match="was cancelled"):
+        client.build("sample:tiny")
+
+
+def test_lists_turn_every_page(client: millrace.Client, script: Script) -> None:
+    script.builds = [a_build(compiler_pb2.BUILD_STATE_QUEUED, attempt=i) for i in range(5)]
+    assert [build.attempt for build in client.list_builds()] == [0, 1, 2, 3, 4]
+
+
+def test_blob_is_verified(client: millrace.Client, script: Script) -> None:
+    engine = an_engine(script.blobs, {"graph.json": {"nodes": ["x"] * 100}})
+    digest = engine.layers[0].digest
+    assert len(client.read_blob(digest)) == engine.layers[0].size_bytes
+    script.blobs[digest] += b" "
+    with pytest.raises(millrace.MillraceError) as caught:
+        client.read_blob(digest)
+    assert caught.value.reason == "DIGEST_MISMATCH"
+
+
+async def test_async_stream_gives_the_same(daemon: ScriptedDaemon) -> None:
+    async with millrace.AsyncClient(runtime=daemon.address) as client:
+        async with client.generate("hello") as stream:
+            texts = [chunk.text async for chunk in stream]
+        assert texts == list(WORDS)
+        assert stream.result.text == TEXT
+
+
+async def test_leaving_an_async_block_cancels(daemon: ScriptedDaemon, script: Script) -> None:
+    script.blocks_after = 1
+    async with millrace.AsyncClient(runtime=daemon.address) as client:
+        async with client.generate("hello") as stream:
+            async for chunk in stream:
+                assert chunk.text == "Once"
+                break
+        assert await asyncio.to_thread(script.cancelled.wait, 10)
+
+
+async def test_cancelled_task_cancels_its_generation(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    script.blocks_after = 1
+    async with millrace.AsyncClient(runtime=daemon.address) as client:
+        stream = client.generate("hello")
+        arrived = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in stream:
+                arrived.set()
+
+        task = asyncio.create_task(read())
+        await asyncio.wait_for(arrived.wait(), 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(script.cancelled.wait, 10)
+
+
+async def test_session_carries_many_generations_on_one_call(daemon: ScriptedDaemon) -> None:
+    async with (
+        millrace.AsyncClient(runtime=daemon.address) as client,
+        client.session() as session,
+    ):
+        results = await asyncio.gather(
+            *(session.generate("hello", seed=1 + i).wait() for i in range(20))
+        )
+    assert [result.seed for result in results] == list(range(1, 21))
+    assert {result.text for result in results} == {TEXT}
+
+
+async def test_failing_generation_leaves_the_others_of_its_session(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    script.failures = [PromptTooLong(prompt_tokens=9, max_sequence_tokens=8)]
+    async with (
+        millrace.AsyncClient(runtime=daemon.address) as client,
+        client.session() as session,
+    ):
+        results = await asyncio.gather(
+            *(session.generate("hello").wait() for _ in range(3)), return_exceptions=True
+        )
+    failed = [result for result in results if isinstance(result, millrace.MillraceError)]
+    assert [error.reason for error in failed] == ["PROMPT_TOO_LONG"]
+    assert sum(isinstance(result, millrace.Generation) for result in results) == 2
+
+
+async def test_session_start_is_tried_again_when_nothing_arrived(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    script.failures = [EngineLost(problem="killed", retry_after_s=0.02)]
+    async with (
+        millrace.AsyncClient(runtime=daemon.address) as client,
+        client.session() as session,
+    ):
+        assert (await session.generate("hello").wait()).text == TEXT
+    assert [request.start.request_id for request in script.asked[:2]] == ["1", "2"]
+
+
+async def test_closing_a_session_stream_cancels_that_generation_alone(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    script.blocks_after = 1
+    async with (
+        millrace.AsyncClient(runtime=daemon.address) as client,
+        client.session() as session,
+    ):
+        async with session.generate("hello") as stream:
+            async for _ in stream:
+                break
+        assert await asyncio.to_thread(script.cancelled.wait, 10)
+        assert script.asked[-1].cancel.request_id == "1"
+        script.blocks_after = None
+        assert (await session.generate("hello").wait()).text == TEXT
+
+
+async def test_broken_call_ends_every_stream_of_its_session(script: Script) -> None:
+    script.blocks_after = 1
+    with ScriptedDaemon(script) as daemon:
+        client = millrace.AsyncClient(runtime=daemon.address, retries=Retries(max_attempts=1))
+        async with client, client.session() as session:
+            streams = [session.generate("hello") for _ in range(3)]
+            first = [await anext(aiter(stream)) for stream in streams]
+            assert [chunk.text for chunk in first] == ["Once"] * 3
+            await asyncio.to_thread(daemon.__exit__)
+            ended = await asyncio.gather(
+                *(stream.wait() for stream in streams), return_exceptions=True
+            )
+    assert all(isinstance(end, millrace.MillraceError) for end in ended)
