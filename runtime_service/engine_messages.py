@@ -48,7 +48,7 @@ class Shutdown(msgspec.Struct, tag=True, frozen=True):
 Command = AddRequest | AbortSamples | UpdateRequest | AddCredit | Shutdown
 
 
-class SampleOutput(msgspec.Struct, frozen=True):
+class SampleOutput(msgspec.Struct, frozen=True, gc=False):
     """What one sample gained in a step.
 
     Args:

@@ -39,9 +39,15 @@ _ORDER = attrgetter("order")
 
 
 class _Step:
-    """A step while it is made, and until it is read: `sequences` belong to `scheduled`."""
+    """A step while it is made, and until it is read.
 
-    __slots__ = ("block_copies", "budget", "led", "new", "number", "scheduled", "sequences")
+    `sampled` are the sequences that draw a token, in the order of `scheduled`; `unsampled` come
+    with the number of tokens that are computed after it.
+    """
+
+    __slots__ = (
+        "block_copies", "budget", "led", "new", "number", "sampled", "scheduled", "unsampled"
+    )  # fmt: skip
 
     def __init__(self, number: int, budget: int) -> None:
         self.number = number
@@ -49,7 +55,8 @@ class _Step:
         self.new: list[NewSequence] = []
         self.block_copies: list[tuple[int, int]] = []
         self.scheduled: list[ScheduledSequence] = []
-        self.sequences: list[Sequence] = []
+        self.sampled: list[Sequence] = []
+        self.unsampled: list[tuple[Sequence, ScheduledSequence]] = []
         # Groups whose leader computes the end of the prompt here.
         self.led: list[Group] = []
 
@@ -80,6 +87,7 @@ class Scheduler:
         self._freed_rows: list[int] = []
         self._unread: deque[_Step] = deque()
         self._victim = 0
+        self._last_read = -1
         self._num_arrivals = self._num_steps = self._num_preemptions = 0
         self._num_waiting = self._waiting_tokens = self._step_tokens = 0
         self._prefix_hit_tokens = self._prefix_query_tokens = 0
@@ -175,47 +183,40 @@ class Scheduler:
         """What samples gained by the oldest step that was not read yet."""
         step = self._unread.popleft()
         assert drawn.step == step.number, "steps are read out of order"
+        self._last_read = step.number
+        if drawn.prompt_logprobs:
+            self._collect_prompt_logprobs(step, drawn)
+        for sequence, scheduled in step.unsampled:
+            self._read_unsampled(sequence, scheduled)
         outputs: list[SampleOutput] = []
-        sampled = iter(drawn.sampled)
-        finished, parked = State.FINISHED, State.PARKED
-        for scheduled, sequence in zip(step.scheduled, step.sequences, strict=True):
-            sequence.num_unread_steps -= 1
+        running, finished = State.RUNNING, State.FINISHED
+        for sequence, row in zip(step.sampled, drawn.sampled, strict=True):
             if sequence.state is finished:
-                self._discard(scheduled, sequence)
-                if scheduled.is_sampled:
-                    next(sampled)
+                self._discard(sequence)
                 continue
-            num_read = scheduled.start + scheduled.num_tokens
-            if num_read >= sequence.next_remembered:
-                self._remember(sequence, num_read)
-            if drawn.prompt_logprobs:
-                _collect_prompt_logprobs(sequence.group, scheduled, drawn)
-            if scheduled.is_sampled:
-                row = next(sampled)
-                assert row.row == scheduled.row, "a step's rows came back in another order"
-                group = sequence.group
-                token_ids = sequence.token_ids
-                (token_id,) = row.token_ids
-                token_ids.append(token_id)
-                finish = ""
-                if token_id in group.end_token_ids:
-                    finish = "stop_token"
-                elif len(token_ids) >= group.max_tokens:
-                    finish = "length"
-                if sequence.has_output:
-                    output = SampleOutput(
-                        group.request.request_id,
-                        sequence.sample_index,
-                        row.token_ids,
-                        finish,
-                        row.logprobs,
-                    )
-                else:
-                    output = self._output(sequence, row.token_ids, finish, row.logprobs)
-                outputs.append(output)
-                if finish:
-                    self._finish(sequence)
-            if sequence.state is parked:
+            assert row.row == sequence.row or sequence.row < 0, "rows came back in another order"
+            group = sequence.group
+            token_ids = sequence.token_ids
+            num_tokens = len(token_ids)
+            if num_tokens >= sequence.next_remembered:
+                self._remember(sequence, num_tokens)
+            (token_id,) = row.token_ids
+            token_ids.append(token_id)
+            finish = ""
+            if token_id in group.end_token_ids:
+                finish = "stop_token"
+            elif num_tokens + 1 >= group.max_tokens:
+                finish = "length"
+            if sequence.has_output:
+                output = SampleOutput(
+                    group.request_id, sequence.sample_index, row.token_ids, finish, row.logprobs
+                )
+            else:
+                output = self._output(sequence, row.token_ids, finish, row.logprobs)
+            outputs.append(output)
+            if finish:
+                self._finish(sequence)
+            elif sequence.state is not running:
                 self._queue_if_ready(sequence)
         return outputs
 
@@ -240,39 +241,49 @@ class Scheduler:
     def _schedule_decoding(self, step: _Step) -> list[Sequence]:
         """Adds every decoding sequence; returns those that still compute what is known."""
         prompts = []
-        budget = step.budget
+        budget, number = step.budget, step.number
         running = State.RUNNING
-        add_scheduled, add_sequence = step.scheduled.append, step.sequences.append
+        add_scheduled, add_sampled = step.scheduled.append, step.sampled.append
         for sequence in self._running:
             if sequence.state is not running:  # preempted in this very loop
                 continue
             if not sequence.is_decoding:
                 prompts.append(sequence)
                 continue
-            group = sequence.group
-            num_tokens = sequence.num_tokens
-            if num_tokens >= group.max_tokens:  # its last token is being drawn
-                continue
-            if group.credit <= 0:
-                self._stall(sequence)
-                continue
             if not budget:
                 break
             new_block_ids: tuple[int, ...] = ()
-            if num_tokens > sequence.capacity:
-                block = self._take_block_for(sequence)
-                if block is None:
+            num_tokens = sequence.num_tokens
+            if num_tokens >= sequence.next_event:
+                taken = self._prepare_decoding(sequence)
+                if taken is None:
                     continue
-                new_block_ids = (block,)
+                new_block_ids = taken
             add_scheduled(ScheduledSequence(sequence.row, num_tokens - 1, 1, new_block_ids))
-            add_sequence(sequence)
-            sequence.num_scheduled = num_tokens
+            add_sampled(sequence)
             sequence.num_tokens = num_tokens + 1
-            sequence.num_unread_steps += 1
-            group.credit -= 1
+            sequence.last_step = number
             budget -= 1
         step.budget = budget
         return prompts
+
+    def _prepare_decoding(self, sequence: Sequence) -> tuple[int, ...] | None:
+        """Blocks that `sequence` takes to go on; None where it cannot go on now."""
+        group = sequence.group
+        if sequence.num_tokens >= group.max_tokens:  # its last token is being drawn
+            return None
+        if group.credit <= 0:
+            self._stall(sequence)
+            return None
+        new_block_ids: tuple[int, ...] = ()
+        if sequence.num_tokens > sequence.capacity:
+            block = self._take_block_for(sequence)
+            if block is None:
+                return None
+            new_block_ids = (block,)
+        if group.is_metered:
+            group.credit -= 1
+        return new_block_ids
 
     def _schedule_prompt(self, step: _Step, sequence: Sequence) -> None:
         """Adds as much of what is known and not computed as the budget allows."""
@@ -285,16 +296,19 @@ class Scheduler:
             if group.credit <= 0:
                 self._stall(sequence)
                 return
-            group.credit -= 1
+            if group.is_metered:
+                group.credit -= 1
             sequence.is_decoding = True
             sequence.num_tokens += 1
-        step.scheduled.append(
-            ScheduledSequence(sequence.row, start, num_tokens, is_sampled=is_sampled)
-        )
-        step.sequences.append(sequence)
+        scheduled = ScheduledSequence(sequence.row, start, num_tokens, is_sampled=is_sampled)
+        step.scheduled.append(scheduled)
+        if is_sampled:
+            step.sampled.append(sequence)
+        else:
+            step.unsampled.append((sequence, scheduled))
         step.budget -= num_tokens
         sequence.num_scheduled = end
-        sequence.num_unread_steps += 1
+        sequence.last_step = step.number
         if start < group.num_prompt_tokens <= end:
             sequence.prompt_step = step.number
             if group.leader is sequence:
@@ -310,6 +324,7 @@ class Scheduler:
             if group.credit <= 0:
                 sequence.state = State.PARKED
                 continue
+            sequence.num_tokens = len(sequence.token_ids)
             shared, num_cached, copied = self._find_cached(step, sequence)
             num_taken = self.kv.num_blocks_for(sequence.num_tokens) - len(shared)
             spare = self.kv.num_free - self.kv.num_free_among(shared) - num_taken
@@ -350,6 +365,7 @@ class Scheduler:
         sequence.block_ids = blocks
         sequence.capacity = len(blocks) * self._limits.block_tokens
         sequence.num_scheduled = num_cached
+        sequence.plan_event()
         if group.uses_prefix_cache:
             sequence.next_remembered = (num_shared + 1) * self._limits.block_tokens
         if num_cached >= group.num_prompt_tokens:
@@ -384,7 +400,7 @@ class Scheduler:
         running = self._running
         if not self._stalled and not (running and running[-1].order[0] > first.order[0]):
             return
-        needed = self.kv.num_blocks_for(first.num_tokens) + self._growth_reserve
+        needed = self.kv.num_blocks_for(len(first.token_ids)) + self._growth_reserve
         victims = list(self._stalled)
         for sequence in reversed(running):
             if sequence.order[0] <= first.order[0]:
@@ -409,6 +425,7 @@ class Scheduler:
         block = self.kv.take()
         sequence.block_ids.append(block)
         sequence.capacity += self._limits.block_tokens
+        sequence.plan_event()
         return block
 
     def _worst_after(self, sequence: Sequence) -> Sequence | None:
@@ -440,11 +457,11 @@ class Scheduler:
     def _queue_if_ready(self, sequence: Sequence) -> None:
         group = sequence.group
         if (
-            not sequence.num_unread_steps
+            sequence.state is State.PARKED
+            and sequence.last_step <= self._last_read
             and group.credit > 0
             and (group.leader is None or group.leader is sequence)
         ):
-            sequence.num_tokens = len(sequence.token_ids)
             self._waiting.push(sequence)
 
     def _add_credit(self, group: Group, tokens: int) -> None:
@@ -456,7 +473,7 @@ class Scheduler:
             if sample.state is State.STALLED:
                 del self._stalled[sample]
                 self._run(sample)
-            elif sample.state is State.PARKED:
+            else:
                 self._queue_if_ready(sample)
 
     def _run(self, sequence: Sequence) -> None:
@@ -483,7 +500,7 @@ class Scheduler:
         group = sequence.group
         if sequence.row < 0:
             self._stop_waiting(sequence)
-        elif not sequence.num_unread_steps:
+        elif sequence.last_step <= self._last_read:
             self._leave_row(sequence)
         else:
             self._stalled.pop(sequence, None)
@@ -491,7 +508,7 @@ class Scheduler:
         sequence.state = State.FINISHED
         group.num_unfinished -= 1
         if not group.num_unfinished:
-            del self._groups[group.request.request_id]
+            del self._groups[group.request_id]
         elif group.leader is sequence:
             live = (sample for sample in group.samples if sample.state is not State.FINISHED)
             self._set_leader(group, next(live))
@@ -499,8 +516,7 @@ class Scheduler:
     def _set_leader(self, group: Group, leader: Sequence | None) -> None:
         group.leader = leader
         for sample in group.samples:
-            if sample.state is State.PARKED:
-                self._queue_if_ready(sample)
+            self._queue_if_ready(sample)
 
     def _leave_row(self, sequence: Sequence) -> None:
         self._stalled.pop(sequence, None)
@@ -517,11 +533,22 @@ class Scheduler:
 
     # Reading a step.
 
-    def _discard(self, scheduled: ScheduledSequence, sequence: Sequence) -> None:
-        """A step of a sequence that had ended: nothing of it counts."""
-        if scheduled.is_sampled:
+    def _read_unsampled(self, sequence: Sequence, scheduled: ScheduledSequence) -> None:
+        num_read = scheduled.start + scheduled.num_tokens
+        if sequence.state is State.FINISHED:
+            self._release_finished(sequence)
+        elif num_read >= sequence.next_remembered:
+            self._remember(sequence, num_read)
+        self._queue_if_ready(sequence)
+
+    def _discard(self, sequence: Sequence) -> None:
+        """Drops a token that was drawn for a sequence that had ended: nothing of it counts."""
+        if sequence.group.is_metered:
             self._add_credit(sequence.group, 1)
-        if not sequence.num_unread_steps and sequence.row >= 0:
+        self._release_finished(sequence)
+
+    def _release_finished(self, sequence: Sequence) -> None:
+        if sequence.row >= 0 and sequence.last_step <= self._last_read:
             self._leave_row(sequence)
 
     def _remember(self, sequence: Sequence, num_read: int) -> None:
@@ -559,11 +586,11 @@ class Scheduler:
             queued_s,
         )
 
-
-def _collect_prompt_logprobs(
-    group: Group, scheduled: ScheduledSequence, drawn: ModelRunnerOutput
-) -> None:
-    """Keeps each position's the first time: after preemption positions are computed again."""
-    kept = group.prompt_logprobs
-    if kept is not None and len(kept) >= scheduled.start:
-        kept += drawn.prompt_logprobs.get(scheduled.row, ())[len(kept) - scheduled.start :]
+    def _collect_prompt_logprobs(self, step: _Step, drawn: ModelRunnerOutput) -> None:
+        """Keeps each position's the first time: after preemption positions are computed again."""
+        sampled = (scheduled for scheduled in step.scheduled if scheduled.is_sampled)
+        for sequence, scheduled in (*step.unsampled, *zip(step.sampled, sampled, strict=True)):
+            kept = sequence.group.prompt_logprobs
+            if kept is not None and len(kept) >= scheduled.start:
+                scored = drawn.prompt_logprobs.get(scheduled.row, ())
+                kept += scored[len(kept) - scheduled.start :]

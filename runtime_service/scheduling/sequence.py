@@ -8,7 +8,6 @@ from enum import Enum
 from runtime_service.scheduling.output import TokenLogprobs
 from runtime_service.scheduling.request import Request
 
-UNLIMITED_CREDIT = 1 << 62
 NEVER = 1 << 62
 
 
@@ -40,9 +39,9 @@ class Group:
     """
 
     __slots__ = (
-        "arrival", "arrival_s", "credit", "end_token_ids", "leader", "max_sequence_tokens",
-        "max_tokens", "num_cached_tokens", "num_prompt_tokens", "num_unfinished", "prompt_logprobs",
-        "request", "samples", "uses_prefix_cache",
+        "arrival", "arrival_s", "credit", "end_token_ids", "is_metered", "leader",
+        "max_sequence_tokens", "max_tokens", "num_cached_tokens", "num_prompt_tokens",
+        "num_unfinished", "prompt_logprobs", "request", "request_id", "samples", "uses_prefix_cache",
     )  # fmt: skip
 
     def __init__(
@@ -55,15 +54,18 @@ class Group:
     ) -> None:
         known = request.prompt_token_ids + request.resumed_token_ids
         self.request = request
+        self.request_id = request.request_id
         self.arrival = arrival
         self.arrival_s = arrival_s
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_sequence_tokens = max_sequence_tokens
-        self.max_tokens = 0
-        self.limit_new_tokens(request.stop.max_new_tokens)
+        self.max_tokens = min(
+            self.num_prompt_tokens + request.stop.max_new_tokens, max_sequence_tokens
+        )
         self.end_token_ids = frozenset(request.stop.end_token_ids)
-        credit = request.credit_tokens
-        self.credit = UNLIMITED_CREDIT if credit is None else credit
+        self.is_metered = request.credit_tokens is not None
+        # Tokens that may be drawn beside those of launched steps; stays 1 where not metered.
+        self.credit = 1 if request.credit_tokens is None else request.credit_tokens
         # Prompt logprobs need every position computed. They go out with the first output.
         self.uses_prefix_cache = not request.sampling.prompt_logprobs
         self.prompt_logprobs: list[TokenLogprobs] | None = (
@@ -80,19 +82,22 @@ class Group:
     def limit_new_tokens(self, max_new_tokens: int) -> None:
         """Ends its samples at this many generated tokens, resumed ones included."""
         self.max_tokens = min(self.num_prompt_tokens + max_new_tokens, self.max_sequence_tokens)
+        for sample in self.samples:
+            sample.plan_event()
 
 
 class Sequence:
     """One sample: its tokens, its row and its blocks.
 
-    `num_tokens` counts known tokens and those that launched steps will draw; `num_scheduled` those
-    whose keys and values are computed or will be by launched steps.
+    `num_tokens` counts known tokens and those that launched steps will draw. `num_scheduled` counts
+    those whose keys and values launched steps have computed, until it `is_decoding`: then all but
+    the last.
     """
 
     __slots__ = (
-        "block_ids", "capacity", "group", "has_output", "is_decoding", "names", "next_remembered",
-        "num_scheduled", "num_tokens", "num_unread_steps", "order", "prompt_step", "queued_s",
-        "row", "sample_index", "state", "token_ids", "waiting_tokens",
+        "block_ids", "capacity", "group", "has_output", "is_decoding", "last_step", "names",
+        "next_event", "next_remembered", "num_scheduled", "num_tokens", "order", "prompt_step",
+        "queued_s", "row", "sample_index", "state", "token_ids", "waiting_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -105,7 +110,8 @@ class Sequence:
         self.state = State.PARKED
         self.order = (-group.request.priority, group.arrival, sample_index)
         self.num_tokens = len(token_ids)
-        self.num_unread_steps = 0
+        # The last step that it is in; what that step drew is known when it was read.
+        self.last_step = -1
         self.waiting_tokens = 0
         self.queued_s: float | None = None
         self.has_output = False
@@ -122,3 +128,9 @@ class Sequence:
         self.prompt_step = NEVER
         # Tokens that must be read back before the next block can be remembered.
         self.next_remembered = NEVER
+        self.plan_event()
+
+    def plan_event(self) -> None:
+        """Notes from how many tokens on decoding takes more than a place in the step."""
+        group = self.group
+        self.next_event = 0 if group.is_metered else min(self.capacity + 1, group.max_tokens)

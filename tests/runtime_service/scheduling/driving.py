@@ -71,7 +71,8 @@ class Drive:
         held: Counter[int] = Counter()
         rows = set(scheduler._free_rows)
         assert len(rows) == len(scheduler._free_rows), "a row is free twice"
-        live = {s for step in scheduler._unread for s in step.sequences}
+        live = {s for step in scheduler._unread for s in step.sampled}
+        live |= {s for step in scheduler._unread for s, _ in step.unsampled}
         live |= {s for group in scheduler._groups.values() for s in group.samples}
         for sequence in live:
             held.update(sequence.block_ids)

@@ -33,8 +33,8 @@ class RandomLoad:
         least = -(-max_sequence_tokens // block_tokens)
         return small_limits(
             max_sequence_tokens=max_sequence_tokens,
-            max_sequences=pick([1, 2, 5, 16]),
-            max_step_tokens=pick([1, 3, 8, 64]),
+            max_sequences=pick([1, 3, 8, 16]),
+            max_step_tokens=pick([2, 5, 16, 64]),
             block_tokens=block_tokens,
             num_blocks=pick([least, least + 2, 3 * least, 20 * least]),
         )
@@ -43,7 +43,9 @@ class RandomLoad:
         """One random operation."""
         kind = self.random.random()
         if kind < 0.2:
-            self.add()
+            # Enough wait to be chosen from, few enough to be admitted while others come.
+            if self.drive.scheduler.stats().num_waiting < 12:
+                self.add()
         elif kind < 0.24:
             self.abort()
         elif kind < 0.27:
