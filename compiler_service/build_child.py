@@ -28,7 +28,7 @@ from compiler_service.builder import BuildCancelled, BuildProgress, BuildRequest
 from shared.engine import EngineKey
 from shared.errors import Internal, MillraceError, to_status
 from shared.log import configure_logging
-from shared.redis import end_with_parent
+from shared.process import end_with_parent
 from shared.store.local import LocalStore
 
 CANCELLED_STATUS = 128 + signal.SIGTERM

@@ -66,7 +66,10 @@ class BuildProcess:
         """Ends the child if it runs: asks it to, and kills it where it does not listen."""
         if self._process is None or self._process.returncode is not None:
             return
-        self._process.terminate()
+        if self._end:  # it has said its last word
+            self._process.kill()
+        else:
+            self._process.terminate()
         try:
             async with asyncio.timeout(_TERMINATE_S):
                 await self._process.wait()

@@ -4,19 +4,16 @@ Knows nothing of keys; each module that owns keys declares them at its head.
 """
 
 import asyncio
-import ctypes
 import fcntl
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import IO, Self
 
@@ -34,8 +31,16 @@ MAX_BLOCK_S = 10.0
 
 _TIMEOUT_S = MAX_BLOCK_S + 5.0
 _CONNECT_TIMEOUT_S = 3.0
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
+
+# Becomes the program in argv[2:], which ends with process argv[1]. A `preexec_fn` would run Python
+# between fork and exec, where gRPC's threads hold locks.
+_LAUNCHER = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 _UNREACHABLE = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, TimeoutError)
 
@@ -128,13 +133,15 @@ class EmbeddedRedis:
         self._lock_data_dir()
         log = self._folder / "redis.log"
         self._process = subprocess.Popen(
-            [str(get_binary_path()), *self._arguments(log)],
+            [
+                *(sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())),
+                *(str(get_binary_path()), *self._arguments(log)),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             # Terminal signals are for the parent, which stops this child in order.
             start_new_session=True,
-            preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
         )
         deadline = time.monotonic() + timeout_s
         client = connect_sync(self.url)
@@ -205,20 +212,6 @@ class EmbeddedRedis:
             raise OSError(
                 f"another Millrace keeps its Redis data in {self._data_dir}; stop it first"
             ) from None
-
-
-def end_with_parent(parent: int, signal_number: int) -> None:
-    """Has this process signalled when the thread that started it ends; for `preexec_fn`, on Linux.
-
-    Only system calls may happen here: between fork and exec another thread's locks are held.
-
-    Args:
-        parent: the starting process, whose end may come before the call.
-    """
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def _answers(client: redis.Redis) -> bool:

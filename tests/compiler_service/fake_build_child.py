@@ -20,7 +20,7 @@ from pathlib import Path
 
 from shared.engine import EngineKey
 from shared.errors import DiskFull, to_status
-from shared.redis import end_with_parent
+from shared.process import end_with_parent
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Real compile daemons as processes, and a client of them."""
 
-import asyncio
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from grpc_status import rpc_status
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
@@ -112,15 +112,8 @@ async def client_of(daemon: CompilerDaemon) -> AsyncIterator[Client]:
 
 async def refusal(call: Any) -> tuple[grpc.StatusCode, str, str]:
     """Code, reason and sentence of a call that fails."""
-    try:
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
         await call
-    except grpc.aio.AioRpcError as error:
-        status = rpc_status.from_call(error)
-        assert status is not None, f"no details: {error}"
-        return error.code(), reason_of(status), str(error.details())
-    raise AssertionError("the call succeeded")
-
-
-async def in_thread(function: Any, *args: Any) -> Any:
-    """A blocking wait that does not hold up the client."""
-    return await asyncio.to_thread(function, *args)
+    status = rpc_status.from_call(failed.value)
+    assert status is not None, f"no details: {failed.value}"
+    return failed.value.code(), reason_of(status), str(failed.value.details())
