@@ -16,7 +16,7 @@ class CompilerSettings(Settings):
 
     listen: str = Field("127.0.0.1:7601", description="host:port of gRPC; port 0 takes a free one")
     metrics_listen: str = Field(
-        "127.0.0.1:7602", description="host:port of Prometheus metrics over HTTP; empty: none"
+        "127.0.0.1:7611", description="host:port of Prometheus metrics over HTTP; empty: none"
     )
     state_dir: Path = Field(
         Path("~/.millrace/redis"),
