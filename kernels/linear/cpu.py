@@ -53,7 +53,8 @@ def _takes_fp16(weight: PackedWeight, target: CpuTarget) -> bool:
 
 def _fp32_product(weight: PackedWeight, bias: torch.Tensor | None, target: CpuTarget) -> Product:
     dense_NK = weight.dense()
-    if _takes_fp16(weight, target) and dense_NK.abs().max() <= _FP16_MAX:
+    low, high = dense_NK.aminmax()
+    if _takes_fp16(weight, target) and max(-low, high) <= _FP16_MAX:
         packed = torch.ops.quantized.linear_prepack_fp16(dense_NK, bias)
         multiply = torch.ops.quantized.linear_dynamic_fp16.default
         return lambda x: multiply(x, packed)

@@ -3,7 +3,10 @@
 Legend: T packed tokens, R rows whose logits are wanted, V vocabulary, K kv heads, D head dim.
 """
 
+import math
+import mmap
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -33,8 +36,13 @@ class CpuExecutor:
         num_blocks: int,
         block_tokens: int,
     ) -> None:
-        self._places: dict[str, int] = {"token_ids": 0}
-        self._steps = [self._bind(graph, node, read_weight, target) for node in graph.nodes]
+        names = ["token_ids", *(name for node in graph.nodes for name in node.outputs)]
+        self._places = {name: place for place, name in enumerate(names)}
+        # Packing is most of a start: nodes are bound in threads.
+        with ThreadPoolExecutor(torch.get_num_threads(), "pack-weights") as pool:
+            self._steps = list(
+                pool.map(lambda node: self._bind(graph, node, read_weight, target), graph.nodes)
+            )
         (output,) = graph.outputs
         self._output = self._places[output]
         self._vocab_size = int(str(graph.config["vocab_size"]))
@@ -49,7 +57,7 @@ class CpuExecutor:
             int(str(graph.config["head_dim"])),
         )
         self._kv_caches = [
-            (torch.zeros(shape, dtype=target.kv_dtype), torch.zeros(shape, dtype=target.kv_dtype))
+            (_zeros(shape, target.kv_dtype), _zeros(shape, target.kv_dtype))
             for _ in range(int(str(graph.config["num_layers"])))
         ]
 
@@ -96,7 +104,11 @@ class CpuExecutor:
         }
         inputs = tuple(self._places[name] for name in node.inputs)
         assert len(inputs) in (1, 2), f"{node.op} has {len(inputs)} inputs"
-        for name in node.outputs:
-            self._places[name] = len(self._places)
         outputs = tuple(self._places[name] for name in node.outputs)
         return bind_node(node, weights, target), inputs, outputs
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose pages the kernel gives when they are first written."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8).view(dtype).view(shape)
