@@ -102,10 +102,13 @@ async def _serve(settings: RuntimeSettings, runtime: Runtime, changed: asyncio.E
         server.serve_until_signal(drain, settings.drain_s + _LAST_EVENTS_S)
     )
     try:
-        await asyncio.wait({serving, loading, telling}, return_when=asyncio.FIRST_EXCEPTION)
-        for task in (serving, telling, loading):
-            if task.done() and not task.cancelled():
-                task.result()
+        # Serving ends in its own time; the others end it only when they fail.
+        running = {serving, loading, telling}
+        while serving in running:
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if not task.cancelled():
+                    task.result()
     finally:
         telling.cancel()
         loading.cancel()
