@@ -324,7 +324,7 @@ class Scheduler:
             if group.credit <= 0:
                 sequence.state = State.PARKED
                 continue
-            sequence.num_tokens = len(sequence.token_ids)
+            assert sequence.num_tokens == len(sequence.token_ids), "a drawn token was not read"
             shared, num_cached, copied = self._find_cached(step, sequence)
             num_taken = self.kv.num_blocks_for(sequence.num_tokens) - len(shared)
             spare = self.kv.num_free - self.kv.num_free_among(shared) - num_taken

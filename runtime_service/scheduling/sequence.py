@@ -41,7 +41,8 @@ class Group:
     __slots__ = (
         "arrival", "arrival_s", "credit", "end_token_ids", "is_metered", "leader",
         "max_sequence_tokens", "max_tokens", "num_cached_tokens", "num_prompt_tokens",
-        "num_unfinished", "prompt_logprobs", "request", "request_id", "samples", "uses_prefix_cache",
+        "num_unfinished", "prompt_logprobs", "request", "request_id", "samples",
+        "uses_prefix_cache",
     )  # fmt: skip
 
     def __init__(

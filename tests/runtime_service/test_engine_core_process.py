@@ -2,7 +2,10 @@
 
 import asyncio
 import os
+import select
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -136,3 +139,32 @@ async def test_process_ends_when_the_front_closes_its_side(start: Start) -> None
     await process.link.receive()
     process.link.close()
     assert await process.wait() == 1
+
+
+_FRONT = f"""
+import asyncio, sys
+from runtime_service.engine_process import EngineSpec, start_engine_process
+from tests.runtime_service.fake_runner import small_limits
+
+async def main():
+    spec = EngineSpec({LOADER!r}, {{"limits": small_limits()}})
+    process = await start_engine_process(spec)
+    await process.link.receive()
+    print(process.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def test_process_dies_with_a_killed_front() -> None:
+    """Law 7: nothing is left behind that holds the device."""
+    with subprocess.Popen([sys.executable, "-c", _FRONT], stdout=subprocess.PIPE) as front:
+        assert front.stdout is not None
+        engine = os.pidfd_open(int(front.stdout.readline()))
+        try:
+            front.kill()
+            ended, _, _ = select.select([engine], [], [], 10)
+            assert ended, "the engine process outlives its front"
+        finally:
+            os.close(engine)

@@ -36,7 +36,7 @@ class RandomLoad:
             max_sequences=pick([1, 3, 8, 16]),
             max_step_tokens=pick([2, 5, 16, 64]),
             block_tokens=block_tokens,
-            num_blocks=pick([least, least + 2, 3 * least, 20 * least]),
+            num_blocks=pick([least, least + 2, 3 * least, 5 * least]),
         )
 
     def operate(self) -> None:
