@@ -20,7 +20,8 @@ from shared.errors import InvalidModel
 
 # Part of the digest: another way to draw is another model.
 _RECIPE = "uniform-bf16-v1"
-_CHUNK_VALUES = 1 << 24
+# Drawn in pieces of this many values, which stay in cache.
+_CHUNK_VALUES = 1 << 20
 
 
 class RandomModel:
