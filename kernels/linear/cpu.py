@@ -80,13 +80,17 @@ def _bf16_product(weight: PackedWeight, bias: torch.Tensor | None, target: CpuTa
 
 
 def _few_rows_product(weight: PackedWeight) -> Product | None:
-    """The product straight from quantized values, where torch has one."""
+    """The product straight from quantized values, where torch has one for these sizes."""
     tensors = weight.tensors
-    if weight.spec.layout == "int8_channel":
+    num_rows, num_columns = weight.spec.shape
+    # torch's kernels work on whole vectors and blocks of rows, and do not check.
+    if num_columns % 32:
+        return None
+    if weight.spec.layout == "int8_channel" and num_rows % 4 == 0:
         codes_NK, scale_N = tensors["weight"], tensors["scale"].bfloat16()
         multiply = torch.ops.aten._weight_int8pack_mm.default
         return lambda x: multiply(x, codes_NK, scale_N)
-    if weight.spec.layout == "int4_group" and weight.spec.shape[0] % 16 == 0:
+    if weight.spec.layout == "int4_group" and num_rows % 16 == 0:
         stored = tensors["weight"]
         codes_NK = torch.stack((stored & 15, stored >> 4), -1).flatten(1).int()
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)

@@ -25,7 +25,7 @@ from runtime_service.scheduling.request import SamplingParams, StopParams
 _MAX_CANDIDATES = 4096
 
 
-class NonFiniteLogits(ArithmeticError):
+class NonFiniteLogits(FloatingPointError):
     """The model gave NaN or infinity: the engine cannot go on."""
 
 

@@ -1,0 +1,375 @@
+"""Law 2 on a CPU: an op's fast form equals its reference, at shapes that divide by nothing."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.batch import StepBatch
+from kernels.cpu import CPU_FORMS, bind_node
+from kernels.cpu_form import CpuTarget, PackedWeight
+from kernels.linear.layouts import LAYOUTS
+from kernels.ops import OPS
+from shared.ir import Attr, Graph, Node, TensorSpec, WeightSpec
+
+FP32 = CpuTarget(torch.float32, torch.float32, False, False, 512, "")
+TARGETS = {
+    "fp32": FP32,
+    "fp32 oneDNN": replace(FP32, has_mkldnn=bool(torch._C._has_mkldnn)),
+    "fp32, bf16 cache, FBGEMM": CpuTarget(
+        torch.float32, torch.bfloat16, "fbgemm" in torch.backends.quantized.supported_engines,
+        bool(torch._C._has_mkldnn), 512, "",
+    ),
+    "bf16": CpuTarget(
+        torch.bfloat16, torch.bfloat16, False,
+        bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()), 512, "",
+    ),
+}  # fmt: skip
+BY_TARGET = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+INV_FREQ = (1.0, 0.31, 0.07, 0.009)
+HEADS: dict[str, Attr] = {"layer": 1, "num_heads": 6, "num_kv_heads": 2, "head_dim": 8}
+
+
+def tolerance(target: CpuTarget) -> float:
+    """Relative to values of about 1: half a dozen roundings of the narrowest dtype."""
+    return 2e-5 if target.kv_dtype == torch.float32 else 0.04
+
+
+def packed(weight: torch.Tensor, layout: str, dtype: str, group_size: int = 0) -> PackedWeight:
+    name = ("w",)
+    spec = WeightSpec(tuple(weight.shape), name, (len(weight),), dtype, layout, group_size)
+    return PackedWeight(spec, LAYOUTS[layout].pack(weight.to(getattr(torch, dtype)), group_size))
+
+
+def ragged_batch(
+    sequences: list[tuple[int, int]], kv_dtype: torch.dtype, *, scattered: bool, seed: int = 0
+) -> StepBatch:
+    """A step of (tokens cached before, tokens computed), over caches full of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    block_tokens, num_blocks = 4, 200
+    ids = torch.randperm(num_blocks, generator=generator) if scattered else torch.arange(num_blocks)
+    blocks = [-(-(start + count) // block_tokens) for start, count in sequences]
+    tables = torch.full((len(sequences), max(blocks) + 1), 7, dtype=torch.int32)
+    positions, slots = [], []
+    for row, (start, count) in enumerate(sequences):
+        own = ids[sum(blocks[:row]) :][: blocks[row]]
+        tables[row, : blocks[row]] = own
+        at = torch.arange(start, start + count)
+        positions.append(at)
+        slots.append(own[at // block_tokens] * block_tokens + at % block_tokens)
+    counts = [count for _, count in sequences]
+    shape = (num_blocks, block_tokens, 2, 8)
+    return StepBatch(
+        positions_T=torch.cat(positions).int(),
+        slot_mapping_T=torch.cat(slots).int(),
+        block_tables_SB=tables,
+        seq_lens_S=torch.tensor([sum(s) for s in sequences]).int(),
+        query_start_S1=torch.tensor([0, *counts]).cumsum(0).int(),
+        logit_rows_R=torch.tensor([len(torch.cat(positions)) - 1, 0]).int(),
+        kv_caches=[
+            (
+                torch.randn(shape, generator=generator).to(kv_dtype),
+                torch.randn(shape, generator=generator).to(kv_dtype),
+            )
+            for _ in range(2)
+        ],
+    )
+
+
+def run_both(
+    node: Node,
+    inputs: list[torch.Tensor],
+    weights: dict[str, PackedWeight],
+    target: CpuTarget,
+    batch: StepBatch,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Outputs of the reference, in fp64 from the same operands, and of the form."""
+    dense = {role: weight.dense().double() for role, weight in weights.items()}
+    twin = replace(
+        batch,
+        kv_caches=[(k.double(), v.double()) for k, v in batch.kv_caches],
+        memo={},
+    )
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    expected = OPS[node.op].reference(node, wide, dense, twin)
+    found = bind_node(node, weights, target)(*[x.clone() for x in inputs], batch)
+    batch.memo["reference_caches"] = twin.kv_caches
+    return list(expected), list(found if isinstance(found, tuple) else [found])
+
+
+@BY_TARGET
+@pytest.mark.parametrize("num_tokens", [1, 3, 17])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_rms_norm_equals_its_reference(
+    target: CpuTarget, num_tokens: int, has_residual: bool
+) -> None:
+    torch.manual_seed(0)
+    dtype = target.activation_dtype
+    attrs: dict[str, Attr] = {"eps": 1e-5, "residual": has_residual, "head_dim": 0}
+    node = Node("rms_norm", (), (), attrs=attrs)
+    inputs = [torch.randn(num_tokens, 37).to(dtype) for _ in range(1 + has_residual)]
+    weights = {"weight": packed(torch.randn(37), "plain", target.name)}
+    node = replace(node, outputs=("y", "s")[: 1 + has_residual])
+    expected, found = run_both(
+        node, inputs, weights, target, ragged_batch([(0, 1)], dtype, scattered=False)
+    )
+    for e, f in zip(expected, found, strict=True):
+        assert f.dtype == dtype
+        torch.testing.assert_close(f.double(), e, rtol=tolerance(target), atol=tolerance(target))
+
+
+@BY_TARGET
+def test_rms_norm_of_heads_equals_its_reference(target: CpuTarget) -> None:
+    torch.manual_seed(0)
+    attrs: dict[str, Attr] = {"eps": 1e-5, "residual": False, "head_dim": 8}
+    node = Node("rms_norm", (), ("y",), attrs=attrs)
+    x = torch.randn(5, 24).to(target.activation_dtype)
+    weights = {"weight": packed(torch.randn(8), "plain", target.name)}
+    batch = ragged_batch([(0, 1)], target.kv_dtype, scattered=False)
+    (expected,), (found,) = run_both(node, [x], weights, target, batch)
+    torch.testing.assert_close(
+        found.double(), expected, rtol=tolerance(target), atol=tolerance(target)
+    )
+
+
+LINEARS = [
+    ("plain", 37, 51, 0),
+    ("int8_channel", 48, 64, 0),
+    ("int8_channel", 37, 51, 0),
+    ("int4_group", 48, 128, 32),
+    ("int4_group", 37, 128, 64),
+]
+
+
+@BY_TARGET
+@pytest.mark.parametrize(("layout", "rows", "columns", "group"), LINEARS)
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 33])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_equals_its_reference(
+    target: CpuTarget,
+    layout: str,
+    rows: int,
+    columns: int,
+    group: int,
+    num_tokens: int,
+    has_bias: bool,
+) -> None:
+    torch.manual_seed(rows + num_tokens)
+    # An engine's weights are fp32 only where all of it is.
+    dtype = "float32" if target.kv_dtype == torch.float32 else "bfloat16"
+    weight = torch.randn(rows, columns) / math.sqrt(columns)
+    weights = {"weight": packed(weight, layout, dtype, group)}
+    if has_bias:
+        weights["bias"] = packed(torch.randn(rows), "plain", dtype)
+    x = torch.randn(num_tokens, columns).to(target.activation_dtype)
+    batch = ragged_batch([(0, 1)], target.kv_dtype, scattered=False)
+    (expected,), (found,) = run_both(Node("linear", (), ("y",)), [x], weights, target, batch)
+    assert found.dtype == target.activation_dtype
+    # Weights keep at least fp16's bits where activations are fp32.
+    limit = tolerance(target) if target.activation_dtype == torch.bfloat16 else 2e-3
+    limit = 2e-5 if dtype == "float32" else limit
+    torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit)
+
+
+def test_linear_keeps_weights_that_fp16_cannot_hold() -> None:
+    target = TARGETS["fp32, bf16 cache, FBGEMM"]
+    weight = torch.tensor([[1e5, 1.0], [-3e7, 2.0]])
+    weights = {"weight": packed(weight, "plain", "bfloat16")}
+    batch = ragged_batch([(0, 1)], target.kv_dtype, scattered=False)
+    x = torch.tensor([[1.0, 1.0]])
+    (expected,), (found,) = run_both(Node("linear", (), ("y",)), [x], weights, target, batch)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+@BY_TARGET
+@pytest.mark.parametrize("layout", ["plain", "int8_channel", "int4_group"])
+def test_embedding_equals_its_reference(target: CpuTarget, layout: str) -> None:
+    torch.manual_seed(0)
+    weights = {"weight": packed(torch.randn(19, 64), layout, target.name, 32)}
+    node = Node("embedding", (), ("x",), attrs={"dtype": target.name})
+    token_ids = torch.tensor([18, 0, 3, 3], dtype=torch.int32)
+    batch = ragged_batch([(0, 1)], target.kv_dtype, scattered=False)
+    (expected,), (found,) = run_both(node, [token_ids], weights, target, batch)
+    assert found.dtype == target.activation_dtype
+    torch.testing.assert_close(
+        found.double(), expected, rtol=tolerance(target), atol=tolerance(target)
+    )
+
+
+@BY_TARGET
+@pytest.mark.parametrize("num_tokens", [1, 7])
+def test_silu_mul_equals_its_reference(target: CpuTarget, num_tokens: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(num_tokens, 2 * 13).to(target.activation_dtype)
+    batch = ragged_batch([(0, 1)], target.kv_dtype, scattered=False)
+    (expected,), (found,) = run_both(Node("silu_mul", (), ("y",)), [x], {}, target, batch)
+    torch.testing.assert_close(
+        found.double(), expected, rtol=tolerance(target), atol=tolerance(target)
+    )
+
+
+def test_select_rows_equals_its_reference() -> None:
+    batch = ragged_batch([(0, 5)], torch.float32, scattered=False)
+    x = torch.randn(5, 3)
+    (expected,), (found,) = run_both(Node("select_rows", (), ("y",)), [x], {}, FP32, batch)
+    assert torch.equal(found.double(), expected)
+
+
+SEQUENCES = {
+    "one decode": [(9, 1)],
+    "one first token": [(0, 1)],
+    "decodes of one length": [(9, 1)] * 3,
+    "ragged decodes": [(0, 1), (300, 1), (9, 1), (30, 1)],
+    "one whole prompt": [(0, 11)],
+    "whole prompts": [(0, 5), (0, 11), (0, 5)],
+    "chunks": [(7, 6), (32, 3), (7, 6)],
+    "mixed": [(9, 1), (0, 6), (41, 1), (13, 5), (0, 6)],
+}
+
+
+def kv_pairs(x_THD: torch.Tensor) -> torch.Tensor:
+    """A head's halves put side by side, as the CPU form of qkv_rope_write leaves q and k."""
+    return x_THD.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+@BY_TARGET
+@pytest.mark.parametrize("sequences", SEQUENCES.values(), ids=SEQUENCES)
+@pytest.mark.parametrize("scattered", [False, True], ids=["in a row", "scattered"])
+@pytest.mark.parametrize(
+    ("window", "soft_cap"), [(0, 0.0), (5, 0.0), (40, 0.0), (0, 1.5), (5, 1.5)]
+)
+def test_attention_equals_its_reference(
+    target: CpuTarget,
+    sequences: list[tuple[int, int]],
+    scattered: bool,
+    window: int,
+    soft_cap: float,
+) -> None:
+    batch = ragged_batch(sequences, target.kv_dtype, scattered=scattered)
+    attrs: dict[str, Attr] = {**HEADS, "scale": 0.4, "window": window, "soft_cap": soft_cap}
+    node = Node("attention", (), ("y",), attrs=attrs)
+    q = torch.randn(len(batch.positions_T), 48, generator=torch.Generator().manual_seed(1))
+    q = q.to(target.kv_dtype)
+    # Stale blocks hold anything finite; what is past a table's end is undefined.
+    (expected,), (found,) = run_both(node, [q, torch.empty(0)], {}, target, batch)
+    assert found.dtype == target.activation_dtype
+    torch.testing.assert_close(
+        found.double(), expected, rtol=tolerance(target), atol=tolerance(target)
+    )
+
+
+@BY_TARGET
+@pytest.mark.parametrize("sequences", [[(9, 1)], [(3, 1), (0, 5), (13, 3)]], ids=str)
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_qkv_rope_write_equals_its_reference_with_pairs_side_by_side(
+    target: CpuTarget, sequences: list[tuple[int, int]], has_norm: bool
+) -> None:
+    torch.manual_seed(0)
+    batch = ragged_batch(sequences, target.kv_dtype, scattered=True)
+    attrs: dict[str, Attr] = {
+        **HEADS, "inv_freq": INV_FREQ, "attention_scaling": 1.25, "eps": 1e-6,
+    }  # fmt: skip
+    weights = {}
+    if has_norm:
+        weights = {
+            r: packed(torch.rand(8) + 0.5, "plain", target.name) for r in ("q_norm", "k_norm")
+        }
+    node = Node("qkv_rope_write", (), ("q", "kv"), attrs=attrs)
+    qkv = torch.randn(len(batch.positions_T), 80).to(target.activation_dtype)
+    before = [cache.clone() for cache in batch.kv_caches[0]]
+    expected, found = run_both(node, [qkv], weights, target, batch)
+    limit = tolerance(target)
+    q = kv_pairs(expected[0].view(-1, 6, 8)).flatten(1)
+    torch.testing.assert_close(found[0].double(), q, rtol=limit, atol=limit)
+    slots = batch.slot_mapping_T.long()
+    k, v = (c.view(-1, 2, 8)[slots] for c in batch.memo["reference_caches"][1])
+    own_k, own_v = (c.view(-1, 2, 8)[slots].double() for c in batch.kv_caches[1])
+    torch.testing.assert_close(own_k, kv_pairs(k), rtol=limit, atol=limit)
+    torch.testing.assert_close(own_v, v, rtol=limit, atol=limit)
+    assert all(map(torch.equal, before, batch.kv_caches[0])), "another layer's cache was written"
+
+
+def test_every_op_gives_the_specs_that_it_infers() -> None:
+    """Every row of OPS is run on a graph that holds all of them."""
+    f, w = "float32", WeightSpec
+    heads: dict[str, Attr] = {**HEADS, "layer": 0}
+    rope: dict[str, Attr] = {"head_dim": 8, "inv_freq": INV_FREQ, "attention_scaling": 1.0}
+    attention: dict[str, Attr] = {**heads, "scale": 0.3, "window": 0, "soft_cap": 0.0}
+    norm: dict[str, Attr] = {"eps": 1e-5, "residual": False, "head_dim": 0}
+    nodes = (
+        Node("embedding", ("token_ids",), ("x",), {"weight": "e"}, {"dtype": f}),
+        Node("linear", ("x",), ("qkv",), {"weight": "wqkv", "bias": "bqkv"}),
+        Node("split", ("qkv",), ("q", "k", "v"), {}, {"sizes": (48, 16, 16)}),
+        Node("rope", ("q",), ("q2",), {}, rope),
+        Node("rope", ("k",), ("k2",), {}, rope),
+        Node("kv_write", ("k2", "v"), ("kv",), {}, heads),
+        Node("attention", ("q2", "kv"), ("a",), {}, attention),
+        Node("qkv_rope_write", ("qkv",), ("q3", "kv3"), {}, {**heads, **rope, "eps": 0.0}),
+        Node("attention", ("q3", "kv3"), ("a3",), {}, attention),
+        Node("add", ("a", "a3"), ("sum",)),
+        Node("silu", ("sum",), ("act",)),
+        Node("mul", ("act", "sum"), ("product",)),
+        Node("rms_norm", ("product",), ("n",), {"weight": "g"}, norm),
+        Node("silu_mul", ("n",), ("half",)),
+        Node("select_rows", ("half",), ("last",)),
+    )
+    weights = {
+        "e": w((11, 48), ("e",), (11,), f),
+        "wqkv": w((80, 48), ("wqkv",), (80,), f),
+        "bqkv": w((80,), ("bqkv",), (80,), f),
+        "g": w((48,), ("g",), (48,), f),
+    }
+    inputs = {"token_ids": TensorSpec(("T",), "int32")}
+    graph = Graph(inputs, nodes, ("last",), weights, {})
+    assert {node.op for node in nodes} == set(OPS), "an op is missing here"
+    assert set(CPU_FORMS) <= set(OPS)
+    graph.verify(OPS)
+    specs = graph.infer(OPS)
+    batch = ragged_batch([(0, 3)], torch.float32, scattered=False)
+    batch.kv_caches = [batch.kv_caches[0]]
+    dims = {"T": 3, "R": 2}
+    values = {"token_ids": torch.tensor([1, 2, 10], dtype=torch.int32)}
+    dense = {name: torch.randn(spec.shape) for name, spec in weights.items()}
+    for node in nodes:
+        outputs = OPS[node.op].reference(
+            node,
+            [values[n] for n in node.inputs],
+            {r: dense[n] for r, n in node.weights.items()},
+            batch,
+        )
+        for name, value in zip(node.outputs, outputs, strict=True):
+            values[name] = value
+            spec = specs[name]
+            if spec.dtype != "effect":
+                assert list(value.shape) == [dims.get(str(d), d) for d in spec.dims], node
+                assert str(value.dtype) == f"torch.{spec.dtype}", node
+    assert torch.allclose(values["a"], values["a3"], atol=1e-6), "fused and unfused differ"
+
+
+@pytest.mark.parametrize(
+    ("node", "dims"),
+    [
+        (Node("linear", ("x",), ("y",), {"weight": "w"}), ("T", 7)),
+        (Node("split", ("x",), ("a", "b"), {}, {"sizes": (3, 3)}), ("T", 7)),
+        (Node("silu_mul", ("x",), ("y",)), ("T", 7)),
+        (Node("select_rows", ("x",), ("y",)), ("R", 8)),
+        (Node("silu", ("x", "x"), ("y",)), ("T", 8)),
+        (
+            Node(
+                "rope",
+                ("x",),
+                ("y",),
+                {},
+                {"head_dim": 8, "inv_freq": (1.0,), "attention_scaling": 1.0},
+            ),
+            ("T", 8),
+        ),
+    ],
+    ids=lambda value: value.op if isinstance(value, Node) else str(value),
+)
+def test_contradictory_node_is_refused(node: Node, dims: tuple[int | str, ...]) -> None:
+    weights = {"weight": WeightSpec((5, 8), ("w",), (5,), "float32")} if node.weights else {}
+    inputs = (TensorSpec(dims, "float32"),) * len(node.inputs)
+    with pytest.raises(AssertionError):
+        OPS[node.op].infer(node, inputs, weights)
