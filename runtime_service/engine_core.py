@@ -111,7 +111,7 @@ class EngineCore:
         for command in commands:
             match command:
                 case AddRequest(request):
-                    scheduler.add(request)
+                    outputs += scheduler.add(request)
                 case AbortSamples(request_id, sample_indices):
                     scheduler.abort(request_id, sample_indices)
                 case UpdateRequest(request_id, priority, max_new_tokens):

@@ -26,39 +26,16 @@ from runtime_service.scheduling.output import (
     NewSequence,
     ScheduledSequence,
     SchedulerOutput,
-    TokenLogprobs,
 )
 from runtime_service.scheduling.request import Request
 from runtime_service.scheduling.sequence import Group, Sequence, State
+from runtime_service.scheduling.step import Step
 from runtime_service.scheduling.waiting_queue import WaitingQueue
 
 # Of the blocks, kept free when a sequence is admitted beside others, so that they can grow.
 _GROWTH_RESERVE = 0.01
 
 _ORDER = attrgetter("order")
-
-
-class _Step:
-    """A step while it is made, and until it is read.
-
-    `sampled` are the sequences that draw a token, in the order of `scheduled`; `unsampled` come
-    with the number of tokens that are computed after it.
-    """
-
-    __slots__ = (
-        "block_copies", "budget", "led", "new", "number", "sampled", "scheduled", "unsampled"
-    )  # fmt: skip
-
-    def __init__(self, number: int, budget: int) -> None:
-        self.number = number
-        self.budget = budget
-        self.new: list[NewSequence] = []
-        self.block_copies: list[tuple[int, int]] = []
-        self.scheduled: list[ScheduledSequence] = []
-        self.sampled: list[Sequence] = []
-        self.unsampled: list[tuple[Sequence, ScheduledSequence]] = []
-        # Groups whose leader computes the end of the prompt here.
-        self.led: list[Group] = []
 
 
 class Scheduler:
@@ -85,7 +62,7 @@ class Scheduler:
         self._stalled: dict[Sequence, None] = {}
         self._free_rows = list(reversed(range(limits.max_sequences)))
         self._freed_rows: list[int] = []
-        self._unread: deque[_Step] = deque()
+        self._unread: deque[Step] = deque()
         self._victim = 0
         self._last_read = -1
         self._num_arrivals = self._num_steps = self._num_preemptions = 0
@@ -94,8 +71,11 @@ class Scheduler:
 
     # What clients want.
 
-    def add(self, request: Request) -> None:
-        """Takes a request, and owns it from now on."""
+    def add(self, request: Request) -> list[SampleOutput]:
+        """Takes a request, and owns it from now on; returns its end where nothing is left to draw.
+
+        That is so where a stream is resumed whose last token was delivered and whose end was not.
+        """
         assert request.request_id not in self._groups, "a request id is used twice"
         group = Group(
             request,
@@ -105,13 +85,16 @@ class Scheduler:
             self.kv.root_name(request.cache_salt),
         )
         first = group.samples[0]
-        assert 0 < group.num_prompt_tokens <= first.num_tokens < group.max_tokens, (
+        assert 0 < group.num_prompt_tokens < self._limits.max_sequence_tokens, (
             "a request has no prompt or no room for a token"
         )
+        if first.num_tokens >= group.max_tokens:
+            return [first.first_output((), "length")]
         self._num_arrivals += 1
         self._groups[request.request_id] = group
         for sample in group.samples:
             self._wait(sample, first.num_tokens if sample is first else 1)
+        return []
 
     def abort(self, request_id: int, sample_indices: Iterable[int] = ()) -> None:
         """Ends samples, all where none is named, without an output; those that ended are let be."""
@@ -138,7 +121,7 @@ class Scheduler:
             group.limit_new_tokens(max_new_tokens)
             for sample in live:
                 if len(sample.token_ids) >= group.max_tokens:
-                    outputs.append(self._output(sample, (), "length"))
+                    outputs.append(sample.output((), "length"))
                     self._finish(sample)
         return outputs
 
@@ -155,7 +138,7 @@ class Scheduler:
         self._compact()
         self._make_room_for_first()
         self._victim = len(self._running) - 1
-        step = _Step(self._num_steps, self._limits.max_step_tokens)
+        step = Step(self._num_steps, self._limits.max_step_tokens)
         prompts = self._schedule_decoding(step)
         for sequence in prompts:
             if step.budget and sequence.state is State.RUNNING:
@@ -171,13 +154,7 @@ class Scheduler:
         self._num_steps += 1
         self._unread.append(step)
         freed_rows, self._freed_rows = tuple(self._freed_rows), []
-        return SchedulerOutput(
-            step.number,
-            freed_rows,
-            tuple(step.new),
-            tuple(step.block_copies),
-            tuple(step.scheduled),
-        )
+        return step.to_output(freed_rows)
 
     def update_from(self, drawn: ModelRunnerOutput) -> list[SampleOutput]:
         """What samples gained by the oldest step that was not read yet."""
@@ -185,7 +162,7 @@ class Scheduler:
         assert drawn.step == step.number, "steps are read out of order"
         self._last_read = step.number
         if drawn.prompt_logprobs:
-            self._collect_prompt_logprobs(step, drawn)
+            step.collect_prompt_logprobs(drawn)
         for sequence, scheduled in step.unsampled:
             self._read_unsampled(sequence, scheduled)
         outputs: list[SampleOutput] = []
@@ -207,12 +184,12 @@ class Scheduler:
                 finish = "stop_token"
             elif num_tokens + 1 >= group.max_tokens:
                 finish = "length"
-            if sequence.has_output:
+            if sequence.has_output:  # `Sequence.output`, written out: this is the hot path
                 output = SampleOutput(
                     group.request_id, sequence.sample_index, row.token_ids, finish, row.logprobs
                 )
             else:
-                output = self._output(sequence, row.token_ids, finish, row.logprobs)
+                output = sequence.first_output(row.token_ids, finish, row.logprobs)
             outputs.append(output)
             if finish:
                 self._finish(sequence)
@@ -238,7 +215,7 @@ class Scheduler:
 
     # Making a step.
 
-    def _schedule_decoding(self, step: _Step) -> list[Sequence]:
+    def _schedule_decoding(self, step: Step) -> list[Sequence]:
         """Adds every decoding sequence; returns those that still compute what is known."""
         prompts = []
         budget, number = step.budget, step.number
@@ -285,7 +262,7 @@ class Scheduler:
             group.credit -= 1
         return new_block_ids
 
-    def _schedule_prompt(self, step: _Step, sequence: Sequence) -> None:
+    def _schedule_prompt(self, step: Step, sequence: Sequence) -> None:
         """Adds as much of what is known and not computed as the budget allows."""
         start = sequence.num_scheduled
         num_tokens = min(sequence.num_tokens - start, step.budget)
@@ -314,7 +291,7 @@ class Scheduler:
             if group.leader is sequence:
                 step.led.append(group)
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: Step) -> None:
         """Moves waiting sequences into rows, in order, until one does not fit."""
         while step.budget and self._free_rows:
             sequence = self._waiting.first()
@@ -337,7 +314,7 @@ class Scheduler:
             self._enter(step, sequence, blocks, num_cached, len(shared))
             self._schedule_prompt(step, sequence)
 
-    def _find_cached(self, step: _Step, sequence: Sequence) -> tuple[list[int], int, int | None]:
+    def _find_cached(self, step: Step, sequence: Sequence) -> tuple[list[int], int, int | None]:
         """What need not be computed: blocks to share, their tokens and those of a block to copy."""
         group = sequence.group
         shared: list[int] = []
@@ -357,7 +334,7 @@ class Scheduler:
         return shared, num_cached, None
 
     def _enter(
-        self, step: _Step, sequence: Sequence, blocks: list[int], num_cached: int, num_shared: int
+        self, step: Step, sequence: Sequence, blocks: list[int], num_cached: int, num_shared: int
     ) -> None:
         group = sequence.group
         self._stop_waiting(sequence)
@@ -557,40 +534,3 @@ class Scheduler:
         begin, end = sequence.next_remembered // size - 1, num_read // size
         self.kv.remember(sequence.names, sequence.token_ids, sequence.block_ids, begin, end)
         sequence.next_remembered = (end + 1) * size
-
-    def _output(
-        self,
-        sequence: Sequence,
-        token_ids: tuple[int, ...],
-        finish: str,
-        logprobs: tuple[TokenLogprobs, ...] = (),
-    ) -> SampleOutput:
-        """An output; a sample's first says how it began."""
-        group = sequence.group
-        num_cached_tokens = queued_s = None
-        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-        if not sequence.has_output:
-            sequence.has_output = True
-            num_cached_tokens = group.num_cached_tokens or 0
-            queued_s = sequence.queued_s or 0.0
-            prompt_logprobs = tuple(group.prompt_logprobs or ())
-            group.prompt_logprobs = None
-        return SampleOutput(
-            group.request.request_id,
-            sequence.sample_index,
-            token_ids,
-            finish,
-            logprobs,
-            prompt_logprobs,
-            num_cached_tokens,
-            queued_s,
-        )
-
-    def _collect_prompt_logprobs(self, step: _Step, drawn: ModelRunnerOutput) -> None:
-        """Keeps each position's the first time: after preemption positions are computed again."""
-        sampled = (scheduled for scheduled in step.scheduled if scheduled.is_sampled)
-        for sequence, scheduled in (*step.unsampled, *zip(step.sampled, sampled, strict=True)):
-            kept = sequence.group.prompt_logprobs
-            if kept is not None and len(kept) >= scheduled.start:
-                scored = drawn.prompt_logprobs.get(scheduled.row, ())
-                kept += scored[len(kept) - scheduled.start :]

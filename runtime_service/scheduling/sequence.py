@@ -5,6 +5,7 @@ Host counts run ahead of the device's results: what a launched step will draw is
 
 from enum import Enum
 
+from runtime_service.engine_messages import SampleOutput
 from runtime_service.scheduling.output import TokenLogprobs
 from runtime_service.scheduling.request import Request
 
@@ -135,3 +136,29 @@ class Sequence:
         """Notes from how many tokens on decoding takes more than a place in the step."""
         group = self.group
         self.next_event = 0 if group.is_metered else min(self.capacity + 1, group.max_tokens)
+
+    def output(self, token_ids: tuple[int, ...], finish: str) -> SampleOutput:
+        """What it gained, where no logprobs come with it."""
+        if not self.has_output:
+            return self.first_output(token_ids, finish)
+        return SampleOutput(self.group.request_id, self.sample_index, token_ids, finish)
+
+    def first_output(
+        self, token_ids: tuple[int, ...], finish: str, logprobs: tuple[TokenLogprobs, ...] = ()
+    ) -> SampleOutput:
+        """Likewise, for the first time: says how it began too."""
+        self.has_output = True
+        group = self.group
+        # Of all samples, the first to be heard brings them.
+        prompt_logprobs = tuple(group.prompt_logprobs or ())
+        group.prompt_logprobs = None
+        return SampleOutput(
+            group.request_id,
+            self.sample_index,
+            token_ids,
+            finish,
+            logprobs,
+            prompt_logprobs,
+            num_cached_tokens=group.num_cached_tokens or 0,
+            queued_s=self.queued_s or 0.0,
+        )

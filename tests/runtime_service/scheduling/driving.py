@@ -34,7 +34,7 @@ class Drive:
     def add(self, *requests: Request) -> None:
         """Starts requests."""
         for request in requests:
-            self.scheduler.add(request)
+            self.take(self.scheduler.add(request))
 
     def step(self) -> bool:
         """One turn of the loop; whether anything happened."""

@@ -278,6 +278,13 @@ def test_resumed_tokens_are_computed_and_count_as_generated() -> None:
     assert drive.finishes[0, 0] == "length"
 
 
+def test_resumed_stream_with_nothing_left_to_draw_ends_at_once() -> None:
+    drive = Drive(small_limits())
+    drive.add(request(0, num_tokens=3, resumed_token_ids=[1, 2, 3]))
+    assert (drive.tokens, drive.finishes) == ({(0, 0): []}, {(0, 0): "length"})
+    drive.check_empty()
+
+
 def test_lower_limit_ends_what_has_reached_it() -> None:
     drive = Drive(small_limits())
     drive.add(request(0, num_tokens=100))
