@@ -94,9 +94,11 @@ async def _serve(settings: RuntimeSettings, runtime: Runtime, changed: asyncio.E
 
     async def drain() -> None:
         loading.cancel()
+        # Starts are refused from here on; Redis, slow or gone, does not put that off.
+        draining = asyncio.create_task(runtime.drain(settings.drain_s))
         if registration is not None:
             await registration.withdraw()
-        await runtime.drain(settings.drain_s)
+        await draining
 
     serving = asyncio.create_task(
         server.serve_until_signal(drain, settings.drain_s + _LAST_EVENTS_S)

@@ -1,11 +1,5 @@
 """Real compile daemons as processes, and a client of them."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,64 +12,26 @@ from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
 
 from shared.errors import reason_of
+from tests.integration.daemon_process import DaemonProcess
 
 
-class CompilerDaemon:
-    """`python -m compiler_service` with a store and a cache under `root`; see `started`."""
+class CompilerDaemon(DaemonProcess):
+    """`python -m compiler_service`, its store and cache under `root`; listens when it is made.
 
-    def __init__(self, redis_url: str, root: Path, *flags: str) -> None:
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("MILLRACE_")}
-        self.process = subprocess.Popen(
-            [
-                sys.executable, "-m", "compiler_service",
-                "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0",
-                "--redis-url", redis_url, "--store", str(root / "store"),
-                "--cache-dir", str(root / "cache"), "--state-dir", str(root / "redis"),
-                "--lease-s", "1.5", "--log-format", "json", *flags,
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environ, "OMP_NUM_THREADS": "1"},
+    Args:
+        file_limit_bytes: largest file that it and its children may write; 0 sets no limit.
+    """
+
+    def __init__(self, redis_url: str, root: Path, *flags: str, file_limit_bytes: int = 0) -> None:
+        super().__init__(
+            "compiler_service",
+            "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0",
+            "--redis-url", redis_url, "--store", str(root / "store"),
+            "--cache-dir", str(root / "cache"), "--state-dir", str(root / "redis"),
+            "--lease-s", "1.5", *flags,
+            wrapper=("prlimit", f"--fsize={file_limit_bytes}") if file_limit_bytes else (),
         )  # fmt: skip
-        self.lines: list[dict[str, Any]] = []
-        self._has_line = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        self.address = str(self.wait_for("server_started")["address"])
-
-    def wait_for(self, event: str, timeout_s: float = 60.0) -> dict[str, Any]:
-        """The first log line of that event."""
-        found: list[dict[str, Any]] = []
-
-        def is_there() -> bool:
-            found[:] = [line for line in self.lines if line.get("event") == event]
-            return bool(found) or self.process.poll() is not None
-
-        with self._has_line:
-            self._has_line.wait_for(is_there, timeout_s)
-        assert found, f"no {event} in {self.lines[-20:]}"
-        return found[0]
-
-    def send(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for text in self.process.stderr:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                line = {"event": "", "text": text}
-            with self._has_line:
-                self.lines.append(line)
-                self._has_line.notify_all()
-        with self._has_line:
-            self._has_line.notify_all()
+        self.metrics_address = str(self.wait_for("compiler_started")["metrics"])
 
 
 class Client:

@@ -1,0 +1,247 @@
+"""Real compile daemons, real builds, a real Valkey: one key is one engine, whatever happens."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from millrace.compiler.v1 import compiler_pb2
+
+from shared.errors import reason_of
+from shared.redis import EmbeddedRedis
+from shared.store import LocalStore
+from tests.checkpoints import write_checkpoint
+from tests.integration.compiler_daemon import Client, CompilerDaemon, client_of, refusal
+
+pytestmark = pytest.mark.redis
+
+SUCCEEDED, CANCELLED = compiler_pb2.BUILD_STATE_SUCCEEDED, compiler_pb2.BUILD_STATE_CANCELLED
+RUNNING, QUEUED = compiler_pb2.BUILD_STATE_RUNNING, compiler_pb2.BUILD_STATE_QUEUED
+
+Start = Callable[..., CompilerDaemon]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def start(redis_url: str, tmp_path: Path) -> Iterator[Start]:
+    """Starts daemons that share a Redis and a store, and ends them after the test."""
+    daemons: list[CompilerDaemon] = []
+
+    def start_daemon(*flags: str) -> CompilerDaemon:
+        daemons.append(CompilerDaemon(redis_url, tmp_path, *flags))
+        return daemons[-1]
+
+    yield start_daemon
+    for daemon in daemons:
+        daemon.close()
+
+
+async def build_in(client: Client, operation: Any, state: Any) -> Any:
+    """The operation's first build once it is in that state."""
+    request = compiler_pb2.WatchOperationRequest(name=operation.name)
+    async for response in client.stub.WatchOperation(request, timeout=60):
+        for build in response.operation.builds:
+            if build.state == state:
+                return build
+    raise AssertionError("the operation ended before")
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of the build children of a daemon."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def metrics_of(daemon: CompilerDaemon) -> str:
+    """What Prometheus would read."""
+    with urllib.request.urlopen(f"http://{daemon.metrics_address}/metrics") as response:
+        return str(response.read().decode())
+
+
+async def test_two_daemons_and_many_callers_make_one_engine_and_the_next_call_is_cached(
+    start: Start, model: Path, tmp_path: Path
+) -> None:
+    first, second = start(), start()
+    async with client_of(first) as a, client_of(second) as b:
+        ended = await asyncio.gather(*(c.built(model, "cpu") for c in (a, b) * 5))
+        assert {operation.builds[0].state for operation in ended} == {SUCCEEDED}
+        assert len({operation.builds[0].name for operation in ended}) == 1
+        again = await b.ask(model, "cpu")
+        assert again.builds[0].cached
+        # A moved folder is the same model.
+        moved = write_checkpoint(tmp_path / "elsewhere")
+        assert (await a.built(moved, "cpu")).builds[0].name == again.builds[0].name
+    lines = [line for daemon in (first, second) for line in daemon.lines]
+    assert sum(line.get("event") == "build_attempt_ended" for line in lines) == 1
+    engines = LocalStore(tmp_path / "store").list()
+    assert [engine.key.digest for engine in engines] == [again.builds[0].name.split("/")[1]]
+
+
+async def test_killed_daemon_is_replaced_by_another(start: Start, model: Path) -> None:
+    doomed, survivor = start(), start("--no-worker")
+    async with client_of(survivor) as client:
+        operation = await client.ask(model, "cpu")
+        await build_in(client, operation, RUNNING)
+        doomed.send(signal.SIGKILL)
+        start()
+        ended = await client.end_of(operation)
+    assert (ended.builds[0].state, ended.builds[0].attempt) == (SUCCEEDED, 2)
+
+
+async def test_daemon_stopped_past_its_lease_does_no_harm_when_it_goes_on(
+    start: Start, model: Path, tmp_path: Path
+) -> None:
+    stopped, watching = start(), start("--no-worker")
+    async with client_of(watching) as client:
+        operation = await client.ask(model, "cpu")
+        await build_in(client, operation, RUNNING)
+        children = children_of(stopped.process.pid)
+        for pid in (stopped.process.pid, *children):
+            os.kill(pid, signal.SIGSTOP)
+        start()
+        ended = await client.end_of(operation)
+        assert (ended.builds[0].state, ended.builds[0].attempt) == (SUCCEEDED, 2)
+        for pid in (stopped.process.pid, *children):
+            os.kill(pid, signal.SIGCONT)
+        line = await asyncio.to_thread(stopped.wait_for, "build_attempt_ended")
+        assert line["outcome"] == "fenced"
+        after = await client.stub.GetBuild(
+            compiler_pb2.GetBuildRequest(name=ended.builds[0].name), timeout=10
+        )
+        assert after.build == ended.builds[0]
+    store = LocalStore(tmp_path / "store")
+    assert len(store.list()) == 1
+    store.verify(store.list()[0])
+
+
+async def test_build_resumes_when_redis_was_stopped_and_started(
+    start: Start, model: Path, embedded_redis: EmbeddedRedis
+) -> None:
+    daemon = start()
+    async with client_of(daemon) as client:
+        operation = await client.ask(model, "cpu")
+        await build_in(client, operation, RUNNING)
+        embedded_redis.stop()
+        request = compiler_pb2.WatchOperationRequest(name=operation.name)
+        code, reason, _ = await refusal(client.stub.WatchOperation(request, timeout=20).read())
+        assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "REDIS_UNREACHABLE")
+        embedded_redis.start()
+        ended = await client.end_of(operation)
+    assert (ended.builds[0].state, ended.builds[0].attempt) == (SUCCEEDED, 1)
+
+
+async def test_cancel_ends_the_child_leaves_no_engine_and_is_counted(
+    start: Start, model: Path, tmp_path: Path
+) -> None:
+    daemon = start()
+    async with client_of(daemon) as client:
+        operation = await client.ask(model, "cpu")
+        build = await build_in(client, operation, RUNNING)
+        await client.stub.CancelBuild(compiler_pb2.CancelBuildRequest(name=build.name), timeout=10)
+        ended = await client.end_of(operation)
+        assert ended.builds[0].state == CANCELLED
+        assert children_of(daemon.process.pid) == []
+        assert LocalStore(tmp_path / "store").list() == ()
+        again = await client.built(model, "cpu")
+    assert again.builds[0].state == SUCCEEDED
+    metrics = await asyncio.to_thread(metrics_of, daemon)
+    assert 'millrace_builds_ended_total{arch="cpu",outcome="CANCELLED"} 1.0' in metrics
+    assert 'millrace_builds_ended_total{arch="cpu",outcome="SUCCEEDED"} 1.0' in metrics
+    assert 'millrace_build_duration_seconds_count{arch="cpu"} 1.0' in metrics
+
+
+async def test_sigterm_returns_the_build_uncounted_and_tells_the_watchers(
+    start: Start, model: Path
+) -> None:
+    leaving, staying = start(), start("--no-worker")
+    async with client_of(leaving) as client, client_of(staying) as other:
+        operation = await client.ask(model, "cpu")
+        await build_in(client, operation, RUNNING)
+        health = health_pb2_grpc.HealthStub(client.channel)
+        state = await health.Check(health_pb2.HealthCheckRequest())
+        assert state.status == health_pb2.HealthCheckResponse.SERVING
+        watching = asyncio.create_task(client.end_of(operation))
+        await build_in(client, operation, RUNNING)
+        leaving.send(signal.SIGTERM)
+        assert (await refusal(watching))[1] == "DRAINING"
+        assert await asyncio.to_thread(leaving.process.wait, 20) == 0
+        start()
+        ended = await other.end_of(operation)
+    assert (ended.builds[0].state, ended.builds[0].attempt) == (SUCCEEDED, 1)
+
+
+async def test_failed_build_tells_its_reason_and_leaves_no_engine(
+    start: Start, tmp_path: Path
+) -> None:
+    broken = write_checkpoint(tmp_path / "broken")
+    shard = broken / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    async with client_of(start()) as client:
+        request = compiler_pb2.BuildEngineRequest(model_uri=str(broken), archs=["cpu"])
+        code, reason, sentence = await refusal(client.stub.BuildEngine(request, timeout=20))
+    assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_MODEL")
+    assert "\n" not in sentence
+    assert LocalStore(tmp_path / "store").list() == ()
+
+
+async def test_full_disk_fails_the_build_with_disk_full(tmp_path: Path, redis_url: str) -> None:
+    """A limit on file sizes stands in for the disk: the kernel refuses writes as it would there."""
+    model = write_checkpoint(tmp_path / "model", hidden_size=256, vocab_size=4096)
+    daemon = CompilerDaemon(redis_url, tmp_path, file_limit_bytes=1 << 20)
+    try:
+        async with client_of(daemon) as client:
+            ended = await client.built(model, "cpu")
+    finally:
+        daemon.close()
+    assert ended.builds[0].state == compiler_pb2.BUILD_STATE_FAILED
+    assert reason_of(ended.builds[0].error) == "DISK_FULL"
+    assert LocalStore(tmp_path / "store").list() == ()
+
+
+async def test_daemon_without_redis_url_brings_its_own(tmp_path: Path) -> None:
+    daemon = CompilerDaemon("", tmp_path)
+    try:
+        async with client_of(daemon) as client:
+            listed = await client.stub.ListBuilds(compiler_pb2.ListBuildsRequest(), timeout=10)
+            assert list(listed.builds) == []
+        daemon.send(signal.SIGTERM)
+        assert await asyncio.to_thread(daemon.process.wait, 20) == 0
+    finally:
+        daemon.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "message"),
+    [
+        (["--lease-s", "0"], {}, "--lease-s (MILLRACE_COMPILER_LEASE_S)"),
+        ([], {"MILLRACE_COMPILER_LEESE_S": "1"}, "unknown setting MILLRACE_COMPILER_LEESE_S"),
+        (["--listen", "7601"], {}, "'7601' is not of the form host:port"),
+        (["--store", "grpc://h:1"], {}, "--store (MILLRACE_STORE)"),
+    ],
+)
+def test_wrong_setting_ends_the_daemon_with_one_line(
+    arguments: list[str], environ: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    flags = ["--state-dir", str(tmp_path / "redis"), "--cache-dir", str(tmp_path / "cache")]
+    store = [] if "--store" in arguments else ["--store", str(tmp_path / "store")]
+    ended = subprocess.run(
+        [sys.executable, "-m", "compiler_service", "--metrics-listen", "", *flags, *store,
+         *arguments],
+        capture_output=True, text=True, timeout=60, env={**os.environ, **environ},
+    )  # fmt: skip
+    assert ended.returncode == 2
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("millrace-compiler: ")
+    assert message in last
