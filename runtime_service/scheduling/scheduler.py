@@ -13,10 +13,8 @@ when the last step that it is in was read, and what that step drew for it is dis
 """
 
 import time
-from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable
-from operator import attrgetter
 
 from runtime_service.engine_messages import EngineStats, SampleOutput
 from runtime_service.limits import RuntimeLimits
@@ -28,14 +26,13 @@ from runtime_service.scheduling.output import (
     SchedulerOutput,
 )
 from runtime_service.scheduling.request import Request
+from runtime_service.scheduling.roster import Roster
 from runtime_service.scheduling.sequence import Group, Sequence, State
 from runtime_service.scheduling.step import Step
 from runtime_service.scheduling.waiting_queue import WaitingQueue
 
 # Of the blocks, kept free when a sequence is admitted beside others, so that they can grow.
 _GROWTH_RESERVE = 0.01
-
-_ORDER = attrgetter("order")
 
 
 class Scheduler:
@@ -56,14 +53,8 @@ class Scheduler:
         self._growth_reserve = int(limits.num_blocks * _GROWTH_RESERVE)
         self._groups: dict[int, Group] = {}
         self._waiting = WaitingQueue()
-        # Sorted by order. Ones that left are dropped by _compact, before any can come back.
-        self._running: list[Sequence] = []
-        self._has_left = False
-        self._stalled: dict[Sequence, None] = {}
-        self._free_rows = list(reversed(range(limits.max_sequences)))
-        self._freed_rows: list[int] = []
+        self._roster = Roster(limits.max_sequences)
         self._unread: deque[Step] = deque()
-        self._victim = 0
         self._last_read = -1
         self._num_arrivals = self._num_steps = self._num_preemptions = 0
         self._num_waiting = self._waiting_tokens = self._step_tokens = 0
@@ -135,15 +126,14 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput | None:
         """The next step; None where nothing can run before a step is read or a client speaks."""
-        self._compact()
+        self._roster.compact()
         self._make_room_for_first()
-        self._victim = len(self._running) - 1
         step = Step(self._num_steps, self._limits.max_step_tokens)
         prompts = self._schedule_decoding(step)
         for sequence in prompts:
             if step.budget and sequence.state is State.RUNNING:
                 self._schedule_prompt(step, sequence)
-        self._compact()
+        self._roster.compact()
         self._admit(step)
         self._step_tokens = self._limits.max_step_tokens - step.budget
         if not step.scheduled:
@@ -153,8 +143,7 @@ class Scheduler:
             self._set_leader(group, None)
         self._num_steps += 1
         self._unread.append(step)
-        freed_rows, self._freed_rows = tuple(self._freed_rows), []
-        return step.to_output(freed_rows)
+        return step.to_output(self._roster.take_freed_rows())
 
     def update_from(self, drawn: ModelRunnerOutput) -> list[SampleOutput]:
         """What samples gained by the oldest step that was not read yet."""
@@ -201,7 +190,7 @@ class Scheduler:
         """The state as the next message reports it."""
         return EngineStats(
             num_waiting=self._num_waiting,
-            num_running=self._limits.max_sequences - len(self._free_rows),
+            num_running=self._limits.max_sequences - len(self._roster.free_rows),
             num_free_blocks=self.kv.num_free,
             num_blocks=self._limits.num_blocks,
             waiting_tokens=self._waiting_tokens,
@@ -221,7 +210,7 @@ class Scheduler:
         budget, number = step.budget, step.number
         running = State.RUNNING
         add_scheduled, add_sampled = step.scheduled.append, step.sampled.append
-        for sequence in self._running:
+        for sequence in self._roster.running:
             if sequence.state is not running:  # preempted in this very loop
                 continue
             if not sequence.is_decoding:
@@ -250,7 +239,7 @@ class Scheduler:
         if sequence.num_tokens >= group.max_tokens:  # its last token is being drawn
             return None
         if group.credit <= 0:
-            self._stall(sequence)
+            self._roster.stall(sequence)
             return None
         new_block_ids: tuple[int, ...] = ()
         if sequence.num_tokens > sequence.capacity:
@@ -271,7 +260,7 @@ class Scheduler:
         group = sequence.group
         if is_sampled:
             if group.credit <= 0:
-                self._stall(sequence)
+                self._roster.stall(sequence)
                 return
             if group.is_metered:
                 group.credit -= 1
@@ -293,7 +282,7 @@ class Scheduler:
 
     def _admit(self, step: Step) -> None:
         """Moves waiting sequences into rows, in order, until one does not fit."""
-        while step.budget and self._free_rows:
+        while step.budget and self._roster.free_rows:
             sequence = self._waiting.first()
             if sequence is None:
                 return
@@ -305,7 +294,7 @@ class Scheduler:
             shared, num_cached, copied = self._find_cached(step, sequence)
             num_taken = self.kv.num_blocks_for(sequence.num_tokens) - len(shared)
             spare = self.kv.num_free - self.kv.num_free_among(shared) - num_taken
-            if spare < (self._growth_reserve if self._running else 0):
+            if spare < (self._growth_reserve if self._roster.running else 0):
                 return
             self.kv.hold(shared)
             blocks = [*shared, *(self.kv.take() for _ in range(num_taken))]
@@ -338,7 +327,7 @@ class Scheduler:
     ) -> None:
         group = sequence.group
         self._stop_waiting(sequence)
-        sequence.row = self._free_rows.pop()
+        sequence.row = self._roster.free_rows.pop()
         sequence.block_ids = blocks
         sequence.capacity = len(blocks) * self._limits.block_tokens
         sequence.num_scheduled = num_cached
@@ -365,7 +354,7 @@ class Scheduler:
                 list(blocks),
             )
         )
-        self._run(sequence)
+        self._roster.run(sequence)
 
     # Room.
 
@@ -374,28 +363,23 @@ class Scheduler:
         first = self._waiting.first()
         if first is None or first.group.credit <= 0:
             return
-        running = self._running
-        if not self._stalled and not (running and running[-1].order[0] > first.order[0]):
+        victims = self._roster.below(first.order[0])
+        if not victims:
             return
         needed = self.kv.num_blocks_for(len(first.token_ids)) + self._growth_reserve
-        victims = list(self._stalled)
-        for sequence in reversed(running):
-            if sequence.order[0] <= first.order[0]:
-                break
-            victims.append(sequence)
         # Not in vain: counts shared blocks twice, which only real pressure makes matter.
         if self.kv.num_free + sum(len(victim.block_ids) for victim in victims) < needed:
             return
         for victim in victims:
-            if self._free_rows and self.kv.num_free >= needed:
+            if self._roster.free_rows and self.kv.num_free >= needed:
                 break
             self._preempt(victim)
-        self._compact()
+        self._roster.compact()
 
     def _take_block_for(self, sequence: Sequence) -> int | None:
         """One more block for `sequence`, from ones that come after it if need be."""
         while not self.kv.num_free:
-            victim = self._worst_after(sequence)
+            victim = self._roster.worst_after(sequence)
             if victim is None:
                 return None
             self._preempt(victim)
@@ -404,14 +388,6 @@ class Scheduler:
         sequence.capacity += self._limits.block_tokens
         sequence.plan_event()
         return block
-
-    def _worst_after(self, sequence: Sequence) -> Sequence | None:
-        """A stalled sequence, or the last in order that is not yet part of this step."""
-        if self._stalled:
-            return next(reversed(self._stalled))
-        while (victim := self._running[self._victim]).state is not State.RUNNING:
-            self._victim -= 1
-        return victim if victim is not sequence else None
 
     def _preempt(self, sequence: Sequence) -> None:
         self._num_preemptions += 1
@@ -448,29 +424,14 @@ class Scheduler:
             return
         for sample in group.samples:
             if sample.state is State.STALLED:
-                del self._stalled[sample]
-                self._run(sample)
+                self._roster.run(sample)
             else:
                 self._queue_if_ready(sample)
 
-    def _run(self, sequence: Sequence) -> None:
-        sequence.state = State.RUNNING
-        insort(self._running, sequence, key=_ORDER)
-
-    def _stall(self, sequence: Sequence) -> None:
-        sequence.state = State.STALLED
-        self._stalled[sequence] = None
-        self._has_left = True
-
     def _move(self, sequence: Sequence, priority: int) -> None:
         """Gives `sequence` another place in the order."""
-        self._compact()
-        if sequence.state is State.RUNNING:
-            self._running.remove(sequence)
-        sequence.order = (-priority, *sequence.order[1:])
-        if sequence.state is State.RUNNING:
-            self._run(sequence)
-        elif sequence.state is State.QUEUED:
+        self._roster.move(sequence, (-priority, *sequence.order[1:]))
+        if sequence.state is State.QUEUED:
             self._waiting.push(sequence)
 
     def _finish(self, sequence: Sequence) -> None:
@@ -480,8 +441,7 @@ class Scheduler:
         elif sequence.last_step <= self._last_read:
             self._leave_row(sequence)
         else:
-            self._stalled.pop(sequence, None)
-            self._has_left = True
+            self._roster.stop(sequence)
         sequence.state = State.FINISHED
         group.num_unfinished -= 1
         if not group.num_unfinished:
@@ -496,17 +456,8 @@ class Scheduler:
             self._queue_if_ready(sample)
 
     def _leave_row(self, sequence: Sequence) -> None:
-        self._stalled.pop(sequence, None)
-        self._has_left = True
         self.kv.release(sequence.block_ids)
-        self._free_rows.append(sequence.row)
-        self._freed_rows.append(sequence.row)
-        sequence.leave()
-
-    def _compact(self) -> None:
-        if self._has_left:
-            self._running = [s for s in self._running if s.state is State.RUNNING]
-            self._has_left = False
+        self._roster.free_row(sequence)
 
     # Reading a step.
 

@@ -69,8 +69,8 @@ class Drive:
         """Law 4: every block is free or held exactly as often as block tables name it."""
         scheduler = self.scheduler
         held: Counter[int] = Counter()
-        rows = set(scheduler._free_rows)
-        assert len(rows) == len(scheduler._free_rows), "a row is free twice"
+        rows = set(scheduler._roster.free_rows)
+        assert len(rows) == len(scheduler._roster.free_rows), "a row is free twice"
         live = {s for step in scheduler._unread for s in step.sampled}
         live |= {s for step in scheduler._unread for s, _ in step.unsampled}
         live |= {s for group in scheduler._groups.values() for s in group.samples}
