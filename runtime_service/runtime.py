@@ -246,7 +246,14 @@ class Runtime:
         finally:
             if self.served is None and old is not None:
                 _log.warning("engine_swap_failed", wanted=engine.name, restored=old.engine.name)
-                await self._keep_bringing_up(old.engine)
+                await self._restore(old.engine)
+
+    async def _restore(self, engine: EngineManifest) -> None:
+        try:
+            await self._bring_up(engine, ("find_engine", 0.0))
+        except MillraceError as error:
+            self._refusal = EngineLost(problem=str(error).rstrip("."))
+            self._run(self._restart(engine))
 
     async def _bring_up(self, engine: EngineManifest, found: tuple[str, float]) -> None:
         if self._state == pb.RUNTIME_STATE_DRAINING:

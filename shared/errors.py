@@ -31,7 +31,7 @@ class MillraceError(Exception):
     def __init__(self, *, retry_after_s: float | None = None, **fields: object) -> None:
         self.fields = {name: str(value) for name, value in fields.items()}
         self.retry_after_s = self.default_retry_after_s if retry_after_s is None else retry_after_s
-        super().__init__(self.template.format(**fields))
+        super().__init__(self.template.format(**self.fields))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders (build child, engine process) by pickle.

@@ -40,7 +40,7 @@ FP32 = QuantConfig("fp32")
 
 
 def publish_echo(
-    store: LocalStore, model: str = "echo", arch_error: bool = False
+    store: LocalStore, model: str = "echo", arch_error: bool = False, format_version: int = 1
 ) -> EngineManifest:
     """An engine with the tests' tokenizer and nothing to compute.
 
@@ -49,12 +49,12 @@ def publish_echo(
     """
     graph = json.dumps({"config": {"vocab_size": VOCAB_SIZE}}).encode()
     layers = [store.write_blob([graph], GRAPH_TYPE, "graph.json")]
-    for name, content in byte_tokenizer_files().items():
+    for name, content in {**byte_tokenizer_files(), "name.txt": model.encode()}.items():
         layers.append(store.write_blob([content], FILE_TYPE, name))
     if arch_error:
         layers.append(store.write_blob([b"x"], FILE_TYPE, "broken"))
     key = EngineKey(model.encode().hex().ljust(64, "0"), "cpu", FP32, "test")
-    return store.publish(EngineDraft(key, model, tuple(layers)))
+    return store.publish(EngineDraft(key, model, tuple(layers), {}, format_version))
 
 
 @dataclass

@@ -1,0 +1,230 @@
+"""Engines are found, pulled, built and repaired before they are served."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from millrace.artifact.v1 import artifact_pb2_grpc
+from millrace.compiler.v1 import compiler_pb2 as pb
+from millrace.compiler.v1 import compiler_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from compiler_service.artifact_service import ArtifactService
+from runtime_service.deployment import EngineSource
+from runtime_service.device import arch_of
+from shared.engine import FORMAT_VERSION, EngineManifest, EngineSelector
+from shared.errors import (
+    ArchMismatch,
+    BuildQueueFull,
+    CompilerUnreachable,
+    DigestMismatch,
+    EngineNotFound,
+    FormatMismatch,
+    InvalidModel,
+    MillraceError,
+    to_status,
+)
+from shared.server import DaemonServer
+from shared.store import GrpcStore, LocalStore
+from tests.runtime_service.daemon import FP32, publish_echo, running_daemon
+
+ECHO = EngineSelector("echo", "cpu", FP32)
+
+
+class Builder(compiler_pb2_grpc.CompilerServiceServicer):
+    """Builds the echo engine into its store when asked, as a compile daemon would.
+
+    Args:
+        refuses: raised by BuildEngine.
+        fails: what the build ends with instead.
+        drops: watches that lose their connection before they tell the end.
+    """
+
+    def __init__(
+        self,
+        store: LocalStore,
+        refuses: MillraceError | None = None,
+        fails: MillraceError | None = None,
+        drops: int = 0,
+    ) -> None:
+        self.requests: list[pb.BuildEngineRequest] = []
+        self._store = store
+        self._refuses = refuses
+        self._fails = fails
+        self._drops = drops
+
+    async def BuildEngine(self, request: pb.BuildEngineRequest, context: Any) -> Any:
+        self.requests.append(request)
+        if self._refuses is not None:
+            raise self._refuses
+        operation = pb.Operation(name="operations/x", state=pb.OPERATION_STATE_RESOLVING)
+        return pb.BuildEngineResponse(operation=operation)
+
+    async def WatchOperation(self, request: pb.WatchOperationRequest, context: Any) -> Any:
+        assert request.name == "operations/x"
+        operation = pb.Operation(name=request.name, state=pb.OPERATION_STATE_RESOLVED)
+        build = operation.builds.add(state=pb.BUILD_STATE_RUNNING)
+        build.progress.stage = "quantize"
+        yield pb.WatchOperationResponse(operation=operation)
+        if self._drops:
+            self._drops -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection is gone")
+        if self._fails is not None:
+            build.state = pb.BUILD_STATE_FAILED
+            build.error.CopyFrom(to_status(self._fails))
+        else:
+            publish_echo(self._store)
+            build.state = pb.BUILD_STATE_SUCCEEDED
+        yield pb.WatchOperationResponse(operation=operation)
+
+
+@asynccontextmanager
+async def compile_daemon(builder: Builder, store: LocalStore) -> AsyncIterator[str]:
+    """The address of a server with `builder` and the artifacts of `store`."""
+    server = DaemonServer("127.0.0.1:0", 4 << 20, CollectorRegistry())
+    artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(ArtifactService(store), server.grpc)
+    compiler_pb2_grpc.add_CompilerServiceServicer_to_server(builder, server.grpc)
+    await server.start("millrace.compiler.v1.CompilerService")
+    try:
+        yield server.address
+    finally:
+        await server.grpc.stop(0)
+
+
+def not_called() -> None:
+    raise AssertionError("a build was announced")
+
+
+async def test_local_engine_is_found_without_a_compile_daemon(tmp_path: Path) -> None:
+    local = LocalStore(tmp_path)
+    published = publish_echo(local)
+    source = EngineSource(local, GrpcStore("127.0.0.1:1"), "127.0.0.1:1")
+    assert (await source.find(ECHO, "some:uri", not_called)).name == published.name
+
+
+async def test_remote_engine_is_pulled(tmp_path: Path) -> None:
+    local, remote = LocalStore(tmp_path / "local"), LocalStore(tmp_path / "remote")
+    published = publish_echo(remote)
+    async with compile_daemon(Builder(remote), remote) as address:
+        source = EngineSource(local, GrpcStore(address), address)
+        found = await source.find(ECHO, "", not_called)
+    assert found.name == published.name
+    local.verify(found)
+
+
+@pytest.mark.parametrize("drops", [0, 1])
+async def test_missing_engine_is_built_and_pulled(tmp_path: Path, drops: int) -> None:
+    """Also where the connection is lost while the build runs."""
+    local, remote = LocalStore(tmp_path / "local"), LocalStore(tmp_path / "remote")
+    builder = Builder(remote, drops=drops)
+    announced = asyncio.Event()
+    async with compile_daemon(builder, remote) as address:
+        source = EngineSource(local, GrpcStore(address), address)
+        found = await source.find(ECHO, "sample:echo", announced.set)
+    local.verify(found)
+    assert announced.is_set()
+    assert [(r.model_uri, list(r.archs), r.quant.scheme, r.model) for r in builder.requests] == [
+        ("sample:echo", ["cpu"], "fp32", "echo")
+    ]
+
+
+async def test_build_into_a_shared_store_needs_no_pull(tmp_path: Path) -> None:
+    local = LocalStore(tmp_path)
+    async with compile_daemon(Builder(local), local) as address:
+        found = await EngineSource(local, None, address).find(ECHO, "sample:echo", lambda: None)
+    assert found.model == "echo"
+
+
+async def test_missing_engine_without_uri_is_not_built(tmp_path: Path) -> None:
+    remote = LocalStore(tmp_path / "remote")
+    builder = Builder(remote)
+    async with compile_daemon(builder, remote) as address:
+        source = EngineSource(LocalStore(tmp_path / "local"), GrpcStore(address), address)
+        with pytest.raises(EngineNotFound, match="echo/cpu/fp32"):
+            await source.find(ECHO, "", not_called)
+    assert not builder.requests
+
+
+@pytest.mark.parametrize(
+    ("builder", "error"),
+    [
+        ({"fails": InvalidModel(problem="a shard is missing")}, InvalidModel),
+        ({"refuses": BuildQueueFull(queued=9, max_queued=9)}, BuildQueueFull),
+    ],
+    ids=["build fails", "build is refused"],
+)
+async def test_failed_build_says_why(
+    tmp_path: Path, builder: dict[str, Any], error: type[MillraceError]
+) -> None:
+    remote = LocalStore(tmp_path / "remote")
+    async with compile_daemon(Builder(remote, **builder), remote) as address:
+        source = EngineSource(LocalStore(tmp_path / "local"), GrpcStore(address), address)
+        with pytest.raises(error):
+            await source.find(ECHO, "sample:echo", lambda: None)
+
+
+async def test_absent_compile_daemon_is_named(tmp_path: Path) -> None:
+    source = EngineSource(LocalStore(tmp_path), None, "127.0.0.1:1")
+    with pytest.raises(CompilerUnreachable, match=r"127\.0\.0\.1:1"):
+        await source.find(ECHO, "sample:echo", lambda: None)
+
+
+async def test_engine_of_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    local = LocalStore(tmp_path)
+    publish_echo(local, format_version=FORMAT_VERSION + 1)
+    with pytest.raises(FormatMismatch):
+        await EngineSource(local, None, "").find(ECHO, "", not_called)
+
+
+def corrupt(store: LocalStore, engine: EngineManifest) -> Path:
+    """Damages one blob of `engine`; its path."""
+    path = store.blob_path(engine.layer("name.txt").digest)
+    path.write_bytes(b"x" * path.stat().st_size)
+    return path
+
+
+async def test_corrupt_engine_is_refused_when_there_is_no_other_copy(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        corrupt(daemon.store, publish_echo(daemon.store, "second"))
+        with pytest.raises(DigestMismatch):
+            await daemon.load("second")
+        # The corrupt copy was set aside: the store has the engine no more.
+        with pytest.raises(EngineNotFound):
+            await daemon.load("second")
+        assert daemon.runtime.served is not None
+        assert daemon.runtime.served.engine.model == "echo"
+
+
+async def test_corrupt_engine_is_fetched_again(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        remote = LocalStore(tmp_path / "remote")
+        publish_echo(remote, "second")
+        path = corrupt(daemon.store, publish_echo(daemon.store, "second"))
+        daemon.runtime._source = EngineSource(daemon.store, remote, "")
+        await daemon.load("second")
+        assert daemon.runtime.served is not None
+        assert daemon.runtime.served.engine.model == "second"
+        assert path.read_bytes() == b"second"
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [
+        ((9, 0), "sm_90"),
+        ((8, 0), "sm_80"),
+        ((8, 7), "sm_86"),
+        ((8, 9), "sm_89"),
+        ((12, 0), "sm_120"),
+    ],
+)
+def test_arch_follows_from_the_capability(capability: tuple[int, int], arch: str) -> None:
+    assert arch_of(capability).name == arch
+
+
+def test_unknown_device_is_refused() -> None:
+    with pytest.raises(ArchMismatch, match="sm_75"):
+        arch_of((7, 5))
