@@ -1,83 +1,27 @@
-"""`millrace-compiler`: wires settings, Redis, store, queue, worker and server."""
+"""`millrace-compiler`: reads the settings, finds or brings a Redis, and runs the daemon."""
 
 import asyncio
-import os
-import secrets
-import socket
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
-import structlog
-from millrace.artifact.v1 import artifact_pb2_grpc
-from millrace.compiler.v1 import compiler_pb2_grpc
-from prometheus_client import CollectorRegistry
-
-from compiler_service.artifact_service import ArtifactService
-from compiler_service.build_queue import BuildQueue
-from compiler_service.compiler import Compiler
-from compiler_service.metrics import CompilerMetrics
-from compiler_service.operations import Operations
-from compiler_service.service import CompilerService
 from compiler_service.settings import CompilerSettings
-from compiler_service.worker import Worker
-from shared.errors import MillraceError, RedisUnreachable
+from shared.errors import MillraceError
 from shared.log import configure_logging
-from shared.redis import EmbeddedRedis, connect, public_url
-from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
-from shared.store import LocalStore
-
-SERVICES = ("millrace.compiler.v1.CompilerService", "millrace.artifact.v1.ArtifactService")
-BUILD_CHILD = (sys.executable, "-m", "compiler_service.build_child")
-
-_SAMPLE_S = 5.0
-_SWEEP_S = 3600.0
 
 
 def main() -> None:
-    """Runs the daemon."""
+    """Runs the daemon until a signal."""
     settings = CompilerSettings.load()
     configure_logging(settings.log_level, settings.log_format, "compiler")
+    # Imported once the settings are good: --help and a wrong flag answer at once.
+    from compiler_service.daemon import serve
+
     try:
         with _redis_url(settings) as url:
             asyncio.run(serve(settings, url))
     except (MillraceError, SettingsError, OSError) as error:
         exit_with(f"millrace-compiler: {error}")
-
-
-async def serve(settings: CompilerSettings, redis_url: str) -> None:
-    """Serves and builds until SIGTERM or SIGINT, then returns what it was building."""
-    registry = daemon_registry()
-    metrics = CompilerMetrics(registry)
-    store = settings.open_store()
-    settings.cache_dir.mkdir(parents=True, exist_ok=True)
-    client = connect(redis_url)
-    queue = BuildQueue(client, redis_url, settings.lease_s, settings.max_queued)
-    operations = Operations(client, redis_url)
-    compiler = Compiler(queue, operations, store, settings.cache_dir, metrics)
-    service = CompilerService(compiler, queue, store)
-    server = await _start_server(settings, registry, service, store)
-    structlog.get_logger().info(
-        "compiler_started", redis=public_url(redis_url), store=str(store.root),
-        worker=settings.worker, lease_s=settings.lease_s,
-    )  # fmt: skip
-    tasks = [
-        asyncio.create_task(_sample_queue(queue, metrics)),
-        asyncio.create_task(_sweep(store)),
-    ]
-    if settings.worker:
-        worker = Worker(queue, _worker_name(), BUILD_CHILD, store.root, settings.cache_dir, metrics)
-        tasks.append(asyncio.create_task(worker.run()))
-
-    async def drain() -> None:
-        service.draining.set()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(compiler.close(), *(_ended(task) for task in tasks))
-
-    await server.serve_until_signal(drain, settings.drain_s)
-    await client.aclose()
 
 
 @contextmanager
@@ -86,53 +30,10 @@ def _redis_url(settings: CompilerSettings) -> Iterator[str]:
     if settings.redis_url:
         yield settings.redis_url
         return
+    from shared.redis import EmbeddedRedis
+
     with EmbeddedRedis(settings.state_dir) as server:
         yield server.url
-
-
-async def _start_server(
-    settings: CompilerSettings,
-    registry: CollectorRegistry,
-    service: CompilerService,
-    store: LocalStore,
-) -> DaemonServer:
-    server = DaemonServer(settings.listen, settings.max_message_bytes, registry)
-    compiler_pb2_grpc.add_CompilerServiceServicer_to_server(service, server.grpc)
-    artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(ArtifactService(store), server.grpc)
-    if settings.metrics_listen:
-        start_metrics(settings.metrics_listen, registry)
-    await server.start(*SERVICES)
-    return server
-
-
-async def _sample_queue(queue: BuildQueue, metrics: CompilerMetrics) -> None:
-    while True:
-        try:
-            metrics.waiting.set(await queue.num_waiting())
-        except RedisUnreachable:
-            metrics.waiting.set(float("nan"))
-        await asyncio.sleep(_SAMPLE_S)
-
-
-async def _sweep(store: LocalStore) -> None:
-    """Frees, now and then, what deleted engines have left."""
-    while True:
-        await asyncio.sleep(_SWEEP_S)
-        try:
-            swept = await asyncio.to_thread(store.sweep)
-        except (MillraceError, OSError) as error:
-            structlog.get_logger().warning("sweep_failed", error=str(error))
-            continue
-        structlog.get_logger().info("store_swept", result=repr(swept))
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    with suppress(asyncio.CancelledError):
-        await task
-
-
-def _worker_name() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ building. Knows no wire beyond the request that an operation keeps.
 import asyncio
 import dataclasses
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 from millrace.compiler.v1 import compiler_pb2
@@ -30,7 +31,6 @@ from compiler_service.operations import (
     Operations,
     events_key,
 )
-from compiler_service.resolve import ResolvedModel, resolve, resolve_cached
 from shared.engine import EngineKey, EngineManifest, QuantConfig
 from shared.errors import (
     BuildNotFound,
@@ -44,6 +44,9 @@ from shared.errors import (
 from shared.log import canonical_line
 from shared.store import LocalStore
 from shared.wire import quant_from_proto
+
+if TYPE_CHECKING:
+    from compiler_service.resolve import ResolvedModel
 
 # A hub may take longer to say what a model is made of; then the operation is resolving.
 _AT_ONCE_S = 2.0
@@ -74,9 +77,7 @@ class Compiler:
         Raises:
             MillraceError: the request cannot be met, the queue is full, or Redis is away.
         """
-        known = asyncio.create_task(
-            asyncio.to_thread(resolve_cached, *_question(request), cache_dir=self._cache_dir)
-        )
+        known = asyncio.create_task(asyncio.to_thread(_resolve_cached, request, self._cache_dir))
         await asyncio.wait({known}, timeout=_AT_ONCE_S)
         resolved = known.result() if known.done() else None
         if resolved is not None:
@@ -155,7 +156,7 @@ class Compiler:
             await asyncio.wait(self._resolving)
 
     async def _admit(
-        self, request: compiler_pb2.BuildEngineRequest, resolved: ResolvedModel
+        self, request: compiler_pb2.BuildEngineRequest, resolved: "ResolvedModel"
     ) -> tuple[OperationRecord, list[BuildView]]:
         """Queues what the store lacks."""
         keys = list(resolved.keys.values())
@@ -192,9 +193,7 @@ class Compiler:
         structlog.contextvars.bind_contextvars(operation=record.name)
         with canonical_line("operation_resolved", model_uri=request.model_uri) as line:
             work = asyncio.create_task(
-                asyncio.to_thread(
-                    resolve, *_question(request), cache_dir=self._cache_dir, on_bytes=self._on_bytes
-                )
+                asyncio.to_thread(_resolve, request, self._cache_dir, self._on_bytes)
             )
             try:
                 while not work.done():
@@ -230,6 +229,23 @@ class Compiler:
     async def _view(self, key: EngineKey, cached: bool) -> BuildView:
         engine = await self.engine(key.digest) if cached else None
         return engine or await self.build(key.digest)
+
+
+def _resolve(
+    request: compiler_pb2.BuildEngineRequest, cache_dir: Path, on_bytes: Callable[[int], None]
+) -> "ResolvedModel":
+    # It imports torch, which takes seconds: a daemon starts without it, and most never need it.
+    from compiler_service.resolve import resolve
+
+    return resolve(*_question(request), cache_dir, on_bytes)
+
+
+def _resolve_cached(
+    request: compiler_pb2.BuildEngineRequest, cache_dir: Path
+) -> "ResolvedModel | None":
+    from compiler_service.resolve import resolve_cached
+
+    return resolve_cached(*_question(request), cache_dir)
 
 
 def _question(

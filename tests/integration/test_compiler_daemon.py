@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
 from millrace.compiler.v1 import compiler_pb2
 
 from shared.errors import reason_of
@@ -182,18 +183,28 @@ async def test_sigterm_returns_the_build_uncounted_and_tells_the_watchers(
     assert (ended.builds[0].state, ended.builds[0].attempt) == (SUCCEEDED, 1)
 
 
-async def test_failed_build_tells_its_reason_and_leaves_no_engine(
+async def test_broken_checkpoint_is_refused_and_leaves_no_engine(
     start: Start, tmp_path: Path
 ) -> None:
     broken = write_checkpoint(tmp_path / "broken")
     shard = broken / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     async with client_of(start()) as client:
-        request = compiler_pb2.BuildEngineRequest(model_uri=str(broken), archs=["cpu"])
-        code, reason, sentence = await refusal(client.stub.BuildEngine(request, timeout=20))
-    assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_MODEL")
+        reason, sentence = await why_not(client, broken)
+    assert reason == "INVALID_MODEL"
     assert "\n" not in sentence
     assert LocalStore(tmp_path / "store").list() == ()
+
+
+async def why_not(client: Client, model: Path) -> tuple[str, str]:
+    """Why the model cannot be built: from the call, or from the operation if that was quicker."""
+    try:
+        operation = await client.built(model, "cpu")
+    except grpc.aio.AioRpcError as error:
+        status = rpc_status.from_call(error)
+    else:
+        status = operation.error
+    return reason_of(status), status.message
 
 
 async def test_full_disk_fails_the_build_with_disk_full(tmp_path: Path, redis_url: str) -> None:

@@ -1,0 +1,112 @@
+"""The compile daemon: store, queue, worker and server, wired as the settings say."""
+
+import asyncio
+import os
+import secrets
+import socket
+import sys
+from contextlib import suppress
+
+import structlog
+from millrace.artifact.v1 import artifact_pb2_grpc
+from millrace.compiler.v1 import compiler_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from compiler_service.artifact_service import ArtifactService
+from compiler_service.build_queue import BuildQueue
+from compiler_service.compiler import Compiler
+from compiler_service.metrics import CompilerMetrics
+from compiler_service.operations import Operations
+from compiler_service.service import CompilerService
+from compiler_service.settings import CompilerSettings
+from compiler_service.worker import Worker
+from shared.errors import MillraceError, RedisUnreachable
+from shared.redis import connect, public_url
+from shared.server import DaemonServer, daemon_registry, start_metrics
+from shared.store import LocalStore
+
+SERVICES = ("millrace.compiler.v1.CompilerService", "millrace.artifact.v1.ArtifactService")
+BUILD_CHILD = (sys.executable, "-m", "compiler_service.build_child")
+
+_SAMPLE_S = 5.0
+_SWEEP_S = 3600.0
+
+
+async def serve(settings: CompilerSettings, redis_url: str) -> None:
+    """Serves and builds until SIGTERM or SIGINT, then returns what it was building."""
+    registry = daemon_registry()
+    metrics = CompilerMetrics(registry)
+    store = settings.open_store()
+    settings.cache_dir.mkdir(parents=True, exist_ok=True)
+    client = connect(redis_url)
+    queue = BuildQueue(client, redis_url, settings.lease_s, settings.max_queued)
+    operations = Operations(client, redis_url)
+    compiler = Compiler(queue, operations, store, settings.cache_dir, metrics)
+    service = CompilerService(compiler, queue, store)
+    server, metrics_address = await _start_server(settings, registry, service, store)
+    structlog.get_logger().info(
+        "compiler_started", redis=public_url(redis_url), store=str(store.root),
+        worker=settings.worker, lease_s=settings.lease_s, metrics=metrics_address,
+    )  # fmt: skip
+    tasks = [
+        asyncio.create_task(_sample_queue(queue, metrics)),
+        asyncio.create_task(_sweep(store)),
+    ]
+    if settings.worker:
+        worker = Worker(queue, _worker_name(), BUILD_CHILD, store.root, settings.cache_dir, metrics)
+        tasks.append(asyncio.create_task(worker.run()))
+
+    async def drain() -> None:
+        service.draining.set()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(compiler.close(), *(_ended(task) for task in tasks))
+
+    await server.serve_until_signal(drain, settings.drain_s)
+    await client.aclose()
+
+
+async def _start_server(
+    settings: CompilerSettings,
+    registry: CollectorRegistry,
+    service: CompilerService,
+    store: LocalStore,
+) -> tuple[DaemonServer, str]:
+    server = DaemonServer(settings.listen, settings.max_message_bytes, registry)
+    compiler_pb2_grpc.add_CompilerServiceServicer_to_server(service, server.grpc)
+    artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(ArtifactService(store), server.grpc)
+    metrics_address = ""
+    if settings.metrics_listen:
+        metrics_address = start_metrics(settings.metrics_listen, registry)
+    await server.start(*SERVICES)
+    return server, metrics_address
+
+
+async def _sample_queue(queue: BuildQueue, metrics: CompilerMetrics) -> None:
+    while True:
+        try:
+            metrics.waiting.set(await queue.num_waiting())
+        except RedisUnreachable:
+            metrics.waiting.set(float("nan"))
+        await asyncio.sleep(_SAMPLE_S)
+
+
+async def _sweep(store: LocalStore) -> None:
+    """Frees, now and then, what deleted engines have left."""
+    while True:
+        await asyncio.sleep(_SWEEP_S)
+        try:
+            swept = await asyncio.to_thread(store.sweep)
+        except (MillraceError, OSError) as error:
+            structlog.get_logger().warning("sweep_failed", error=str(error))
+            continue
+        structlog.get_logger().info("store_swept", result=repr(swept))
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def _worker_name() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
