@@ -19,7 +19,7 @@ SCHEMES: dict[str, QuantScheme] = {
             "int4_group",
             "int8_channel",
             "int8_channel",
-            lambda arch: True,
+            lambda arch: not arch.is_gpu,
             tuple(sorted(INT4_GROUPS, key=lambda size: size != DEFAULT_INT4_GROUP)),
         ),
         QuantScheme(

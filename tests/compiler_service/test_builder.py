@@ -344,6 +344,7 @@ REFUSED: dict[str, tuple[list[str], QuantConfig, type[MillraceError], str]] = {
     "fp8 on cpu": (["sm_90", "cpu"], QuantConfig("fp8"), UnsupportedQuant, "sm_89, sm_90"),
     "fp8 on sm_80": (["sm_80"], QuantConfig("fp8"), UnsupportedQuant, "sm_80 cannot"),
     "fp32 on a GPU": (["sm_90"], QuantConfig("fp32"), UnsupportedQuant, "cpu can"),
+    "int4 on a GPU": (["sm_90"], QuantConfig("int4"), UnsupportedQuant, "cpu can"),
     "groups of 48": (["cpu"], QuantConfig("int4", 48), UnsupportedQuant, "32, 64, 128"),
     "groups of int8": (["cpu"], QuantConfig("int8", 64), UnsupportedQuant, "no groups"),
     "groups that do not divide": (["cpu"], QuantConfig("int4", 128), UnsupportedQuant, "64 col"),
