@@ -1,0 +1,77 @@
+"""The manual says what is there: commands, settings, metrics, links."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from compiler_service.metrics import CompilerMetrics
+from compiler_service.settings import CompilerSettings
+from runtime_service.metrics import RuntimeMetrics
+from runtime_service.settings import RuntimeSettings
+from shared.edge import EdgeInterceptor
+from shared.settings import Settings, variable_of
+from tests.architecture.test_imports import ROOT
+
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+OPERATIONS = (ROOT / "docs/OPERATIONS.md").read_text()
+
+
+def in_pages(pattern: str) -> set[str]:
+    """Everything in the manual that matches the pattern's group."""
+    return {found for page in PAGES for found in re.findall(pattern, page.read_text(), re.M)}
+
+
+def test_every_command_that_is_named_exists() -> None:
+    named = in_pages(r"(?:^|`)millrace ([a-z]+)")
+    assert named, "no page names a command"
+    done = subprocess.run(
+        [sys.executable, "-m", "millrace.cli", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert named - set(re.findall(r"^  (\w+) ", done.stdout, re.M)) == set()
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    assert in_pages(r"(?:^|`)make (\w+)") - targets == set()
+
+
+@pytest.mark.parametrize("daemon", [CompilerSettings, RuntimeSettings])
+def test_every_setting_is_documented(daemon: type[Settings]) -> None:
+    variables = {variable_of(daemon, field) for field in daemon.model_fields}
+    assert {name for name in variables if f"`{name}`" not in OPERATIONS} == set()
+
+
+def test_every_variable_that_is_named_exists() -> None:
+    known = {
+        variable_of(daemon, field)
+        for daemon in (CompilerSettings, RuntimeSettings)
+        for field in daemon.model_fields
+    }
+    named = in_pages(r"`(MILLRACE_[A-Z_]+)`")
+    assert {n for n in named - known if not n.startswith("MILLRACE_CLI_")} - {"MILLRACE_"} == set()
+
+
+def test_metrics_are_documented_and_exist() -> None:
+    registry = CollectorRegistry()
+    EdgeInterceptor(registry)
+    CompilerMetrics(registry)
+    families = {family.name for family in (*registry.collect(), *RuntimeMetrics().collect())}
+    assert families == set(re.findall(r"`(millrace_[a-z_]+)`", OPERATIONS))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+?)\)", page.read_text())
+    gone = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert gone == []
+
+
+def test_python_examples_compile() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/API.md").read_text(), re.S)
+    assert len(blocks) >= 3
+    for block in blocks:
+        compile(block, "docs/API.md", "exec")

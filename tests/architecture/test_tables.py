@@ -1,0 +1,70 @@
+"""Every table is walked: its rows are what they say, under the names that they have."""
+
+from pathlib import Path
+
+import pytest
+
+from compiler_service.checkpoints.sample import SAMPLES
+from kernels.linear.layouts import LAYOUTS
+from kernels.ops import OPS
+from shared.arch import ARCHES
+from shared.errors import ERRORS, MillraceError
+from shared.store import STORES
+from tests.architecture.test_imports import ROOT
+
+ARCHITECTURE = (ROOT / "docs/ARCHITECTURE.md").read_text()
+API = ROOT / "docs/API.md"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op_lives_in_its_folder_and_in_the_manual(name: str) -> None:
+    op = OPS[name]
+    assert op.name == name
+    assert (ROOT / "kernels" / name / "op.py").is_file()
+    assert f"`{name}`" in ARCHITECTURE
+
+
+def test_every_op_folder_has_a_row() -> None:
+    folders = {path.parent.name for path in (ROOT / "kernels").glob("*/op.py")}
+    assert folders == set(OPS)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_is_in_the_manual(name: str) -> None:
+    assert f"`{name}`" in ARCHITECTURE
+
+
+@pytest.mark.parametrize("name", ARCHES)
+def test_arch_is_called_by_its_capability(name: str) -> None:
+    arch = ARCHES[name]
+    assert arch.name == name
+    assert arch.is_gpu == (arch.max_shared_bytes > 0)
+    if arch.capability is not None:
+        assert name == "sm_{}{}".format(*arch.capability)
+
+
+@pytest.mark.parametrize("reason", ERRORS)
+def test_error_is_one_sentence_and_is_documented(reason: str) -> None:
+    row = ERRORS[reason]
+    assert issubclass(row, MillraceError)
+    assert row.reason == reason
+    assert row.template[0].isupper() or row.template[0] == "{"
+    assert f"`{reason}`" in API.read_text()
+
+
+def test_every_error_has_a_row() -> None:
+    def descendants(kind: type) -> set[type]:
+        return {kind for child in kind.__subclasses__() for kind in {child, *descendants(child)}}
+
+    assert descendants(MillraceError) == set(ERRORS.values())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_sample_pins_a_version_that_the_makefile_installs(name: str) -> None:
+    sample = SAMPLES[name]
+    assert f"{sample.distribution}=={sample.version}" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_store_scheme_is_in_the_manual(scheme: str) -> None:
+    assert scheme in Path(ROOT / "docs/OPERATIONS.md").read_text()
