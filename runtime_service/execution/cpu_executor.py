@@ -85,11 +85,11 @@ class CpuExecutor:
         return logits.float()
 
     def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
-        """Copies whole KV blocks in all layers."""
-        sources, destinations = (torch.tensor(side) for side in zip(*copies, strict=True))
+        """Copies whole KV blocks in all layers, one after the other."""
         for caches in self._kv_caches:
             for cache in caches:
-                cache[destinations] = cache[sources]
+                for source, destination in copies:
+                    cache[destination] = cache[source]
 
     def _bind(
         self,

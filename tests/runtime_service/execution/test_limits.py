@@ -1,0 +1,63 @@
+"""Sizes are chosen from memory and said why; flags override; contradictions are errors."""
+
+import pytest
+
+from runtime_service.execution.limits import RunnerOptions, choose_limits
+from shared.errors import InvalidField
+from shared.ir import Graph
+
+# 2 (k, v) * 2 layers * 64 values * 2 bytes: a token takes 512 bytes.
+GRAPH = Graph({}, (), (), {}, {
+    "num_layers": 2, "num_kv_heads": 2, "head_dim": 32, "max_position_embeddings": 1024,
+})  # fmt: skip
+TOKEN_BYTES = 512
+BLOCK_BYTES = 32 * TOKEN_BYTES
+
+
+def choose(free_bytes: int, **options: int) -> object:
+    return choose_limits(GRAPH, "bfloat16", 2, free_bytes, RunnerOptions(**options))
+
+
+def test_cache_is_no_larger_than_all_rows_can_use() -> None:
+    limits = choose_limits(GRAPH, "bfloat16", 2, 1 << 40, RunnerOptions(max_sequences=3))
+    assert limits.num_blocks == 3 * 1024 // 32
+    assert limits.kv_bytes == limits.num_blocks * BLOCK_BYTES
+    assert limits.kv_reason == "3 sequences of 1,024 tokens need no more"
+
+
+def test_cache_takes_a_share_of_what_is_free() -> None:
+    limits = choose_limits(GRAPH, "bfloat16", 2, 100 * BLOCK_BYTES, RunnerOptions())
+    assert limits.num_blocks == 40
+    assert limits.max_sequence_tokens == 1024
+    assert "40% of the" in limits.kv_reason
+
+
+def test_sequences_shorten_where_memory_is_short() -> None:
+    limits = choose_limits(GRAPH, "bfloat16", 2, 20 * BLOCK_BYTES, RunnerOptions())
+    assert limits.max_sequence_tokens == 8 * 32
+    assert limits.kv_reason.endswith("so sequences are limited to 256 tokens")
+
+
+def test_flags_override() -> None:
+    options = RunnerOptions(
+        max_sequence_tokens=100, max_sequences=5, max_step_tokens=7, kv_bytes=10 * BLOCK_BYTES + 1
+    )
+    limits = choose_limits(GRAPH, "bfloat16", 2, 0, options)
+    assert (limits.max_sequence_tokens, limits.max_sequences) == (100, 5)
+    assert (limits.max_step_tokens, limits.num_blocks) == (7, 10)
+    assert "--kv-bytes" in limits.kv_reason
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"max_sequence_tokens": 1025}, "max_sequence_tokens"),
+        ({"max_sequence_tokens": 1000, "kv_bytes": 20 * BLOCK_BYTES}, "kv_bytes"),
+        ({"kv_bytes": BLOCK_BYTES - 1}, "kv_bytes"),
+        ({"max_sequence_tokens": 1000}, "max_sequence_tokens"),
+    ],
+)
+def test_contradiction_is_an_error_that_names_the_flag(options: dict[str, int], field: str) -> None:
+    with pytest.raises(InvalidField) as raised:
+        choose(10 * BLOCK_BYTES, **options)
+    assert raised.value.fields["field"] == field

@@ -1,0 +1,45 @@
+"""An engine is loaded whole, or refused with its reason."""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runtime_service.execution.limits import RunnerOptions
+from runtime_service.execution.loading import load_engine, load_runner
+from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
+from runtime_service.scheduling.request import SamplingParams, StopParams
+from shared.errors import ArchMismatch, DigestMismatch
+from tests.runtime_service.execution.engines import build_tiny
+
+
+def test_engine_is_loaded_by_names_alone(tmp_path: Path) -> None:
+    store, engine = build_tiny(tmp_path)
+    arguments = {"store": str(store.root), "engine": engine.name, "max_sequence_tokens": 64}
+    loaded = load_engine(**pickle.loads(pickle.dumps(arguments)))
+    assert [name for name, _ in loaded.phases] == ["read_graph", "pack_weights", "verify_weights"]
+    assert loaded.limits.max_sequence_tokens == 64
+    loaded.runner.warm_up()
+    new = NewSequence(0, [1, 2, 3], 3, SamplingParams(), StopParams(5), 0, 0, [0])
+    step = SchedulerOutput(0, (), (new,), (), (ScheduledSequence(0, 0, 3),))
+    assert len(loaded.runner.execute(step).result().sampled) == 1
+    loaded.runner.close()
+
+
+def test_corrupt_weights_are_refused(tmp_path: Path) -> None:
+    store, engine = build_tiny(tmp_path)
+    path = store.blob_path(engine.layer("weights/00000").digest)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+    with pytest.raises(DigestMismatch):
+        load_runner(store, engine, RunnerOptions(max_sequence_tokens=64))
+
+
+def test_engine_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    store, engine = build_tiny(tmp_path)
+    other = replace(engine, key=replace(engine.key, arch="sm_90"))
+    with pytest.raises(ArchMismatch):
+        load_runner(store, other, RunnerOptions())
