@@ -4,6 +4,7 @@ The engine process is started before anything else is awaited; torch is never im
 """
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -42,8 +43,10 @@ def main() -> None:
     configure_logging(settings.log_level, settings.log_format, "runtime")
     try:
         asyncio.run(serve(settings))
-    except (MillraceError, SettingsError) as error:
+    except SettingsError as error:
         exit_with(f"millrace-runtime: {error}")
+    except MillraceError as error:
+        sys.exit(f"millrace-runtime: {error}")
 
 
 async def serve(settings: RuntimeSettings, loader: str = LOADER) -> None:

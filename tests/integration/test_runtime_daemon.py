@@ -1,0 +1,223 @@
+"""The runtime daemon as a process: it starts, serves, registers, loses Redis, drains and exits."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from millrace.runtime.v1 import runtime_pb2 as pb
+from millrace.runtime.v1 import runtime_pb2_grpc
+
+from shared.errors import reason_of
+from shared.redis import EmbeddedRedis, connect_sync
+from shared.store import LocalStore
+from tests.runtime_service.daemon import Call, publish_echo, until
+
+ROOT = Path(__file__).parents[2]
+# The daemon as it is, but for the engine that its engine process loads.
+MAIN = """
+import asyncio, sys
+from runtime_service.__main__ import serve
+from runtime_service.settings import RuntimeSettings
+from shared.log import configure_logging
+configure_logging("info", "json", "runtime")
+asyncio.run(serve(RuntimeSettings.load(), "tests.runtime_service.slow_echo:load"))
+"""
+
+
+class Process:
+    """A daemon process and a channel to it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, address: str, metrics: str) -> None:
+        self.process = process
+        self.metrics = metrics
+        self.channel = grpc.aio.insecure_channel(
+            address, options=[("grpc.max_reconnect_backoff_ms", 200)]
+        )
+        self.stub: Any = runtime_pb2_grpc.RuntimeServiceStub(self.channel)
+
+    async def serving(self) -> None:
+        """Waits until health says SERVING."""
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        async for answer in stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True):
+            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+
+    async def exit_status(self) -> int:
+        """Waits for the process to end."""
+        return await asyncio.wait_for(self.process.wait(), 20)
+
+
+@asynccontextmanager
+async def daemon_process(folder: Path, port: int, *flags: str) -> AsyncIterator[Process]:
+    """A daemon that serves the slow echo engine of the store in `folder`."""
+    store = LocalStore(folder / "store")
+    publish_echo(store)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        MAIN,
+        *("--listen", f"127.0.0.1:{port}"),
+        *("--metrics-listen", f"127.0.0.1:{port + 1}"),
+        *("--store", str(store.root), "--model", "echo", "--quant", "fp32", "--arch", "cpu"),
+        *flags,
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    daemon = Process(process, f"127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}/metrics")
+    try:
+        yield daemon
+    finally:
+        await daemon.channel.close()
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@pytest.fixture
+def port(unused_tcp_port_factory: Any) -> int:
+    """A port that is free, and so is the next one, as far as can be told."""
+    found: int = unused_tcp_port_factory()
+    return found if found < 65535 else unused_tcp_port_factory()
+
+
+async def test_sigterm_under_load_ends_every_stream_and_the_process(
+    tmp_path: Path, port: int
+) -> None:
+    """Those that finish within the grace do, the others get DRAINING; nobody gets both."""
+    async with daemon_process(tmp_path, port, "--drain-s", "1.5") as daemon:
+        await daemon.serving()
+        call = Call(daemon.stub.Generate())
+        for number in range(4):
+            await call.start(f"short{number}", [40, 41], max_new_tokens=60)
+            await call.start(f"long{number}", [40, 41], max_new_tokens=500)
+        await call.read_until(lambda: call.num_tokens("long3") > 2)
+        daemon.process.send_signal(signal.SIGTERM)
+        seen = await call.finish()
+        for number in range(4):
+            assert seen[f"short{number}"].reason == "LENGTH"
+            assert reason_of(seen[f"long{number}"].error) == "DRAINING"
+        assert await daemon.exit_status() == 0
+
+
+async def test_idle_daemon_exits_at_once(tmp_path: Path, port: int) -> None:
+    async with daemon_process(tmp_path, port) as daemon:
+        await daemon.serving()
+        started = time.monotonic()
+        daemon.process.send_signal(signal.SIGINT)
+        assert await daemon.exit_status() == 0
+        assert time.monotonic() - started < 5
+
+
+async def test_engine_process_dies_with_a_killed_daemon(tmp_path: Path, port: int) -> None:
+    async with daemon_process(tmp_path, port) as daemon:
+        await daemon.serving()
+        (engine,) = _children(daemon.process.pid)
+        daemon.process.kill()
+        await daemon.exit_status()
+        await until(lambda: not _is_running(engine))
+
+
+async def test_redis_knows_who_serves_and_its_loss_is_not_noticed(
+    tmp_path: Path, port: int, embedded_redis: EmbeddedRedis
+) -> None:
+    flags = ("--redis-url", embedded_redis.url, "--heartbeat-s", "0.2")
+    async with daemon_process(tmp_path, port, *flags) as daemon:
+        await daemon.serving()
+        status = await daemon.stub.GetStatus(pb.GetStatusRequest())
+        key = f"runtime:{status.runtime_id}"
+        client = connect_sync(embedded_redis.url)
+        await until(lambda: client.hget(key, "state") == "serving")
+        record = client.hgetall(key)
+        assert record["address"] == f"127.0.0.1:{port}"
+        assert (record["model"], record["arch"], record["quant"]) == ("echo", "cpu", "fp32")
+        assert 0 < client.pttl(key) <= 600
+
+        call = Call(daemon.stub.Generate())
+        await call.start("a", [40, 41], max_new_tokens=100)
+        await call.read_until(lambda: call.num_tokens("a") > 2)
+        await asyncio.to_thread(embedded_redis.kill)
+        assert (await call.finish())["a"].reason == "LENGTH"
+
+        await asyncio.to_thread(embedded_redis.start)
+        await until(lambda: bool(client.exists(key)))
+        daemon.process.send_signal(signal.SIGTERM)
+        assert await daemon.exit_status() == 0
+        assert not client.exists(key)
+
+
+async def test_metrics_tell_what_happened(tmp_path: Path, port: int) -> None:
+    async with daemon_process(tmp_path, port) as daemon:
+        await daemon.serving()
+        call = Call(daemon.stub.Generate())
+        await call.start("a", [40] * 32, max_new_tokens=5)
+        await call.start("b", [400])
+        await call.finish()
+        text = await asyncio.to_thread(lambda: urlopen(daemon.metrics).read().decode())
+    for line in (
+        "millrace_generated_tokens_total 5.0",
+        "millrace_prompt_tokens_total 32.0",
+        'millrace_generations_total{reason="finished"} 1.0',
+        'millrace_generations_total{reason="INVALID_FIELD"} 1.0',
+        "millrace_time_to_first_token_seconds_count 1.0",
+        "millrace_inter_token_seconds_count 4.0",
+        "millrace_kv_blocks 256.0",
+    ):
+        assert line in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "status"),
+    [
+        (["--model", "nothing"], "No engine 'nothing/cpu/fp32'", 1),
+        (["--quant", "int4-gx"], "--quant 'int4-gx' is not of the form", 2),
+        (["--arch", "sm_1"], "--arch 'sm_1' is not one of", 2),
+        (["--model-uri", "x:y"], "--model-uri needs --compiler", 2),
+        (["--drain-s", "-1"], "--drain-s", 2),
+    ],
+    ids=["no engine", "quant", "arch", "contradiction", "range"],
+)
+async def test_daemon_that_cannot_serve_says_why_and_exits(
+    tmp_path: Path, port: int, flags: list[str], message: str, status: int
+) -> None:
+    LocalStore(tmp_path / "store")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "runtime_service", "--store", str(tmp_path / "store")),
+        *("--listen", f"127.0.0.1:{port}", "--metrics-listen", ""),
+        *("--model", "echo", "--arch", "cpu", "--quant", "fp32", *flags),
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, stderr = await asyncio.wait_for(process.communicate(), 20)
+    assert message in stderr.decode().splitlines()[-1]
+    assert process.returncode == status
+
+
+async def test_front_process_never_imports_torch() -> None:
+    """A cached start is fast because torch is imported in the engine process alone."""
+    code = "import sys, runtime_service.__main__; sys.exit('torch' in sys.modules)"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=ROOT)
+    assert await process.wait() == 0
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
