@@ -31,7 +31,7 @@ class DecodeLoop:
 
     def __init__(
         self, library: KernelLibrary, executor: CudaExecutor, sizes: LlamaSizes, num_layers: int,
-        num_sequences: int, max_tokens: int,
+        num_sequences: int, max_tokens: int, regime: Regime,
     ) -> None:  # fmt: skip
         blocks = -(-max_tokens // _BLOCK_TOKENS)
         ints = {"dtype": torch.int32, "device": "cuda"}
@@ -58,7 +58,7 @@ class DecodeLoop:
         self.history = torch.zeros(num_sequences, max_tokens, **ints)
         self.best = torch.zeros(num_sequences, dtype=torch.int64, device="cuda")
         self.counters = torch.zeros(num_sequences, **ints)
-        self.regime = regime_for(num_sequences)
+        self.regime = regime
         self.executor = executor
         executor.prepare([self.regime])
         self._sample = library.kernel(greedy_variant(sizes.vocab, _BLOCK_TOKENS, library.arch))
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--many", action="store_true", help="torch's matrix products at any batch")
     parser.add_argument("--arch", default="sm_90")
     options = parser.parse_args()
     sizes = MODELS[options.model]
@@ -136,7 +137,10 @@ def main() -> None:
     for num_sequences in map(int, options.batches.split(",")):
         most = Sizes(num_sequences, num_sequences, num_sequences)
         executor = CudaExecutor(graph, library, packed, most)
-        loop = DecodeLoop(library, executor, sizes, layers, num_sequences, options.context + 512)
+        regime = DECODE_REGIMES[-1] if options.many else regime_for(num_sequences)
+        loop = DecodeLoop(
+            library, executor, sizes, layers, num_sequences, options.context + 256, regime
+        )
         checked = check(loop, graph, packed, sizes)
         loop.start_at(loop.batch.token_ids_T.clone(), options.context)
         replay = captured(loop.step, warm=1)
@@ -145,6 +149,7 @@ def main() -> None:
         moved = weight_bytes(graph, packed) + kv
         print(json.dumps({
             "model": options.model, "quant": options.quant, "layers": layers, "batch": num_sequences,
+            "tokens_in_tile": regime.max_tokens,
             "context": options.context, "ms": round(ms, 4), "tb_s": round(moved / ms / 1e9, 3),
             "read_limit_tb_s": round(limit, 3), "of_limit": round(moved / ms / 1e9 / limit, 3),
             "tok_s": round(num_sequences / ms * 1e3), **checked,

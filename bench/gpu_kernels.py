@@ -43,8 +43,18 @@ def linear_shapes(sizes: LlamaSizes, layout: str) -> dict[str, LinearShape]:
 def one_token_candidates(shape: LinearShape) -> Iterator[Tiles]:
     """Tiles worth timing for one token."""
     width = 1 if shape.epilogue == "plain" else 2
-    bf16 = ((1, 2048, 4), (1, 1024, 2), (2, 512, 2), (2, 2048, 8), (2, 4096, 8), (1, 2048, 8), (4, 1024, 2),
-            (8, 512, 2), (4, 2048, 4), (2, 1024, 4))
+    bf16 = (
+        (1, 2048, 4),
+        (1, 1024, 2),
+        (2, 512, 2),
+        (2, 2048, 8),
+        (2, 4096, 8),
+        (1, 2048, 8),
+        (4, 1024, 2),
+        (8, 512, 2),
+        (4, 2048, 4),
+        (2, 1024, 4),
+    )
     fp8 = ((2, 4096, 8), (4, 1024, 2), (8, 512, 2), (4, 512, 2), (8, 1024, 4), (4, 2048, 4), (2, 2048, 4),
            (1, 4096, 8), (4, 4096, 8))  # fmt: skip
     for block_n, block_k, num_warps in bf16 if shape.layout == "plain" else fp8:
@@ -73,24 +83,46 @@ def few_tokens_candidates(shape: LinearShape) -> Iterator[Tiles]:
 def attention_shape(sizes: LlamaSizes) -> AttentionShape:
     """A model's attention, as its graph asks for it."""
     return AttentionShape(
-        sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.head_dim**-0.5, 0, 0.0, "bf16", "bf16", 16
+        sizes.heads,
+        sizes.kv_heads,
+        sizes.head_dim,
+        sizes.head_dim**-0.5,
+        0,
+        0.0,
+        "bf16",
+        "bf16",
+        16,
     )
 
 
 def decode_attention_candidates(num_sequences: int) -> Iterator[AttentionTiles]:
     """Tiles worth timing where each sequence has one query."""
-    many = (1,) if num_sequences > 16 else (8, 16, 32) if num_sequences == 1 else (1, 4, 8)
-    for splits in many:
-        for block_n, warps, stages in ((64, 4, 2), (64, 4, 3), (32, 2, 3), (64, 2, 3), (128, 4, 2), (128, 4, 3),
-                                       (32, 1, 3), (32, 1, 4), (64, 4, 4), (16, 1, 4)):
-            yield AttentionTiles(1, block_n, splits, warps, stages, is_decode=True)
+    if num_sequences > 16:
+        for block_n, warps, stages in ((64, 2, 3), (32, 1, 3), (32, 1, 4), (64, 4, 4)):
+            yield AttentionTiles(1, block_n, 1, warps, stages, is_decode=True)
+        return
+    for splits in (8, 16, 32) if num_sequences == 1 else (1, 4, 8):
+        for block_n, warps, stages in ((64, 4, 2), (64, 2, 3), (128, 4, 2), (32, 2, 3)):
+            for least in (64, 128):
+                if least >= block_n:
+                    yield AttentionTiles(
+                        1, block_n, splits, warps, stages, is_decode=True, min_split=least
+                    )
 
 
 def prefill_attention_candidates(shape: AttentionShape) -> Iterator[AttentionTiles]:
     """Tiles worth timing for prompts."""
-    for rows, block_n, warps, stages in ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3),
-                                         (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2),
-                                         (64, 128, 4, 2), (128, 32, 4, 3)):
+    for rows, block_n, warps, stages in (
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+        (128, 64, 4, 2),
+        (64, 128, 4, 2),
+        (128, 32, 4, 3),
+    ):
         yield AttentionTiles(rows // shape.group, block_n, 1, warps, stages)
 
 
@@ -118,7 +150,7 @@ def model_variants(arch: Arch, names: list[str]) -> Iterator[KernelVariant]:
     """Every variant of every benchmark model."""
     for name in names:
         for layout in LAYOUTS.values():
-            yield from variants(llama_graph(MODELS[name], layout, num_layers=1), arch)
+            yield from variants(llama_graph(MODELS[name], layout, num_layers=2), arch)
         yield greedy_variant(MODELS[name].vocab, 16, arch)
 
 

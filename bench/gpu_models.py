@@ -43,7 +43,9 @@ def llama_graph(sizes: LlamaSizes, layout: str, num_layers: int | None = None) -
         weights[name] = WeightSpec(shape, (name,), (shape[0],), "bfloat16", stored)
         return name
 
-    def add(op: str, inputs: list[str], outputs: list[str], w: dict[str, str], **attrs: Any) -> None:
+    def add(
+        op: str, inputs: list[str], outputs: list[str], w: dict[str, str], **attrs: Any
+    ) -> None:
         if op == "rms_norm":
             attrs |= {"residual": len(inputs) == 2, "head_dim": 0}
         if op == "embedding":
@@ -133,11 +135,14 @@ def reference_logits(
     sizes: LlamaSizes,
 ) -> torch.Tensor:  # fmt: skip
     """Logits of one sequence's last position, fp32 arithmetic from the same stored weights."""
+
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * dense(packed[name])
 
     length, s = token_ids.shape[0], sizes
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), torch.tensor(inv_freq(s)).double())
+    angles = torch.outer(
+        torch.arange(length, dtype=torch.float64), torch.tensor(inv_freq(s)).double()
+    )
     cos, sin = angles.cos().float().cuda()[:, None], angles.sin().float().cuda()[:, None]
 
     def turn(x: torch.Tensor) -> torch.Tensor:

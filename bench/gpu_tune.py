@@ -50,7 +50,9 @@ def operands(shape: LinearShape, tokens: int) -> dict[str, torch.Tensor]:
 def weights(shape: LinearShape) -> list[torch.Tensor]:
     """Enough layers' weights that the cache holds none of them."""
     count = 1 if shape.n > 100_000 else _LAYERS
-    made = [torch.randn(shape.n, shape.k, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+    made = [
+        torch.randn(shape.n, shape.k, device="cuda", dtype=torch.bfloat16) for _ in range(count)
+    ]
     return made if shape.layout == "plain" else [w.to(torch.float8_e4m3fn) for w in made]
 
 

@@ -7,6 +7,7 @@ CUDA graph. What a kernel computes and which arguments it wants is not known her
 import ctypes
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -122,7 +123,7 @@ class Kernel:
             for type_, _ in record.arguments
         ]
         # Triton's two scratch pointers come last; our kernels use neither (aot.py asserts it).
-        self._values = [field() for field in (*fields, ctypes.c_uint64, ctypes.c_uint64)]
+        self._values: list[Any] = [f() for f in (*fields, ctypes.c_uint64, ctypes.c_uint64)]
         self._num_arguments = len(fields)
         self._aligned = tuple(i for i, (_, aligned) in enumerate(record.arguments) if aligned)
         self._pointers = (ctypes.c_void_p * len(self._values))(

@@ -43,7 +43,16 @@ class Regime:
 
 DECODE_REGIMES = tuple(
     Regime(tokens, sequences)
-    for tokens, sequences in ((1, 1), (16, 2), (16, 4), (16, 8), (16, 16), (32, 32), (64, 64))
+    for tokens, sequences in (
+        (1, 1),
+        (16, 2),
+        (16, 4),
+        (16, 8),
+        (16, 16),
+        (32, 32),
+        (64, 64),
+        (0, 512),
+    )
 )
 REGIMES = (*DECODE_REGIMES, Regime(16, 0), Regime(64, 0), Regime(0, 0))
 
@@ -216,7 +225,9 @@ class _Lowering:
         bias = node.weights.get("bias")
         x: Value | Temporary = Value(node.inputs[0])
         layout = self.graph.weights[node.weights["weight"]].layout
-        assert layout in ("plain", "fp8_channel"), f"{layout} has no GPU form for many tokens"
+        if layout not in ("plain", "fp8_channel"):
+            yield self._fused_linear(node)  # no library product; the tiles' kernel takes any number
+            return
         scale = None
         if layout == "fp8_channel":
             k = self.graph.weights[node.weights["weight"]].shape[1]
@@ -241,8 +252,10 @@ class _Lowering:
     def _fused_linear(self, node: Node) -> Step:
         weight = self.graph.weights[node.weights["weight"]]
         follower = self._follower(node)
+        assert weight.layout in linear.LAYOUTS, f"{weight.layout} has no GPU form"
         source = self.producer.get(node.inputs[0])
-        rows = source if source is not None and source.op == "select_rows" else None
+        rows = source if source is not None and self._is_absorbed(source) else None
+        rows = rows if rows is not None and rows.op == "select_rows" else None
         x = rows.inputs[0] if rows else node.inputs[0]
         source = self.producer.get(x)
         norm = source if source is not None and source.op == "rms_norm" else None
@@ -292,22 +305,29 @@ class _Lowering:
             operands += self._norm_operands(adds, linear.num_programs(shape, self._tiles(shape)))
         if rope is not None:
             operands += _rope_operands(_integer(rope.attrs["layer"]))
-        return self._linear_launch(shape, operands)
+        is_selected = shape.has_rows or self._is_selected(node.inputs[0])
+        return self._linear_launch(shape, operands, is_selected)
 
     def _tiles(self, shape: linear.LinearShape) -> linear.Tiles:
         if self.regime.max_tokens == 1:
             return linear.one_token_tiles(shape)
-        return linear.few_tokens_tiles(shape, self.regime.max_tokens)
+        return linear.few_tokens_tiles(shape, self.arch, self._block_m)
 
-    def _linear_launch(self, shape: linear.LinearShape, operands: list[Operand]) -> Launch:
-        block_m = self.regime.max_tokens
+    @property
+    def _block_m(self) -> int:
+        return self.regime.max_tokens or linear.MAX_FEW_TOKENS
+
+    def _linear_launch(
+        self, shape: linear.LinearShape, operands: list[Operand], is_selected: bool
+    ) -> Launch:
+        block_m = self._block_m
         tiles = self._tiles(shape)
         programs = linear.num_programs(shape, tiles)
         if block_m == 1:
             variant = linear.one_token(shape, self.arch, tiles)
             return Launch(variant, lambda _: (programs, 1, 1), tuple(operands))
         variant = linear.few_tokens(shape, self.arch, tiles, block_m)
-        field = "rows" if shape.has_rows else "tokens"
+        field = "rows" if is_selected else "tokens"
 
         def grid(sizes: Sizes) -> Grid:
             return programs, -(-int(getattr(sizes, field)) // block_m), tiles.split_k
@@ -431,8 +451,14 @@ class _Lowering:
                 pointer("weight", self.dtype),
                 pointer("out", self.dtype),
             ],
-            {"scale": None, "gain": None, "normed": None, "squares_out": None,
-             "M": width, "BLOCK": _power_of_two(width)},
+            {
+                "scale": None,
+                "gain": None,
+                "normed": None,
+                "squares_out": None,
+                "M": width,
+                "BLOCK": _power_of_two(width),
+            },
             _per_row,
             [Batch("logit_rows_R"), Value(node.inputs[0]), Value(node.outputs[0])],
         )

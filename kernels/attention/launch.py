@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 from kernels.launch import Grid, Scratch, Sizes
-from kernels.variant import KernelVariant, integer, pointer
+from kernels.variant import Constant, KernelVariant, integer, pointer
 from shared.arch import Arch
 
-MIN_SPLIT_TOKENS = 128
 _MIN_DOT_ROWS = 16
 
 
@@ -34,7 +33,7 @@ class AttentionShape:
 class AttentionTiles:
     """How the work is cut: query tokens and keys of a tile, parts that a sequence's keys are cut into.
 
-    `is_decode`: every sequence has exactly one query token.
+    `is_decode`: every sequence has exactly one query token. `min_split`: fewest keys worth a split.
     """
 
     block_q: int
@@ -43,28 +42,29 @@ class AttentionTiles:
     num_warps: int = 4
     stages: int = 2
     is_decode: bool = False
+    min_split: int = 128
 
 
 def decode_tiles(shape: AttentionShape, max_sequences: int) -> AttentionTiles:
-    """One query token a tile; enough splits that few sequences still fill a device of about 132 SMs."""
+    """One query token a tile. Few sequences are split so that they still fill a device of about 132 SMs; many need
+    no split, and one warp each keeps most loads in flight."""
     splits = 1
-    while splits < 32 and splits * max_sequences * shape.num_kv_heads < 256:
+    while splits < 16 and splits * max_sequences * shape.num_kv_heads < 256:
         splits *= 2
-    return AttentionTiles(1, 64, splits, is_decode=True)
+    if splits == 1:
+        return AttentionTiles(1, 32, 1, num_warps=1, stages=4, is_decode=True)
+    return AttentionTiles(1, 128 if shape.head_dim <= 128 else 64, splits, is_decode=True)
 
 
 def prefill_tiles(shape: AttentionShape, arch: Arch) -> AttentionTiles:
-    """Tiles of about 64 rows (128 where shared memory allows it), no splits."""
+    """Tiles of 128 rows where shared memory allows it, no splits."""
     rows = 128 if arch.max_shared_bytes > 160_000 and shape.head_dim <= 128 else 64
-    return AttentionTiles(
-        max(1, rows // shape.group), 64 if shape.head_dim <= 128 else 32, 1,
-        num_warps=8 if rows == 128 else 4,
-    )  # fmt: skip
+    return AttentionTiles(max(1, rows // shape.group), 64 if shape.head_dim <= 128 else 32, 1)
 
 
 def variant(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> KernelVariant:
     """The compiled specialization; without splits the scratch pointers are gone."""
-    constants = {
+    constants: dict[str, Constant] = {
         "SCALE": shape.scale,
         "NUM_HEADS": shape.num_heads,
         "NUM_KV_HEADS": shape.num_kv_heads,
@@ -77,7 +77,7 @@ def variant(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> KernelV
         "BLOCK_D": max(16, 1 << (shape.head_dim - 1).bit_length()),
         "BLOCK_N": tiles.block_n,
         "SPLITS": tiles.splits,
-        "MIN_SPLIT": MIN_SPLIT_TOKENS,
+        "MIN_SPLIT": tiles.min_split,
         "STAGES": tiles.stages,
         "PDL": arch.has_pdl,
     }
@@ -126,7 +126,7 @@ def scratch(shape: AttentionShape, tiles: AttentionTiles) -> tuple[Scratch, ...]
     """Memory for partial results: sums, maxima, weights and counters, in the kernel's order."""
     if tiles.splits == 1:
         return ()
-    rows = _rows(shape, tiles)
+    rows = _power_of_two(tiles.block_q * shape.group)
     block_d = max(16, 1 << (shape.head_dim - 1).bit_length())
 
     def programs(sizes: Sizes) -> int:
@@ -145,4 +145,8 @@ def scratch(shape: AttentionShape, tiles: AttentionTiles) -> tuple[Scratch, ...]
 
 def _rows(shape: AttentionShape, tiles: AttentionTiles) -> int:
     rows = tiles.block_q * shape.group
-    return max(_MIN_DOT_ROWS, 1 << (rows - 1).bit_length())
+    return max(_MIN_DOT_ROWS, _power_of_two(rows))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

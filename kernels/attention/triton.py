@@ -30,26 +30,38 @@ def _sequence_of(tile, query_start, num_sequences, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def _combine(
-    partial, partial_max, partial_sum, base, num_splits, r, d, ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    partial, partial_max, partial_sum, base, num_splits, r, d,
+    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PART_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Softmax-weighted sum of the splits' partial results; read past L1, other programs wrote them."""
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    for s in range(num_splits):
-        m = tl.load(partial_max + (base + s) * ROWS + r, cache_modifier=".cg")
-        top = tl.maximum(top, m)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for s in range(num_splits):
-        m = tl.load(partial_max + (base + s) * ROWS + r, cache_modifier=".cg")
-        weight = tl.where(m == float("-inf"), 0.0, tl.exp2(m - top))
-        total += weight * tl.load(partial_sum + (base + s) * ROWS + r, cache_modifier=".cg")
-        part = tl.load(
-            partial + ((base + s) * ROWS + r[:, None]) * BLOCK_D + d[None, :],
-            cache_modifier=".cg",
-        )
-        acc += weight[:, None] * part
-    return acc, total
+    """Softmax-weighted mean of the splits' partial results; read past L1, other programs wrote them.
+
+    One load each, so that nothing waits in turn.
+    """
+    s = tl.arange(0, SPLITS)
+    at = (base + s[:, None]) * PART_ROWS + r[None, :]
+    is_part = (s < num_splits)[:, None]
+    m = tl.load(partial_max + at, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+    sums = tl.load(partial_sum + at, mask=is_part, other=0, cache_modifier=".cg")
+    parts = tl.load(
+        partial + at[:, :, None] * BLOCK_D + d[None, None, :],
+        mask=is_part[:, :, None],
+        other=0,
+        cache_modifier=".cg",
+    )
+    top = tl.max(m, 0)
+    weights = tl.where(m == float("-inf"), 0.0, tl.exp2(m - top[None, :]))
+    total = tl.sum(weights * sums, 0)
+    mean = tl.sum(weights[:, :, None] * parts, 0)
+    return mean / tl.where(total > 0, total, 1.0)[:, None]
+
+
+@triton.jit
+def _row_places(r, query_begin, first_query, num_queries, kv_head, BLOCK_Q, G, NUM_HEADS, HEAD_DIM):
+    """A tile's rows: the query each belongs to, whether there is one, and where it begins in q and out."""
+    query = first_query + r // G
+    is_row = (r < BLOCK_Q * G) & (query < num_queries)
+    row_at = (query_begin + query).to(tl.int64) * (NUM_HEADS * HEAD_DIM)
+    return query, is_row, row_at + (kv_head * G + r % G) * HEAD_DIM
 
 
 @triton.jit
@@ -64,13 +76,14 @@ def attention(
 ):  # fmt: skip
     """Without `query_start` tile i is sequence i with one query. A sequence of length 0 is padding.
 
-    `partial` [tiles * K * SPLITS, ROWS, BLOCK_D] and friends are scratch; `counters` [tiles * K] start at 0 and
+    `partial` [tiles * K * SPLITS, PART_ROWS, BLOCK_D] and friends are scratch; `counters` [tiles * K] start at 0 and
     are left at 0.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     G: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    PART_ROWS: tl.constexpr = triton.next_power_of_2(BLOCK_Q * G)
     KV: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -92,11 +105,10 @@ def attention(
 
     r = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
-    query = first_query + r // G
-    is_row = (r < BLOCK_Q * G) & (query < num_queries)
+    query, is_row, row_at = _row_places(
+        r, query_begin, first_query, num_queries, kv_head, BLOCK_Q, G, NUM_HEADS, HEAD_DIM
+    )
     position = first_position + query
-    row_at = (query_begin + query).to(tl.int64) * (NUM_HEADS * HEAD_DIM)
-    row_at += (kv_head * G + r % G) * HEAD_DIM
     is_d = d < HEAD_DIM
     is_q = is_row[:, None] & is_d[None, :]
     q_tile = tl.load(q + row_at[:, None] + d[None, :], mask=is_q, other=0)
@@ -153,17 +165,33 @@ def attention(
         if num_splits > 1:
             tile_at = tile * NUM_KV_HEADS + kv_head
             base = tile_at.to(tl.int64) * SPLITS
-            at = (base + split) * ROWS + r
-            tl.store(partial_max + at, m)
-            tl.store(partial_sum + at, total)
-            tl.store(partial + at[:, None] * BLOCK_D + d[None, :], acc)
+            at = (base + split) * PART_ROWS + r
+            tl.store(partial_max + at, m, mask=is_row)
+            tl.store(partial_sum + at, total, mask=is_row)
+            tl.store(partial + at[:, None] * BLOCK_D + d[None, :], acc, mask=is_row[:, None])
             tl.debug_barrier()  # all of this program's stores come before its count
             finished = tl.atomic_add(counters + tile_at, 1, sem="acq_rel")
             if finished < num_splits - 1:
                 return
             tl.store(counters + tile_at, 0)
-            acc, total = _combine(
-                partial, partial_max, partial_sum, base, num_splits, r, d, ROWS, BLOCK_D, SPLITS
+            r = tl.arange(0, PART_ROWS)
+            query, is_row, row_at = _row_places(
+                r, query_begin, first_query, num_queries, kv_head, BLOCK_Q, G, NUM_HEADS, HEAD_DIM
             )
+            mean = _combine(
+                partial,
+                partial_max,
+                partial_sum,
+                base,
+                num_splits,
+                r,
+                d,
+                BLOCK_D,
+                SPLITS,
+                PART_ROWS,
+            )
+            is_out = is_row[:, None] & is_d[None, :]
+            tl.store(out + row_at[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=is_out)
+            return
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + row_at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=is_q)

@@ -3,7 +3,7 @@
 Pure data: read by the compiler, which compiles the variants, and by the runtime, which launches them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kernels.launch import Scratch
 from kernels.variant import Argument, KernelVariant, integer, pointer
@@ -19,7 +19,7 @@ class LinearShape:
     Args:
         n, k: rows and columns of the weight.
         dtype, out_dtype: Triton's names: `bf16`, `fp16`, `fp32`.
-        layout: the weight's; a name in `LAYOUTS`.
+        layout: the weight's; one of `LAYOUTS`.
         num_squares: x is an RMS norm's input times its gain, and its squares come in so many parts; 0 = no norm.
         has_rows: x's rows are gathered.
         has_gain: the result is a norm's input: it is also stored times the gain, with its squares.
@@ -107,7 +107,9 @@ def few_tokens_scratch(shape: LinearShape, tiles: Tiles, block_m: int) -> tuple[
     programs = num_programs(shape, tiles)
     part = tiles.block_n * block_m * 4 * (1 if shape.epilogue == "plain" else 2)
     return (
-        Scratch("linear_partial", lambda s: _blocks(s.tokens, block_m) * programs * tiles.split_k * part),
+        Scratch(
+            "linear_partial", lambda s: _blocks(s.tokens, block_m) * programs * tiles.split_k * part
+        ),
         Scratch("linear_counters", lambda s: _blocks(s.tokens, block_m) * programs * 4),
     )
 
@@ -118,15 +120,53 @@ def _blocks(tokens: int, block_m: int) -> int:
 
 def one_token_tiles(shape: LinearShape) -> Tiles:
     """The shipped choice; measured on one H200 (docs/BENCHMARKS.md)."""
-    block_k = min(_power_of_two(shape.k), 1024 if shape.layout == "plain" else 2048)
-    rows = 4 if shape.epilogue == "plain" else 2
-    return Tiles(block_n=rows, block_k=block_k, num_warps=4, prefetch=2)
+    is_wide = shape.num_outputs >= 8192
+    if shape.layout == "plain":
+        if is_wide:
+            wanted = Tiles(2, 2048, num_warps=8)
+        elif shape.epilogue != "plain":
+            wanted = Tiles(1, 1024, num_warps=2)
+        elif shape.k > 8192:
+            wanted = Tiles(8, 512, num_warps=2, prefetch=2)
+        else:
+            wanted = Tiles(4, 1024, num_warps=2)
+    elif is_wide:
+        wanted = Tiles(2, 2048, num_warps=4)
+    elif shape.k > 8192:
+        wanted = Tiles(4, 1024, num_warps=2, prefetch=2, vector=8)
+    else:
+        wanted = Tiles(4, 512, num_warps=2, prefetch=2, vector=8)
+    return replace(wanted, block_k=_block_k(shape.k, wanted.block_k))
 
 
-def few_tokens_tiles(shape: LinearShape, block_m: int) -> Tiles:
-    """The shipped choice; measured on one H200 (docs/BENCHMARKS.md)."""
-    block_n = 16 if shape.num_outputs < 4096 else 32
-    return Tiles(block_n, min(_power_of_two(shape.k), 128), num_warps=4, stages=4)
+def few_tokens_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
+    """The shipped choice; measured on one H200 (docs/BENCHMARKS.md), then fitted to the arch's shared memory."""
+    wanted = Tiles(64, 128, 4, stages=4) if shape.layout == "plain" else Tiles(64, 256, 4, stages=3)
+    width = 1 if shape.epilogue == "plain" else 2
+    weight_bytes = 1 if shape.layout != "plain" else 4 if shape.dtype == "fp32" else 2
+    row_bytes = width * wanted.block_n * weight_bytes + 2 * block_m
+    block_k = _block_k(shape.k, wanted.block_k)
+
+    def stages() -> int:
+        # The tile that is loaded before the wait takes the place of one more stage.
+        return arch.max_shared_bytes // (row_bytes * block_k) - 1
+
+    while stages() < 2 and block_k > 32:
+        block_k //= 2
+    # Programs enough for a device of about 132 SMs, each with several chunks of K.
+    split_k, programs = 1, num_programs(shape, wanted)
+    while split_k < 4 and split_k * programs < 128 and shape.k >= 8 * split_k * block_k:
+        split_k *= 2
+    return replace(
+        wanted, block_k=block_k, stages=max(2, min(wanted.stages, stages())), split_k=split_k
+    )
+
+
+def _block_k(k: int, wanted: int) -> int:
+    """The largest power of two up to `wanted` that divides K, so that no load is masked; where that is small,
+    `wanted`, masked."""
+    divisor = k & -k
+    return min(wanted, divisor) if divisor >= 128 else min(wanted, _power_of_two(k))
 
 
 def num_programs(shape: LinearShape, tiles: Tiles) -> int:
@@ -134,7 +174,8 @@ def num_programs(shape: LinearShape, tiles: Tiles) -> int:
     return -(-shape.num_outputs // tiles.block_n)
 
 
-_STORED = {"plain": None, "fp8_channel": "u8", "int8_channel": "i8"}
+# Triton's dtype of the stored weight, by layout; a plain one has x's.
+LAYOUTS = {"plain": None, "fp8_channel": "u8", "int8_channel": "i8"}
 
 
 def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
@@ -182,7 +223,7 @@ def _variant(
 ) -> KernelVariant:
     every = (
         pointer("x", shape.dtype),
-        pointer("weight", _STORED[shape.layout] or shape.dtype),
+        pointer("weight", LAYOUTS[shape.layout] or shape.dtype),
         pointer("scale", "fp32"),
         pointer("bias", shape.dtype),
         pointer("squares", "fp32"),

@@ -83,16 +83,15 @@ def _store_plain(
 
 
 @triton.jit
-def _rstd(squares, source, is_token, K: tl.constexpr, EPS: tl.constexpr, NUM_SQUARES: tl.constexpr):
-    """rsqrt(mean + EPS) of each token's norm input, from the parts that the kernel before left."""
+def _squares(squares, source, is_token, NUM_SQUARES: tl.constexpr):
+    """The parts of each token's sum of squares that the kernel before left; loaded early, summed late."""
     PADDED: tl.constexpr = triton.next_power_of_2(NUM_SQUARES)
     i = tl.arange(0, PADDED)
-    parts = tl.load(
+    return tl.load(
         squares + source[:, None].to(tl.int64) * NUM_SQUARES + i[None, :],
         mask=is_token[:, None] & (i < NUM_SQUARES)[None, :],
         other=0,
     )
-    return tl.rsqrt(tl.sum(parts, 1) / K + EPS)
 
 
 @triton.jit
@@ -141,9 +140,7 @@ def _finish(
         n_second = tl.where(index < OUTPUTS, n_second, 0)
     first = _scaled(first, n, scale, bias)
     if EPILOGUE == "plain":
-        _store_plain(
-            first, n, tokens, is_valid, residual, gain, out, normed, squares_out, N
-        )
+        _store_plain(first, n, tokens, is_valid, residual, gain, out, normed, squares_out, N)
     else:
         second = _scaled(second, n_second, scale, bias)
         if EPILOGUE == "silu_mul":
@@ -198,6 +195,8 @@ def linear_one(
     if rows is not None:
         source = tl.load(rows + token)
         x += tl.load(rows).to(tl.int64) * K
+    if squares is not None:
+        parts = _squares(squares, source, token == 0, NUM_SQUARES)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     acc_second = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for c in tl.static_range(CHUNKS):
@@ -221,7 +220,7 @@ def linear_one(
     if PAIRED:
         second = tl.sum(acc_second, 1)[:, None]
     if squares is not None:
-        rstd = _rstd(squares, source, token == 0, K, EPS, NUM_SQUARES)[None, :]
+        rstd = tl.rsqrt(tl.sum(parts, 1) / K + EPS)[None, :]
         first *= rstd
         second *= rstd
     _finish(
@@ -306,6 +305,8 @@ def linear_few(
     source = tokens
     if rows is not None:
         source = tl.load(rows + tokens, mask=is_token, other=0)
+    if squares is not None:
+        parts = _squares(squares, source, is_token, NUM_SQUARES)
     x_at = x + source[None, :].to(tl.int64) * K + k[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc_second = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -343,7 +344,7 @@ def linear_few(
             i += BLOCK_N * BLOCK_M
             acc_second = _sum_parts(partial, base, i, acc, BLOCK_N, BLOCK_M, SPLIT_K, STRIDE)
     if squares is not None:
-        rstd = _rstd(squares, source, is_token, K, EPS, NUM_SQUARES)[None, :]
+        rstd = tl.rsqrt(tl.sum(parts, 1) / K + EPS)[None, :]
         acc *= rstd
         acc_second *= rstd
     _finish(
@@ -354,9 +355,7 @@ def linear_few(
 
 
 @triton.jit
-def quantize_rows(
-    x, out, scale_out, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def quantize_rows(x, out, scale_out, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Each row of x as e4m3 and its scale, amax / 448: what the fp8 matrix product of many tokens reads."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -5,9 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def silu_mul(
-    gate_up, out, scale_out, F: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def silu_mul(gate_up, out, scale_out, F: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program a row when `scale_out` is given (then `out` is e4m3), else a block of it."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

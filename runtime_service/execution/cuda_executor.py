@@ -101,17 +101,24 @@ class CudaExecutor:
         Returns:
             Logits [R, V], fp32, in memory that the next step overwrites.
         """
-        sizes = batch.sizes
-        buffers = self._buffers[regime]
-        for step in self._plans[regime]:
-            if isinstance(step, Launch):
-                grid = step.grid(sizes)
-                if grid[0] * grid[1]:
-                    arguments = [self._address(o, buffers, batch, sizes) for o in step.operands]
-                    self._library.kernel(step.variant)(grid, *arguments)
-            else:
+        self.launch(self._plans[regime], regime, batch)
+        return self._buffers[regime][self._graph.outputs[0]][: batch.sizes.rows]
+
+    def plan(self, regime: Regime) -> tuple[Step, ...]:
+        """What a step of a prepared regime launches, in order."""
+        return self._plans[regime]
+
+    def launch(self, steps: Sequence[Step], regime: Regime, batch: DeviceBatch) -> None:
+        """Launches some of a regime's steps; all of them are a whole step."""
+        sizes, buffers = batch.sizes, self._buffers[regime]
+        for step in steps:
+            if isinstance(step, MatMul):
                 self._matmul(step, buffers, sizes)
-        return buffers[self._graph.outputs[0]][: sizes.rows]
+                continue
+            grid = step.grid(sizes)
+            if grid[0] * grid[1]:
+                arguments = [self._address(o, buffers, batch, sizes) for o in step.operands]
+                self._library.kernel(step.variant)(grid, *arguments)
 
     def _address(
         self, operand: Operand, buffers: dict[str, torch.Tensor], batch: DeviceBatch, sizes: Sizes
@@ -208,9 +215,7 @@ def rope_table(
 ) -> torch.Tensor:
     """cos then sin of each position's angles, fp32 [num_positions, 2 * len(inv_freq)]; fp64 inside."""
     positions = torch.arange(num_positions, dtype=torch.float64, device="cuda")
-    angles = torch.outer(
-        positions, torch.tensor(inv_freq, dtype=torch.float64, device="cuda")
-    )
+    angles = torch.outer(positions, torch.tensor(inv_freq, dtype=torch.float64, device="cuda"))
     return (torch.cat((angles.cos(), angles.sin()), 1) * attention_scaling).float()
 
 

@@ -25,7 +25,7 @@ _TILES = Tiles(block_n=4, block_k=256, num_warps=4)
 def _llama_variants(arch: Arch) -> set[KernelVariant]:
     """Variants of one layer of Llama-3.1-8B's shapes."""
     layout = "fp8_channel" if arch.has_fp8 else "plain"
-    return variants(llama_graph(MODELS["llama-3.1-8b"], layout, num_layers=1), arch,
+    return variants(llama_graph(MODELS["llama-3.1-8b"], layout, num_layers=2), arch,
                     _REGIMES.get(arch.name, (_FEW,)))  # fmt: skip
 
 
@@ -78,7 +78,9 @@ def test_too_much_shared_memory_is_refused_by_name() -> None:
     shape = replace(_SHAPE, k=4096)
     tiles = Tiles(block_n=64, block_k=256, num_warps=4, stages=4)
     variant = few_tokens(shape, ARCHES["sm_86"], tiles, 16)
-    with pytest.raises(AssertionError, match=f"{variant.key} uses .* bytes of shared memory, sm_86"):
+    with pytest.raises(
+        AssertionError, match=f"{variant.key} uses .* bytes of shared memory, sm_86"
+    ):
         compile_variants([variant], ARCHES["sm_86"])
     compile_variants([few_tokens(shape, ARCHES["sm_90"], tiles, 16)], ARCHES["sm_90"])
 

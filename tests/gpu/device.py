@@ -1,0 +1,52 @@
+"""Compiles variants for a GPU that is present, or for an older arch whose PTX it takes, and launches them."""
+
+import os
+
+import torch
+
+from kernels.aot import CODE_TITLE, INDEX_TITLE, compile_variants, pack_kernels
+from kernels.launcher import KernelLibrary
+from kernels.variant import KernelVariant
+from shared.arch import ARCHES, Arch
+
+
+def device_arch() -> Arch:
+    """The row of the GPU that is present."""
+    capability = torch.cuda.get_device_capability()
+    return next(arch for arch in ARCHES.values() if arch.capability == capability)
+
+
+def library_of(variants: set[KernelVariant], arch: Arch) -> KernelLibrary:
+    """Machine code of `variants` for `arch`, on the device."""
+    layers = dict(
+        pack_kernels(compile_variants(variants, arch, num_processes=os.cpu_count()), arch)
+    )
+    code = layers[CODE_TITLE]
+    return KernelLibrary(layers[INDEX_TITLE], lambda offset, size: code[offset : offset + size])
+
+
+class Collector:
+    """Gathers variants on a first pass over the cases, so that all are compiled at once; then launches."""
+
+    def __init__(self) -> None:
+        self.variants: set[KernelVariant] = set()
+        self.library: KernelLibrary | None = None
+
+    def __call__(
+        self,
+        variant: KernelVariant,
+        grid: tuple[int, int, int],
+        operands: dict[str, torch.Tensor | int],
+    ) -> None:
+        """Launches `variant`, or only notes it before `library` is set."""
+        if self.library is None:
+            self.variants.add(variant)
+            raise NotYetCompiled
+        values = [operands[a.name] for a in variant.arguments]
+        pointers = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
+        self.library.kernel(variant)(grid, *pointers)
+        torch.cuda.synchronize()
+
+
+class NotYetCompiled(Exception):  # noqa: N818
+    """Ends a case on the collecting pass."""

@@ -1,0 +1,98 @@
+"""Law 2 on a GPU: kernels from machine code equal their formulas, at shapes that divide by nothing.
+
+Also from sm_80 PTX, so that the paths without PDL and fp8 hardware are run somewhere.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from kernels.attention.launch import AttentionTiles, decode_tiles, prefill_tiles
+from kernels.linear.launch import LinearShape
+from shared.arch import ARCHES, Arch
+from tests.gpu.device import Collector, NotYetCompiled, device_arch, library_of
+from tests.kernels.attention_cases import (
+    DECODE_LENGTHS,
+    RAGGED_LENGTHS,
+    attention_shape,
+    check_attention,
+)
+from tests.kernels.linear_cases import LINEAR_SHAPES, check_linear, in_dtype
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+Case = Callable[[Collector, Arch], None]
+
+
+def _linear(shape: LinearShape, kernel: str, tokens: int, split_k: int) -> Case:
+    return lambda run, arch: check_linear(
+        run, arch, shape, kernel, tokens, seed=tokens, split_k=split_k, device="cuda"
+    )
+
+
+def _attention(tiles: AttentionTiles, lengths: list[tuple[int, int]], **shape: object) -> Case:
+    return lambda run, arch: check_attention(
+        run,
+        arch,
+        attention_shape(**shape),
+        tiles,
+        lengths,
+        seed=1,
+        device="cuda",  # type: ignore[arg-type]
+    )
+
+
+def _cases() -> dict[str, Case]:
+    cases: dict[str, Case] = {}
+    for dtype in ("bf16", "fp16"):
+        for name, shape in LINEAR_SHAPES.items():
+            cases[f"one-{name}-{dtype}"] = _linear(in_dtype(shape, dtype), "one", 1, 1)
+            for tokens, split_k in ((1, 1), (5, 2), (19, 2)):
+                case = _linear(in_dtype(shape, dtype), "few", tokens, split_k)
+                cases[f"few-{name}-{dtype}-{tokens}-{split_k}"] = case
+        for window, soft_cap in ((0, 0.0), (37, 0.0), (0, 2.5)):
+            options: dict[str, object] = {"window": window, "soft_cap": soft_cap, "dtype": dtype}
+            for splits in (1, 4):
+                tiles = AttentionTiles(1, 16, splits, is_decode=True)
+                case = _attention(tiles, DECODE_LENGTHS, **options)
+                cases[f"decode-{dtype}-{window}-{soft_cap}-{splits}"] = case
+            case = _attention(AttentionTiles(4, 16, 1), RAGGED_LENGTHS, **options)
+            cases[f"ragged-{dtype}-{window}-{soft_cap}"] = case
+        real = attention_shape(heads=8, head_dim=128, dtype=dtype)
+        sizes: dict[str, object] = {"heads": 8, "head_dim": 128, "dtype": dtype}
+        lengths = [(1, 1), (1, 4097), (1, 513)]
+        cases[f"decode-shipped-{dtype}"] = _attention(decode_tiles(real, 3), lengths, **sizes)
+        cases[f"decode-shipped-many-{dtype}"] = _attention(
+            decode_tiles(real, 512), lengths, **sizes
+        )
+        prefill = prefill_tiles(real, ARCHES["sm_80"])
+        ragged = [(1, 700), (513, 513), (130, 1100), (1, 1)]
+        cases[f"prefill-shipped-{dtype}"] = _attention(prefill, ragged, **sizes)
+    return cases
+
+
+CASES = _cases()
+
+
+@pytest.fixture(scope="module", params=["own", "sm_80"])
+def compiled(request: pytest.FixtureRequest) -> Iterator[tuple[Collector, Arch]]:
+    """All cases' kernels, for the device's own arch or as sm_80 PTX."""
+    arch = device_arch() if request.param == "own" else ARCHES["sm_80"]
+    run = Collector()
+    for case in CASES.values():
+        with contextlib.suppress(NotYetCompiled):
+            case(run, arch)
+    run.library = library_of(run.variants, arch)
+    assert run.library.uses_ptx == (request.param != "own")
+    yield run, arch
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_equals_formula(name: str, compiled: tuple[Collector, Arch]) -> None:
+    run, arch = compiled
+    CASES[name](run, arch)

@@ -1,0 +1,99 @@
+"""Attention launches over random paged caches, compared with the formula: on the CPU through the interpreter, on a
+GPU from machine code."""
+
+import torch
+
+from kernels.attention.launch import AttentionShape, AttentionTiles, grid, scratch, variant
+from kernels.launch import Sizes
+from shared.arch import Arch
+from tests.kernels.linear_cases import TORCH_DTYPES, Operands, Run
+
+BLOCK_TOKENS = 4
+
+
+def attend(
+    q_THD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, shape: AttentionShape
+) -> torch.Tensor:
+    """One sequence's attention, written plainly: its last T of N positions are the queries."""
+    length, num_queries = k_NKD.shape[0], q_THD.shape[0]
+    k = k_NKD.repeat_interleave(shape.group, 1).float()
+    v = v_NKD.repeat_interleave(shape.group, 1).float()
+    scores = torch.einsum("thd,nhd->htn", q_THD.float(), k) * shape.scale
+    if shape.soft_cap:
+        scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
+    key, query = torch.arange(length), torch.arange(length - num_queries, length)[:, None]
+    hidden = key > query
+    if shape.window:
+        hidden = hidden | (key <= query - shape.window)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    return torch.einsum("htn,nhd->thd", scores.softmax(-1), v)
+
+
+def check_attention(
+    run: Run, arch: Arch, shape: AttentionShape, tiles: AttentionTiles,
+    lengths: list[tuple[int, int]], seed: int, device: str = "cpu",
+) -> None:  # fmt: skip
+    """Runs one launch and compares every query. `lengths`: (queries, tokens) of each sequence."""
+    torch.set_default_device(device)
+    try:
+        _launch_and_compare(run, arch, shape, tiles, lengths, seed)
+    finally:
+        torch.set_default_device("cpu")
+
+
+def _launch_and_compare(
+    run: Run, arch: Arch, shape: AttentionShape, tiles: AttentionTiles,
+    lengths: list[tuple[int, int]], seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    dtype = TORCH_DTYPES[shape.dtype]
+    num_tokens, num_sequences = sum(q for q, _ in lengths), len(lengths)
+    blocks = max(-(-n // BLOCK_TOKENS) for _, n in lengths)
+    tables = torch.randperm(num_sequences * blocks).int().view(num_sequences, blocks)
+    cache = (num_sequences * blocks, BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
+    k_cache, v_cache = torch.randn(cache).to(dtype), torch.randn(cache).to(dtype)
+    q = torch.randn(num_tokens, shape.num_heads, shape.head_dim).to(dtype)
+    out = torch.full_like(q, float("nan"))
+    starts = [0]
+    for queries, _ in lengths:
+        starts.append(starts[-1] + queries)
+    sizes = Sizes(num_tokens, num_sequences, num_sequences)
+    operands: Operands = {
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, "out": out, "block_tables": tables,
+        "seq_lens": torch.tensor([n for _, n in lengths]).int(),
+        "query_start": torch.tensor(starts).int(),
+        "num_sequences": num_sequences, "table_stride": blocks,
+    }  # fmt: skip
+    names = ("partial", "partial_max", "partial_sum", "counters")
+    for name, request in zip(names, scratch(shape, tiles), strict=False):
+        dtype = torch.int32 if name == "counters" else torch.float32
+        operands[name] = torch.zeros(request.num_bytes(sizes) // 4, dtype=dtype)
+    run(variant(shape, arch, tiles), grid(shape, tiles, sizes), operands)
+    tolerance = 5e-3 if shape.dtype == "fp16" else 2e-2
+    for i, (queries, length) in enumerate(lengths):
+        if length == 0:
+            continue
+        rows = [
+            tables[i, p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(length)
+        ]
+        k, v = (c.flatten(0, 1)[torch.stack(rows).long()] for c in (k_cache, v_cache))
+        want = attend(q[starts[i] : starts[i] + queries], k, v, shape)
+        got = out[starts[i] : starts[i] + queries].float()
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+    if tiles.splits > 1:
+        counters = operands["counters"]
+        assert isinstance(counters, torch.Tensor)
+        assert not counters.any(), "counters are left at 0"
+
+
+def attention_shape(
+    window: int = 0, soft_cap: float = 0.0, heads: int = 6, head_dim: int = 24, dtype: str = "fp16"
+) -> AttentionShape:
+    """Two kv heads, and sizes that divide by nothing."""
+    return AttentionShape(
+        heads, 2, head_dim, head_dim**-0.5, window, soft_cap, dtype, dtype, BLOCK_TOKENS
+    )
+
+
+DECODE_LENGTHS = [(1, 1), (1, 17), (1, 0), (1, 300), (1, 130)]
+RAGGED_LENGTHS = [(1, 40), (13, 13), (5, 33), (1, 1), (4, 4), (0, 8), (9, 70)]

@@ -1,0 +1,173 @@
+"""Linear launches with random operands, compared with their formula: on the CPU through the interpreter, on a GPU
+from machine code. Shapes that divide by nothing are among them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from kernels.launch import Sizes
+from kernels.linear.launch import (
+    LinearShape, Tiles, few_tokens, few_tokens_scratch, num_programs, one_token,
+)  # fmt: skip
+from kernels.variant import KernelVariant
+from shared.arch import Arch
+
+_EPS = 1e-5
+
+Operands = dict[str, torch.Tensor | int]
+Run = Callable[[KernelVariant, tuple[int, int, int], Operands], None]
+TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _operands(shape: LinearShape, tokens: int, seed: int) -> dict[str, torch.Tensor | int]:
+    torch.manual_seed(seed)
+    dtype = TORCH_DTYPES[shape.dtype]
+    weight = torch.randn(shape.n, shape.k) * shape.k**-0.5
+    scale = torch.rand(shape.n) + 0.5
+    if shape.layout == "plain":
+        stored = weight.to(dtype)
+    elif shape.layout == "int8_channel":
+        stored = (weight * 40).round().clamp(-127, 127).to(torch.int8)
+    else:
+        stored = weight.to(torch.float8_e4m3fn).view(torch.uint8)
+    slots = torch.randperm(4 * tokens)[:tokens].int()
+    if tokens > 2:
+        slots[1] = -1
+    kv = shape.num_kv_heads * shape.head_dim
+    return {
+        "x": torch.randn(tokens + 3, shape.k).to(dtype),
+        "weight": stored,
+        "scale": scale,
+        "bias": torch.randn(shape.n).to(dtype),
+        "squares": torch.rand(tokens + 3, max(1, shape.num_squares)),
+        "gain": (1 + torch.randn(shape.n) / 4).to(dtype),
+        "normed": torch.full((tokens, shape.n), float("nan")).to(dtype),
+        "squares_out": torch.full((tokens, 64), float("nan")),
+        "rows": torch.randperm(tokens + 3)[:tokens].int(),
+        "residual": torch.randn(tokens, shape.n).to(dtype),
+        "out": torch.full((tokens, _width(shape)), float("nan")).to(dtype),
+        "positions": torch.randint(0, 50, (tokens,)).int(),
+        "rope": torch.rand(64, max(1, shape.head_dim)),
+        "slots": slots,
+        "k_cache": torch.full((4 * tokens, kv), 7.0).to(dtype),
+        "v_cache": torch.full((4 * tokens, kv), 7.0).to(dtype),
+        "num_tokens": tokens,
+    }
+
+
+def _width(shape: LinearShape) -> int:
+    if shape.epilogue == "rope":
+        return shape.num_heads * shape.head_dim
+    return shape.n if shape.epilogue == "plain" else shape.n // 2
+
+
+def _products(shape: LinearShape, at: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
+    """x @ weight.T with all that comes before the epilogue, fp32."""
+    rows = at["rows"].long() if shape.has_rows else slice(0, tokens)
+    x = at["x"].float()[rows]
+    if shape.num_squares:
+        x = x * torch.rsqrt(at["squares"][rows].sum(-1, keepdim=True) / shape.k + _EPS)
+    weight = at["weight"]
+    if shape.layout == "fp8_channel":
+        weight = weight.view(torch.float8_e4m3fn)
+    weight = weight.float()
+    if shape.layout != "plain":
+        weight = weight * at["scale"][:, None]
+    y = x @ weight.t()
+    return y + at["bias"].float() if shape.has_bias else y
+
+
+def check_linear(
+    run: Run, arch: Arch, shape: LinearShape, kernel: str, tokens: int, seed: int,
+    split_k: int = 1, device: str = "cpu",
+) -> None:  # fmt: skip
+    """Runs one launch and compares everything that it stores."""
+    operands = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in _operands(shape, tokens, seed).items()
+    }
+    torch.set_default_device(device)
+    try:
+        _launch_and_compare(run, arch, shape, kernel, tokens, split_k, operands)
+    finally:
+        torch.set_default_device("cpu")
+
+
+def _launch_and_compare(
+    run: Run,
+    arch: Arch,
+    shape: LinearShape,
+    kernel: str,
+    tokens: int,
+    split_k: int,
+    operands: Operands,
+) -> None:
+    at = {name: value for name, value in operands.items() if isinstance(value, torch.Tensor)}
+    before = at["residual"].clone()
+    if kernel == "one":
+        tiles = Tiles(block_n=2, block_k=64, num_warps=4, prefetch=2)
+        variant, grid = one_token(shape, arch, tiles), (num_programs(shape, tiles), 1, 1)
+    else:
+        tiles = Tiles(block_n=16, block_k=32, num_warps=4, stages=2, split_k=split_k)
+        variant = few_tokens(shape, arch, tiles, 16)
+        grid = (num_programs(shape, tiles), -(-tokens // 16), split_k)
+        for request, dtype in zip(
+            few_tokens_scratch(shape, tiles, 16), (torch.float32, torch.int32), strict=False
+        ):
+            size = request.num_bytes(Sizes(tokens, tokens, tokens)) // 4
+            operands[request.name.removeprefix("linear_")] = torch.zeros(size, dtype=dtype)
+    programs = grid[0]
+    if shape.has_gain:
+        operands["squares_out"] = at["squares_out"] = torch.full((tokens, programs), float("nan"))
+    run(variant, grid, operands)
+    y = _products(shape, at, tokens)
+    if shape.epilogue == "rope":
+        _check_rope(shape, at, y)
+        return
+    if shape.epilogue == "silu_mul":
+        gate, up = y.chunk(2, -1)
+        y = torch.nn.functional.silu(gate) * up
+    if shape.has_residual:
+        y = y + before.float()
+    torch.testing.assert_close(at["out"].float(), y, atol=3e-2, rtol=2e-2)
+    if shape.has_gain:
+        h = at["out"].float()
+        torch.testing.assert_close(
+            at["normed"].float(), h * at["gain"].float(), atol=1e-2, rtol=1e-2
+        )
+        torch.testing.assert_close(at["squares_out"].sum(1), h.pow(2).sum(1), atol=1e-3, rtol=1e-4)
+
+
+def _check_rope(shape: LinearShape, at: dict[str, torch.Tensor], y: torch.Tensor) -> None:
+    h, k, d = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    heads = y.view(-1, h + 2 * k, d)
+    cos, sin = at["rope"][at["positions"].long()][:, None].chunk(2, -1)
+    low, high = heads.chunk(2, -1)
+    turned = torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+    torch.testing.assert_close(at["out"].float(), turned[:, :h].flatten(1), atol=3e-2, rtol=2e-2)
+    for cache, want in ((at["k_cache"], turned[:, h : h + k]), (at["v_cache"], heads[:, h + k :])):
+        expected = torch.full_like(cache, 7.0)
+        kept = at["slots"] >= 0
+        expected[at["slots"][kept].long()] = want[kept].flatten(1).to(cache.dtype)
+        torch.testing.assert_close(cache, expected, atol=3e-2, rtol=2e-2)
+
+
+LINEAR_SHAPES = {
+    "plain": LinearShape(37, 96, "fp16", "fp16"),
+    "bias": LinearShape(32, 128, "fp16", "fp16", has_bias=True),
+    "norm_rows": LinearShape(50, 80, "fp16", "fp16", num_squares=5, eps=_EPS, has_rows=True),
+    "residual": LinearShape(40, 64, "fp16", "fp16", has_residual=True, has_gain=True),
+    "int8": LinearShape(33, 96, "fp16", "fp16", layout="int8_channel", has_bias=True),
+    "fp8_residual": LinearShape(33, 96, "fp16", "fp16", layout="fp8_channel", has_residual=True),
+    "silu_mul": LinearShape(70, 96, "fp16", "fp16", num_squares=5, eps=_EPS, epilogue="silu_mul"),
+    "rope": LinearShape(
+        8 * 8, 48, "fp16", "fp16", num_squares=5, eps=_EPS, has_bias=True, epilogue="rope",
+        num_heads=4, num_kv_heads=2, head_dim=8, kv_dtype="fp16",
+    ),
+}  # fmt: skip
+
+
+def in_dtype(shape: LinearShape, dtype: str) -> LinearShape:
+    """The shape with activations and cache of another dtype."""
+    return replace(shape, dtype=dtype, out_dtype=dtype, kv_dtype=dtype)
