@@ -22,14 +22,10 @@ from runtime_service.engine_messages import (
     UpdateRequest,
 )
 from runtime_service.metrics import RuntimeMetrics
+from runtime_service.sample import Sample
 from runtime_service.sample_text import SampleText
-from runtime_service.scheduling.output import TokenLogprobs
 from runtime_service.scheduling.request import Request
 from shared.errors import MillraceError, to_status
-
-# Tokens in one event at most: a message must stay far below every client's size limit.
-MAX_EVENT_TOKENS = 4096
-MAX_EVENT_LOGPROBS = 512
 
 _log = structlog.get_logger()
 
@@ -42,20 +38,6 @@ class EngineLink(Protocol):
 
     def forget(self, request_id: int) -> None:
         """Nothing more is wanted of this request."""
-
-
-class _Sample:
-    """One of a generation's samples: its text, what waits to be read, and how it ended."""
-
-    __slots__ = ("finish", "logprobs", "num_tokens", "prompt_logprobs", "text", "token_ids")
-
-    def __init__(self, text: SampleText) -> None:
-        self.text = text
-        self.num_tokens = 0
-        self.finish: pb.SampleFinish | None = None
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Generation:
@@ -89,7 +71,7 @@ class Generation:
         self._engine: EngineLink | None = None
         self._engine_id = -1
         self._early: list[pb.UpdateGeneration | pb.AddCredit] = []
-        self._samples: list[_Sample] = []
+        self._samples: list[Sample] = []
         self._num_prompt_tokens = self._num_cached_tokens = 0
         self._seed = 0
         self._sends_logprobs = self._sends_started = False
@@ -106,7 +88,7 @@ class Generation:
         assert not self.is_ended, f"{self.request_id} was submitted after its end"
         self._engine, self._engine_id = engine, request.request_id
         self._submitted_s = time.monotonic()
-        self._samples = [_Sample(text) for text in texts]
+        self._samples = [Sample(text) for text in texts]
         self._num_prompt_tokens = len(request.prompt_token_ids)
         self._seed = request.sampling.seed
         self._sends_logprobs = sends_logprobs
@@ -223,15 +205,14 @@ class Generation:
             started = pb.GenerationStarted(seed=self._seed, prompt_tokens=self._num_prompt_tokens)
             yield pb.Event(request_id=name, started=started)
         for index, sample in enumerate(self._samples):
-            if sample.token_ids or sample.text.is_ready or sample.prompt_logprobs:
-                for chunk in _take_chunks(index, sample):
-                    yield pb.Event(request_id=name, tokens=chunk)
+            if sample.has_news:
+                yield from sample.take_events(name, index)
         if is_last and self.error is not None:
             yield pb.Event(request_id=name, error=to_status(self.error))
         elif is_last:
             yield pb.Event(request_id=name, finished=self._finished())
 
-    def _on_first_output(self, sample: _Sample, output: SampleOutput) -> None:
+    def _on_first_output(self, sample: Sample, output: SampleOutput) -> None:
         sample.prompt_logprobs += output.prompt_logprobs
         self.num_unread_tokens += len(output.prompt_logprobs)
         assert output.num_cached_tokens is not None, "not a sample's first output"
@@ -317,36 +298,3 @@ class Generation:
 
 def _reason_name(finish: pb.SampleFinish) -> str:
     return pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
-
-
-def _take_chunks(index: int, sample: _Sample) -> Iterator[pb.TokenChunk]:
-    """What waits in `sample`, in pieces small enough for any message."""
-    token_ids, logprobs, prompt = sample.token_ids, sample.logprobs, sample.prompt_logprobs
-    sample.token_ids, sample.logprobs, sample.prompt_logprobs = [], [], []
-    text = sample.text.take()
-    if len(token_ids) <= MAX_EVENT_TOKENS and not (logprobs or prompt):
-        yield pb.TokenChunk(sample_index=index, token_ids=token_ids, text=text)
-        return
-    size = MAX_EVENT_LOGPROBS if logprobs or prompt else MAX_EVENT_TOKENS
-    for start in range(0, len(prompt) - size, size):
-        piece = [_logprob(row) for row in prompt[start : start + size]]
-        yield pb.TokenChunk(sample_index=index, prompt_logprobs=piece)
-    last_prompt = prompt[(len(prompt) - 1) // size * size :] if prompt else []
-    for start in range(0, max(len(token_ids), 1), size):
-        yield pb.TokenChunk(
-            sample_index=index,
-            token_ids=token_ids[start : start + size],
-            text=text,
-            logprobs=[_logprob(row) for row in logprobs[start : start + size]],
-            prompt_logprobs=[_logprob(row) for row in last_prompt],
-        )
-        text, last_prompt = "", []
-
-
-def _logprob(row: TokenLogprobs) -> pb.TokenLogprob:
-    return pb.TokenLogprob(
-        token_id=row.token_id,
-        logprob=row.logprob,
-        rank=row.rank,
-        top=[pb.TopLogprob(token_id=token_id, logprob=value) for token_id, value in row.top],
-    )

@@ -1,11 +1,13 @@
 """Generate over real gRPC and a real engine process that repeats its prompt."""
 
 import asyncio
+import gc
 import logging
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 import structlog
 from grpc_status import rpc_status
@@ -491,3 +493,49 @@ async def test_prompts_and_tokens_are_not_logged(
     assert "generation_finished" in caplog.text
     assert "secret" not in caplog.text
     assert "hush" not in caplog.text
+
+
+async def test_long_backlog_is_cut_into_messages(tmp_path: Path) -> None:
+    """A reader that comes late gets everything, in messages that any client takes."""
+    prompt = [3 + i % 200 for i in range(3000)]
+    async with running_daemon(
+        tmp_path, max_sequence_tokens=16_000, num_blocks=2048, max_step_tokens=4096
+    ) as daemon:
+        call = daemon.call()
+        start = start_of(prompt, request_id="logprobs", max_new_tokens=3000)
+        start.sampling.top_logprobs = 1
+        start.sampling.prompt_logprobs = True
+        await call.send(start=start)
+        await call.start("plain", prompt, max_new_tokens=9000)
+        await until(lambda: bool(daemon.runtime._calls))
+        (slow,) = daemon.runtime._calls
+        await until(lambda: not slow._running, 60.0)
+        seen = await call.finish()
+    chunks = seen["logprobs"].chunks
+    assert [row.token_id for c in chunks for row in c.logprobs] == prompt
+    assert [row.token_id for c in chunks for row in c.prompt_logprobs] == prompt[1:]
+    assert seen["plain"].token_ids[0] == prompt * 3
+    assert seen["plain"].text[0] == TOKENIZER.decode(prompt * 3)
+    assert max(message.ByteSize() for message in call.messages) < 256 << 10
+
+
+async def test_many_tokens_leave_no_memory_behind(tmp_path: Path) -> None:
+    """The front's memory after 60,000 tokens is what it was after 20,000."""
+    process = psutil.Process()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    try:
+        async with running_daemon(tmp_path, num_blocks=2048) as daemon:
+            readings = []
+            for _ in range(3):
+                call = daemon.call()
+                for number in range(50):
+                    await call.start(str(number), [40, 41, 42], max_new_tokens=400)
+                await call.finish()
+                del call
+                gc.collect()
+                readings.append(process.memory_info().rss)
+            assert not daemon.runtime._calls
+            assert not daemon.client._generations
+    finally:
+        structlog.reset_defaults()
+    assert readings[2] - readings[0] < 8 << 20
