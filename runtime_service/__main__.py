@@ -6,6 +6,7 @@ The engine process is started before anything else is awaited; torch is never im
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import structlog
 from millrace.runtime.v1 import runtime_pb2_grpc
@@ -15,7 +16,6 @@ from runtime_service.device import own_arch
 from runtime_service.engine_client import EngineClient
 from runtime_service.engine_process import EngineSpec
 from runtime_service.metrics import RuntimeMetrics
-from runtime_service.registration import Registration
 from runtime_service.runtime import OnLost, Runtime
 from runtime_service.served_engine import EngineText
 from runtime_service.service import RuntimeService
@@ -26,6 +26,9 @@ from shared.log import configure_logging
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
 from shared.store import GrpcStore, LocalStore, open_store
+
+if TYPE_CHECKING:
+    from runtime_service.registration import Registration
 
 SERVICE = "millrace.runtime.v1.RuntimeService"
 LOADER = "runtime_service.execution.loading:load_engine"
@@ -144,7 +147,7 @@ async def _load_first(settings: RuntimeSettings, runtime: Runtime) -> None:
 async def tell_changes(
     server: DaemonServer,
     runtime: Runtime,
-    registration: Registration | None,
+    registration: "Registration | None",
     changed: asyncio.Event,
 ) -> None:
     """Keeps health checks and the fleet's record true, from change to change."""
@@ -158,10 +161,11 @@ async def tell_changes(
 
 def _registration(
     settings: RuntimeSettings, service: RuntimeService, address: str
-) -> Registration | None:
+) -> "Registration | None":
     if not settings.redis_url:
         return None
-    # Imported where it is wanted: redis costs a start-up 100 ms.
+    # Imported where they are wanted: redis costs a start-up 100 ms.
+    from runtime_service.registration import Registration
     from shared.redis import connect
 
     return Registration(

@@ -186,7 +186,8 @@ class Runtime:
             async with self._exchange:
                 await self._exchange_for(engine, found)
         finally:
-            if self.served is None and self._state != pb.RUNTIME_STATE_DRAINING:
+            # An engine that was lost is still being restarted; else there is none.
+            if self.served is None and isinstance(self._refusal, NoEngine):
                 self._become(pb.RUNTIME_STATE_IDLE)
         return engine
 

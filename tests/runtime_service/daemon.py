@@ -104,17 +104,23 @@ async def running_daemon(
     max_waiting_tokens: int = 0,
     step_timeout_s: float = 30.0,
     max_message_bytes: int = 1 << 20,
+    loader: str = LOADER,
+    publish: Callable[[LocalStore], EngineManifest] = publish_echo,
     **arguments: Any,
 ) -> AsyncIterator[Daemon]:
-    """A daemon that serves the echo engine; `arguments` are the engine's."""
+    """A daemon that serves the echo engine, or what `publish` and `loader` make of one.
+
+    Args:
+        arguments: the engine's.
+    """
     store = LocalStore(folder / "store")
-    publish_echo(store)
+    engine = publish(store)
     metrics = RuntimeMetrics()
     changed = asyncio.Event()
 
     async def start_client(engine: EngineManifest, on_lost: OnLost) -> EngineClient:
         spec = EngineSpec(
-            LOADER,
+            loader,
             {"store": str(store.root), "engine": engine.name, **arguments},
             log_level="error",
         )
@@ -145,7 +151,7 @@ async def running_daemon(
         stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
         daemon = Daemon(runtime, server, store, channel, stub, arguments)
         try:
-            await daemon.load()
+            await runtime.load(EngineSelector(engine.model, "cpu", engine.key.quant), "")
             yield daemon
         finally:
             telling.cancel()
