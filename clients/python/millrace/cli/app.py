@@ -93,15 +93,21 @@ def up(
     state: State = _HOME,
     compiler: Compiler = _COMPILER,
     runtime: Runtime = _RUNTIME,
+    metrics: Annotated[
+        bool, typer.Option(help="Serve Prometheus metrics at ports 7611 and 7612.")
+    ] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Run the local stack in the foreground: Valkey, a compile daemon, a runtime daemon.
 
-    Ctrl-C stops it; what is being generated is finished first.
+    Ctrl-C stops it; what is being generated is finished first. Port 0 takes a free one. With
+    --json one line with the addresses is printed once the stack is ready.
     """
     from millrace.cli.stack import Stack
     from millrace.cli.up import up as run
 
-    run(Stack(state.expanduser().resolve(), compiler, runtime), model, quant)
+    stack = Stack(state.expanduser().resolve(), compiler, runtime, with_metrics=metrics)
+    run(stack, model, quant, as_json=as_json)
 
 
 @app.command(epilog="Example: millrace build sample:smollm2-135m --arch cpu,sm_90 --quant int8")
@@ -179,7 +185,7 @@ def engines(limit: Limit = 50, compiler: Compiler = _COMPILER, as_json: AsJson =
 @app.command(epilog="Example: millrace inspect 3f9a52 --graph")
 def inspect(
     engine: Annotated[
-        str, typer.Argument(metavar="ENGINE", help="Name, or the first 6 or more of its digits.")
+        str, typer.Argument(metavar="ENGINE", help="Model name, engine name, or its first digits.")
     ],
     graph: Annotated[
         bool, typer.Option("--graph", help="Print the graph before and after the passes.")

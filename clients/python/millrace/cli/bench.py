@@ -37,7 +37,7 @@ class Load:
     input_tokens: int
     output_tokens: int
     seed: int = 0
-    token_range: tuple[int, int] = (10, 400)
+    token_range: tuple[int, int] = (10, 250)
 
 
 @dataclass(slots=True)

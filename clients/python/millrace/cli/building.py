@@ -1,7 +1,7 @@
 """`millrace build`: asks for engines and shows how they come about."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from millrace.builds import raise_if_failed
@@ -37,10 +37,14 @@ def build(
     group_size: int,
     model: str,
     *,
-    detach: bool,
-    as_json: bool,
+    detach: bool = False,
+    as_json: bool = False,
+    tell: Callable[[str], None] = output.print_line,
 ) -> pb.Operation:
     """The operation, finished unless `detach`; shown while it goes on.
+
+    Args:
+        tell: gets a line per finished engine, for people.
 
     Raises:
         MillraceError: it was refused, or one of its builds failed.
@@ -60,7 +64,8 @@ def build(
         operation = _show_lines(changes, operation)
     raise_if_failed(operation)
     if not as_json:
-        _show_result(operation, time.monotonic() - start)
+        for line in _result_lines(operation, time.monotonic() - start):
+            tell(line)
     return operation
 
 
@@ -181,10 +186,9 @@ def _show_detached(operation: pb.Operation, as_json: bool) -> None:
     output.say("See how it goes with: [bold]millrace builds[/]")
 
 
-def _show_result(operation: pb.Operation, seconds: float) -> None:
+def _result_lines(operation: pb.Operation, seconds: float) -> Iterator[str]:
     for build in operation.builds:
         how = "was in the store" if build.cached else f"built in {output.duration_text(seconds)}"
         key = build.key
-        output.print_line(
-            f"engines/{output.short_name(build.name)}  {key.arch}  {key.quant.scheme}  {how}"
-        )
+        name = output.short_name(build.name)
+        yield f"engines/{name}  {key.arch}  {key.quant.scheme}  {how}"

@@ -37,6 +37,8 @@ def report(error: BaseException, as_json: bool) -> int | None:
         as_json: the line is an object, for programs.
     """
     if isinstance(error, KeyboardInterrupt):
+        if sys.stderr.isatty():  # the cursor stands behind ^C
+            sys.stderr.write("\n")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):  # whoever read our output has enough
         sys.stdout = None

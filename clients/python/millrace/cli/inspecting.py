@@ -6,6 +6,7 @@ from typing import Any
 
 from millrace.cli import output
 from millrace.cli.listing import quant_text
+from millrace.cli.loading import find_engine
 from millrace.client import Client
 from millrace.compiler.v1 import compiler_pb2
 from millrace.engine.v1 import engine_pb2
@@ -16,9 +17,7 @@ _KERNELS = "kernels/index.json"
 
 def inspect(client: Client, name: str, *, with_graph: bool, as_json: bool) -> None:
     """Prints an engine: key, sizes, layers, graph, kernels, build times."""
-    if "/" not in name:
-        name = f"engines/{name}"
-    found = client.get_engine(name)
+    found = client.get_engine(find_engine(client, name, "").name)
     documents = _read_documents(client, found.engine)
     if as_json:
         output.print_json({**output.to_dict(found), **documents})

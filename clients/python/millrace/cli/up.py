@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from millrace.builds import engine_names
 from millrace.cli import output
 from millrace.cli.building import build, parse_quant
 from millrace.cli.generating import speed_text, stream_text
@@ -13,12 +14,13 @@ from millrace.cli.loading import serve
 from millrace.cli.machine import local_arch
 from millrace.cli.stack import Stack
 from millrace.client import Client
+from millrace.errors import MillraceError
 from millrace.generation import Message
 
 QUESTION = "In one short paragraph: why is the sky blue?"
 
 
-def up(stack: Stack, model_uri: str, quant: str) -> None:
+def up(stack: Stack, model_uri: str, quant: str, *, as_json: bool) -> None:
     """Runs the stack until Ctrl-C or SIGTERM, serving a model where one is named.
 
     Raises:
@@ -32,8 +34,11 @@ def up(stack: Stack, model_uri: str, quant: str) -> None:
         try:
             if model_uri:
                 with Client(stack.compiler, stack.runtime) as client:
-                    _serve(client, model_uri, quant)
-            _show_next(stack, bool(model_uri))
+                    _serve(stack, client, model_uri, quant)
+            if as_json:
+                output.print_json({"compiler": stack.compiler, "runtime": stack.runtime})
+            else:
+                _show_next(stack, bool(model_uri))
             while True:
                 stack.check()
                 time.sleep(0.3)
@@ -48,7 +53,7 @@ def demo(state: Path, model_uri: str, quant: str, question: str) -> None:
     output.say("[bold]1[/] starting the local stack: Valkey, a compile daemon, a runtime daemon")
     with stack, Client(stack.compiler, stack.runtime) as client:
         output.say(f"[bold]2[/] building [bold]{escape(model_uri)}[/] for cpu in {quant}")
-        _serve(client, model_uri, quant)
+        _serve(stack, client, model_uri, quant)
         output.say(f"[bold]3[/] asking: [bold]{escape(question)}[/]\n")
         asked = [Message(role="user", content=question)]
         result, first_s = stream_text(client, asked, {"max_new_tokens": 160})
@@ -66,16 +71,19 @@ and in another:
     )
 
 
-def _serve(client: Client, model_uri: str, quant: str) -> None:
-    """Builds `model_uri` for the runtime's own arch, and has the runtime serve it."""
+def _serve(stack: Stack, client: Client, model_uri: str, quant: str) -> None:
+    """Builds `model_uri` for this machine, and has the runtime serve it."""
     start = time.monotonic()
     scheme, group_size = parse_quant(quant)
-    operation = build(
-        client, model_uri, [local_arch()], scheme, group_size, "", detach=False, as_json=False
-    )
-    name = operation.builds[0].name.replace("builds/", "engines/", 1)
-    engine = client.get_engine(name).engine
-    serve(client, engine)
+    try:
+        operation = build(
+            client, model_uri, [local_arch()], scheme, group_size, "", tell=output.say
+        )
+        engine = client.get_engine(engine_names(operation.builds)[0]).engine
+        serve(client, engine)
+    except MillraceError:
+        stack.check()  # where a daemon has ended, its last words say more
+        raise
     output.say(f"[dim]serving after {output.duration_text(time.monotonic() - start)}[/]")
 
 
