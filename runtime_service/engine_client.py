@@ -71,7 +71,8 @@ class EngineClient:
         self._outbox: list[Command] = []
         self._idle = asyncio.Event()
         self._idle.set()
-        self._is_over = self._owes_answer = False
+        self._is_over = False
+        self._num_sent = self._num_obeyed = 0
         self._reaping: asyncio.Task[int] | None = None
         self._last_sign_s = time.monotonic()
         self._tokens_per_s = 0.0
@@ -156,8 +157,6 @@ class EngineClient:
                 max_waiting_tokens=self.max_waiting_tokens,
                 retry_after_s=self._retry_after_s(),
             )
-        if not self._generations:
-            self._last_sign_s = time.monotonic()
         self._generations[request.request_id] = generation
         self._waiting[request.request_id] = num_tokens
         self._waiting_tokens += num_tokens
@@ -196,7 +195,7 @@ class EngineClient:
         commands, self._outbox = self._outbox, []
         if not self._is_over:
             self._process.link.send(commands)
-            self._owes_answer = True
+            self._num_sent += len(commands)
 
     def _left_queue(self, request_id: int) -> None:
         self._waiting_tokens -= self._waiting.pop(request_id, 0)
@@ -229,7 +228,7 @@ class EngineClient:
         took_s = max(now_s - self._last_sign_s, 1e-4)
         self._tokens_per_s += 0.1 * (step.stats.step_tokens / took_s - self._tokens_per_s)
         self._last_sign_s = now_s
-        self._owes_answer = False
+        self._num_obeyed = step.num_commands
 
     async def _watch(self) -> None:
         while True:
@@ -243,11 +242,7 @@ class EngineClient:
 
     def _is_working(self) -> bool:
         """Claims that a message from the process is due."""
-        if self.stats is not None and not self.stats.is_idle:
-            return True
-        return self._owes_answer and any(
-            not generation.waits_for_credit for generation in self._generations.values()
-        )
+        return self._num_obeyed < self._num_sent or not (self.stats is None or self.stats.is_idle)
 
     def _lose(self, error: EngineLost) -> None:
         if self._is_over:

@@ -82,6 +82,7 @@ class EngineCore:
         self._mailbox = mailbox
         self._max_unread_steps = 1 if overlap else 0
         self._unread: deque[PendingStep] = deque()
+        self._num_commands = 0
         self._is_idle = False
         self._is_stopped = False
 
@@ -89,10 +90,11 @@ class EngineCore:
         """Loops until `Shutdown`. Raises whatever the runner or the mailbox raised."""
         while not self._is_stopped:
             # Idle: sleeps in the kernel until the front says something.
-            outputs = self._obey(self._mailbox.receive(wait=self._is_idle))
-            self._step(outputs)
+            commands = self._mailbox.receive(wait=self._is_idle)
+            self._num_commands += len(commands)
+            self._step(self._obey(commands), bool(commands))
 
-    def _step(self, outputs: list[SampleOutput]) -> None:
+    def _step(self, outputs: list[SampleOutput], owes_answer: bool) -> None:
         step = self._scheduler.schedule()
         if step is not None:
             self._unread.append(self._runner.execute(step))
@@ -101,8 +103,9 @@ class EngineCore:
         while len(self._unread) > max_unread:
             outputs += self._scheduler.update_from(self._unread.popleft().result())
         was_idle, self._is_idle = self._is_idle, step is None and not has_read
-        if outputs or not (was_idle and self._is_idle):
-            self._mailbox.send(StepOutputs(tuple(outputs), self._scheduler.stats(self._is_idle)))
+        if outputs or owes_answer or not (was_idle and self._is_idle):
+            stats = self._scheduler.stats(self._is_idle)
+            self._mailbox.send(StepOutputs(tuple(outputs), stats, self._num_commands))
 
     def _obey(self, commands: list[Command]) -> list[SampleOutput]:
         """Passes commands to the scheduler; returns what they ended."""

@@ -100,10 +100,16 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 
 
 class StepOutputs(msgspec.Struct, tag=True, frozen=True):
-    """What all sequences gained since the last message, and the loop's state."""
+    """What all sequences gained since the last message, and the loop's state.
+
+    Args:
+        num_commands: obeyed since the start. Every command is answered by a message, so that a
+            watchdog knows when one is due: while the loop is not idle, or has not obeyed all.
+    """
 
     outputs: tuple[SampleOutput, ...]
     stats: EngineStats
+    num_commands: int = 0
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):

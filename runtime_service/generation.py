@@ -75,7 +75,7 @@ class Generation:
         self._num_prompt_tokens = self._num_cached_tokens = 0
         self._seed = 0
         self._sends_logprobs = self._sends_started = False
-        self._credit_tokens: int | None = None
+        self._has_credit_limit = False
         self._finish_without_engine = pb.SampleFinish(reason=pb.FINISH_REASON_CANCELLED)
 
     # What the runtime says.
@@ -93,7 +93,7 @@ class Generation:
         self._seed = request.sampling.seed
         self._sends_logprobs = sends_logprobs
         self._sends_started = True
-        self._credit_tokens = request.credit_tokens
+        self._has_credit_limit = request.credit_tokens is not None
         early, self._early = self._early, []
         for command in early:
             self.update(command) if isinstance(command, pb.UpdateGeneration) else self.credit(
@@ -133,8 +133,7 @@ class Generation:
         """Passes checked credit on; means nothing where there is no limit."""
         if self._engine is None:
             self._early.append(credit)
-        elif self._credit_tokens is not None:
-            self._credit_tokens += credit.tokens
+        elif self._has_credit_limit:
             self._engine.send(AddCredit(self._engine_id, credit.tokens))
 
     # What the world says.
@@ -151,11 +150,6 @@ class Generation:
         if not self.is_ended:
             self._abort()
             self._end("client_gone")
-
-    @property
-    def waits_for_credit(self) -> bool:
-        """Claims that the engine may not go on with it before the client allows it."""
-        return self._credit_tokens is not None and self._credit_tokens <= 0
 
     def on_output(self, output: SampleOutput, now_s: float) -> None:
         """Takes what one of its samples gained in a step."""
@@ -224,8 +218,6 @@ class Generation:
 
     def _count_tokens(self, num_tokens: int, now_s: float) -> None:
         self.num_unread_tokens += num_tokens
-        if self._credit_tokens is not None:
-            self._credit_tokens -= num_tokens
         metrics = self._metrics
         metrics.generated_tokens += num_tokens
         if self._first_token_s:

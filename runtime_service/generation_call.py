@@ -17,9 +17,11 @@ from runtime_service.metrics import RuntimeMetrics
 from shared.edge import refuse_unknown_fields
 from shared.errors import DeadlineExceeded, Draining, InvalidField, MillraceError, to_status
 
-# Tokens in a message, and tokens of ended generations that may wait to be read.
+# Tokens in a message, and tokens of ended generations that may wait to be read; an end counts
+# as some tokens too.
 MAX_MESSAGE_TOKENS = 4096
 MAX_UNREAD_TOKENS = 1 << 16
+END_TOKENS = 32
 
 
 class Starter(Protocol):
@@ -166,7 +168,7 @@ class GenerationCall:
 
     def _on_end(self, generation: Generation) -> None:
         del self._running[generation.request_id]
-        self._num_ended_tokens += generation.num_unread_tokens + 1
+        self._num_ended_tokens += generation.num_unread_tokens + END_TOKENS
         if self._num_ended_tokens > MAX_UNREAD_TOKENS:
             self._room.clear()
         self._on_news(generation)

@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from millrace.runtime.v1 import runtime_pb2 as pb
 
+from runtime_service.generation_call import END_TOKENS, MAX_UNREAD_TOKENS, GenerationCall
 from shared.engine import EngineSelector
 from shared.errors import (
     ArchMismatch,
@@ -136,7 +137,9 @@ async def test_prompt_larger_than_the_queue_may_wait_alone(tmp_path: Path) -> No
 
 async def test_client_that_never_reads_costs_a_bounded_buffer(tmp_path: Path) -> None:
     """It is read from no more once it leaves too much unread; others do not notice."""
-    async with running_daemon(tmp_path, max_sequences=128, num_blocks=8192) as daemon:
+    async with running_daemon(
+        tmp_path, max_sequences=128, num_blocks=8192, max_waiting_tokens=2000
+    ) as daemon:
         raw = daemon.stub.Generate()
 
         async def flood() -> None:
@@ -147,10 +150,12 @@ async def test_client_that_never_reads_costs_a_bounded_buffer(tmp_path: Path) ->
         flooding = asyncio.create_task(flood())
         (deaf,) = await _calls(daemon)
         await until(lambda: not deaf._room.is_set(), 60.0)
-        num_read = len(deaf._running) + len(deaf._unread)
+        most_running = 128 + 2000 // 11
+        assert len(deaf._running) <= most_running
         await still_works(daemon)
         await daemon.freed()
-        assert len(deaf._unread) <= num_read < 1000
+        num_tokens = sum(g.num_unread_tokens + END_TOKENS for g in deaf._unread)
+        assert num_tokens < MAX_UNREAD_TOKENS + (most_running + 1) * (500 + END_TOKENS)
         assert not flooding.done()
         flooding.cancel()
         raw.cancel()
@@ -171,7 +176,7 @@ async def test_slow_reader_gets_steps_joined_and_loses_nothing(tmp_path: Path) -
             assert one.reason == "LENGTH"
 
 
-async def _calls(daemon: Daemon) -> list[object]:
+async def _calls(daemon: Daemon) -> list[GenerationCall]:
     await until(lambda: bool(daemon.runtime._calls))
     return list(daemon.runtime._calls)
 
