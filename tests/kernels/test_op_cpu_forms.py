@@ -166,8 +166,9 @@ def test_linear_equals_its_reference(
     batch = ragged_batch([(0, 1)], target.kv_dtype, scattered=False)
     (expected,), (found,) = run_both(Node("linear", (), ("y",)), [x], weights, target, batch)
     assert found.dtype == target.activation_dtype
-    # Weights keep at least fp16's bits where activations are fp32.
-    limit = tolerance(target) if target.activation_dtype == torch.bfloat16 else 2e-3
+    # Weights keep at least fp16's bits where activations are fp32, but for int4 at few rows.
+    is_bf16 = target.activation_dtype == torch.bfloat16 or layout == "int4_group"
+    limit = tolerance(target) if is_bf16 else 2e-3
     limit = 2e-5 if dtype == "float32" else limit
     torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit)
 
