@@ -68,15 +68,14 @@ class Timeline:
 
 def bench(address: str, load: Load, *, as_json: bool) -> None:
     """Runs the load and prints what was measured."""
-    model, timelines, seconds = asyncio.run(_run(address, load))
-    report = summary(load, timelines, seconds)
+    report = measure(address, load)
     if as_json:
-        output.print_json({"model": model, **report})
+        output.print_json(report)
         return
     output.say(
-        f"[bold]{model}[/]: {load.streams} streams on {load.calls} call(s), {load.requests} "
-        f"requests of {load.input_tokens} in / {load.output_tokens} out, "
-        f"{output.duration_text(seconds)}"
+        f"[bold]{report['model']}[/]: {load.streams} streams on {load.calls} call(s), "
+        f"{load.requests} requests of {load.input_tokens} in / {load.output_tokens} out, "
+        f"{output.duration_text(report['duration_s'])}"
     )
     output.print_table(
         ("", *(f"p{p}" for p in PERCENTILES)),
@@ -95,6 +94,16 @@ def bench(address: str, load: Load, *, as_json: bool) -> None:
         f"{report['total_tokens_per_s']:.1f} with prompts, "
         f"{report['requests_per_s']:.2f} requests/s"
     )
+
+
+def measure(address: str, load: Load) -> dict[str, Any]:
+    """What the streams of `load` felt at the runtime of `address`, for programs.
+
+    Raises:
+        MillraceError: the runtime refused a request, or went away.
+    """
+    model, timelines, seconds = asyncio.run(_run(address, load))
+    return {"model": model, **summary(load, timelines, seconds)}
 
 
 def summary(load: Load, timelines: list[Timeline], seconds: float) -> dict[str, Any]:
