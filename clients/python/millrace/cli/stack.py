@@ -78,10 +78,10 @@ class Stack:
     def __enter__(self) -> Self:
         self._lock = _lock(self.state)
         self._sockets = Path(tempfile.mkdtemp(prefix="millrace-up-"))
-        self.compiler, self.runtime = _bindable(self.compiler), _bindable(self.runtime)
-        self.logs.mkdir(parents=True, exist_ok=True)
-        (self.state / "redis").mkdir(exist_ok=True)
         try:
+            self.compiler, self.runtime = _bindable(self.compiler), _bindable(self.runtime)
+            self.logs.mkdir(parents=True, exist_ok=True)
+            (self.state / "redis").mkdir(exist_ok=True)
             self._start_children()
         except BaseException:
             self.stop()

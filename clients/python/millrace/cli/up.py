@@ -52,7 +52,8 @@ def demo(state: Path, model_uri: str, quant: str, question: str) -> None:
     stack = Stack(state, "127.0.0.1:0", "127.0.0.1:0", with_metrics=False)
     output.say("[bold]1[/] starting the local stack: Valkey, a compile daemon, a runtime daemon")
     with stack, Client(stack.compiler, stack.runtime) as client:
-        output.say(f"[bold]2[/] building [bold]{escape(model_uri)}[/] for cpu in {quant}")
+        what = f"[bold]{escape(model_uri)}[/] for {local_arch()} in {quant}"
+        output.say(f"[bold]2[/] building {what}")
         _serve(stack, client, model_uri, quant)
         output.say(f"[bold]3[/] asking: [bold]{escape(question)}[/]\n")
         asked = [Message(role="user", content=question)]
