@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 
 from bench.gpu_kernels import (
-    attention_shape, decode_attention_candidates, prefill_attention_candidates, read,
+    attention_shape,
+    decode_attention_candidates,
+    prefill_attention_candidates,
+    read,
 )  # fmt: skip
 from bench.gpu_models import MODELS
 from bench.gpu_timing import captured, median_ms

@@ -13,7 +13,13 @@ import torch
 
 from bench.gpu_kernels import LAYOUTS, read
 from bench.gpu_models import (
-    MODELS, LlamaSizes, inv_freq, llama_graph, random_weights, reference_logits, weight_bytes,
+    MODELS,
+    LlamaSizes,
+    inv_freq,
+    llama_graph,
+    random_weights,
+    reference_logits,
+    weight_bytes,
 )  # fmt: skip
 from bench.gpu_timing import captured, median_ms, read_limit_tb_s
 from kernels.batch import StepBatch

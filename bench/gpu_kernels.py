@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.gpu_models import MODELS, LlamaSizes, llama_graph
+from kernels.aot import compile_variants, pack_kernels
 from kernels.attention import launch as attention
 from kernels.attention.launch import AttentionShape, AttentionTiles
-from kernels.aot import CODE_TITLE, INDEX_TITLE, compile_variants, pack_kernels
 from kernels.launcher import KernelLibrary
 from kernels.linear.launch import LinearShape, Tiles, few_tokens, one_token
 from kernels.lowering import variants
 from kernels.sampling.launch import greedy_variant
-from kernels.variant import KernelVariant
+from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant
 from shared.arch import Arch, arch_named
 
 LAYOUTS = {"bf16": "plain", "fp8": "fp8_channel"}

@@ -34,8 +34,13 @@ def inv_freq(sizes: LlamaSizes) -> tuple[float, ...]:
     return tuple(500_000.0 ** (-i / half) for i in range(half))
 
 
-def llama_graph(sizes: LlamaSizes, layout: str, num_layers: int | None = None) -> Graph:
-    """The fused graph; every linear but the LM head, which stays plain, is stored as `layout`."""
+def llama_graph(
+    sizes: LlamaSizes, layout: str, num_layers: int | None = None, *, like_qwen: bool = False
+) -> Graph:
+    """The fused graph; every linear but the LM head, which stays plain, is stored as `layout`.
+
+    `like_qwen` adds what Qwen has and Llama has not: q and k norms, and a bias of qkv.
+    """
     nodes: list[Node] = []
     weights: dict[str, WeightSpec] = {}
 
@@ -63,8 +68,11 @@ def llama_graph(sizes: LlamaSizes, layout: str, num_layers: int | None = None) -
     layers = s.layers if num_layers is None else num_layers
     for i in range(layers):
         qkv = weight(f"{i}.qkv", (s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden, stored=layout)
-        add("linear", [f"{i}.h"], [f"{i}.qkv"], {"weight": qkv})
-        add("qkv_rope_write", [f"{i}.qkv"], [f"{i}.q", f"{i}.kv"], {}, layer=i, **rope)
+        bias = {"bias": weight(f"{i}.qkv_bias", weights[qkv].shape[0])} if like_qwen else {}
+        add("linear", [f"{i}.h"], [f"{i}.qkv"], {"weight": qkv, **bias})
+        head_norms = ("q_norm", "k_norm") if like_qwen else ()
+        norms = {role: weight(f"{i}.{role}", s.head_dim) for role in head_norms}
+        add("qkv_rope_write", [f"{i}.qkv"], [f"{i}.q", f"{i}.kv"], norms, layer=i, **rope)
         add("attention", [f"{i}.q", f"{i}.kv"], [f"{i}.a"], {}, layer=i, num_heads=s.heads,
             num_kv_heads=s.kv_heads, head_dim=s.head_dim, scale=s.head_dim**-0.5, window=0,
             soft_cap=0.0)  # fmt: skip
@@ -90,7 +98,16 @@ def llama_graph(sizes: LlamaSizes, layout: str, num_layers: int | None = None) -
         nodes=tuple(nodes),
         outputs=("logits",),
         weights=weights,
-        config={"dtype": "bfloat16", "hidden_size": s.hidden, "num_layers": layers},
+        config={
+            "dtype": "bfloat16",
+            "hidden_size": s.hidden,
+            "num_layers": layers,
+            "num_heads": s.heads,
+            "num_kv_heads": s.kv_heads,
+            "head_dim": s.head_dim,
+            "vocab_size": s.vocab,
+            "max_position_embeddings": 8192,
+        },
     )
 
 
@@ -105,11 +122,14 @@ def random_weights(graph: Graph, seed: int = 0) -> dict[str, dict[str, torch.Ten
         elif spec.layout == "plain":
             packed[name] = {"weight": values * spec.shape[1] ** -0.5}
         else:
-            assert spec.layout == "fp8_channel"
+            stored, most = {
+                "fp8_channel": (torch.float8_e4m3fn, 448),
+                "int8_channel": (torch.int8, 127),
+            }[spec.layout]
             values *= spec.shape[1] ** -0.5
-            scale = values.abs().amax(1).float() / 448
-            quantized = (values.float() / scale[:, None]).to(torch.float8_e4m3fn)
-            packed[name] = {"weight": quantized, "scale": scale}
+            scale = values.abs().amax(1).float() / most
+            quantized = (values.float() / scale[:, None]).round(decimals=0 if most == 127 else 6)
+            packed[name] = {"weight": quantized.to(stored), "scale": scale}
         del values
     return packed
 

@@ -11,7 +11,11 @@ from pathlib import Path
 import torch
 
 from bench.gpu_kernels import (
-    LAYOUTS, few_tokens_candidates, linear_shapes, one_token_candidates, read,
+    LAYOUTS,
+    few_tokens_candidates,
+    linear_shapes,
+    one_token_candidates,
+    read,
 )  # fmt: skip
 from bench.gpu_models import MODELS
 from bench.gpu_timing import captured, median_ms, read_limit_tb_s

@@ -17,11 +17,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kernels.cubin import parameter_sizes
-from kernels.variant import DIVISIBILITY, KernelRecord, KernelVariant
+from kernels.variant import (
+    CODE_TITLE,
+    DIVISIBILITY,
+    INDEX_TITLE,
+    KernelRecord,
+    KernelVariant,
+)
 from shared.arch import Arch, arch_named
-
-INDEX_TITLE = "kernels/index.json"
-CODE_TITLE = "kernels/code.bin"
 
 # After a kernel's own arguments Triton passes two pointers: global scratch and profile scratch.
 _TRAILING_POINTERS = (8, 8)

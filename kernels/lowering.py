@@ -11,7 +11,18 @@ from dataclasses import dataclass
 
 from kernels.attention import launch as attention
 from kernels.launch import (
-    Batch, Grid, KvCache, Launch, MatMul, Operand, Size, Sizes, Step, Temporary, Value, Weight,
+    Batch,
+    Grid,
+    KvCache,
+    Launch,
+    MatMul,
+    Operand,
+    Size,
+    Sizes,
+    Step,
+    Temporary,
+    Value,
+    Weight,
 )  # fmt: skip
 from kernels.linear import launch as linear
 from kernels.variant import Argument, KernelVariant, pointer
@@ -22,6 +33,10 @@ TRITON_DTYPES = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8e4nv",
     "int32": "i32", "int8": "i8", "uint8": "u8",
 }  # fmt: skip
+
+
+# Tokens of a KV block on a GPU: a constant of the compiled kernels.
+BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +52,7 @@ class Regime:
 
     max_tokens: int
     max_sequences: int
-    block_tokens: int = 16
+    block_tokens: int = BLOCK_TOKENS
     kv_dtype: str = "bfloat16"
 
 

@@ -12,6 +12,10 @@ Constant = bool | int | float | str | None
 
 DIVISIBILITY = 16
 
+# The engine's layers that hold its kernels.
+INDEX_TITLE = "kernels/index.json"
+CODE_TITLE = "kernels/code.bin"
+
 
 @dataclass(frozen=True, slots=True)
 class Argument:

@@ -53,7 +53,7 @@ def decode_tiles(shape: AttentionShape, max_sequences: int) -> AttentionTiles:
         splits *= 2
     if splits == 1:
         return AttentionTiles(1, 32, 1, num_warps=1, stages=4, is_decode=True)
-    return AttentionTiles(1, 128 if shape.head_dim <= 128 else 64, splits, is_decode=True)
+    return AttentionTiles(1, 64, splits, num_warps=2, stages=3, is_decode=True, min_split=64)
 
 
 def prefill_tiles(shape: AttentionShape, arch: Arch) -> AttentionTiles:

@@ -56,12 +56,33 @@ def _combine(
 
 
 @triton.jit
-def _row_places(r, query_begin, first_query, num_queries, kv_head, BLOCK_Q, G, NUM_HEADS, HEAD_DIM):
+def _row_places(
+    r, query_begin, first_query, num_queries, kv_head,
+    BLOCK_Q: tl.constexpr, G: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
     """A tile's rows: the query each belongs to, whether there is one, and where it begins in q and out."""
     query = first_query + r // G
     is_row = (r < BLOCK_Q * G) & (query < num_queries)
     row_at = (query_begin + query).to(tl.int64) * (NUM_HEADS * HEAD_DIM)
     return query, is_row, row_at + (kv_head * G + r % G) * HEAD_DIM
+
+
+@triton.jit
+def _combine_and_store(
+    out, partial, partial_max, partial_sum, base, num_splits, query_begin, first_query,
+    num_queries, kv_head, d,
+    BLOCK_Q: tl.constexpr, G: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PART_ROWS: tl.constexpr,
+):  # fmt: skip
+    r = tl.arange(0, PART_ROWS)
+    _, is_row, row_at = _row_places(
+        r, query_begin, first_query, num_queries, kv_head, BLOCK_Q, G, NUM_HEADS, HEAD_DIM
+    )
+    mean = _combine(
+        partial, partial_max, partial_sum, base, num_splits, r, d, BLOCK_D, SPLITS, PART_ROWS
+    )
+    is_out = is_row[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(out + row_at[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=is_out)
 
 
 @triton.jit
@@ -174,24 +195,10 @@ def attention(
             if finished < num_splits - 1:
                 return
             tl.store(counters + tile_at, 0)
-            r = tl.arange(0, PART_ROWS)
-            query, is_row, row_at = _row_places(
-                r, query_begin, first_query, num_queries, kv_head, BLOCK_Q, G, NUM_HEADS, HEAD_DIM
-            )
-            mean = _combine(
-                partial,
-                partial_max,
-                partial_sum,
-                base,
-                num_splits,
-                r,
-                d,
-                BLOCK_D,
-                SPLITS,
-                PART_ROWS,
-            )
-            is_out = is_row[:, None] & is_d[None, :]
-            tl.store(out + row_at[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=is_out)
+            _combine_and_store(
+                out, partial, partial_max, partial_sum, base, num_splits, query_begin, first_query,
+                num_queries, kv_head, d, BLOCK_Q, G, NUM_HEADS, HEAD_DIM, BLOCK_D, SPLITS, PART_ROWS,
+            )  # fmt: skip
             return
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + row_at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=is_q)

@@ -11,7 +11,16 @@ import torch
 
 from kernels.batch import StepBatch
 from kernels.launch import (
-    Batch, KvCache, Launch, MatMul, Operand, Scratch, Size, Sizes, Step, Temporary, Value,
+    Batch,
+    KvCache,
+    Launch,
+    MatMul,
+    Operand,
+    Scratch,
+    Sizes,
+    Step,
+    Temporary,
+    Value,
     Weight,
 )  # fmt: skip
 from kernels.launcher import KernelLibrary

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -11,7 +11,11 @@ import structlog
 import torch
 
 from kernels.cpu_form import cpu_target
+from kernels.launcher import KernelLibrary
+from kernels.lowering import BLOCK_TOKENS
+from kernels.variant import CODE_TITLE, INDEX_TITLE
 from runtime_service.execution.cpu_executor import CpuExecutor
+from runtime_service.execution.cuda_graphs import CudaGraphExecutor
 from runtime_service.execution.limits import RunnerOptions, choose_limits
 from runtime_service.execution.model_runner import ModelRunner
 from runtime_service.limits import RuntimeLimits
@@ -71,9 +75,12 @@ def load_runner(store: LocalStore, engine: EngineManifest, options: RunnerOption
         InvalidField: options contradict each other, the model, or the memory.
     """
     arch = arch_named(engine.key.arch)
-    if arch.is_gpu:
-        raise ArchMismatch(built_for=arch.name, found="cpu", command="millrace-runtime --arch cpu")
     phases = _Phases()
+    if arch.is_gpu:
+        if not torch.cuda.is_available():
+            command = "millrace-runtime --arch cpu"
+            raise ArchMismatch(built_for=arch.name, found="cpu", command=command)
+        return _load_cuda_runner(store, engine, options, phases)
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     with WeightReader(store, engine) as reader:
@@ -107,6 +114,50 @@ def load_runner(store: LocalStore, engine: EngineManifest, options: RunnerOption
     )
     vocab_size = int(str(graph.config["vocab_size"]))
     runner = ModelRunner(executor, limits, vocab_size, options.num_threads or 0)
+    return LoadedEngine(runner, limits, phases.timings)
+
+
+def _load_cuda_runner(
+    store: LocalStore, engine: EngineManifest, options: RunnerOptions, phases: "_Phases"
+) -> LoadedEngine:
+    code = store.read_all(engine.layer(CODE_TITLE).digest)
+    with phases.timed("check_device"):
+        library = KernelLibrary(
+            store.read_all(engine.layer(INDEX_TITLE).digest),
+            lambda offset, size: code[offset : offset + size],
+        )
+    graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
+    with WeightReader(store, engine) as reader:
+        reader.start_verify()
+        with phases.timed("copy_weights"):
+            weights = {
+                name: {role: tensor.cuda() for role, tensor in reader.roles(name).items()}
+                for name in graph.weights
+            }
+        with phases.timed("verify_weights"):
+            reader.verify()
+    kv_dtype: torch.dtype = getattr(torch, str(graph.config["dtype"]))
+    limits = choose_limits(
+        graph,
+        str(graph.config["dtype"]),
+        kv_dtype.itemsize,
+        torch.cuda.mem_get_info()[0],
+        replace(options, block_tokens=BLOCK_TOKENS),
+    )
+    with phases.timed("load_kernels"):
+        executor = CudaGraphExecutor(graph, library, weights, limits)
+    with phases.timed("capture_graphs"):
+        executor.capture()
+    _log.info(
+        "engine_loaded",
+        engine=engine.name,
+        device=torch.cuda.get_device_name(),
+        kv_bytes=limits.kv_bytes,
+        kv_reason=limits.kv_reason,
+        max_sequence_tokens=limits.max_sequence_tokens,
+        max_sequences=limits.max_sequences,
+    )
+    runner = ModelRunner(executor, limits, int(str(graph.config["vocab_size"])))
     return LoadedEngine(runner, limits, phases.timings)
 
 

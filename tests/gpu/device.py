@@ -4,9 +4,9 @@ import os
 
 import torch
 
-from kernels.aot import CODE_TITLE, INDEX_TITLE, compile_variants, pack_kernels
+from kernels.aot import compile_variants, pack_kernels
 from kernels.launcher import KernelLibrary
-from kernels.variant import KernelVariant
+from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant
 from shared.arch import ARCHES, Arch
 
 
@@ -48,5 +48,5 @@ class Collector:
         torch.cuda.synchronize()
 
 
-class NotYetCompiled(Exception):  # noqa: N818
+class NotYetCompiled(Exception):
     """Ends a case on the collecting pass."""

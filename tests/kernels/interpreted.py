@@ -9,10 +9,10 @@ from dataclasses import replace
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
+import torch
 
-from kernels.variant import KernelVariant  # noqa: E402
-from shared.arch import ARCHES, Arch  # noqa: E402
+from kernels.variant import KernelVariant
+from shared.arch import ARCHES, Arch
 
 # The interpreter has no PDL: an arch without it, otherwise like the newest ones.
 INTERPRETER: Arch = replace(ARCHES["sm_80"], name="interpreter")

@@ -8,7 +8,12 @@ import torch
 
 from kernels.launch import Sizes
 from kernels.linear.launch import (
-    LinearShape, Tiles, few_tokens, few_tokens_scratch, num_programs, one_token,
+    LinearShape,
+    Tiles,
+    few_tokens,
+    few_tokens_scratch,
+    num_programs,
+    one_token,
 )  # fmt: skip
 from kernels.variant import KernelVariant
 from shared.arch import Arch

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from bench.gpu_models import MODELS, llama_graph
-from kernels.aot import CODE_TITLE, INDEX_TITLE, CompiledKernel, compile_variants, pack_kernels
+from kernels.aot import CompiledKernel, compile_variants, pack_kernels
 from kernels.cubin import parameter_sizes
 from kernels.linear.launch import LinearShape, Tiles, few_tokens, one_token
 from kernels.lowering import Regime, variants
-from kernels.variant import KernelVariant
+from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant
 from shared.arch import ARCHES, Arch
 
 GPU_ARCHES = [arch for arch in ARCHES.values() if arch.is_gpu]

@@ -1,0 +1,89 @@
+"""Every family and GPU scheme lowers to launches that agree with their kernels, at every size of step."""
+
+import pytest
+
+from bench.gpu_models import MODELS, llama_graph
+from compiler_service.models import lower_model
+from compiler_service.passes import run_passes
+from compiler_service.quantization import SCHEMES
+from kernels.launch import Launch, MatMul, Sizes, Temporary, Value
+from kernels.lowering import DECODE_REGIMES, REGIMES, Regime, lower, variants
+from kernels.ops import OPS
+from shared.arch import ARCHES, Arch
+from shared.engine import QuantConfig
+from shared.ir import Graph
+from tests.checkpoints import tiny_config
+
+GPU_ARCHES = [arch for arch in ARCHES.values() if arch.is_gpu]
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def _graph(family: str, scheme: str, **sizes: object) -> Graph:
+    fused = run_passes(lower_model(tiny_config(family, **sizes), "bfloat16"), OPS)
+    return SCHEMES[scheme].apply(fused, QuantConfig(scheme))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("arch", GPU_ARCHES, ids=lambda arch: arch.name)
+def test_every_scheme_of_an_arch_lowers(arch: Arch, family: str) -> None:
+    """Each value is written before it is read, and each launch passes what its kernel takes."""
+    for name, scheme in SCHEMES.items():
+        if not scheme.runs_on(arch):
+            continue
+        graph = _graph(family, name, tie_word_embeddings=name == "int8")
+        for regime in REGIMES:
+            written: set[str] = set()
+            for step in lower(graph, arch, regime):
+                if isinstance(step, MatMul):
+                    assert step.x.name in written
+                    written.add(step.out.name)
+                    continue
+                assert len(step.operands) == len(step.variant.arguments)
+                outputs = {a.name for a in step.variant.arguments if "out" in a.name}
+                for argument, operand in zip(step.variant.arguments, step.operands, strict=True):
+                    if isinstance(operand, Value | Temporary) and argument.name in (
+                        "x", "q", "residual", "qkv", "squares", "gate_up",
+                    ):  # fmt: skip
+                        assert operand.name in written, (
+                            f"{operand.name} is read before it is written"
+                        )
+                    elif isinstance(operand, Value | Temporary):
+                        written.add(operand.name)
+                assert outputs, f"{step.variant.key} writes nothing"
+                assert all(n > 0 for n in step.grid(Sizes(3, 3, 3)))
+            assert set(graph.outputs) <= written
+
+
+def test_few_tokens_launch_five_kernels_a_layer() -> None:
+    """Norms, residual adds, RoPE, KV writes and silu ride on the linears."""
+    graph = llama_graph(MODELS["tiny"], "plain", num_layers=3)
+    for regime in DECODE_REGIMES[:-1]:
+        steps = lower(graph, ARCHES["sm_90"], regime)
+        assert len(steps) == 5 * 3 + 2, "an embedding, five a layer, the LM head"
+
+
+def test_arch_without_pdl_or_fp8_uses_neither() -> None:
+    graph = llama_graph(MODELS["tiny"], "fp8_channel", num_layers=1)
+    old, new = (variants(graph, ARCHES[name]) for name in ("sm_80", "sm_90"))
+    assert not any(v.has_pdl or ("FORMAT", "fp8") in v.constants for v in old)
+    assert all(v.has_pdl for v in new)
+
+
+def test_layers_share_their_variants() -> None:
+    """The second layer's first norm rides on a linear, not on the embedding; later layers add nothing."""
+    arch = ARCHES["sm_90"]
+    few, many = (variants(llama_graph(MODELS["tiny"], "plain", n), arch) for n in (2, 5))
+    assert few == many
+
+
+def test_unfused_graph_is_refused_by_op_name() -> None:
+    graph = lower_model(tiny_config("llama"), "bfloat16")
+    with pytest.raises(AssertionError, match="has no GPU form; run the fusing passes"):
+        lower(graph, ARCHES["sm_90"], Regime(1, 1))
+
+
+def test_launches_carry_their_variant() -> None:
+    steps = lower(llama_graph(MODELS["tiny"], "plain", 1), ARCHES["sm_90"], Regime(1, 1))
+    assert [s.variant.kernel for s in steps if isinstance(s, Launch)] == [
+        "embedding", "linear_one", "attention", "linear_one", "linear_one", "linear_one", "linear_one",
+    ]  # fmt: skip
