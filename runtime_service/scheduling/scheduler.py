@@ -134,6 +134,8 @@ class Scheduler:
             if step.budget and sequence.state is State.RUNNING:
                 self._schedule_prompt(step, sequence)
         self._roster.compact()
+        if not step.scheduled:  # those that ran have just stalled, and nobody may ask again
+            self._make_room_for_first()
         self._admit(step)
         self._step_tokens = self._limits.max_step_tokens - step.budget
         if not step.scheduled:
@@ -286,10 +288,6 @@ class Scheduler:
             sequence = self._waiting.first()
             if sequence is None:
                 return
-            group = sequence.group
-            if group.credit <= 0:
-                sequence.state = State.PARKED
-                continue
             assert sequence.num_tokens == len(sequence.token_ids), "a drawn token was not read"
             shared, num_cached, copied = self._find_cached(step, sequence)
             num_taken = self.kv.num_blocks_for(sequence.num_tokens) - len(shared)
@@ -361,12 +359,15 @@ class Scheduler:
     def _make_room_for_first(self) -> None:
         """Preempts for the first waiting sequence: stalled ones, and those of lower priority."""
         first = self._waiting.first()
-        if first is None or first.group.credit <= 0:
+        if first is None:
             return
         victims = self._roster.below(first.order[0])
         if not victims:
             return
-        needed = self.kv.num_blocks_for(len(first.token_ids)) + self._growth_reserve
+        needed = min(
+            self.kv.num_blocks_for(len(first.token_ids)) + self._growth_reserve,
+            self._limits.num_blocks,
+        )
         # Not in vain: counts shared blocks twice, which only real pressure makes matter.
         if self.kv.num_free + sum(len(victim.block_ids) for victim in victims) < needed:
             return
@@ -412,16 +413,12 @@ class Scheduler:
         if (
             sequence.state is State.PARKED
             and sequence.last_step <= self._last_read
-            and group.credit > 0
             and (group.leader is None or group.leader is sequence)
         ):
             self._waiting.push(sequence)
 
     def _add_credit(self, group: Group, tokens: int) -> None:
-        had_none = group.credit <= 0
         group.credit += tokens
-        if not had_none or group.credit <= 0:
-            return
         for sample in group.samples:
             if sample.state is State.STALLED:
                 self._roster.run(sample)

@@ -46,12 +46,25 @@ class Drive:
         has_read = len(self._unread) > max_unread
         while len(self._unread) > max_unread:
             self.take(self.scheduler.update_from(self._unread.popleft().result()))
-        return step is not None or has_read
+        has_moved = step is not None or has_read
+        if not has_moved:
+            self._check_progress()
+        return has_moved
 
     def run(self) -> None:
-        """Turns until nothing happens."""
+        """Turns until nothing happens; somebody gains something as often as the laws promise."""
+        num_turns, num_outputs = 0, len(self.outputs)
         while self.step():
-            pass
+            num_turns += 1
+            if len(self.outputs) > num_outputs:
+                num_turns, num_outputs = 0, len(self.outputs)
+            # Whoever is first in order computes at least one token a step.
+            assert num_turns <= self.limits.max_sequence_tokens + 16, "steps, and no token"
+
+    def _check_progress(self) -> None:
+        """Progress: the engine may sleep only where nobody has credit, as all fit alone."""
+        could_run = [key for key, group in self.scheduler._groups.items() if group.credit > 0]
+        assert not could_run, f"requests {could_run} have credit and the engine sleeps"
 
     def take(self, outputs: list[SampleOutput]) -> None:
         """Notes outputs; a sample gains nothing after its one end."""

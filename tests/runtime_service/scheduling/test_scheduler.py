@@ -171,6 +171,49 @@ def test_stalled_sequence_gives_way_to_one_that_can_run() -> None:
     expect_alone(drive, stalled, other)
 
 
+@pytest.mark.parametrize("max_unread_steps", [0, 1])
+def test_sample_without_credit_holds_up_nobody_behind_it(max_unread_steps: int) -> None:
+    """Its sibling spent the credit and stalls in the only row."""
+    drive = Drive(small_limits(max_sequences=1), max_unread_steps)
+    stalled, other = request(0, num_samples=2, credit_tokens=2), request(1)
+    drive.add(stalled)
+    drive.run()
+    drive.add(other)
+    drive.run()
+    assert list(drive.finishes) == [(1, 0)]
+    drive.scheduler.credit(0, 100)
+    drive.run()
+    expect_alone(drive, stalled, other)
+
+
+@pytest.mark.parametrize("max_unread_steps", [0, 1])
+def test_stalled_sequence_gives_way_to_one_that_needs_every_block(max_unread_steps: int) -> None:
+    """What is kept free for growth never adds up to more blocks than there are."""
+    drive = Drive(small_limits(max_sequence_tokens=800, num_blocks=200), max_unread_steps)
+    stalled, other = request(0, prompt=2, credit_tokens=1), request(1, prompt=798, num_tokens=2)
+    drive.add(stalled)
+    drive.run()
+    drive.add(other)
+    drive.run()
+    assert list(drive.finishes) == [(1, 0)]
+    drive.scheduler.credit(0, 100)
+    drive.run()
+    expect_alone(drive, stalled, other)
+
+
+@pytest.mark.parametrize("max_unread_steps", [0, 1])
+def test_waiting_sequence_runs_when_the_last_running_one_stalls(max_unread_steps: int) -> None:
+    """Also where nothing is left to be read that would make the engine look again."""
+    drive = Drive(small_limits(max_sequences=1), max_unread_steps)
+    stalled, other = request(0, credit_tokens=2), request(1)
+    drive.add(stalled, other)
+    drive.run()
+    assert list(drive.finishes) == [(1, 0)]
+    drive.scheduler.credit(0, 100)
+    drive.run()
+    expect_alone(drive, stalled, other)
+
+
 def test_credit_is_shared_by_samples_and_discarded_tokens_cost_none() -> None:
     drive = Drive(small_limits())
     end = tokens_alone(request(0))[0][2]
