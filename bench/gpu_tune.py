@@ -65,10 +65,8 @@ def time_tiles(
     layers: list[torch.Tensor],
 ) -> float:  # fmt: skip
     """TB/s of the weights, over a captured chain of layers."""
-    if block_m == 1:
-        variant = one_token(shape, library.arch, tiles)
-    else:
-        variant = few_tokens(shape, library.arch, tiles, block_m)
+    few = few_tokens(shape, library.arch, tiles, block_m) if block_m > 1 else None
+    variant = few or one_token(shape, library.arch, tiles)
     kernel = library.kernel(variant)
     tensors = operands(shape, tokens)
     grid = (num_programs(shape, tiles), -(-tokens // block_m), tiles.split_k)
@@ -111,7 +109,8 @@ def main() -> None:
                                  "tiles": repr(tiles)})  # fmt: skip
                 seen.sort(key=lambda item: -item[0])
                 best = " | ".join(
-                    f"{rate:.2f} n{t.block_n} k{t.block_k} w{t.num_warps} p{t.prefetch} s{t.stages} x{t.split_k} v{t.vector}"
+                    f"{rate:.2f} n{t.block_n} k{t.block_k} w{t.num_warps} p{t.prefetch} s{t.stages} "
+                    f"x{t.split_k} v{t.vector}"
                     for rate, t in seen[:5]
                 )
                 print(f"{layout} {name} M={tokens}: {best} | worst {seen[-1][0]:.2f}", flush=True)

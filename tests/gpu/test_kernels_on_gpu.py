@@ -4,7 +4,7 @@ Also from sm_80 PTX, so that the paths without PDL and fp8 hardware are run some
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ CASES = _cases()
 
 
 @pytest.fixture(scope="module", params=["own", "sm_80"])
-def compiled(request: pytest.FixtureRequest) -> Iterator[tuple[Collector, Arch]]:
+def compiled(request: pytest.FixtureRequest) -> tuple[Collector, Arch]:
     """All cases' kernels, for the device's own arch or as sm_80 PTX."""
     arch = device_arch() if request.param == "own" else ARCHES["sm_80"]
     run = Collector()
@@ -89,7 +89,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[tuple[Collector, Arch]]
             case(run, arch)
     run.library = library_of(run.variants, arch)
     assert run.library.uses_ptx == (request.param != "own")
-    yield run, arch
+    return run, arch
 
 
 @pytest.mark.parametrize("name", CASES)
