@@ -101,6 +101,10 @@ class _Lowering:
         # Parts in which the squares of a riding norm's input come, by the norm's first output.
         self.num_squares: dict[str, int] = {}
         self.dtype = TRITON_DTYPES[str(graph.config["dtype"])]
+        layouts = {weight.layout for weight in graph.weights.values()}
+        unknown = layouts - set(linear.LAYOUTS)
+        assert not unknown, f"{', '.join(sorted(unknown))} has no GPU form"
+        self.most_few = min(linear.MOST_FEW_TOKENS[layout] for layout in layouts)
         self.producer = {name: node for node in graph.nodes for name in node.outputs}
         self.users: dict[str, list[Node]] = {}
         for node in graph.nodes:
@@ -126,7 +130,7 @@ class _Lowering:
 
     @property
     def _is_few(self) -> bool:
-        return self.regime.max_tokens > 0
+        return 0 < self.regime.max_tokens <= self.most_few
 
     def _is_absorbed(self, node: Node) -> bool:
         if not self._is_few:
@@ -267,7 +271,6 @@ class _Lowering:
     def _fused_linear(self, node: Node) -> Step:
         weight = self.graph.weights[node.weights["weight"]]
         follower = self._follower(node)
-        assert weight.layout in linear.LAYOUTS, f"{weight.layout} has no GPU form"
         source = self.producer.get(node.inputs[0])
         rows = source if source is not None and self._is_absorbed(source) else None
         rows = rows if rows is not None and rows.op == "select_rows" else None
@@ -330,7 +333,7 @@ class _Lowering:
 
     @property
     def _block_m(self) -> int:
-        return self.regime.max_tokens or linear.MAX_FEW_TOKENS
+        return self.regime.max_tokens or linear.MAX_BLOCK_M
 
     def _linear_launch(
         self, shape: linear.LinearShape, operands: list[Operand], is_selected: bool

@@ -69,6 +69,13 @@ def test_arch_without_pdl_or_fp8_uses_neither() -> None:
     assert all(v.has_pdl for v in new)
 
 
+def test_fp8_steps_of_more_than_16_tokens_use_torch_products() -> None:
+    graph = llama_graph(MODELS["tiny"], "fp8_channel", num_layers=1)
+    for regime in REGIMES:
+        steps = lower(graph, ARCHES["sm_90"], regime)
+        assert any(isinstance(s, MatMul) for s in steps) == (regime.max_tokens not in (1, 16))
+
+
 def test_layers_share_their_variants() -> None:
     """The second layer's first norm rides on a linear, not on the embedding; later layers add nothing."""
     arch = ARCHES["sm_90"]
