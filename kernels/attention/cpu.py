@@ -60,18 +60,18 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
     def attend(group: _Group, q_TN: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         k, v = (_keys(cache, group, num_kv_heads, head_dim) for cache in batch.kv_caches[layer])
         if soft_cap:
-            return _soft_capped(group, q_TN, k, v, heads, scale, soft_cap)
+            return _soft_capped(group, q_TN, k, v, heads, scale, soft_cap).to(dtype)
         if group.num_queries == 1:
-            return _one_query(group, q_TN, k, v, heads, scale)
-        return _many_queries(group, q_TN, k, v, heads, scale)
+            return _one_query(group, q_TN, k, v, heads, scale, dtype)
+        return _many_queries(group, q_TN, k, v, heads, scale).to(dtype)
 
     def run(q_TN: torch.Tensor, kv: None, batch: StepBatch) -> torch.Tensor:
         groups = _groups(batch, window, q_TN.dtype)
         if len(groups) == 1 and isinstance(groups[0].tokens, slice):
-            return attend(groups[0], q_TN, batch).to(dtype)
+            return attend(groups[0], q_TN, batch)
         out_TN = torch.empty(q_TN.shape, dtype=dtype)
         for group in groups:
-            out_TN[group.tokens] = attend(group, q_TN[group.tokens], batch).to(dtype)
+            out_TN[group.tokens] = attend(group, q_TN[group.tokens], batch)
         return out_TN
 
     return run
@@ -80,9 +80,17 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
 def _keys(cache: torch.Tensor, group: _Group, num_kv_heads: int, head_dim: int) -> torch.Tensor:
     """[S, K, J - first_key, D] of a cache [num_blocks, block_tokens, K, D]."""
     blocks = group.blocks
-    found = cache[blocks] if isinstance(blocks, slice) else cache.index_select(0, blocks)
-    found = found.view(group.num_sequences, -1, num_kv_heads, head_dim)
-    return found[:, group.first_key : group.num_keys].transpose(1, 2)
+    token = num_kv_heads * head_dim
+    block = cache.shape[1] * token
+    first = group.first_key * token
+    if isinstance(blocks, slice):
+        found, sequence, first = cache, 0, first + blocks.start * block
+    else:
+        found = cache.index_select(0, blocks)
+        sequence = len(blocks) // group.num_sequences * block
+    # One call: a view of a view is as dear as a small product.
+    size = (group.num_sequences, num_kv_heads, group.num_keys - group.first_key, head_dim)
+    return torch.as_strided(found, size, (sequence, head_dim, token, 1), first)
 
 
 def _one_query(
@@ -92,16 +100,24 @@ def _one_query(
     v: torch.Tensor,
     heads: tuple[int, int, int],
     scale: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     num_heads, num_kv_heads, head_dim = heads
-    q = q_TN.reshape(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    queries = num_heads // num_kv_heads
+    size = (len(q_TN), num_kv_heads, queries, head_dim)
+    stride = (q_TN.stride(0), queries * head_dim, head_dim, 1)
+    q = torch.as_strided(q_TN, size, stride, q_TN.storage_offset())
     mask = group.mask
     if mask is not None:
-        mask = mask.expand(-1, -1, q.shape[2], -1)
+        mask = mask.expand(-1, -1, queries, -1)
     out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
         q, k, v, 0.0, False, attn_mask=mask, scale=scale
     )[0]
-    return out.reshape(q_TN.shape)  # type: ignore[no-any-return]
+    # Cast and put into order in one call.
+    ordered: torch.Tensor = torch.ops.aten._to_copy.default(
+        out, dtype=dtype, memory_format=torch.contiguous_format
+    )
+    return ordered.view(q_TN.shape)
 
 
 def _many_queries(

@@ -29,22 +29,39 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
     kv_dtype = target.kv_dtype
     half = head_dim // 2
     make_complex, index_copy_ = torch.ops.aten.complex.default, torch.ops.aten.index_copy_.default
+    # Every view is a call: each is made in one step from what it views.
+    strided, cast = torch.ops.aten.as_strided.default, torch.ops.aten._to_copy.default
+    is_cast = target.activation_dtype != kv_dtype
 
     def run(qkv_TN: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, None]:
         num_tokens = qkv_TN.shape[0]
         slots_T = _slots(batch)
-        turned = qkv_TN.narrow(1, 0, turned_width)
+        row, first = qkv_TN.stride(0), qkv_TN.storage_offset()
+        turned, turned_row = qkv_TN, row
+        turned_first = first
         if norm is not None:
-            turned = norm(turned)
-        pairs = turned.view(num_tokens, num_turned, 2, half).float()
-        z = make_complex(pairs.select(2, 0), pairs.select(2, 1)).mul_(rotations.of(batch))
-        qk_TN = torch.view_as_real(z).view(num_tokens, turned_width).to(kv_dtype)
+            turned = norm(strided(qkv_TN, (num_tokens, turned_width), (row, 1), first))
+            turned_row, turned_first = turned_width, 0
+        if turned.dtype != torch.float32:
+            turned = turned.float()
+            turned_row, turned_first = turned.stride(0), 0
+        size, stride = (num_tokens, num_turned, half), (turned_row, head_dim, 1)
+        z = make_complex(
+            strided(turned, size, stride, turned_first),
+            strided(turned, size, stride, turned_first + half),
+        ).mul_(rotations.of(batch))
+        qk = torch.view_as_real(z)
+        if kv_dtype != torch.float32:
+            qk = cast(qk, dtype=kv_dtype)
+        k_TN = strided(qk, (num_tokens, k_width), (turned_width, 1), q_width)
+        v_TN = strided(qkv_TN, (num_tokens, k_width), (row, 1), first + turned_width)
+        if is_cast:
+            v_TN = cast(v_TN, dtype=kv_dtype)
         k_cache, v_cache = batch.kv_caches[layer]
-        k_TN = qk_TN.narrow(1, q_width, k_width)
-        v_TN = qkv_TN.narrow(1, turned_width, k_width).to(kv_dtype)
-        index_copy_(k_cache.view(-1, k_width), 0, slots_T, k_TN)
-        index_copy_(v_cache.view(-1, k_width), 0, slots_T, v_TN)
-        return qk_TN.narrow(1, 0, q_width), None
+        slots, flat = k_cache.shape[0] * k_cache.shape[1], (k_width, 1)
+        index_copy_(strided(k_cache, (slots, k_width), flat), 0, slots_T, k_TN)
+        index_copy_(strided(v_cache, (slots, k_width), flat), 0, slots_T, v_TN)
+        return strided(qk, (num_tokens, q_width), (turned_width, 1), 0), None
 
     return run
 
@@ -92,6 +109,6 @@ def _bind_norm(
     def run(qk_TN: torch.Tensor) -> torch.Tensor:
         heads_THD = qk_TN.view(len(qk_TN), -1, head_dim)
         result: torch.Tensor = norm(heads_THD, [head_dim], None, eps).mul_(weight_HD)
-        return result
+        return result.view(len(qk_TN), -1)
 
     return run
