@@ -156,6 +156,22 @@ class BlobFolder:
         """The whole of a small blob, verified."""
         return b"".join(self.read(digest))
 
+    def read_in_sweep(self, digest: str) -> bytes:
+        """The whole of a small blob, verified; one that holds other bytes stays where it is.
+
+        Setting it aside would wait for the sweep that asks. A later reader does it.
+
+        Raises:
+            BlobNotFound: there is none.
+            DigestMismatch: it holds other bytes.
+        """
+        with self.open(digest) as file:
+            content = file.readall()
+        found = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        if found != digest:
+            raise DigestMismatch(digest=digest, found=found)
+        return content
+
     @contextlib.contextmanager
     def writer(self, media_type: str, title: str = "") -> Iterator[BlobWriter]:
         """A writer whose `blob` is on the disk once the `with` block has ended well.
@@ -222,7 +238,8 @@ class BlobFolder:
         """Removes blobs that nothing needs.
 
         Args:
-            referenced: gives the digests to keep; called while nothing can be added.
+            referenced: gives the digests to keep; called while nothing can be added, so it
+                reads blobs by `read_in_sweep`.
             grace_s: keeps what was written or adopted less than this ago.
         """
         num_blobs = num_bytes = 0

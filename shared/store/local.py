@@ -55,6 +55,7 @@ class LocalStore:
         for folder in (self._engines, self._selectors):
             folder.mkdir(exist_ok=True)
         if not (self.root / "oci-layout").exists():
+            sync_folder(self.root / "blobs")
             self._replace(self.root / "oci-layout", canonical_json(oci.LAYOUT))
 
     @staticmethod
@@ -249,6 +250,7 @@ class LocalStore:
         folder.mkdir(exist_ok=True)
         (folder / name).touch()
         sync_folder(folder)
+        sync_folder(self._selectors)
 
     def _name(self, name: str, record: bytes) -> None:
         path, new = self._engines / name, self._write_beside(record)
@@ -281,7 +283,7 @@ class LocalStore:
         # Blobs of an incomplete engine are kept: they need not be made or pulled again.
         manifest = oci.blob_of(json.loads(record.read_bytes())["manifest"])
         try:
-            text = self.blobs.read_all(manifest.digest)
+            text = self.blobs.read_in_sweep(manifest.digest)
         except (BlobNotFound, DigestMismatch):  # it no longer says what it names
             return set()
         layers = [oci.blob_of(raw).digest for raw in json.loads(text)["layers"]]

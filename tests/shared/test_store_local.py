@@ -248,6 +248,44 @@ def test_sweep_keeps_the_blobs_of_an_incomplete_engine(store: LocalStore) -> Non
     assert engine.layers[1].digest in blob_files(store)
 
 
+@pytest.mark.parametrize("is_read_first", [False, True])
+def test_sweep_passes_over_a_corrupt_manifest(store: LocalStore, is_read_first: bool) -> None:
+    """It must not wait for itself; so it runs in a process that can be ended."""
+    bad = publish_engine(store, engine_key("cpu"), graph=b"bad")
+    good = publish_engine(store, engine_key("sm_90"), graph=b"good")
+    corrupt(store, bad.manifest)
+    if is_read_first:
+        assert len(store.list()) == 1
+    script = (
+        "import sys; from shared.store import LocalStore\nLocalStore(sys.argv[1]).sweep(grace_s=0)"
+    )
+    command = [sys.executable, "-c", script, str(store.root)]
+    subprocess.run(command, check=True, timeout=30, cwd=REPOSITORY)
+    store.verify(store.get(good.name))
+    assert store.list() == (good,)
+    assert publish_engine(store, bad.key, graph=b"bad").manifest == bad.manifest
+
+
+def test_new_selector_survives_a_loss_of_power(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is on the disk when it and the folder that names it were synced."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted_fsync(fd: int) -> None:
+        fsync(fd)
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    publish_engine(store)
+    selectors = store.root / "selectors"
+    made = [str(folder) for folder in selectors.iterdir()]
+    assert len(made) == 2
+    for folder in made:
+        assert str(selectors) in synced[synced.index(folder) :]
+
+
 def test_pinned_blobs_survive_a_sweep_until_released(store: LocalStore) -> None:
     old = store.write_blob([b"old"], "text/plain")
     with store.pin() as pin:
