@@ -50,7 +50,7 @@ async def serve(settings: CompilerSettings, redis_url: str) -> None:
     )  # fmt: skip
     tasks = [
         asyncio.create_task(_sample_queue(queue, metrics)),
-        asyncio.create_task(_sweep(store)),
+        asyncio.create_task(sweep_regularly(store)),
     ]
     if settings.worker:
         worker = Worker(queue, _worker_name(), BUILD_CHILD, store.root, settings.cache_dir, metrics)
@@ -91,10 +91,10 @@ async def _sample_queue(queue: BuildQueue, metrics: CompilerMetrics) -> None:
         await asyncio.sleep(_SAMPLE_S)
 
 
-async def _sweep(store: LocalStore) -> None:
-    """Frees, now and then, what deleted engines have left."""
+async def sweep_regularly(store: LocalStore, interval_s: float = _SWEEP_S) -> None:
+    """Frees, now and then, what deleted engines have left; until cancelled."""
     while True:
-        await asyncio.sleep(_SWEEP_S)
+        await asyncio.sleep(interval_s)
         try:
             swept = await asyncio.to_thread(store.sweep)
         except (MillraceError, OSError) as error:
