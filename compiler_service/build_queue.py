@@ -256,7 +256,7 @@ class BuildQueue:
         lease_ms = round(self.lease_s * 1000)
         async with reachable(self._url):
             try:
-                found = (await self._redis.xautoclaim(BUILDS, GROUP, owner, lease_ms, count=1))[1]
+                found = await self._claim_lost(owner, lease_ms)
                 if not found:
                     streams = await self._redis.xreadgroup(
                         GROUP, owner, {BUILDS: ">"}, count=1, block=round(lease_ms / 3)
@@ -351,6 +351,20 @@ class BuildQueue:
     async def leave(self, owner: str) -> None:
         """Frees all that a worker holds, and forgets it."""
         await self._run("LEAVE", [BUILDS], [owner])
+
+    async def _claim_lost(self, owner: str, lease_ms: int) -> Any:
+        """The first entry whose worker is silent, if there is one.
+
+        One call looks at ten entries for each that it may claim, and says where to go on.
+        """
+        cursor = "0-0"
+        while True:
+            reply = await self._redis.xautoclaim(
+                BUILDS, GROUP, owner, lease_ms, start_id=cursor, count=1
+            )
+            cursor, found = reply[:2]
+            if found or cursor == "0-0":
+                return found
 
     async def _run(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         async with reachable(self._url):

@@ -8,6 +8,7 @@ from compiler_service.build_queue import (
     BUILDS,
     CANCELLED,
     FAILED,
+    GROUP,
     KEPT_S,
     MAX_ATTEMPTS,
     QUEUED,
@@ -43,7 +44,10 @@ async def take(queue: BuildQueue, owner: str) -> tuple[Lease, Attempt]:
             lease = await queue.lease(owner)
             if lease is None:
                 continue
-            attempt = await queue.start(owner, lease, lease.digests[0])
+            try:
+                attempt = await queue.start(owner, lease, lease.digests[0])
+            except Fenced:  # its worker started late: the lease goes back to it, and runs out again
+                continue
             assert attempt is not None
             return lease, attempt
 
@@ -130,6 +134,19 @@ async def test_silent_worker_is_fenced_off(redis_url: str) -> None:
         assert await state_of(queue) == RUNNING
         assert not await queue.beat("b", fresh)
         assert await queue.finish("b", fresh, SUCCEEDED)
+
+
+async def test_lost_build_is_found_behind_many_live_ones(redis_url: str) -> None:
+    jobs = [job(f"ok-{number}") for number in range(13)]
+    async with open_queue(redis_url, lease_s=6) as queue:
+        for each in jobs:
+            await queue.enqueue([each])
+        leases = [await queue.lease(f"worker-{number}") for number in range(len(jobs))]
+        lost = leases[-1]
+        assert lost is not None
+        with connect_sync(redis_url) as client:
+            client.xclaim(BUILDS, GROUP, "worker-12", 0, [lost.entry], idle=6001, justid=True)
+        assert await queue.lease("next") == lost
 
 
 async def test_heartbeats_keep_the_lease(redis_url: str) -> None:
