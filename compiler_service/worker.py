@@ -118,11 +118,8 @@ class Worker:
         try:
             is_cancelled = await self._accompany(attempt, process, running)
         except asyncio.CancelledError:
-            await _end(process, running)
             await self._give_back(attempt)
             raise
-        finally:
-            await _end(process, running)
         if is_cancelled:
             return await self._finish(attempt, CANCELLED, line)
         try:
@@ -140,18 +137,24 @@ class Worker:
     async def _accompany(
         self, attempt: Attempt, process: BuildProcess, running: asyncio.Task[Any]
     ) -> bool:
-        """Sends heartbeats until the child has ended; True as soon as it is to be cancelled."""
+        """Sends heartbeats until the child has ended; True if it was ended because of a cancel.
+
+        However this ends, the child has ended.
+        """
         told: BuildProgress | None = None
-        while not running.done():
-            progress = process.progress if process.progress != told else None
-            try:
-                if await self._queue.beat(self._owner, attempt, progress):
-                    return True
-                told = progress or told
-            except RedisUnreachable as error:
-                self._log.warning("redis_unreachable", error=str(error))
-            await asyncio.wait({running}, timeout=self._beat_s)
-        return False
+        try:
+            while not running.done():
+                progress = process.progress if process.progress != told else None
+                try:
+                    if await self._queue.beat(self._owner, attempt, progress):
+                        return True
+                    told = progress or told
+                except RedisUnreachable as error:
+                    self._log.warning("redis_unreachable", error=str(error))
+                await asyncio.wait({running}, timeout=self._beat_s)
+            return False
+        finally:
+            await _end(process, running)
 
     def _job_line(self, attempt: Attempt) -> str:
         job = attempt.job
