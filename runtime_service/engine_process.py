@@ -7,7 +7,6 @@ It dies with the front: the kernel kills it, and its socket closes.
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import importlib
 import os
@@ -28,8 +27,8 @@ from runtime_service.engine_transport import EngineSide, FrontSide, PeerGone, so
 from runtime_service.scheduling.scheduler import Scheduler
 from shared.errors import Internal, MillraceError, to_status
 from shared.log import LogFormat, configure_logging
+from shared.process import end_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _log = structlog.get_logger()
 
 
@@ -84,14 +83,18 @@ async def start_engine_process(spec: EngineSpec) -> EngineProcess:
     Call it from the main thread: the kernel ties the child's life to the thread that started it.
     """
     front, engine = socket_pair()
-    with engine:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", __name__, str(engine.fileno()), str(os.getpid())),
-            pass_fds=[engine.fileno()],
-            stdin=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
+    try:
+        with engine:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", __name__, str(engine.fileno()), str(os.getpid())),
+                pass_fds=[engine.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+    except BaseException:
+        front.close()
+        raise
     link = await FrontSide.open(front)
     link.send_bytes(pickle.dumps(spec))
     return EngineProcess(process, link)
@@ -99,7 +102,7 @@ async def start_engine_process(spec: EngineSpec) -> EngineProcess:
 
 def main(arguments: list[str]) -> int:
     """The engine process: `arguments` are the socket's descriptor and the front's pid."""
-    _die_with(int(arguments[1]))
+    end_with_parent(int(arguments[1]), signal.SIGKILL)
     mailbox = EngineSide(socket.socket(fileno=int(arguments[0])))
     try:
         spec = pickle.loads(mailbox.receive_bytes())
@@ -146,12 +149,6 @@ def _load(spec: EngineSpec) -> tuple[LoadedEngine, Ready]:
         ("warm_up", time.monotonic() - warm_up_started),
     )
     return loaded, Ready(loaded.limits, phases)
-
-
-def _die_with(parent_pid: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the kernel knew
-        sys.exit(1)
 
 
 if __name__ == "__main__":

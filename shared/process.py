@@ -1,8 +1,13 @@
-"""Child processes that do not outlive their parent."""
+"""Child processes that do not outlive their parent.
+
+Run as a program, it becomes the program in its arguments; it then imports nothing of the house.
+"""
 
 import ctypes
 import os
+import signal
 import sys
+from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
 
@@ -15,5 +20,21 @@ def end_with_parent(parent: int, signal_number: int) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal_number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal_number)
+
+
+def ending_with_parent(command: Sequence[str]) -> list[str]:
+    """A command that runs `command` and has it terminated when this process ends.
+
+    A `preexec_fn` would run Python between fork and exec, where gRPC's threads hold locks.
+
+    Args:
+        command: an absolute path, and arguments.
+    """
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
+
+
+if __name__ == "__main__":
+    end_with_parent(int(sys.argv[1]), signal.SIGTERM)
+    os.execv(sys.argv[2], sys.argv[2:])

