@@ -1,8 +1,9 @@
 """Law 4: the pool never leaks."""
 
-import random
-
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from runtime_service.scheduling.block_pool import BlockPool
 from runtime_service.scheduling.kv_cache_manager import KVCacheManager
@@ -36,33 +37,53 @@ def test_taking_from_an_empty_pool_is_refused() -> None:
         pool.take()
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_every_block_is_free_or_held_as_counted_after_random_operations(seed: int) -> None:
-    """Law 4, on the pool alone: 10^5 operations against a model of two plain containers."""
-    random_ = random.Random(seed)
-    num_blocks = 23
-    pool = BlockPool(num_blocks)
-    free, held = list(range(num_blocks)), dict.fromkeys(range(num_blocks), 0)
-    for _ in range(100_000):
-        operation = random_.randrange(4)
-        block = random_.randrange(num_blocks)
-        if operation == 0 and free:
-            assert pool.take() == free[0]
-            held[free.pop(0)] = 1
-        elif operation == 1:
-            pool.hold(block)
-            if not held[block]:
-                free.remove(block)
-            held[block] += 1
-        elif held[block]:
-            is_worth_keeping = bool(random_.randrange(2))
-            pool.release(block, is_worth_keeping)
-            held[block] -= 1
-            if not held[block]:
-                free.insert(len(free) if is_worth_keeping else 0, block)
-        assert pool.num_free == len(free)
-        assert pool.num_holders(block) == held[block]
-    assert pool.free_blocks() == free
+class PoolMachine(RuleBasedStateMachine):
+    """A pool beside a model of it: two plain containers."""
+
+    NUM_BLOCKS = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(self.NUM_BLOCKS)
+        self.free = list(range(self.NUM_BLOCKS))
+        self.num_holders = [0] * self.NUM_BLOCKS
+
+    @precondition(lambda self: self.free)
+    @rule()
+    def take(self) -> None:
+        block = self.free.pop(0)
+        assert self.pool.take() == block
+        self.num_holders[block] = 1
+
+    @rule(block=st.integers(0, NUM_BLOCKS - 1))
+    def hold(self, block: int) -> None:
+        self.pool.hold(block)
+        if not self.num_holders[block]:
+            self.free.remove(block)
+        self.num_holders[block] += 1
+
+    @precondition(lambda self: any(self.num_holders))
+    @rule(choice=st.integers(0, NUM_BLOCKS - 1), is_worth_keeping=st.booleans())
+    def release(self, choice: int, is_worth_keeping: bool) -> None:
+        held = [block for block, num_holders in enumerate(self.num_holders) if num_holders]
+        block = held[choice % len(held)]
+        self.pool.release(block, is_worth_keeping)
+        self.num_holders[block] -= 1
+        if not self.num_holders[block]:
+            self.free.insert(len(self.free) if is_worth_keeping else 0, block)
+
+    @invariant()
+    def every_block_is_free_or_held_as_counted(self) -> None:
+        assert self.pool.free_blocks() == self.free
+        assert self.pool.num_free == len(self.free)
+        blocks = range(self.NUM_BLOCKS)
+        assert [self.pool.num_holders(block) for block in blocks] == self.num_holders
+
+
+TestPoolAgainstItsModel = PoolMachine.TestCase
+TestPoolAgainstItsModel.settings = settings(
+    derandomize=True, database=None, deadline=None, max_examples=100, stateful_step_count=50
+)
 
 
 def test_prefix_is_found_where_tokens_and_salt_are_the_same() -> None:
