@@ -16,7 +16,9 @@ from shared import wire
 from shared.engine import READABLE_FORMATS, EngineManifest, EngineSelector
 from shared.errors import (
     ERRORS,
+    BlobNotFound,
     CompilerUnreachable,
+    DigestMismatch,
     EngineNotFound,
     FormatMismatch,
     MillraceError,
@@ -67,12 +69,26 @@ class EngineSource:
             raise EngineNotFound(engine=selector)
         return engine
 
-    async def repair(self, engine: EngineManifest) -> bool:
-        """Fetches again what the local store lacks of `engine`; false where there is no source."""
-        if self._remote is None:
-            return False
-        await asyncio.to_thread(pull, self._remote, engine, self._local)
-        return True
+    async def repair(
+        self,
+        engine: EngineManifest,
+        selector: EngineSelector,
+        model_uri: str,
+        on_build: Callable[[], None],
+    ) -> EngineManifest:
+        """`engine` with what the local store lacks of it, or else what `find` now gives.
+
+        Raises:
+            MillraceError: see `find`; `EngineNotFound` where there is no other copy and no source.
+        """
+        if self._remote is not None:
+            try:
+                await asyncio.to_thread(pull, self._remote, engine, self._local)
+                return engine
+            except (BlobNotFound, DigestMismatch) as error:
+                # The other store is the same one, or as damaged.
+                _log.warning("repair_needs_a_build", engine=engine.name, problem=str(error))
+        return await self.find(selector, model_uri, on_build)
 
     def _find_here_or_there(
         self, selector: EngineSelector, will_build: bool

@@ -70,7 +70,9 @@ class Generation:
         self._queued_s = self._total_s = 0.0
         self._engine: EngineLink | None = None
         self._engine_id = -1
-        self._early: list[pb.UpdateGeneration | pb.AddCredit] = []
+        # What came before the engine had it, joined: a client may say it as often as it likes.
+        self._early_update = pb.UpdateGeneration()
+        self._early_credit_tokens = 0
         self._samples: list[Sample] = []
         self._num_prompt_tokens = self._num_cached_tokens = 0
         self._seed = 0
@@ -94,11 +96,10 @@ class Generation:
         self._sends_logprobs = sends_logprobs
         self._sends_started = True
         self._has_credit_limit = request.credit_tokens is not None
-        early, self._early = self._early, []
-        for command in early:
-            self.update(command) if isinstance(command, pb.UpdateGeneration) else self.credit(
-                command
-            )
+        if self._early_update.ListFields():
+            self.update(self._early_update)
+        if self._early_credit_tokens:
+            self._add_credit(self._early_credit_tokens)
         self._on_news(self)
 
     def resumed_at_end(self, num_prompt_tokens: int, finish: pb.SampleFinish) -> None:
@@ -119,7 +120,7 @@ class Generation:
     def update(self, update: pb.UpdateGeneration) -> None:
         """Passes a checked update on."""
         if self._engine is None:
-            self._early.append(update)
+            self._early_update.MergeFrom(update)
             return
         self._engine.send(
             UpdateRequest(
@@ -132,9 +133,9 @@ class Generation:
     def credit(self, credit: pb.AddCredit) -> None:
         """Passes checked credit on; means nothing where there is no limit."""
         if self._engine is None:
-            self._early.append(credit)
-        elif self._has_credit_limit:
-            self._engine.send(AddCredit(self._engine_id, credit.tokens))
+            self._early_credit_tokens += credit.tokens
+        else:
+            self._add_credit(credit.tokens)
 
     # What the world says.
 
@@ -240,6 +241,11 @@ class Generation:
         finish = pb.SampleFinish(sample_index=index, reason=reason, stop_string=stop_string)
         self._samples[index].finish = finish
         return finish
+
+    def _add_credit(self, num_tokens: int) -> None:
+        assert self._engine is not None, "credit is passed on before the engine has it"
+        if self._has_credit_limit:
+            self._engine.send(AddCredit(self._engine_id, num_tokens))
 
     def _abort(self) -> None:
         if self._engine is not None:

@@ -6,7 +6,7 @@ much unread: what a call can cost stays bounded. Knows the protocol's commands, 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Protocol
 
 from millrace.runtime.v1 import runtime_pb2 as pb
@@ -17,11 +17,14 @@ from runtime_service.metrics import RuntimeMetrics
 from shared.edge import refuse_unknown_fields
 from shared.errors import DeadlineExceeded, Draining, InvalidField, MillraceError, to_status
 
-# Tokens in a message, and tokens of ended generations that may wait to be read; an end counts
-# as some tokens too.
+# Tokens in a message, and tokens of what has ended that may wait to be read. Events without tokens
+# count as some in their message, an end as more while it waits, and the bytes of a name as well: a
+# refused one may be long.
 MAX_MESSAGE_TOKENS = 4096
 MAX_UNREAD_TOKENS = 1 << 16
 END_TOKENS = 32
+_EVENT_TOKENS = 4
+_TOKEN_BYTES = 16
 
 
 class Starter(Protocol):
@@ -43,10 +46,9 @@ class GenerationCall:
         self._metrics = metrics
         self._cache_salt = cache_salt
         self._running: dict[str, Generation] = {}
-        # Generations with something to read, in the order in which they got it.
-        self._unread: dict[Generation, None] = {}
-        self._orphan_errors: list[pb.Event] = []
-        self._num_ended_tokens = 0
+        # What there is to read, in the order in which it came, and what of it counts as owed.
+        self._unread: dict[Generation | _Refusal, int] = {}
+        self._num_owed_tokens = 0
         self._news = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
@@ -92,7 +94,7 @@ class GenerationCall:
             self._news.clear()
             async for events in self._take():
                 yield events
-            if self._running or self._unread or self._orphan_errors:
+            if self._running or self._unread:
                 await self._news.wait()
             elif not self._takes_commands:
                 return
@@ -106,7 +108,7 @@ class GenerationCall:
         kind = command.WhichOneof("command")
         if kind is None:
             problem = "must be set: start, cancel, update or credit"
-            self._report("", InvalidField(field="command", problem=problem))
+            self._refuse("", InvalidField(field="command", problem=problem))
             return
         request_id: str = getattr(command, kind).request_id
         try:
@@ -118,7 +120,7 @@ class GenerationCall:
                 self._change(self._running[request_id], command)
         except MillraceError as error:
             if kind == "start" or request_id not in self._running:
-                self._report(request_id, error)
+                self._refuse(request_id, error)
             else:
                 self._running[request_id].fail(error)
 
@@ -157,35 +159,59 @@ class GenerationCall:
             validation.check_credit(command.credit)
             generation.credit(command.credit)
 
-    def _report(self, request_id: str, error: MillraceError) -> None:
+    def _refuse(self, request_id: str, error: MillraceError) -> None:
         """Tells of a command that no generation of its own stands for."""
-        self._orphan_errors.append(pb.Event(request_id=request_id, error=to_status(error)))
-        self._news.set()
+        self._owe(_Refusal(request_id, error), 0)
 
     def _on_news(self, generation: Generation) -> None:
-        self._unread[generation] = None
+        self._unread.setdefault(generation, 0)
         self._news.set()
 
     def _on_end(self, generation: Generation) -> None:
         del self._running[generation.request_id]
-        self._num_ended_tokens += generation.num_unread_tokens + END_TOKENS
-        if self._num_ended_tokens > MAX_UNREAD_TOKENS:
+        self._owe(generation, generation.num_unread_tokens)
+
+    def _owe(self, ended: "Generation | _Refusal", num_tokens: int) -> None:
+        """Counts what waits to be read of something that nothing but its reader bounds any more."""
+        num_tokens += END_TOKENS + len(ended.request_id) // _TOKEN_BYTES
+        self._unread[ended] = num_tokens
+        self._num_owed_tokens += num_tokens
+        if self._num_owed_tokens > MAX_UNREAD_TOKENS:
             self._room.clear()
-        self._on_news(generation)
+        self._news.set()
 
     async def _take(self) -> AsyncIterator[list[pb.Event]]:
         unread, self._unread = self._unread, {}
-        events, self._orphan_errors = self._orphan_errors, []
+        events: list[pb.Event] = []
         num_tokens = 0
-        self._num_ended_tokens = 0
-        self._room.set()
-        for generation in unread:
-            for event in generation.take_events():
+        for one, num_owed_tokens in unread.items():
+            for event in one.take_events():
                 events.append(event)
-                tokens = event.tokens
-                num_tokens += len(tokens.token_ids) + len(tokens.prompt_logprobs)
+                num_tokens += _num_tokens(event)
                 if num_tokens >= MAX_MESSAGE_TOKENS:
                     yield events
                     events, num_tokens = [], 0
+            self._num_owed_tokens -= num_owed_tokens
+            if self._num_owed_tokens <= MAX_UNREAD_TOKENS:
+                self._room.set()
         if events:
             yield events
+
+
+class _Refusal:
+    """A command that is refused without a generation: it has ended before it began."""
+
+    def __init__(self, request_id: str, error: MillraceError) -> None:
+        self.request_id = request_id
+        self._error = error
+
+    def take_events(self) -> Iterator[pb.Event]:
+        """Its one event."""
+        yield pb.Event(request_id=self.request_id, error=to_status(self._error))
+
+
+def _num_tokens(event: pb.Event) -> int:
+    """What `event` counts in its message."""
+    if event.HasField("tokens"):
+        return len(event.tokens.token_ids) + len(event.tokens.prompt_logprobs)
+    return _EVENT_TOKENS + len(event.request_id) // _TOKEN_BYTES

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -27,19 +28,32 @@ from shared.errors import (
     DigestMismatch,
     Draining,
     EngineLost,
+    EngineNotFound,
     Internal,
     MillraceError,
     NoEngine,
+    QueueFull,
 )
 
-# Starts that may wait for an engine swap; tokenizing threads.
-MAX_HELD_STARTS = 4096
+# Of starts that wait for a swap or for their tokens: a byte of a start counts as a token, which it
+# is at most, and a start as at least some. Threads that tokenize.
+MAX_PREPARED_TOKENS = 32 << 20
+MIN_PREPARED_TOKENS = 4096
 _NUM_TEXT_THREADS = 2
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.2, 30.0
 
 OnLost = Callable[[EngineClient, MillraceError], None]
 
 _log = structlog.get_logger()
+
+
+@dataclass(slots=True, eq=False)
+class Wanted:
+    """What is to be served, and what was found for it; another engine once that one is broken."""
+
+    selector: EngineSelector
+    model_uri: str
+    engine: EngineManifest
 
 
 class Runtime:
@@ -77,9 +91,11 @@ class Runtime:
         self._tasks: set[asyncio.Task[Any]] = set()
         # Held while the engine is exchanged, by whoever does it.
         self._exchange = asyncio.Lock()
+        self._wanted: Wanted | None = None
+        self._keeper: asyncio.Task[None] | None = None
         self._is_holding = False
         self._released = asyncio.Event()
-        self._num_held = 0
+        self._num_prepared_tokens = 0
 
     @property
     def state(self) -> pb.RuntimeState.ValueType:
@@ -114,11 +130,29 @@ class Runtime:
                 parsed = served.parse(start)
                 served.submit(generation, parsed, served.encode(start), cache_salt)
                 return
+            num_tokens = max(start.ByteSize(), MIN_PREPARED_TOKENS)
+            self._admit(num_tokens)
         except MillraceError as error:
             generation.fail(error)
             return
-        task = self._run(self._prepare(generation, start, cache_salt))
-        task.add_done_callback(lambda done: _end_if_failed(generation, done))
+
+        def prepared(task: asyncio.Task[None]) -> None:
+            self._num_prepared_tokens -= num_tokens
+            _end_if_failed(generation, task)
+
+        self._run(self._prepare(generation, start, cache_salt)).add_done_callback(prepared)
+
+    def _admit(self, num_tokens: int) -> None:
+        """Counts a start that is to be prepared.
+
+        Raises:
+            QueueFull: too much is being prepared already.
+        """
+        # Alone, any start that came in a message may be prepared.
+        waiting = self._num_prepared_tokens
+        if waiting and waiting + num_tokens > MAX_PREPARED_TOKENS:
+            raise QueueFull(waiting_tokens=waiting, max_waiting_tokens=MAX_PREPARED_TOKENS)
+        self._num_prepared_tokens += num_tokens
 
     async def _prepare(
         self, generation: Generation, start: pb.StartGeneration, cache_salt: str
@@ -126,8 +160,10 @@ class Runtime:
         """The way of a start that has to wait: for a swap, or for its text to become tokens."""
         loop = asyncio.get_running_loop()
         try:
-            while not generation.is_ended:
+            while True:
                 served = await self._served_soon()
+                if generation.is_ended:
+                    return
                 parsed = served.parse(start)
                 token_ids = await loop.run_in_executor(self._text_threads, served.encode, start)
                 if self.served is served and not self._is_holding and not generation.is_ended:
@@ -152,13 +188,7 @@ class Runtime:
 
     async def _served_soon(self) -> ServedEngine:
         while (served := self._served_now()) is None:
-            if self._num_held >= MAX_HELD_STARTS:
-                raise NoEngine()
-            self._num_held += 1
-            try:
-                await self._released.wait()
-            finally:
-                self._num_held -= 1
+            await self._released.wait()
         return served
 
     # Engines.
@@ -183,19 +213,21 @@ class Runtime:
         try:
             engine = await self._source.find(selector, model_uri, self._on_build)
             found = ("find_engine", time.monotonic() - started)
+            wanted = Wanted(selector, model_uri, engine)
             async with self._exchange:
-                await self._exchange_for(engine, found)
+                await self._exchange_for(wanted, found)
         finally:
-            # An engine that was lost is still being restarted; else there is none.
-            if self.served is None and isinstance(self._refusal, NoEngine):
-                self._become(pb.RUNTIME_STATE_IDLE)
-        return engine
+            if self.served is None:
+                # An engine that was lost is still being restarted; else there is none.
+                is_lost = self._wanted is not None
+                self._become(pb.RUNTIME_STATE_LOADING if is_lost else pb.RUNTIME_STATE_IDLE)
+        return wanted.engine
 
     async def unload(self) -> None:
         """Finishes what runs and releases the engine; starts are refused from now on."""
         async with self._exchange:
             served, self.served = self.served, None
-            self._refusal = NoEngine()
+            self._wanted, self._refusal = None, NoEngine()
             self._become(pb.RUNTIME_STATE_IDLE)
             if served is not None:
                 await _to_the_end(self._run(_release(served.client)))
@@ -228,45 +260,84 @@ class Runtime:
             await served.client.stop()
         self._text_threads.shutdown(wait=False)
 
-    async def _exchange_for(self, engine: EngineManifest, found: tuple[str, float]) -> None:
+    async def _exchange_for(self, wanted: Wanted, found: tuple[str, float]) -> None:
         with self._holding():
             old = self.served
             if old is not None:
                 await old.client.wait_idle()
             # From here on there is no way back but loading: a caller that gives up changes nothing.
-            await _to_the_end(self._run(self._replace(old, engine, found)))
+            await _to_the_end(self._run(self._replace(old, wanted, found)))
 
     async def _replace(
-        self, old: ServedEngine | None, engine: EngineManifest, found: tuple[str, float]
+        self, old: ServedEngine | None, wanted: Wanted, found: tuple[str, float]
     ) -> None:
         self.served = None
-        if old is not None:
-            await old.client.stop()
         try:
-            await self._bring_up(engine, found)
-        finally:
-            if self.served is None and old is not None:
-                _log.warning("engine_swap_failed", wanted=engine.name, restored=old.engine.name)
-                await self._restore(old.engine)
+            if old is not None:
+                await old.client.stop()
+            await self._bring_up(wanted, found)
+        except Exception:  # whatever it is goes on to the caller, who is served as before
+            if old is not None:
+                _log.warning("engine_swap_failed", wanted=wanted.engine.name)
+                if not await self._revive():
+                    self._keep()
+            raise
+        self._wanted = wanted
 
-    async def _restore(self, engine: EngineManifest) -> None:
+    def _keep(self) -> None:
+        """Has the wanted engine, which is not served, loaded for as long as it takes."""
+        # One that is there already sleeps, or waits for the exchange that asks for a new one.
+        if self._keeper is not None:
+            self._keeper.cancel()
+        self._keeper = self._run(self._keep_reviving())
+
+    async def _keep_reviving(self) -> None:
+        delay_s = _FIRST_RETRY_S
+        while True:
+            async with self._exchange:
+                if self._has_all() or await self._revive(delay_s):
+                    return
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, _LAST_RETRY_S)
+
+    def _has_all(self) -> bool:
+        is_draining = self._state == pb.RUNTIME_STATE_DRAINING
+        return self.served is not None or self._wanted is None or is_draining
+
+    async def _revive(self, retry_s: float = _FIRST_RETRY_S) -> bool:
+        """Tries to load the wanted engine, which was served before; false when it failed."""
+        assert self._wanted is not None, "nothing is to be served"
         try:
-            await self._bring_up(engine, ("find_engine", 0.0))
-        except MillraceError as error:
-            self._refusal = EngineLost(problem=str(error).rstrip("."))
-            self._run(self._restart(engine))
+            await self._bring_up(self._wanted, ("find_engine", 0.0))
+        except Exception as error:  # an edge: nobody else waits for this, or tries again
+            known = error if isinstance(error, MillraceError) else Internal()
+            self._refusal = EngineLost(problem=str(known).rstrip("."), retry_after_s=retry_s)
+            _log.error(
+                "engine_restart_failed",
+                reason=known.reason,
+                problem=str(known),
+                exc_info=None if known is error else error,
+            )
+            return False
+        return True
 
-    async def _bring_up(self, engine: EngineManifest, found: tuple[str, float]) -> None:
+    async def _bring_up(self, wanted: Wanted, found: tuple[str, float]) -> None:
         if self._state == pb.RUNTIME_STATE_DRAINING:
             raise Draining()
         self._become(pb.RUNTIME_STATE_LOADING)
         started = time.monotonic()
         try:
-            served = await self._start(engine)
-        except (DigestMismatch, BlobNotFound):
-            if not await self._source.repair(engine):
-                raise
-            served = await self._start(engine)
+            served = await self._start(wanted.engine)
+        except (DigestMismatch, BlobNotFound) as damage:
+            try:
+                wanted.engine = await self._source.repair(
+                    wanted.engine, wanted.selector, wanted.model_uri, self._on_build
+                )
+            except EngineNotFound:
+                raise damage from None
+            self._become(pb.RUNTIME_STATE_LOADING)
+            served = await self._start(wanted.engine)
+        engine = wanted.engine
         if served.client.is_over:
             raise EngineLost(problem="it ended right after it was loaded")
         phases = served.client.phases
@@ -307,24 +378,7 @@ class Runtime:
         self._refusal = error
         self.metrics.engine_restarts += 1
         self._become(pb.RUNTIME_STATE_LOADING)
-        self._run(self._restart(served.engine))
-
-    async def _restart(self, engine: EngineManifest) -> None:
-        async with self._exchange:
-            if self.served is None and isinstance(self._refusal, EngineLost):
-                await self._keep_bringing_up(engine)
-
-    async def _keep_bringing_up(self, engine: EngineManifest) -> None:
-        """Loads an engine that was served before, for as long as it takes."""
-        delay_s = _FIRST_RETRY_S
-        while self.served is None and self._state != pb.RUNTIME_STATE_DRAINING:
-            try:
-                await self._bring_up(engine, ("find_engine", 0.0))
-            except MillraceError as error:
-                self._refusal = EngineLost(problem=str(error).rstrip("."), retry_after_s=delay_s)
-                _log.error("engine_restart_failed", reason=error.reason, problem=str(error))
-                await asyncio.sleep(delay_s)
-                delay_s = min(delay_s * 2, _LAST_RETRY_S)
+        self._keep()
 
     @contextmanager
     def _holding(self) -> Iterator[None]:

@@ -1,6 +1,8 @@
 """Engines are found, pulled, built and repaired before they are served."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,7 +32,7 @@ from shared.errors import (
 )
 from shared.server import DaemonServer
 from shared.store import GrpcStore, LocalStore
-from tests.runtime_service.daemon import FP32, publish_echo, running_daemon
+from tests.runtime_service.daemon import FP32, publish_echo, running_daemon, until
 
 ECHO = EngineSelector("echo", "cpu", FP32)
 
@@ -209,6 +211,27 @@ async def test_corrupt_engine_is_fetched_again(tmp_path: Path) -> None:
         assert daemon.runtime.served is not None
         assert daemon.runtime.served.engine.model == "second"
         assert path.read_bytes() == b"second"
+
+
+async def test_corrupt_engine_is_built_again_when_the_store_is_the_only_one(
+    tmp_path: Path,
+) -> None:
+    """A lost engine too: the compile daemon, on the same store, has no other copy to give."""
+    async with running_daemon(tmp_path) as daemon:
+        builder = Builder(daemon.store)
+        async with compile_daemon(builder, daemon.store) as address:
+            runtime = daemon.runtime
+            runtime._source = EngineSource(daemon.store, GrpcStore(address), address)
+            engine = await runtime.load(ECHO, "sample:echo")
+            assert not builder.requests
+            path = corrupt(daemon.store, engine)
+            os.kill(daemon.client.pid, signal.SIGKILL)
+            await until(lambda: runtime.served is None)
+            await until(lambda: runtime.served is not None)
+            assert path.read_bytes() == b"echo"
+            corrupt(daemon.store, engine)
+            await runtime.load(ECHO, "sample:echo")
+        assert [request.model_uri for request in builder.requests] == ["sample:echo"] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,35 @@
 """Every stream ends exactly once, whatever dies, hangs, stops reading or stops."""
 
 import asyncio
+import errno
 import os
 import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 import pytest
+import structlog
 from grpc_health.v1 import health_pb2
 from millrace.runtime.v1 import runtime_pb2 as pb
 
+from runtime_service.engine_client import EngineClient
+from runtime_service.engine_messages import AddCredit, Command, UpdateRequest
+from runtime_service.generation import Generation
 from runtime_service.generation_call import END_TOKENS, MAX_UNREAD_TOKENS, GenerationCall
-from shared.engine import EngineSelector
+from runtime_service.metrics import RuntimeMetrics
+from runtime_service.runtime import (
+    MAX_PREPARED_TOKENS,
+    MIN_PREPARED_TOKENS,
+    OnLost,
+    Runtime,
+)
+from runtime_service.scheduling.request import Request, SamplingParams, StopParams
+from shared.engine import EngineManifest, EngineSelector
 from shared.errors import (
     ArchMismatch,
     EngineNotFound,
+    QueueFull,
     from_status,
     reason_of,
 )
@@ -111,6 +126,81 @@ async def test_engine_that_cannot_restart_is_tried_again(tmp_path: Path) -> None
         await still_works(daemon)
 
 
+class _OutOfMemory:
+    """What starts engine processes, on a machine that has no memory for the next `times`."""
+
+    def __init__(self, runtime: Runtime, times: int) -> None:
+        self._start_client = runtime._start_client
+        self.times_left = times
+
+    async def __call__(self, engine: EngineManifest, on_lost: OnLost) -> EngineClient:
+        if self.times_left:
+            self.times_left -= 1
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return await self._start_client(engine, on_lost)
+
+
+async def test_engine_comes_back_when_its_process_could_not_be_started(tmp_path: Path) -> None:
+    """Whatever a restart fails with, it is tried again."""
+    async with running_daemon(tmp_path) as daemon:
+        starter = daemon.runtime._start_client = _OutOfMemory(daemon.runtime, 2)
+        with structlog.testing.capture_logs() as logs:
+            os.kill(daemon.client.pid, signal.SIGKILL)
+            await until(lambda: daemon.runtime.served is None)
+            await until(lambda: daemon.runtime.served is not None)
+        failed = [log for log in logs if log["event"] == "engine_restart_failed"]
+        assert [type(log["exc_info"]) for log in failed] == [OSError, OSError]
+        assert starter.times_left == 0
+        await still_works(daemon)
+
+
+async def test_old_engine_comes_back_however_the_new_one_fails(tmp_path: Path) -> None:
+    """Also where it does not come back at once."""
+    async with running_daemon(tmp_path) as daemon:
+        publish_echo(daemon.store, "second")
+        daemon.runtime._start_client = _OutOfMemory(daemon.runtime, 3)
+        with pytest.raises(OSError, match="allocate"):
+            await daemon.load("second")
+        assert daemon.runtime.state == pb.RUNTIME_STATE_LOADING
+        await until(lambda: daemon.runtime.served is not None)
+        assert daemon.runtime.served is not None
+        assert daemon.runtime.served.engine.model == "echo"
+        await still_works(daemon)
+
+
+async def test_another_engine_is_served_while_the_lost_one_cannot_be(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        daemon.runtime._start_client = starter = _OutOfMemory(daemon.runtime, 1 << 20)
+        os.kill(daemon.client.pid, signal.SIGKILL)
+        await until(lambda: starter.times_left < 1 << 20)
+        publish_echo(daemon.store, "second")
+        starter.times_left = 0
+        await daemon.load("second")
+        assert daemon.client.pid
+        assert daemon.runtime.served is not None
+        assert daemon.runtime.served.engine.model == "second"
+        await daemon.runtime.unload()
+        assert daemon.runtime.state == pb.RUNTIME_STATE_IDLE
+
+
+async def test_starts_that_wait_for_their_tokens_are_bounded(tmp_path: Path) -> None:
+    """What no engine has queued yet counts too: more is refused, and told when to come back."""
+    async with running_daemon(tmp_path, step_s=0.01) as daemon:
+        call = daemon.runtime.open_call("")
+        most = MAX_PREPARED_TOKENS // MIN_PREPARED_TOKENS
+        generations = [
+            call.start(start_of("hello", request_id=str(number), max_new_tokens=1))
+            for number in range(most + 1)
+        ]
+        assert not any(generation.is_ended for generation in generations[:-1])
+        error = generations[-1].error
+        assert isinstance(error, QueueFull)
+        assert error.retry_after_s
+        daemon.runtime.close_call(call)
+        await until(lambda: not daemon.runtime._num_prepared_tokens)
+        await still_works(daemon)
+
+
 async def test_full_queue_refuses_with_a_hint_when_to_come_back(tmp_path: Path) -> None:
     async with running_daemon(
         tmp_path, step_s=0.02, max_waiting_tokens=200, max_sequences=1
@@ -143,7 +233,7 @@ async def test_client_that_never_reads_costs_a_bounded_buffer(tmp_path: Path) ->
         raw = daemon.stub.Generate()
 
         async def flood() -> None:
-            for number in range(5000):
+            for number in range(50_000):
                 start = start_of([40] * 11, request_id=f"{number:0256}", max_new_tokens=500)
                 await raw.write(pb.GenerateRequest(start=start))
 
@@ -154,12 +244,75 @@ async def test_client_that_never_reads_costs_a_bounded_buffer(tmp_path: Path) ->
         assert len(deaf._running) <= most_running
         await still_works(daemon)
         await daemon.freed()
-        num_tokens = sum(g.num_unread_tokens + END_TOKENS for g in deaf._unread)
-        assert num_tokens < MAX_UNREAD_TOKENS + (most_running + 1) * (500 + END_TOKENS)
+        most_tokens = MAX_UNREAD_TOKENS + (most_running + 1) * (500 + 2 * END_TOKENS)
+        assert deaf._num_owed_tokens < most_tokens
         assert not flooding.done()
         flooding.cancel()
         raw.cancel()
         await until(lambda: not daemon.runtime._calls)
+
+
+class _NoStarter:
+    def start(self, generation: Generation, start: pb.StartGeneration, cache_salt: str) -> None:
+        raise AssertionError("a refused start was started")
+
+
+async def test_refused_commands_of_a_client_that_never_reads_cost_a_bounded_buffer() -> None:
+    """Nothing that is owed to a reader escapes the budget, or comes in a message of any size."""
+    num_commands = 30_000
+    num_sent = 0
+
+    async def flood() -> AsyncIterator[pb.GenerateRequest]:
+        nonlocal num_sent
+        for num_sent in range(1, num_commands + 1):
+            start = start_of([40], request_id="")
+            yield pb.GenerateRequest(start=start) if num_sent % 2 else pb.GenerateRequest()
+
+    call = GenerationCall(_NoStarter(), RuntimeMetrics(), "")
+    reading = asyncio.create_task(call.read(flood()))
+    await asyncio.wait({reading}, timeout=0.5)
+    assert not reading.done()
+    assert num_sent == MAX_UNREAD_TOKENS // END_TOKENS + 1
+    messages = [pb.GenerateResponse(events=events) async for events in call.messages()]
+    assert sum(len(message.events) for message in messages) == num_commands
+    assert max(message.ByteSize() for message in messages) < 1 << 19
+    assert call._num_owed_tokens == 0
+
+
+async def test_long_refused_names_come_in_messages_of_their_own(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        call = daemon.call()
+        for number in range(20):
+            await call.start(str(number) * 300_000, [40])
+        (slow,) = await _calls(daemon)
+        await call.done()
+        sizes = [message.ByteSize() async for message in call.raw]
+        assert slow._num_owed_tokens == 0
+    assert len(sizes) == 20
+
+
+class _Link:
+    def __init__(self) -> None:
+        self.commands: list[Command] = []
+
+    def send(self, command: Command) -> None:
+        self.commands.append(command)
+
+    def forget(self, request_id: int) -> None:
+        pass
+
+
+def test_what_a_waiting_generation_is_told_is_joined() -> None:
+    """Credit and updates that come before the engine has it take no room each."""
+    told = Generation("a", RuntimeMetrics(), lambda _: None, lambda _: None)
+    for _ in range(1000):
+        told.credit(pb.AddCredit(request_id="a", tokens=2))
+        told.update(pb.UpdateGeneration(request_id="a", priority=1))
+    told.update(pb.UpdateGeneration(request_id="a", max_new_tokens=5))
+    link = _Link()
+    request = Request(7, [40], SamplingParams(), StopParams(1), credit_tokens=0)
+    told.submitted(link, request, [], sends_logprobs=False)
+    assert link.commands == [UpdateRequest(7, 1, 5), AddCredit(7, 2000)]
 
 
 async def test_slow_reader_gets_steps_joined_and_loses_nothing(tmp_path: Path) -> None:

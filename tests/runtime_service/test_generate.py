@@ -396,7 +396,7 @@ async def test_vanished_client_leaves_nothing_running(tmp_path: Path) -> None:
         call = daemon.call()
         for number in range(20):
             await call.start(str(number), [40, 41], max_new_tokens=400)
-        await call.read_until(lambda: len(call.seen) == 20)
+        await call.read_until(lambda: all(call.num_tokens(str(n)) for n in range(20)))
         call.raw.cancel()
 
         async def load() -> pb.RuntimeLoad:
