@@ -669,7 +669,9 @@ class TokenChunk(_message.Message):
 
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """One per prompt token after the first, when asked for; in the first chunk."""
+        """One per prompt token after the first, when asked for; in the first chunks,
+        up to the first one with tokens.
+        """
 
     def __init__(
         self,
