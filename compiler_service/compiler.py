@@ -99,9 +99,14 @@ class Compiler:
         """
         tail = self._queue.tail([events_key(name)])
         await tail.start()
-        while (record := await self._operations.get(name)).state == RESOLVING:
+        record = await self._operations.get(name)
+        while record.state == RESOLVING:
             yield record, []
             await tail.wait()
+            try:
+                record = await self._operations.get(name)
+            except BuildNotFound:  # the daemon that resolved it is gone: this one does it
+                record, _ = await self.ask(record.request)
         waiting = [build_events_key(key.digest) for key, cached in record.keys if not cached]
         tail = self._queue.tail(waiting)
         await tail.start()

@@ -39,6 +39,13 @@ redis.call('EXPIRE', KEYS[1], ARGV[1])
 return 1
 """
 
+# KEYS operation  ARGV kept_s  -> its state, '' if there is no record of it
+_RENEW = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if state == 'RESOLVING' then redis.call('EXPIRE', KEYS[1], ARGV[1]) end
+return state or ''
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class OperationRecord:
@@ -63,15 +70,18 @@ class Operations:
         self._redis: Any = client
         self._url = url
         self._script = client.register_script(_WRITE)
+        self._renew_script = client.register_script(_RENEW)
 
     async def begin(self, record: OperationRecord) -> bool:
         """Notes that this daemon resolves the request; False where one does already."""
         return await self._write(record, RESOLVING_KEPT_S, is_start=True)
 
     async def renew(self, record: OperationRecord) -> None:
-        """Says that it is still being resolved."""
+        """Says that it is still being resolved, unless it was resolved elsewhere."""
         async with reachable(self._url):
-            await self._redis.expire(_key(record.name), RESOLVING_KEPT_S)
+            state = await self._renew_script(keys=[_key(record.name)], args=[RESOLVING_KEPT_S])
+        if not state:  # Redis lost its data, or was away for too long
+            await self.begin(record)
 
     async def write(self, record: OperationRecord) -> None:
         """Keeps the record in its last state."""

@@ -1,5 +1,6 @@
 """CompilerService over the wire, with a real store and a real Valkey and no worker."""
 
+import dataclasses
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,20 @@ from typing import Any
 import grpc
 import pytest
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
+from millrace.engine.v1 import engine_pb2
 from prometheus_client import CollectorRegistry
 
 from compiler_service.build_queue import SUCCEEDED, BuildProgress, BuildQueue
 from compiler_service.compiler import Compiler
 from compiler_service.metrics import CompilerMetrics
-from compiler_service.operations import Operations
+from compiler_service.operations import (
+    RESOLVED,
+    RESOLVING,
+    RESOLVING_KEPT_S,
+    OperationRecord,
+    Operations,
+    events_key,
+)
 from compiler_service.service import CompilerService
 from shared.engine import FILE_TYPE, EngineDraft, EngineKey, EngineManifest, QuantConfig
 from shared.errors import reason_of
@@ -129,6 +138,43 @@ async def test_new_checkpoint_resolves_to_a_build_per_arch(daemon: Daemon, model
     again = await daemon.client.ask(model, "cpu", "sm_90", scheme="bf16")
     assert again.state == compiler_pb2.OPERATION_STATE_RESOLVED
     assert [b.name for b in again.builds] == [b.name for b in operation.builds]
+
+
+async def test_watch_takes_over_an_operation_whose_daemon_died(
+    daemon: Daemon, model: Path, redis_url: str
+) -> None:
+    quant = engine_pb2.QuantConfig(scheme="fp32")
+    request = compiler_pb2.BuildEngineRequest(model_uri=str(model), archs=["cpu"], quant=quant)
+    record = OperationRecord(request, RESOLVING)
+    connection = connect(redis_url)
+    await Operations(connection, redis_url).begin(record)
+    watch = daemon.stub.WatchOperation(
+        compiler_pb2.WatchOperationRequest(name=record.name), timeout=30
+    )
+    states = [(await watch.read()).operation.state]
+    # As after a minute without the other daemon; the event is there only to save time.
+    await connection.delete(f"operation:{record.name.removeprefix('operations/')}")
+    await connection.xadd(events_key(record.name), {"state": "gone"})
+    while states[-1] == compiler_pb2.OPERATION_STATE_RESOLVING:
+        states.append((await watch.read()).operation.state)
+    watch.cancel()
+    await connection.aclose()
+    assert states[-1] == compiler_pb2.OPERATION_STATE_RESOLVED
+
+
+async def test_renewing_an_operation_restores_it_and_leaves_a_resolved_one(redis_url: str) -> None:
+    record = OperationRecord(compiler_pb2.BuildEngineRequest(model_uri="m"), RESOLVING)
+    key = f"operation:{record.name.removeprefix('operations/')}"
+    connection = connect(redis_url)
+    operations = Operations(connection, redis_url)
+    await operations.renew(record)
+    assert (await operations.get(record.name)).state == RESOLVING
+    assert 0 < await connection.ttl(key) <= RESOLVING_KEPT_S
+    await operations.write(dataclasses.replace(record, state=RESOLVED))
+    await operations.renew(record)
+    assert (await operations.get(record.name)).state == RESOLVED
+    assert await connection.ttl(key) > RESOLVING_KEPT_S
+    await connection.aclose()
 
 
 async def test_watch_of_an_operation_follows_its_builds(daemon: Daemon, model: Path) -> None:
