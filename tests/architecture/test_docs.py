@@ -1,5 +1,6 @@
 """The manual says what is there: commands, settings, metrics, links."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from runtime_service.metrics import RuntimeMetrics
 from runtime_service.settings import RuntimeSettings
 from shared.edge import EdgeInterceptor
 from shared.settings import Settings, variable_of
-from tests.architecture.test_imports import ROOT
+from tests.architecture.test_imports import PACKAGES, ROOT, sources
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 OPERATIONS = (ROOT / "docs/OPERATIONS.md").read_text()
@@ -61,6 +62,20 @@ def test_metrics_are_documented_and_exist() -> None:
     CompilerMetrics(registry)
     families = {family.name for family in (*registry.collect(), *RuntimeMetrics().collect())}
     assert families == set(re.findall(r"`(millrace_[a-z_]+)`", OPERATIONS))
+
+
+def test_log_lines_that_are_named_exist() -> None:
+    named = re.search(r"^Logs: .*?\((.*?)\)", OPERATIONS, re.M | re.S)
+    assert named is not None, "the manual names no log lines"
+    written = {
+        call.args[0].value
+        for folder in PACKAGES.values()
+        for path in sources(folder)
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant)
+        if ast.unparse(call.func).endswith(("canonical_line", ".info"))
+    }
+    assert set(re.findall(r"`(\w+)`", named[1])) - written == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
