@@ -1,6 +1,6 @@
 """Builds SmolLM2-135M into a store on disk, without daemons: what benchmarks start from.
 
-    python bench/build_sample.py STORE QUANT [MODEL_URI [MODEL_NAME [ARCH]]]
+python bench/build_sample.py STORE QUANT [MODEL_URI [MODEL_NAME [ARCH]]]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Decode and prompt speed of an engine on this CPU, straight on the model runner: no daemon, no gRPC.
 
-    python bench/cpu_decode.py STORE ENGINE [--threads N] [--profile]
+    python bench/cpu_decode.py STORE ENGINE [--threads N]
 
 Prints one JSON line a workload: ms a step and tokens/s, medians over rounds. STORE is a folder with
 the engine (bench/build_sample.py makes one), ENGINE its name or a prefix of its digest.
@@ -74,7 +74,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--profile", action="store_true", help="print where decode time goes")
     arguments = parser.parse_args()
     store = LocalStore(Path(arguments.store))
     options = RunnerOptions(max_sequence_tokens=2048, num_threads=arguments.threads or None)
@@ -93,10 +92,6 @@ def main() -> None:
             step_s = min(decodes)
             line |= {"step_ms": round(step_s * 1e3, 2), "decode_tok_s": round(sequences / step_s)}
         print(json.dumps(line))
-    if arguments.profile:
-        with torch.profiler.profile() as profile:
-            generate(loaded, 1, 64, 32, sampling)
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=30))
 
 
 if __name__ == "__main__":

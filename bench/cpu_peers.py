@@ -40,6 +40,7 @@ TARGETS = (
     ("millrace best", "transformers bf16", "16 streams 64/128", 2.0),
     ("millrace best", "peers' best", "16 streams 64/128", 0.9),
     ("millrace best", "transformers bf16", "prompt 512", 1.5),
+    ("millrace int8", "loop alone int8", "16 streams 64/128", 0.9),
 )
 BASE_PORT = 7790
 
@@ -103,6 +104,9 @@ def main() -> None:
         systems[f"millrace {quant}"] = [
             sys.executable, str(HERE / "peers/millrace_run.py"), address,
         ]  # fmt: skip
+        systems[f"loop alone {quant}"] = [
+            sys.executable, str(HERE / "engine_loop.py"), str(store), quant,
+        ]  # fmt: skip
     values: dict[tuple[str, str], list[float]] = {}
     try:
         for round_index in range(arguments.rounds):
@@ -156,7 +160,7 @@ def report(values: dict[tuple[str, str], list[float]]) -> None:
         print(f"| {name} | " + " | ".join(f"{medians[name, w]:.0f}" for w in WORKLOADS) + " |")
     for workload in WORKLOADS:
         ours = [n for n in names if n.startswith("millrace ")]
-        peers = [n for n in names if n not in ours and not n.startswith("transformers")]
+        peers = [n for n in names if n.startswith(("llama.cpp", "openvino"))]
         medians["millrace best", workload] = max(medians[n, workload] for n in ours)
         medians["peers' best", workload] = max(medians[n, workload] for n in peers)
     print("\n| ratio | workload | bar | measured |\n|---|---|---|---|")
