@@ -11,7 +11,7 @@ from runtime_service.scheduling.request import Request, SamplingParams, StopPara
 from tests.runtime_service.fake_runner import small_limits, tokens_alone
 from tests.runtime_service.scheduling.driving import Drive
 
-_MAX_SEQUENCE_TOKENS = 120
+_MAX_SEQUENCE_TOKENS = 200
 
 _limits = st.builds(
     small_limits,
@@ -34,7 +34,8 @@ _credits = st.tuples(st.just("credit"), st.integers(0, 5), st.integers(1, 3))
 _aborts = st.tuples(st.just("abort"), st.integers(0, 5), st.integers(0, 2))
 _steps = st.tuples(st.just("step"), st.integers(1, 4))
 _runs = st.tuples(st.just("run"))
-_histories = st.lists(st.one_of(_adds, _adds, _credits, _aborts, _steps, _runs), max_size=14)
+_others = st.lists(st.one_of(_runs, _steps, _credits, _aborts), max_size=3)
+_rounds = st.lists(st.tuples(_adds, _others), min_size=2, max_size=4)
 
 
 class _History:
@@ -83,17 +84,19 @@ class _History:
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=250,
+    max_examples=150,
     suppress_health_check=[HealthCheck.too_slow],
 )
-@given(_limits, st.integers(0, 2), _histories)
+@given(_limits, st.integers(0, 2), _rounds)
 def test_every_sample_gets_what_it_gets_alone_whenever_credit_comes(
-    limits: RuntimeLimits, max_unread_steps: int, operations: list[tuple[object, ...]]
+    limits: RuntimeLimits,
+    max_unread_steps: int,
+    rounds: list[tuple[tuple[object, ...], list[tuple[object, ...]]]],
 ) -> None:
     """The engine sleeps only where nobody has credit (`Drive` sees to it), and nothing leaks."""
     history = _History(limits, max_unread_steps)
     drive = history.drive
-    for name, *arguments in operations:
+    for name, *arguments in [one for add, others in rounds for one in (add, *others)]:
         getattr(history, str(name))(*arguments)
         drive.check_blocks()
     drive.run()
