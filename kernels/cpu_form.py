@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 
-from kernels.batch import StepBatch
 from kernels.linear.layouts import LAYOUTS
 from shared.ir import Graph, Node, WeightSpec
 
@@ -89,6 +88,3 @@ def cpu_target(graph: Graph, max_positions: int) -> CpuTarget:
         max_positions=max_positions,
         reason=reason,
     )
-
-
-__all__ = ["BindCpu", "BoundOp", "CpuTarget", "PackedWeight", "StepBatch", "cpu_target"]
