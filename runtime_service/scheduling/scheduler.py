@@ -26,13 +26,11 @@ from runtime_service.scheduling.output import (
     SchedulerOutput,
 )
 from runtime_service.scheduling.request import Request
+from runtime_service.scheduling.room import Room
 from runtime_service.scheduling.roster import Roster
 from runtime_service.scheduling.sequence import Group, Sequence, State
 from runtime_service.scheduling.step import Step
 from runtime_service.scheduling.waiting_queue import WaitingQueue
-
-# Of the blocks, kept free when a sequence is admitted beside others, so that they can grow.
-_GROWTH_RESERVE = 0.01
 
 
 class Scheduler:
@@ -50,10 +48,10 @@ class Scheduler:
         assert self.kv.num_blocks_for(limits.max_sequence_tokens) <= limits.num_blocks, (
             "a sequence of the greatest length does not fit into the KV cache"
         )
-        self._growth_reserve = int(limits.num_blocks * _GROWTH_RESERVE)
         self._groups: dict[int, Group] = {}
         self._waiting = WaitingQueue()
         self._roster = Roster(limits.max_sequences)
+        self._room = Room(self.kv, self._roster, self._preempt)
         self._unread: deque[Step] = deque()
         self._last_read = -1
         self._num_arrivals = self._num_steps = self._num_preemptions = 0
@@ -127,7 +125,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput | None:
         """The next step; None where nothing can run before a step is read or a client speaks."""
         self._roster.compact()
-        self._make_room_for_first()
+        self._room.make_for(self._waiting.first())
         step = Step(self._num_steps, self._limits.max_step_tokens)
         prompts = self._schedule_decoding(step)
         for sequence in prompts:
@@ -135,7 +133,7 @@ class Scheduler:
                 self._schedule_prompt(step, sequence)
         self._roster.compact()
         if not step.scheduled:  # those that ran have just stalled, and nobody may ask again
-            self._make_room_for_first()
+            self._room.make_for(self._waiting.first())
         self._admit(step)
         self._step_tokens = self._limits.max_step_tokens - step.budget
         if not step.scheduled:
@@ -245,7 +243,7 @@ class Scheduler:
             return None
         new_block_ids: tuple[int, ...] = ()
         if sequence.num_tokens > sequence.capacity:
-            block = self._take_block_for(sequence)
+            block = self._room.take_block_for(sequence)
             if block is None:
                 return None
             new_block_ids = (block,)
@@ -291,8 +289,7 @@ class Scheduler:
             assert sequence.num_tokens == len(sequence.token_ids), "a drawn token was not read"
             shared, num_cached, copied = self._find_cached(step, sequence)
             num_taken = self.kv.num_blocks_for(sequence.num_tokens) - len(shared)
-            spare = self.kv.num_free - self.kv.num_free_among(shared) - num_taken
-            if spare < (self._growth_reserve if self._roster.running else 0):
+            if not self._room.has(num_taken + self.kv.num_free_among(shared)):
                 return
             self.kv.hold(shared)
             blocks = [*shared, *(self.kv.take() for _ in range(num_taken))]
@@ -354,48 +351,12 @@ class Scheduler:
         )
         self._roster.run(sequence)
 
-    # Room.
-
-    def _make_room_for_first(self) -> None:
-        """Preempts for the first waiting sequence: stalled ones, and those of lower priority."""
-        first = self._waiting.first()
-        if first is None:
-            return
-        victims = self._roster.below(first.order[0])
-        if not victims:
-            return
-        needed = min(
-            self.kv.num_blocks_for(len(first.token_ids)) + self._growth_reserve,
-            self._limits.num_blocks,
-        )
-        # Not in vain: counts shared blocks twice, which only real pressure makes matter.
-        if self.kv.num_free + sum(len(victim.block_ids) for victim in victims) < needed:
-            return
-        for victim in victims:
-            if self._roster.free_rows and self.kv.num_free >= needed:
-                break
-            self._preempt(victim)
-        self._roster.compact()
-
-    def _take_block_for(self, sequence: Sequence) -> int | None:
-        """One more block for `sequence`, from ones that come after it if need be."""
-        while not self.kv.num_free:
-            victim = self._roster.worst_after(sequence)
-            if victim is None:
-                return None
-            self._preempt(victim)
-        block = self.kv.take()
-        sequence.block_ids.append(block)
-        sequence.capacity += self._limits.block_tokens
-        sequence.plan_event()
-        return block
+    # From state to state.
 
     def _preempt(self, sequence: Sequence) -> None:
         self._num_preemptions += 1
         self._leave_row(sequence)
         self._wait(sequence, len(sequence.token_ids))
-
-    # From state to state.
 
     def _wait(self, sequence: Sequence, waiting_tokens: int) -> None:
         sequence.waiting_tokens = waiting_tokens
