@@ -28,6 +28,7 @@ from runtime_service.scheduling.request import Request, SamplingParams, StopPara
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import (
     ArchMismatch,
+    EngineLost,
     EngineNotFound,
     QueueFull,
     from_status,
@@ -169,17 +170,27 @@ async def test_old_engine_comes_back_however_the_new_one_fails(tmp_path: Path) -
 
 
 async def test_another_engine_is_served_while_the_lost_one_cannot_be(tmp_path: Path) -> None:
+    """Trying again blocks nobody: another engine can be loaded meanwhile, or none."""
     async with running_daemon(tmp_path) as daemon:
-        daemon.runtime._start_client = starter = _OutOfMemory(daemon.runtime, 1 << 20)
-        os.kill(daemon.client.pid, signal.SIGKILL)
-        await until(lambda: starter.times_left < 1 << 20)
         publish_echo(daemon.store, "second")
-        starter.times_left = 0
-        await daemon.load("second")
-        assert daemon.client.pid
+        start_client, failed = daemon.runtime._start_client, asyncio.Event()
+
+        async def start(engine: EngineManifest, on_lost: OnLost) -> EngineClient:
+            if engine.model == "echo":
+                failed.set()
+                raise EngineLost(problem="it does not start any more")
+            return await start_client(engine, on_lost)
+
+        daemon.runtime._start_client = start
+        os.kill(daemon.client.pid, signal.SIGKILL)
+        await failed.wait()
+        async with asyncio.timeout(10.0):
+            await daemon.load("second")
         assert daemon.runtime.served is not None
         assert daemon.runtime.served.engine.model == "second"
-        await daemon.runtime.unload()
+        await still_works(daemon)
+        async with asyncio.timeout(10.0):
+            await daemon.runtime.unload()
         assert daemon.runtime.state == pb.RUNTIME_STATE_IDLE
 
 
