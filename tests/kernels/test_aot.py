@@ -14,19 +14,24 @@ from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant
 from shared.arch import ARCHES, Arch
 
 GPU_ARCHES = [arch for arch in ARCHES.values() if arch.is_gpu]
-# A kind each: few tokens, one token, prompts. The other regimes differ in a tile size only, and arches with the
-# same limits and features would compile the same code once more.
-_FEW, _ONE, _MANY = Regime(16, 16), Regime(1, 1), Regime(0, 0)
-_REGIMES = {"sm_80": (_FEW, _ONE, _MANY), "sm_90": (_FEW, _ONE, _MANY)}
+# A representative part of all that an engine holds. Where shared memory is scarce the widest tiles, where fp8 is new
+# its kernels; arches with the same limits and features would compile the same code once more.
+_PARTS = {
+    "sm_80": ("plain", Regime(1, 1)),
+    "sm_86": ("plain", Regime(64, 64)),
+    "sm_89": ("fp8_channel", Regime(16, 16)),
+    "sm_90": ("fp8_channel", Regime(0, 0)),
+    "sm_100": ("fp8_channel", Regime(1, 1)),
+    "sm_120": ("plain", Regime(64, 0)),
+}
 _SHAPE = LinearShape(64, 256, "bf16", "bf16", has_residual=True)
 _TILES = Tiles(block_n=4, block_k=256, num_warps=4)
 
 
 def _llama_variants(arch: Arch) -> set[KernelVariant]:
     """Variants of one layer of Llama-3.1-8B's shapes."""
-    layout = "fp8_channel" if arch.has_fp8 else "plain"
-    return variants(llama_graph(MODELS["llama-3.1-8b"], layout, num_layers=2), arch,
-                    _REGIMES.get(arch.name, (_FEW,)))  # fmt: skip
+    layout, regime = _PARTS[arch.name]
+    return variants(llama_graph(MODELS["llama-3.1-8b"], layout, num_layers=1), arch, (regime,))
 
 
 def _compile_one(variant: KernelVariant, arch: Arch) -> CompiledKernel:
