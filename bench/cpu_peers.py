@@ -1,6 +1,7 @@
 """SmolLM2-135M on a CPU: Millrace beside transformers, llama.cpp and OpenVINO GenAI, in one run.
 
-    python -m venv .peers && .peers/bin/pip install xllamacpp openvino-genai gguf
+    python -m venv .peers
+    .peers/bin/pip install torch==2.13.0 transformers==5.23.0 accelerate gguf xllamacpp openvino-genai
     python bench/cpu_peers.py --peers-python .peers/bin/python
 
 Every system runs every workload in a process of its own, in turn, for several rounds; medians are
@@ -73,9 +74,7 @@ def reading(command: list[str], shape: tuple[int, int, int]) -> dict[str, float]
 def main() -> None:
     """Runs everything and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--peers-python", required=True, help="Python with xllamacpp, openvino-genai"
-    )
+    parser.add_argument("--peers-python", required=True, help="Python that has the peers")
     parser.add_argument("--store", type=Path, help="store that holds the sample's engines")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quants", default="int8,int4,bf16,fp32")
@@ -93,7 +92,7 @@ def main() -> None:
         subprocess.run(build, check=True)
     peer = [arguments.peers_python]
     systems = {
-        "transformers bf16": [sys.executable, str(HERE / "peers/transformers_run.py"), source],
+        "transformers bf16": [*peer, str(HERE / "peers/transformers_run.py"), source],
         "llama.cpp Q8_0": [*peer, str(HERE / "peers/llamacpp.py"), variants["Q8_0"]],
         "llama.cpp Q4_0": [*peer, str(HERE / "peers/llamacpp.py"), variants["Q4_0"]],
         "llama.cpp BF16": [*peer, str(HERE / "peers/llamacpp.py"), variants["BF16"]],

@@ -1,19 +1,20 @@
 """`linear` on a CPU: the packing that this CPU multiplies fastest, made when an engine is loaded.
 
-| activations | stored as | packed as | product |
+| activations | stored as | few rows | many rows |
 |---|---|---|---|
-| fp32 | int4_group | int4 up to 4 rows, else as the next | bf16 operands, fp32 accumulated |
-| fp32 | any, of bf16 values | fp16, FBGEMM | fp32 accumulated |
-| fp32 | plain fp32 | fp32, oneDNN | |
-| bf16 | int8_channel | int8 for few rows, bf16 oneDNN for many | fp32 accumulated |
-| bf16 | int4_group | int4 for few rows, bf16 oneDNN for many | fp32 accumulated |
-| bf16 | plain | bf16, oneDNN | |
+| fp32 | int8_channel | our kernel | fp16, FBGEMM |
+| fp32 | int4_group | torch's int4 | fp16, FBGEMM |
+| fp32 | any other, of bf16 values | fp16, FBGEMM | fp16, FBGEMM |
+| fp32 | plain fp32 | fp32, oneDNN | fp32, oneDNN |
+| bf16 | int8_channel, plain | our kernel | bf16, oneDNN |
+| bf16 | int4_group | torch's int4 | bf16, oneDNN |
 
-Measured without bf16 arithmetic (2 cores with AVX2, ms for all linears in a 135M model's layers,
-1 / 4 / 16 rows): fp16 15.0 / 18.0 / 33.8; int4 10.2 / 15.1 / 52.1; int8 13.7 / 18.8 / 59.8, whose
-gain at one row goes into casting activations to bf16 and back. Below `MANY_ROWS` a product waits
-for the weight's bytes, above it for arithmetic. fp16 keeps 11 bits of a value, bf16 has 8; values
-beyond fp16's range keep the fp32 form.
+All accumulate in fp32. Few rows wait for the weight's bytes, many for arithmetic. fp16 keeps 11 bits of a value,
+bf16 has 8; values beyond fp16's range keep the fp32 form.
+
+Measured for all linears in a 135M model's layers, in ms. Zen 4, 2 cores with bf16 arithmetic, 1 / 4 / 16 rows:
+our int8 3.7 / 8.6 / 34; torch's int8 9.2 / - / 33; torch's int4 3.8 / - / 22; oneDNN bf16 11.5 / - / 16.1. 2 cores
+with AVX2 alone: fp16 15.0 / 18.0 / 33.8; int4 10.2 / 15.1 / 52.1.
 
 Legend: N out, K in, G values per group.
 """
@@ -23,10 +24,15 @@ from collections.abc import Callable, Mapping
 import torch
 
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
+from kernels.cpu_jit import TAGS, address
+from kernels.linear.cpu_kernel import BLOCK_N, few_rows
 from shared.ir import Node
 
+# What oneDNN packs for.
 MANY_ROWS = 16
-_FEW_INT4_ROWS = 4
+# Up to so many rows each form for few rows wins.
+_MOST_ROWS = {"int8_channel": 5, "plain": 3, "int4_group": 8}
+_MOST_FP32_ROWS = 4
 _FP16_MAX = 65504.0
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -36,63 +42,42 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
     """The product, and the bias where there is one."""
     weight = weights["weight"]
     bias = weights["bias"].dense() if "bias" in weights else None
-    if target.activation_dtype == torch.bfloat16:
-        product = _bf16_product(weight, bias, target)
-    else:
-        product = _fp32_product(weight, bias, target)
+    product = _product(weight, bias, target)
     return lambda x, batch: product(x)
 
 
 def describe(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> str:
     """The table's row that `bind` chooses, for people."""
-    layout = weights["weight"].spec.layout
+    weight = weights["weight"]
     if target.activation_dtype == torch.bfloat16:
-        few = {"int8_channel": "int8", "int4_group": "int4"}.get(layout)
-        return f"{few} below {MANY_ROWS} rows, else bf16" if few else "bf16"
-    return "fp16 (FBGEMM)" if _takes_fp16(weights["weight"], target) else "fp32"
+        many = "bf16"
+    else:
+        many = "fp16 (FBGEMM)" if _takes_fp16(weight, target) else "fp32"
+    if _few_rows_product(weight, target) is None:
+        return many
+    few = {"int8_channel": "int8", "int4_group": "int4"}.get(weight.spec.layout, "bf16")
+    return f"{few} up to {_most_rows(weight, target)} rows, else {many}"
 
 
 def _takes_fp16(weight: PackedWeight, target: CpuTarget) -> bool:
     return target.has_fbgemm and weight.spec.dtype == "bfloat16"
 
 
-def _fp32_product(weight: PackedWeight, bias: torch.Tensor | None, target: CpuTarget) -> Product:
-    dense_NK = weight.dense()
-    low, high = dense_NK.aminmax()
-    if _takes_fp16(weight, target) and max(-low, high) <= _FP16_MAX:
-        packed = torch.ops.quantized.linear_prepack_fp16(dense_NK, bias)
-        multiply = torch.ops.quantized.linear_dynamic_fp16.default
-
-        def many(x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = multiply(x, packed)
-            return y
-
-        few = _few_rows_product(weight) if weight.spec.layout == "int4_group" else None
-        return many if few is None else _int4_unless_many(few, many, bias)
-    return _dense_product(dense_NK, bias, target)
+def _most_rows(weight: PackedWeight, target: CpuTarget) -> int:
+    most = _MOST_ROWS[weight.spec.layout]
+    return most if target.activation_dtype == torch.bfloat16 else min(most, _MOST_FP32_ROWS)
 
 
-def _int4_unless_many(few: Product, many: Product, bias_N: torch.Tensor | None) -> Product:
-    def run(x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] > _FEW_INT4_ROWS:
-            return many(x)
-        y = few(x.bfloat16()).float()
-        return y if bias_N is None else y.add_(bias_N)
-
-    return run
-
-
-def _bf16_product(weight: PackedWeight, bias: torch.Tensor | None, target: CpuTarget) -> Product:
-    many = _dense_product(
-        weight.dense().bfloat16(), None if bias is None else bias.bfloat16(), target
-    )
-    few = _few_rows_product(weight)
+def _product(weight: PackedWeight, bias: torch.Tensor | None, target: CpuTarget) -> Product:
+    bias_N = None if bias is None else bias.to(target.activation_dtype)
+    many = _many_rows_product(weight, bias_N, target)
+    few = _few_rows_product(weight, target)
     if few is None:
         return many
-    bias_N = None if bias is None else bias.bfloat16()
+    most_rows = _most_rows(weight, target)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] >= MANY_ROWS:
+        if x.shape[0] > most_rows:
             return many(x)
         y = few(x)
         return y if bias_N is None else y.add_(bias_N)
@@ -100,27 +85,62 @@ def _bf16_product(weight: PackedWeight, bias: torch.Tensor | None, target: CpuTa
     return run
 
 
-def _few_rows_product(weight: PackedWeight) -> Product | None:
-    """The product straight from quantized values, where torch has one for these sizes."""
-    tensors = weight.tensors
+def _many_rows_product(
+    weight: PackedWeight, bias_N: torch.Tensor | None, target: CpuTarget
+) -> Product:
+    dense_NK = weight.dense()
+    if target.activation_dtype == torch.bfloat16:
+        return _dense_product(dense_NK.bfloat16(), bias_N, target)
+    low, high = dense_NK.aminmax()
+    if not _takes_fp16(weight, target) or max(-low, high) > _FP16_MAX:
+        return _dense_product(dense_NK, bias_N, target)
+    packed = torch.ops.quantized.linear_prepack_fp16(dense_NK, bias_N)
+    multiply = torch.ops.quantized.linear_dynamic_fp16.default
+    return lambda x: multiply(x, packed)
+
+
+def _few_rows_product(weight: PackedWeight, target: CpuTarget) -> Product | None:
+    """The product straight from stored values, without the bias; None where the other form is as good."""
     num_rows, num_columns = weight.spec.shape
-    # torch's kernels work on whole vectors and blocks of rows, and do not check.
-    if num_columns % 32:
+    if weight.spec.layout == "int4_group" and target.kv_dtype == torch.bfloat16:
+        return _int4_product(weight, target)
+    stored = weight.tensors["weight"]
+    is_ours = weight.spec.layout == "int8_channel" or (
+        weight.spec.layout == "plain" and stored.dtype == target.activation_dtype == torch.bfloat16
+    )
+    if not is_ours or num_rows % BLOCK_N:
         return None
-    if weight.spec.layout == "int8_channel" and num_rows % 4 == 0:
-        codes_NK, scale_N = tensors["weight"], tensors["scale"].bfloat16()
-        multiply = torch.ops.aten._weight_int8pack_mm.default
-        return lambda x: multiply(x, codes_NK, scale_N)
-    if weight.spec.layout == "int4_group" and num_rows % 16 == 0:
-        stored = tensors["weight"]
-        codes_NK = torch.stack((stored & 15, stored >> 4), -1).flatten(1).int()
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
-        # [J, N, 2]: scale and zero of each group, as torch's kernel reads them.
-        scales = torch.stack((tensors["scale"].T, tensors["zero"].T), -1).bfloat16().contiguous()
-        multiply4 = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-        group = weight.spec.group_size
-        return lambda x: multiply4(x, packed, group, scales)
-    return None
+    codes_NK = stored.contiguous()
+    scale_N = weight.tensors["scale"] if "scale" in weight.tensors else torch.ones(num_rows)
+    dtype = target.activation_dtype
+    tags = TAGS[dtype], TAGS[stored.dtype], TAGS[torch.float32]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(len(x), num_rows)
+        few_rows(
+            address(x, dtype), codes_NK.data_ptr(), scale_N.data_ptr(), out.data_ptr(), len(x),
+            num_rows, num_columns, *tags, stored.element_size(),
+        )  # fmt: skip
+        return out
+
+    return run
+
+
+def _int4_product(weight: PackedWeight, target: CpuTarget) -> Product | None:
+    """torch's kernel, which works in bf16; None where it does not take the sizes (and does not check)."""
+    num_rows, num_columns = weight.spec.shape
+    if num_columns % 32 or num_rows % 16:
+        return None
+    stored, group = weight.tensors["weight"], weight.spec.group_size
+    codes_NK = torch.stack((stored & 15, stored >> 4), -1).flatten(1).int()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
+    # [J, N, 2]: scale and zero of each group, as torch's kernel reads them.
+    scales = torch.stack((weight.tensors["scale"].T, weight.tensors["zero"].T), -1)
+    scales = scales.bfloat16().contiguous()
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+    if target.activation_dtype == torch.bfloat16:
+        return lambda x: multiply(x, packed, group, scales)
+    return lambda x: multiply(x.bfloat16(), packed, group, scales).float()
 
 
 def _dense_product(dense_NK: torch.Tensor, bias: torch.Tensor | None, target: CpuTarget) -> Product:

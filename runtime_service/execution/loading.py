@@ -11,6 +11,7 @@ import structlog
 import torch
 
 from kernels.cpu_form import cpu_target
+from kernels.cpu_jit import set_num_threads
 from kernels.launcher import KernelLibrary
 from kernels.lowering import BLOCK_TOKENS
 from kernels.variant import CODE_TITLE, INDEX_TITLE
@@ -113,7 +114,9 @@ def load_runner(store: LocalStore, engine: EngineManifest, options: RunnerOption
         max_sequences=limits.max_sequences,
     )
     vocab_size = int(str(graph.config["vocab_size"]))
-    runner = ModelRunner(executor, limits, vocab_size, options.num_threads or 0)
+    runner = ModelRunner(
+        executor, limits, vocab_size, lambda: set_num_threads(options.num_threads or 0)
+    )
     return LoadedEngine(runner, limits, phases.timings)
 
 

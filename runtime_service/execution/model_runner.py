@@ -5,7 +5,7 @@ launched before the one before it was read: what that one draws is in the row ta
 request is, nobody here knows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -29,18 +29,20 @@ class ModelRunner:
     """Runs steps of one engine.
 
     Args:
-        num_threads: CPU threads of one op; 0 leaves torch's own number.
+        set_up_thread: called first on the thread that runs the steps.
     """
 
     def __init__(
-        self, executor: Executor, limits: RuntimeLimits, vocab_size: int, num_threads: int = 0
+        self,
+        executor: Executor,
+        limits: RuntimeLimits,
+        vocab_size: int,
+        set_up_thread: Callable[[], None] | None = None,
     ) -> None:
         self._executor = executor
         self._limits = limits
         self._rows = RowTable(limits, vocab_size)
-        self._worker = ThreadPoolExecutor(
-            1, "model-runner", initializer=_set_threads, initargs=(num_threads,)
-        )
+        self._worker = ThreadPoolExecutor(1, "model-runner", initializer=set_up_thread)
 
     def execute(self, step: SchedulerOutput) -> Future[ModelRunnerOutput]:
         """Hands the step over and returns at once; `result()` waits for what it draws."""
@@ -130,8 +132,3 @@ class ModelRunner:
             )
             first += len(rows)
         return result
-
-
-def _set_threads(num_threads: int) -> None:
-    if num_threads:
-        torch.set_num_threads(num_threads)

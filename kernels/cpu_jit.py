@@ -1,0 +1,164 @@
+"""What the CPU kernels are written with: compiled Python (Numba) over raw addresses.
+
+`kernels/<op>/cpu_kernel.py` holds an op's loops; an op's `cpu.py` calls them with `data_ptr()`s, as the
+launcher does on a GPU. They are compiled for this machine's CPU when an engine is first loaded, and kept in
+Numba's cache on disk. bf16 travels as its bits, uint16: the upper half of an fp32.
+
+A kernel is written once for all its element types. It is told them by *tags*, values that only have a type:
+`typed(address, tag)` is a pointer to the tag's type, `load` gives fp32 and `store` rounds to it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_Function = Callable[..., Any]
+
+# One pool for torch's operators and ours: both run on the OpenMP library that torch brings.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+_WORD = ir.IntType(32)
+
+# Sums may be reordered into vectors; NaN and infinity keep their meaning.
+_FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}
+
+# What stands for an element type in a kernel's arguments.
+TAGS = {
+    torch.float32: np.float32(0),
+    torch.bfloat16: np.uint16(0),
+    torch.int8: np.int8(0),
+}
+
+
+def kernel(function: _Function) -> _Function:
+    """Compiles a kernel; its `prange` loops run on all threads."""
+    return _compiled(function, parallel=True)
+
+
+def device(function: _Function) -> _Function:
+    """Compiles a function that kernels call."""
+    return _compiled(function)
+
+
+def _compiled(function: _Function, **options: bool) -> _Function:
+    try:
+        return numba.njit(fastmath=_FAST_MATH, nogil=True, cache=True, **options)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # no folder to keep it in: every start compiles
+        return numba.njit(fastmath=_FAST_MATH, nogil=True, **options)(function)  # type: ignore[no-any-return]
+
+
+def set_num_threads(num_threads: int = 0) -> None:
+    """How many threads torch's operators and kernels use that this thread calls; 0: as many as torch's."""
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    """Where a dense tensor begins. Kernels cannot look at what they are given, so this does."""
+    assert tensor.dtype == dtype, f"a kernel wants {dtype}, not {tensor.dtype}"
+    assert tensor.is_contiguous(), "a kernel wants a dense tensor"
+    return tensor.data_ptr()
+
+
+@intrinsic
+def typed(context: Any, address: Any, tag: Any) -> Any:
+    """A pointer to the tag's type at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(tag)(types.int64, tag), generate
+
+
+@intrinsic
+def prefetch(context: Any, address: Any) -> Any:
+    """Asks for the cache line at an address, which need not exist, into the second-level cache."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        declared = ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], declared)
+        read, second_level, data = (ir.Constant(_WORD, value) for value in (0, 2, 1))
+        place = builder.inttoptr(arguments[0], byte)
+        builder.call(function, [place, read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def load(context: Any, pointer: Any, index: Any) -> Any:
+    """The element at an index, as fp32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = builder.load(builder.gep(arguments[0], [arguments[1]]))
+        if pointer.dtype == types.uint16:
+            bits = builder.shl(builder.zext(value, _WORD), ir.Constant(_WORD, 16))
+            return builder.bitcast(bits, ir.FloatType())
+        if pointer.dtype == types.int8:
+            return builder.sitofp(value, ir.FloatType())
+        assert pointer.dtype == types.float32, f"kernels do not read {pointer.dtype}"
+        return value
+
+    return types.float32(pointer, types.int64), generate
+
+
+@intrinsic
+def store(context: Any, pointer: Any, index: Any, value: Any) -> Any:
+    """Keeps an fp32 value at an index, rounded to nearest, ties to even."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place, kept = builder.gep(arguments[0], [arguments[1]]), arguments[2]
+        if pointer.dtype == types.uint16:
+            bits = builder.bitcast(kept, _WORD)
+            upper = builder.lshr(bits, ir.Constant(_WORD, 16))
+            odd = builder.and_(upper, ir.Constant(_WORD, 1))
+            half = builder.add(odd, ir.Constant(_WORD, 0x7FFF))
+            rounded = builder.lshr(builder.add(bits, half), ir.Constant(_WORD, 16))
+            kept = builder.trunc(rounded, ir.IntType(16))
+        else:
+            assert pointer.dtype == types.float32, f"kernels do not write {pointer.dtype}"
+        builder.store(kept, place)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.float32), generate
+
+
+@intrinsic
+def _power_of_two(context: Any, exponent: Any) -> Any:
+    """2 ** exponent, fp32, for -126 to 127: the exponent's bits put into place."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        biased = builder.add(arguments[0], ir.Constant(_WORD, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(_WORD, 23)), ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@device
+def exp(x: Any) -> Any:
+    """e ** x in fp32, to 2 units in the last place; at least e ** -87. Loops over it become vectors.
+
+    x = (n + f) ln 2 with n whole and |f| <= 1/2;  e ** x = 2 ** n * 2 ** f, the latter a polynomial.
+    """
+    x = np.float32(-87.0) if x < np.float32(-87.0) else x
+    x = np.float32(88.0) if x > np.float32(88.0) else x
+    scaled = x * np.float32(1.44269504)
+    n = np.floor(scaled + np.float32(0.5))
+    # ln 2 in two parts, so that f keeps its last bits.
+    f = (x - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * f + np.float32(1.3981999507e-3)
+    p = p * f + np.float32(8.3334519073e-3)
+    p = p * f + np.float32(4.1665795894e-2)
+    p = p * f + np.float32(1.6666665459e-1)
+    p = p * f + np.float32(5.0000001201e-1)
+    p = p * f * f + f + np.float32(1.0)
+    return p * _power_of_two(np.int32(n))
