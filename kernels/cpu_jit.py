@@ -25,8 +25,12 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 _WORD = ir.IntType(32)
 
-# Sums may be reordered into vectors; NaN and infinity keep their meaning.
-_FAST_MATH = {"contract", "reassoc", "nsz", "arcp"}
+# Sums may be reordered into vectors; NaN and infinity keep their meaning. A division that can raise makes no vector.
+_OPTIONS = {
+    "fastmath": {"contract", "reassoc", "nsz", "arcp"},
+    "error_model": "numpy",
+    "nogil": True,
+}
 
 # What stands for an element type in a kernel's arguments.
 TAGS = {
@@ -48,9 +52,9 @@ def device(function: _Function) -> _Function:
 
 def _compiled(function: _Function, **options: bool) -> _Function:
     try:
-        return numba.njit(fastmath=_FAST_MATH, nogil=True, cache=True, **options)(function)  # type: ignore[no-any-return]
+        return numba.njit(cache=True, **_OPTIONS, **options)(function)  # type: ignore[no-any-return]
     except RuntimeError:  # no folder to keep it in: every start compiles
-        return numba.njit(fastmath=_FAST_MATH, nogil=True, **options)(function)  # type: ignore[no-any-return]
+        return numba.njit(**_OPTIONS, **options)(function)  # type: ignore[no-any-return]
 
 
 def set_num_threads(num_threads: int = 0) -> None:

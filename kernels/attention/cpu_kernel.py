@@ -21,43 +21,52 @@ def one_query(
     `soft_cap` are fp32.
     """
     for task in prange(S * K):
-        s, kv_head = task // K, task % K
-        q, out = typed(q_at, tag), typed(out_at, tag)
-        k_cache, v_cache = typed(k_cache_at, kv_tag), typed(v_cache_at, kv_tag)
-        tokens, rows = typed(tokens_at, index_tag), typed(rows_at, index_tag)
-        seq_lens, tables = typed(seq_lens_at, index_tag), typed(tables_at, index_tag)
-        row, G = np.int64(rows[s]), H // K
-        length, table = np.int64(seq_lens[row]), row * table_stride
-        first = max(0, length - window) if window > 0 else 0
-        J = length - first
-        query = (np.int64(tokens[s]) * H + kv_head * G) * D
-        # One allocation, and addresses into it: a slice of an array is counted, which costs as much as a dot product.
-        scratch = np.zeros(G * (2 * D + J) + D, np.float32)
-        at = scratch.ctypes.data
-        q_GD, y_GD = typed(at, scale), typed(at + 4 * G * D, scale)
-        row_D, logits_GJ = typed(at + 8 * G * D, scale), typed(at + 4 * (2 * G + 1) * D, scale)
-        for i in range(G * D):
-            q_GD[i] = load(q, query + i) * scale
-        for block in range(first // block_tokens, (length - 1) // block_tokens + 1):
-            start = block * block_tokens
-            slot = np.int64(tables[table + block]) * block_tokens - start
-            for j in range(max(first, start), min(length, start + block_tokens)):
-                _widen(k_cache, ((slot + j) * K + kv_head) * D, row_D, D)
-                for g in range(G):
-                    logits_GJ[g * J + j - first] = _dot(q_GD, g * D, row_D, D)
-        for g in range(G):
-            if soft_cap > 0:
-                _soft_cap(logits_GJ, g * J, J, soft_cap)
-            _softmax(logits_GJ, g * J, J)
-        for block in range(first // block_tokens, (length - 1) // block_tokens + 1):
-            start = block * block_tokens
-            slot = np.int64(tables[table + block]) * block_tokens - start
-            for j in range(max(first, start), min(length, start + block_tokens)):
-                _widen(v_cache, ((slot + j) * K + kv_head) * D, row_D, D)
-                for g in range(G):
-                    _add_scaled(y_GD, g * D, row_D, D, logits_GJ[g * J + j - first])
-        for i in range(G * D):
-            store(out, query + i, y_GD[i])
+        _attend(
+            np.int64(task // K), np.int64(task % K), typed(q_at, tag), typed(tokens_at, index_tag),
+            typed(tables_at, index_tag), typed(rows_at, index_tag), typed(seq_lens_at, index_tag),
+            typed(k_cache_at, kv_tag), typed(v_cache_at, kv_tag), typed(out_at, tag),
+            table_stride, block_tokens, H, K, D, scale, window, soft_cap,
+        )  # fmt: skip
+
+
+@device
+def _attend(
+    s, kv_head, q, tokens, tables, rows, seq_lens, k_cache, v_cache, out,
+    table_stride, block_tokens, H, K, D, scale, window, soft_cap,
+):  # fmt: skip
+    row, G = np.int64(rows[s]), H // K
+    length, table = np.int64(seq_lens[row]), row * table_stride
+    first = max(0, length - window) if window > 0 else 0
+    J = length - first
+    query = (np.int64(tokens[s]) * H + kv_head * G) * D
+    # One allocation, and addresses into it: a slice of an array is counted, which costs as much as a dot product.
+    scratch = np.zeros(G * (2 * D + J) + D, np.float32)
+    at = scratch.ctypes.data
+    q_GD, y_GD = typed(at, scale), typed(at + 4 * G * D, scale)
+    row_D, logits_GJ = typed(at + 8 * G * D, scale), typed(at + 4 * (2 * G + 1) * D, scale)
+    for i in range(G * D):
+        q_GD[i] = load(q, query + i) * scale
+    for block in range(first // block_tokens, (length - 1) // block_tokens + 1):
+        start = block * block_tokens
+        slot = np.int64(tables[table + block]) * block_tokens - start
+        for j in range(max(first, start), min(length, start + block_tokens)):
+            _widen(k_cache, ((slot + j) * K + kv_head) * D, row_D, D)
+            for g in range(G):
+                logits_GJ[g * J + j - first] = _dot(q_GD, g * D, row_D, D)
+    for g in range(G):
+        if soft_cap > 0:
+            _soft_cap(logits_GJ, g * J, J, soft_cap)
+        _softmax(logits_GJ, g * J, J)
+    for block in range(first // block_tokens, (length - 1) // block_tokens + 1):
+        start = block * block_tokens
+        slot = np.int64(tables[table + block]) * block_tokens - start
+        for j in range(max(first, start), min(length, start + block_tokens)):
+            _widen(v_cache, ((slot + j) * K + kv_head) * D, row_D, D)
+            for g in range(G):
+                _add_scaled(y_GD, g * D, row_D, D, logits_GJ[g * J + j - first])
+    for i in range(G * D):
+        store(out, query + i, y_GD[i])
+    scratch[0] = 0  # its last use: until here it is not freed
 
 
 @device

@@ -35,14 +35,14 @@ def rope_write(
         _rope_write_row(
             typed(qkv_at, tag), typed(turns_at, turn_tag), typed(slots_at, index_tag), norm_at != 0,
             typed(norm_at, turn_tag), typed(q_at, tag), typed(k_cache_at, kv_tag), typed(v_cache_at, kv_tag),
-            0, H, K, D, eps,
+            np.int64(0), H, K, D, eps,
         )  # fmt: skip
         return
     for t in prange(T):
         _rope_write_row(
             typed(qkv_at, tag), typed(turns_at, turn_tag), typed(slots_at, index_tag), norm_at != 0,
             typed(norm_at, turn_tag), typed(q_at, tag), typed(k_cache_at, kv_tag), typed(v_cache_at, kv_tag),
-            t, H, K, D, eps,
+            np.int64(t), H, K, D, eps,
         )  # fmt: skip
 
 
@@ -54,7 +54,19 @@ def _rope_write_row(
     cached = np.int64(slots[t]) * K * D
     qkv_row, turn = t * (H + 2 * K) * D, t * D
     for h in range(H):
-        _turn(qkv, qkv_row + h * D, turns, turn, has_norm, norm, 0, eps, q, (t * H + h) * D, D)
+        _turn(
+            qkv,
+            qkv_row + h * D,
+            turns,
+            turn,
+            has_norm,
+            norm,
+            np.int64(0),
+            eps,
+            q,
+            (t * H + h) * D,
+            D,
+        )
     for k in range(K):
         first = qkv_row + (H + k) * D
         _turn(qkv, first, turns, turn, has_norm, norm, D, eps, k_cache, cached + k * D, D)

@@ -13,10 +13,14 @@ from kernels.cpu_jit import device, kernel, load, store, typed
 def rms_norm(x_at, weight_at, out_at, T, M, eps, tag, weight_tag):
     """out = x * rsqrt(mean(x ** 2) + eps) * weight over each row of [T, M]."""
     if T == 1:  # waking the other threads costs more
-        _norm_row(typed(x_at, tag), typed(weight_at, weight_tag), typed(out_at, tag), 0, M, eps)
+        _norm_row(
+            typed(x_at, tag), typed(weight_at, weight_tag), typed(out_at, tag), np.int64(0), M, eps
+        )
         return
     for t in prange(T):
-        _norm_row(typed(x_at, tag), typed(weight_at, weight_tag), typed(out_at, tag), t, M, eps)
+        _norm_row(
+            typed(x_at, tag), typed(weight_at, weight_tag), typed(out_at, tag), np.int64(t), M, eps
+        )
 
 
 @kernel
@@ -27,13 +31,13 @@ def add_rms_norm(
     """total = x + residual, as it is kept; out = its norm."""
     if T == 1:
         x, residual, total = typed(x_at, tag), typed(residual_at, tag), typed(total_at, tag)
-        _add_row(x, residual, total, 0, M)
-        _norm_row(total, typed(weight_at, weight_tag), typed(out_at, tag), 0, M, eps)
+        _add_row(x, residual, total, np.int64(0), M)
+        _norm_row(total, typed(weight_at, weight_tag), typed(out_at, tag), np.int64(0), M, eps)
         return
     for t in prange(T):
         total = typed(total_at, tag)
-        _add_row(typed(x_at, tag), typed(residual_at, tag), total, t, M)
-        _norm_row(total, typed(weight_at, weight_tag), typed(out_at, tag), t, M, eps)
+        _add_row(typed(x_at, tag), typed(residual_at, tag), total, np.int64(t), M)
+        _norm_row(total, typed(weight_at, weight_tag), typed(out_at, tag), np.int64(t), M, eps)
 
 
 @device

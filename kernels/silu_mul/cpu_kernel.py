@@ -10,10 +10,10 @@ from kernels.cpu_jit import device, exp, kernel, load, store, typed
 def silu_mul(gate_up_at, out_at, T, F, tag):
     """out[t, f] = silu(gate_up[t, f]) * gate_up[t, F + f]; both dense."""
     if T == 1:  # waking the other threads costs more
-        _row(typed(gate_up_at, tag), typed(out_at, tag), 0, F)
+        _row(typed(gate_up_at, tag), typed(out_at, tag), np.int64(0), F)
         return
     for t in prange(T):
-        _row(typed(gate_up_at, tag), typed(out_at, tag), t, F)
+        _row(typed(gate_up_at, tag), typed(out_at, tag), np.int64(t), F)
 
 
 @device

@@ -61,7 +61,7 @@ def test_exp_keeps_nan_and_ends_at_its_range() -> None:
 
 
 def test_address_refuses_what_a_kernel_would_misread() -> None:
-    with pytest.raises(AssertionError, match="not torch.float32"):
+    with pytest.raises(AssertionError, match=r"not torch\.float32"):
         address(torch.zeros(2), torch.bfloat16)
     with pytest.raises(AssertionError, match="dense"):
         address(torch.zeros(2, 2).t(), torch.float32)
