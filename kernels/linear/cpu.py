@@ -6,8 +6,9 @@
 | fp32 | any, of bf16 values | fp16, FBGEMM | fp32 accumulated |
 | fp32 | plain fp32 | fp32, oneDNN | |
 | bf16 | int8_channel | int8 for few rows, bf16 oneDNN for many | fp32 accumulated |
+| bf16 | int8_group | two int4 for few rows, bf16 oneDNN for many | fp32 accumulated |
 | bf16 | int4_group | int4 for few rows, bf16 oneDNN for many | fp32 accumulated |
-| bf16 | plain | bf16, oneDNN | |
+| bf16 | plain, fp8_channel | bf16, oneDNN | |
 
 Measured without bf16 arithmetic (2 cores with AVX2, ms for all linears in a 135M model's layers,
 1 / 4 / 16 rows): fp16 15.0 / 18.0 / 33.8; int4 10.2 / 15.1 / 52.1; int8 13.7 / 18.8 / 59.8, whose
@@ -15,7 +16,11 @@ gain at one row goes into casting activations to bf16 and back. Below `MANY_ROWS
 for the weight's bytes, above it for arithmetic. fp16 keeps 11 bits of a value, bf16 has 8; values
 beyond fp16's range keep the fp32 form.
 
-Legend: N out, K in, G values per group.
+bf16 products round what they read to bf16: values for many rows, scales and zeros for few. Weights
+that schemes of ours quantized have scales that are bf16 numbers already; those that checkpoints
+bring have not (docs/CHECKPOINTS.md says what that costs).
+
+Legend: N out, K in, J groups along K, G values per group.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,6 +32,7 @@ from shared.ir import Node
 
 MANY_ROWS = 16
 _FEW_INT4_ROWS = 4
+_TORCH_INT4_GROUPS = (32, 64, 128, 256)
 _FP16_MAX = 65504.0
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -47,7 +53,7 @@ def describe(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget)
     """The table's row that `bind` chooses, for people."""
     layout = weights["weight"].spec.layout
     if target.activation_dtype == torch.bfloat16:
-        few = {"int8_channel": "int8", "int4_group": "int4"}.get(layout)
+        few = {"int8_channel": "int8", "int8_group": "two int4", "int4_group": "int4"}.get(layout)
         return f"{few} below {MANY_ROWS} rows, else bf16" if few else "bf16"
     return "fp16 (FBGEMM)" if _takes_fp16(weights["weight"], target) else "fp32"
 
@@ -113,14 +119,40 @@ def _few_rows_product(weight: PackedWeight) -> Product | None:
         return lambda x: multiply(x, codes_NK, scale_N)
     if weight.spec.layout == "int4_group" and num_rows % 16 == 0:
         stored = tensors["weight"]
-        codes_NK = torch.stack((stored & 15, stored >> 4), -1).flatten(1).int()
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
-        # [J, N, 2]: scale and zero of each group, as torch's kernel reads them.
-        scales = torch.stack((tensors["scale"].T, tensors["zero"].T), -1).bfloat16().contiguous()
-        multiply4 = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-        group = weight.spec.group_size
-        return lambda x: multiply4(x, packed, group, scales)
+        codes_NK = torch.stack((stored & 15, stored >> 4), -1).flatten(1)
+        return _int4_product(codes_NK, tensors["scale"], tensors["zero"])
+    if weight.spec.layout == "int8_group" and num_rows % 16 == 0:
+        return _int8_group_product(tensors["weight"], tensors["scale"])
     return None
+
+
+def _int4_product(
+    nibbles_NK: torch.Tensor, scale_NJ: torch.Tensor, zero_NJ: torch.Tensor
+) -> Product | None:
+    """x times (nibble - 8) * scale + zero, straight from the nibbles."""
+    group = nibbles_NK.shape[1] // scale_NJ.shape[1]
+    if group not in _TORCH_INT4_GROUPS:
+        return None
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles_NK.int(), 1)
+    # [J, N, 2]: scale and zero of each group, as torch's kernel reads them.
+    scales = torch.stack((scale_NJ.T, zero_NJ.T), -1).bfloat16().contiguous()
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+    return lambda x: multiply(x, packed, group, scales)
+
+
+def _int8_group_product(codes_NK: torch.Tensor, scale_NJ: torch.Tensor) -> Product | None:
+    """torch multiplies no int8 in groups, but an int8 is two nibbles:
+
+    code = 16 * high + low = 16 * (h - 8) + (l - 8) + 8  with h, l in 0 .. 15
+    """
+    codes = codes_NK.int()
+    # Rounded once here: a multiple of it by a power of two is then the same number in bf16.
+    scale = scale_NJ.bfloat16().float()
+    high = _int4_product((codes >> 4) + 8, 16 * scale, torch.zeros_like(scale))
+    low = _int4_product(codes & 15, scale, 8 * scale)
+    if high is None or low is None:
+        return None
+    return lambda x: high(x).add_(low(x))
 
 
 def _dense_product(dense_NK: torch.Tensor, bias: torch.Tensor | None, target: CpuTarget) -> Product:
