@@ -18,6 +18,7 @@ from compiler_service.checkpoints.quantized_linear import (
     Tensors,
     dequantized,
     group_for,
+    group_size_of,
     groups_text,
     int4_roles,
     nibbles_of,
@@ -45,7 +46,7 @@ def find_linears(settings: Mapping[str, Any], tensors: Tensors) -> dict[str, Qua
     bits = settings.get("bits", settings.get("w_bit", 4))
     if bits != 4:
         raise UnsupportedModel(architecture=f"AWQ with {bits} bits", known="4")
-    wanted = settings.get("group_size", settings.get("q_group_size"))
+    wanted = group_size_of(settings, "group_size", "q_group_size")
     return {
         f"{stem}.weight": _linear(stem, tensors, wanted)
         for stem in (n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight"))

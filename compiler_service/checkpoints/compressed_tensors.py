@@ -58,12 +58,13 @@ def find_linears(
         InvalidModel: tensors contradict each other or the settings.
     """
     kind = settings.get("format")
-    if kind not in _FORMATS:
+    if not isinstance(kind, str) or kind not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise UnsupportedModel(architecture=f"compressed-tensors format {kind}", known=known)
     sparsity = settings.get("sparsity_config") or {}
-    if sparsity and sparsity.get("format", "dense") != "dense":
-        found = f"compressed-tensors sparsity {sparsity.get('format')}"
+    pattern = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
+    if pattern != "dense":
+        found = f"compressed-tensors sparsity {pattern}"
         raise UnsupportedModel(architecture=found, known="dense")
     is_asymmetric = _asymmetric_bits(settings)
     linears = {}
@@ -83,8 +84,11 @@ def _asymmetric_bits(settings: Mapping[str, Any]) -> dict[int, bool]:
     if not isinstance(groups, dict) or not groups:
         raise InvalidModel(problem="quantization_config has no config_groups")
     for group in groups.values():
-        weights = (group.get("weights") if isinstance(group, dict) else None) or {}
-        said.setdefault(weights.get("num_bits", 0), set()).add(not weights.get("symmetric", True))
+        weights = group.get("weights") if isinstance(group, dict) else None
+        bits = weights.get("num_bits") if isinstance(weights, dict) else None
+        if not isinstance(weights, dict) or not isinstance(bits, int):
+            raise InvalidModel(problem="quantization_config has a group without bits of weights")
+        said.setdefault(bits, set()).add(not weights.get("symmetric", True))
     return {bits: answers.pop() for bits, answers in said.items() if len(answers) == 1}
 
 

@@ -138,8 +138,13 @@ def _info(name: str, place: GgufTensor) -> TensorInfo:
 def _config(
     metadata: Mapping[str, Any], is_tied: bool, rope_factors: list[float] | None
 ) -> dict[str, Any]:
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise UnsupportedModel(
+            architecture=f"GGUF in {metadata['split.count']} files",
+            known="one file; join them with llama-gguf-split --merge",
+        )
     family = metadata.get("general.architecture")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise UnsupportedModel(architecture=f"GGUF {family}", known=", ".join(ARCHITECTURES))
 
     def field(key: str, default: Any = None) -> Any:
@@ -152,20 +157,28 @@ def _config(
             raise InvalidModel(problem=f"{family}.{key} is {value!r}, no number")
         return value
 
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise InvalidModel(problem="the GGUF file has no list tokenizer.ggml.tokens")
     num_heads = field("attention.head_count")
     hidden_size = field("embedding_length")
     if not num_heads or hidden_size % num_heads:
         raise InvalidModel(problem=f"{hidden_size} values do not divide among {num_heads} heads")
+    head_dim = field("attention.key_length", hidden_size // num_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if field(key, head_dim) != head_dim:
+            found = f"GGUF with {family}.{key} {field(key)}"
+            raise UnsupportedModel(architecture=found, known=f"{head_dim}, the head's size")
     config = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
-        "vocab_size": field("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
+        "vocab_size": field("vocab_size", len(tokens)),
         "hidden_size": hidden_size,
         "intermediate_size": field("feed_forward_length"),
         "num_hidden_layers": field("block_count"),
         "num_attention_heads": num_heads,
         "num_key_value_heads": field("attention.head_count_kv", num_heads),
-        "head_dim": field("attention.key_length", hidden_size // num_heads),
+        "head_dim": head_dim,
         "max_position_embeddings": field("context_length"),
         "rms_norm_eps": _shortest_float32(field("attention.layer_norm_rms_epsilon")),
         "hidden_act": "silu",

@@ -21,6 +21,7 @@ from compiler_service.checkpoints.quantized_linear import (
     bytes_of,
     dequantized,
     group_for,
+    group_size_of,
     groups_text,
     int4_roles,
     nibbles_of,
@@ -48,11 +49,11 @@ def find_linears(
         InvalidModel: tensors contradict each other or the settings.
     """
     packing = settings.get("checkpoint_format") or "gptq"
-    if packing not in _FORMATS or settings.get("is_marlin_format"):
+    if not isinstance(packing, str) or packing not in _FORMATS or settings.get("is_marlin_format"):
         found = "marlin" if settings.get("is_marlin_format") else packing
         raise UnsupportedModel(architecture=f"GPTQ packed as {found}", known=", ".join(_FORMATS))
     bits = settings.get("bits")
-    if bits not in _ONES:
+    if not isinstance(bits, int) or bits not in _ONES:
         raise UnsupportedModel(architecture=f"GPTQ with {bits} bits", known="4, 8")
     if settings.get("dynamic"):
         raise UnsupportedModel(architecture="GPTQ with dynamic bits per layer", known="one for all")
@@ -82,7 +83,7 @@ class _Linear:
         require_part(tensors, self.parts["scales"], (count, num_rows), FLOAT_DTYPES)
         require_part(tensors, self.parts["qzeros"], (count, num_rows * bits // 32), (torch.int32,))
         self.group = num_groups(
-            self.parts["scales"], count, num_columns, settings.get("group_size")
+            self.parts["scales"], count, num_columns, group_size_of(settings, "group_size")
         )
         if f"{stem}.g_idx" in tensors:
             self.parts["g_idx"] = f"{stem}.g_idx"

@@ -137,7 +137,7 @@ def _format_of(settings: Mapping[str, Any]) -> _FindLinears:
     method = settings.get("quant_method")
     if method is None and "config_groups" in settings:
         method = "compressed-tensors"
-    if method not in FORMATS:
+    if not isinstance(method, str) or method not in FORMATS:
         known = f"quantized by {', '.join(FORMATS)}, or not at all"
         raise UnsupportedModel(architecture=f"quantized by {method}", known=known)
     return FORMATS[method]

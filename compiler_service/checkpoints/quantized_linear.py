@@ -10,6 +10,7 @@ Legend: N out, K in, J groups along K, G values per group.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -148,3 +149,19 @@ def num_groups(name: str, count: int, num_columns: int, wanted: int | None) -> i
 def groups_text(group_size: int, num_columns: int) -> str:
     """For people: what shares a scale."""
     return "per channel" if group_size == num_columns else f"groups of {group_size}"
+
+
+def group_size_of(settings: Mapping[str, Any], *names: str) -> int | None:
+    """The group size that the settings give under one of these names; -1 = a whole row.
+
+    Raises:
+        InvalidModel: it is neither that nor a positive number.
+    """
+    for name in names:
+        value = settings.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not (value > 0 or value == -1):
+            raise InvalidModel(problem=f"quantization_config's {name} is {value!r}")
+        return value
+    return None

@@ -77,7 +77,7 @@ class RandomModel:
         raise AssertionError(f"{name} is not quantized")
 
     def _use_byte_tokenizer(self) -> None:
-        vocab_size = self.config.get("vocab_size", 0)
+        vocab_size = parameter_shapes(self.config)["model.embed_tokens.weight"][0]
         if vocab_size < NUM_TOKENS:
             problem = f"vocab_size {vocab_size} has no room for the {NUM_TOKENS} tokens of the"
             raise InvalidModel(problem=f"{problem} byte tokenizer; put a tokenizer.json beside it")
