@@ -11,10 +11,13 @@ from compiler_service.engine_files import engine_files
 from compiler_service.models import lower_model
 from compiler_service.passes import run_passes
 from compiler_service.quantization import scheme_named
+from compiler_service.quantization.as_is import AS_IS, keep_as_stored, note_requantized, notes_of
 from compiler_service.weight_table import require_tensors, stored_tensors, weights_in_order
+from kernels.linear.launch import LAYOUTS as GPU_LAYOUTS
 from kernels.ops import OPS
 from shared.arch import arch_named
 from shared.engine import EngineKey
+from shared.errors import UnsupportedQuant
 from shared.ir import Graph
 
 
@@ -27,6 +30,7 @@ class BuildPlan:
         graph: the graph that the engine runs: after all passes, every weight's layout chosen.
         weight_names: in the order in which they are stored.
         files: what the engine carries for tokenizing and chatting, by name.
+        imported: names of weights whose packed values are the checkpoint's own.
         read_bytes: bytes of the checkpoint that will be read.
         stored_bytes: bytes of packed weights that will be written.
     """
@@ -37,6 +41,7 @@ class BuildPlan:
     graph: Graph
     weight_names: tuple[str, ...]
     files: dict[str, bytes]
+    imported: frozenset[str]
     read_bytes: int
     stored_bytes: int
 
@@ -55,6 +60,7 @@ class BuildPlan:
                 f"weights  {', '.join(f'{count} {name}' for name, count in layouts.items())}",
                 f"bytes    {self.read_bytes:,} read, {self.stored_bytes:,} stored",
                 f"files    {', '.join(self.files)}",
+                *(f"note     {note}" for note in notes_of(self.graph)),
             ]
         )
 
@@ -80,7 +86,14 @@ def plan(
     require_tensors(source, checkpoint.tensors)
     files = engine_files(checkpoint)
     on_pass()
-    graph = scheme.apply(run_passes(source, OPS), key.quant)
+    graph = run_passes(source, OPS)
+    is_as_is = key.quant.scheme == AS_IS
+    if is_as_is:
+        graph = keep_as_stored(graph, checkpoint.tensors, key.quant)
+        _require_layouts(graph, key)
+    else:
+        graph = scheme.apply(graph, key.quant)
+        graph = note_requantized(graph, checkpoint.tensors, key.quant)
     graph.verify(OPS)
     stored = [t for weight in graph.weights.values() for t in stored_tensors(weight).values()]
     return BuildPlan(
@@ -90,6 +103,9 @@ def plan(
         graph=graph,
         weight_names=tuple(weights_in_order(graph)),
         files=files,
+        imported=frozenset(
+            name for name, weight in graph.weights.items() if is_as_is and weight.layout != "plain"
+        ),
         read_bytes=sum(
             checkpoint.tensors[part].num_bytes
             for weight in graph.weights.values()
@@ -99,3 +115,20 @@ def plan(
             math.prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in stored
         ),
     )
+
+
+def _require_layouts(graph: Graph, key: EngineKey) -> None:
+    """Checks that the arch has kernels for the layouts that a checkpoint brought.
+
+    Raises:
+        UnsupportedQuant: it has not; names what the checkpoint has and what to ask for.
+    """
+    if not arch_named(key.arch).is_gpu:
+        return
+    lacking = {weight.layout for weight in graph.weights.values()} - set(GPU_LAYOUTS)
+    if lacking:
+        problem = (
+            f"{key.arch} has no kernel for {', '.join(sorted(lacking))}, in which the checkpoint is "
+            f"stored ({'; '.join(notes_of(graph))}); cpu has, or ask for bf16 or int8"
+        )
+        raise UnsupportedQuant(quant=str(key.quant), problem=problem)

@@ -15,12 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from compiler_service.build_plan import BuildPlan, plan
 from compiler_service.checkpoints.checkpoint import Checkpoint
 from compiler_service.checkpoints.digest import FileHashes, model_digest, verify_unchanged
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.fingerprints import weights_part
-from compiler_service.weight_table import pack_weight
+from compiler_service.quantization.as_is import notes_of
+from compiler_service.weight_table import import_weight, pack_weight
 from shared.arch import arch_named
 from shared.engine import (
     FILE_TYPE,
@@ -35,6 +38,8 @@ from shared.errors import EngineNotFound, ModelChanged
 from shared.ir import Graph
 from shared.store.local import LocalStore
 from shared.store.weights import WeightWriter
+
+log = structlog.get_logger()
 
 # Share of a build that is done when a stage begins, and the stages in order.
 STAGES = {"import": 0.0, "passes": 0.04, "quantize": 0.06, "kernels": 0.9, "publish": 0.98}
@@ -104,6 +109,8 @@ def _draft(request: BuildRequest, store: LocalStore, steps: "_Steps") -> EngineD
     ):
         raise ModelChanged(file=request.model_uri)
     build_plan = plan(checkpoint, request.key, request.model, lambda: steps.enter("passes"))
+    if notes := notes_of(build_plan.graph):
+        log.warning("checkpoint_was_quantized", engine=request.key.digest, notes=notes)
     layers = _adopted_layers(store, request.key)
     if layers is None:
         layers = (
@@ -188,7 +195,8 @@ def _weight_layers(
         with WeightWriter(store) as writer:
             for name in build_plan.weight_names:
                 weight = build_plan.graph.weights[name]
-                writer.add(name, pack_weight(checkpoint, weight))
+                pack = import_weight if name in build_plan.imported else pack_weight
+                writer.add(name, pack(checkpoint, weight))
                 steps.read(sum(checkpoint.tensors[part].num_bytes for part in weight.parts))
             layers = writer.finish()
         unchanged.result()

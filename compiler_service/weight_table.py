@@ -65,6 +65,21 @@ def pack_weight(checkpoint: Checkpoint, weight: WeightSpec) -> dict[str, torch.T
     return {role: torch.cat([tensors[role] for tensors in packed]) for role in packed[0]}
 
 
+def import_weight(checkpoint: Checkpoint, weight: WeightSpec) -> dict[str, torch.Tensor]:
+    """The packed tensors, by role, of a weight that the checkpoint quantized: its own values.
+
+    Raises:
+        InvalidModel: a part holds NaN or infinity.
+    """
+    packed = []
+    for part in weight.parts:
+        tensors = checkpoint.read_packed(part)
+        for tensor in tensors.values():
+            _require_finite(part, tensor)
+        packed.append(tensors)
+    return {role: torch.cat([tensors[role] for tensors in packed]) for role in packed[0]}
+
+
 def _pack_part(checkpoint: Checkpoint, weight: WeightSpec, part: str) -> dict[str, torch.Tensor]:
     tensor = checkpoint.read(part)
     _require_finite(part, tensor)
@@ -74,6 +89,11 @@ def _pack_part(checkpoint: Checkpoint, weight: WeightSpec, part: str) -> dict[st
 
 
 def _require_finite(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype == torch.float8_e4m3fn:
+        # Its NaNs have all bits but the sign set, and there is no infinity.
+        if bool(((tensor.view(torch.uint8) & 127) == 127).any()):
+            raise InvalidModel(problem=f"{name} holds NaN or infinity")
+        return
     # The extremes of a tensor that holds NaN are NaN; one pass and no copy.
     extremes = torch.stack(torch.aminmax(tensor))
     if not bool(torch.isfinite(extremes).all()):

@@ -21,15 +21,40 @@ FILE_NAMES = (
 
 
 @dataclass(frozen=True, slots=True)
+class Quantized:
+    """How a checkpoint itself stores a tensor that it has quantized.
+
+    Args:
+        format: in its maker's words, such as `Q4_1` or `GPTQ 4-bit`.
+        num_bytes: of all that the file holds for it.
+        layout: the one of `kernels.linear.layouts.LAYOUTS` that holds exactly its values; "" where
+            none does.
+        group_size: of that layout.
+    """
+
+    format: str
+    num_bytes: int
+    layout: str = ""
+    group_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor's logical shape and the dtype that `Checkpoint.read` gives it in."""
+    """A tensor's logical shape, the dtype that `Checkpoint.read` gives it in, and how it is stored.
+
+    Args:
+        quantized: None where it is stored as floats.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    quantized: Quantized | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor in memory."""
+        """Bytes of the tensor in the checkpoint."""
+        if self.quantized is not None:
+            return self.quantized.num_bytes
         size = self.dtype.itemsize
         for dim in self.shape:
             size *= dim
@@ -42,7 +67,7 @@ class Checkpoint(Protocol):
     Attributes:
         name: what people call it; the engine's default model name.
         config: config.json's fields.
-        float_format: the scheme that keeps the weights as they are: `bf16` or `fp32`.
+        float_format: the scheme that keeps float weights as they are: `bf16` or `fp32`.
         tensors: every tensor, under its Hugging Face name.
         files: those of FILE_NAMES that there are, as bytes.
         digest_inputs: everything that the model's digest covers: title to file or bytes.
@@ -69,6 +94,18 @@ class Checkpoint(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """The tensor called `name`; backed by the file where that needs no conversion."""
         ...
+
+    def read_packed(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensor called `name`, which is quantized, by the roles of its own layout.
+
+        Nothing is rounded: unpacked, it is the tensor that `read` gives.
+        """
+        ...
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Claims that the checkpoint stores a weight otherwise than as floats."""
+    return any(info.quantized is not None for info in checkpoint.tensors.values())
 
 
 def float_format_of(dtype: torch.dtype) -> str:

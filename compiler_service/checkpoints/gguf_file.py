@@ -1,6 +1,7 @@
 """A GGUF file as a checkpoint: config, tokenizer and tensors in Hugging Face's names and order.
 
-Blocks are dequantized by the `gguf` library, a tensor at a time. Llama's q and k rows are stored
+Blocks are dequantized by the `gguf` library, a tensor at a time, or kept in a layout of ours that
+holds the same values (gguf_blocks.py). Llama's q and k rows are stored
 interleaved for another form of RoPE; they are put back into half-rotation order here.
 """
 
@@ -11,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
-from compiler_service.checkpoints.checkpoint import TensorInfo, float_format_of
+from compiler_service.checkpoints.checkpoint import Quantized, TensorInfo, float_format_of
+from compiler_service.checkpoints.gguf_blocks import BLOCK_FORMS
 from compiler_service.checkpoints.gguf_header import GgufTensor, read_gguf_header
 from compiler_service.checkpoints.gguf_tokenizer import gguf_tokenizer_files
 from shared.errors import InvalidModel, UnsupportedModel
@@ -81,15 +84,29 @@ class GgufFile:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor called `name`: floats as the file holds them, blocks as fp32."""
-        tensor = self._values(self._places[name])
+        return self._in_order(name, self._values(self._places[name]))
+
+    def read_packed(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensor called `name` by the roles of its own layout."""
+        place = self._places[name]
+        block_bytes = GGML_QUANT_SIZES[place.kind][1]
+        blocks = torch.from_numpy(self._raw(place)).view(place.shape[0], -1, block_bytes)
+        packed = BLOCK_FORMS[place.kind].pack(blocks)
+        return {role: self._in_order(name, tensor) for role, tensor in packed.items()}
+
+    def _in_order(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Rows of q and k in half-rotation order."""
         for role, num_heads in self._permuted_heads.items():
             if f".{role}_proj." in name:
                 pairs = tensor.reshape(num_heads, -1, 2, *tensor.shape[1:])
                 return pairs.transpose(1, 2).reshape(tensor.shape)
         return tensor
 
+    def _raw(self, place: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return self._data[place.offset : place.offset + place.num_bytes]
+
     def _values(self, place: GgufTensor) -> torch.Tensor:
-        raw = self._data[place.offset : place.offset + place.num_bytes]
+        raw = self._raw(place)
         if place.kind in _FLOATS:
             return torch.from_numpy(raw).view(_FLOATS[place.kind]).view(place.shape)
         rows = raw.reshape(*place.shape[:-1], -1)
@@ -108,7 +125,10 @@ def _hugging_face_name(gguf_name: str) -> str:
 
 def _info(name: str, place: GgufTensor) -> TensorInfo:
     if place.kind in _BLOCK_KINDS:
-        return TensorInfo(place.shape, torch.float32)
+        form = BLOCK_FORMS.get(place.kind) if len(place.shape) == 2 else None
+        layout, group_size = (form.layout, form.group_size) if form else ("", 0)
+        quantized = Quantized(place.kind.name, place.num_bytes, layout, group_size)
+        return TensorInfo(place.shape, torch.float32, quantized)
     if place.kind not in _FLOATS:
         known = ", ".join(sorted(k.name for k in (*_FLOATS, *_BLOCK_KINDS)))
         raise InvalidModel(problem=f"{name} has type {place.kind.name}; known types: {known}")
@@ -118,8 +138,13 @@ def _info(name: str, place: GgufTensor) -> TensorInfo:
 def _config(
     metadata: Mapping[str, Any], is_tied: bool, rope_factors: list[float] | None
 ) -> dict[str, Any]:
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise UnsupportedModel(
+            architecture=f"GGUF in {metadata['split.count']} files",
+            known="one file; join them with llama-gguf-split --merge",
+        )
     family = metadata.get("general.architecture")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise UnsupportedModel(architecture=f"GGUF {family}", known=", ".join(ARCHITECTURES))
 
     def field(key: str, default: Any = None) -> Any:
@@ -132,20 +157,28 @@ def _config(
             raise InvalidModel(problem=f"{family}.{key} is {value!r}, no number")
         return value
 
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise InvalidModel(problem="the GGUF file has no list tokenizer.ggml.tokens")
     num_heads = field("attention.head_count")
     hidden_size = field("embedding_length")
     if not num_heads or hidden_size % num_heads:
         raise InvalidModel(problem=f"{hidden_size} values do not divide among {num_heads} heads")
+    head_dim = field("attention.key_length", hidden_size // num_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if field(key, head_dim) != head_dim:
+            found = f"GGUF with {family}.{key} {field(key)}"
+            raise UnsupportedModel(architecture=found, known=f"{head_dim}, the head's size")
     config = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
-        "vocab_size": field("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
+        "vocab_size": field("vocab_size", len(tokens)),
         "hidden_size": hidden_size,
         "intermediate_size": field("feed_forward_length"),
         "num_hidden_layers": field("block_count"),
         "num_attention_heads": num_heads,
         "num_key_value_heads": field("attention.head_count_kv", num_heads),
-        "head_dim": field("attention.key_length", hidden_size // num_heads),
+        "head_dim": head_dim,
         "max_position_embeddings": field("context_length"),
         "rms_norm_eps": _shortest_float32(field("attention.layer_norm_rms_epsilon")),
         "hidden_act": "silu",

@@ -78,10 +78,12 @@ def read_gguf_header(path: Path) -> GgufHeader:
         metadata = {}
         for _ in range(num_entries):
             key = reader.string()
+            if key in metadata:
+                raise reader.corrupt(f"{key} occurs twice")
             metadata[key] = reader.value(reader.scalar("I"))
         places = [reader.tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
+        if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1:
             raise reader.corrupt(f"general.alignment is {alignment!r}")
         start = -(-reader.offset // alignment) * alignment
     return GgufHeader(metadata, _placed(places, start, size, reader))
@@ -144,6 +146,8 @@ class _Reader:
         if type_id != _ARRAY:
             raise self.corrupt(f"value type {type_id} before byte {self.offset} does not exist")
         item_type, count = self.scalar("I"), self.scalar("Q")
+        if item_type == _ARRAY:
+            raise self.corrupt(f"an array of arrays before byte {self.offset}, which nothing uses")
         if count > len(self.data):
             raise self.corrupt(f"an array before byte {self.offset} claims {count} values")
         if item_type in _SCALARS:

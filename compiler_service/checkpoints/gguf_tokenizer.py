@@ -100,7 +100,7 @@ def gguf_tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
 
 def _tokenizer(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    row = PRE_TOKENIZERS.get(name)
+    row = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if row is None:
         known = ", ".join(PRE_TOKENIZERS)
         raise UnsupportedModel(architecture=f"GGUF pre-tokenizer {name}", known=known)

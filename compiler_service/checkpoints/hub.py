@@ -13,10 +13,12 @@ from huggingface_hub.errors import (
 )
 
 from compiler_service.checkpoints.checkpoint import FILE_NAMES, Checkpoint
-from compiler_service.checkpoints.safetensors_folder import SafetensorsFolder
+from compiler_service.checkpoints.quantized_folder import SETTINGS_FILES, open_folder
 from shared.errors import ModelNotFound
 
-_PATTERNS = ["config.json", "*.safetensors", "model.safetensors.index.json", *FILE_NAMES]
+_PATTERNS = [
+    "config.json", "*.safetensors", "model.safetensors.index.json", *FILE_NAMES, *SETTINGS_FILES
+]  # fmt: skip
 
 
 def open_hub_repository(reference: str) -> Checkpoint:
@@ -41,7 +43,7 @@ def open_hub_repository(reference: str) -> Checkpoint:
             f"the hub cannot be reached and it is not in the local cache ({type(error).__name__})"
         )
         raise _not_found(reference, problem) from error
-    return SafetensorsFolder(Path(folder), name=repository.rpartition("/")[2])
+    return open_folder(Path(folder), name=repository.rpartition("/")[2])
 
 
 def _not_found(reference: str, problem: str) -> ModelNotFound:

@@ -13,7 +13,7 @@ import torch
 
 from compiler_service.checkpoints.byte_tokenizer import NUM_TOKENS, byte_tokenizer_files
 from compiler_service.checkpoints.checkpoint import FILE_NAMES, TensorInfo
-from compiler_service.checkpoints.safetensors_folder import read_json
+from compiler_service.checkpoints.safetensors_files import read_json
 from compiler_service.models import parameter_shapes
 from shared.engine import canonical_json
 from shared.errors import InvalidModel
@@ -72,8 +72,12 @@ class RandomModel:
             chunk.copy_(draws.float().mul_(width / 32768).add_(center))
         return values.view(shape)
 
+    def read_packed(self, name: str) -> dict[str, torch.Tensor]:
+        """Never asked for: no tensor here is quantized."""
+        raise AssertionError(f"{name} is not quantized")
+
     def _use_byte_tokenizer(self) -> None:
-        vocab_size = self.config.get("vocab_size", 0)
+        vocab_size = parameter_shapes(self.config)["model.embed_tokens.weight"][0]
         if vocab_size < NUM_TOKENS:
             problem = f"vocab_size {vocab_size} has no room for the {NUM_TOKENS} tokens of the"
             raise InvalidModel(problem=f"{problem} byte tokenizer; put a tokenizer.json beside it")

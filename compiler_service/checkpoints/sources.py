@@ -2,7 +2,7 @@
 
 | URI | is |
 |---|---|
-| a path, `file:` | a Hugging Face folder, or a GGUF file |
+| a path, `file:` | a Hugging Face folder, quantized or not, or a GGUF file |
 | `hf:org/name@revision` | a repository on the Hugging Face hub |
 | `sample:smollm2-135m` | a model out of an installed Python package |
 | `random:<config.json>?seed=N` | random weights of that config |
@@ -16,8 +16,8 @@ from urllib.parse import unquote, urlsplit
 from compiler_service.checkpoints.checkpoint import Checkpoint
 from compiler_service.checkpoints.gguf_file import GgufFile
 from compiler_service.checkpoints.hub import open_hub_repository
+from compiler_service.checkpoints.quantized_folder import open_folder
 from compiler_service.checkpoints.random_model import RandomModel
-from compiler_service.checkpoints.safetensors_folder import SafetensorsFolder
 from compiler_service.checkpoints.sample import open_sample
 from shared.errors import InvalidField, ModelNotFound
 
@@ -48,7 +48,7 @@ def open_path(path: Path) -> Checkpoint:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelNotFound(model_uri=path, problem="the folder holds no config.json")
-        return SafetensorsFolder(path)
+        return open_folder(path)
     if path.is_file():
         return GgufFile(path)
     raise ModelNotFound(model_uri=path, problem="no such file or folder on the compile daemon")

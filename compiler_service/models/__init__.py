@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from compiler_service.models import llama, mistral, qwen2, qwen3
-from shared.errors import UnsupportedModel
+from shared.errors import InvalidModel, UnsupportedModel
 from shared.ir import Graph
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any], str], Graph]] = {
@@ -26,14 +26,17 @@ def lower_model(config: Mapping[str, Any], dtype: str) -> Graph:
         InvalidModel: its fields contradict each other.
     """
     architectures = config.get("architectures") or [config.get("model_type") or "unnamed"]
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise InvalidModel(problem=f"config.json's architectures is {architectures!r}, no list")
     lower = FAMILIES.get(architectures[0])
     if lower is None:
         raise UnsupportedModel(architecture=architectures[0], known=", ".join(FAMILIES))
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
+    # A checkpoint that is quantized tells its config without it.
+    if settings := config.get("quantization_config"):
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
         raise UnsupportedModel(
             architecture=f"{architectures[0]}, already quantized by {method}",
-            known="float checkpoints; the build quantizes them",
+            known="configs of float weights here",
         )
     return lower(config, dtype)
 

@@ -12,6 +12,11 @@ from compiler_service.models.rope import Rope, rope_of
 from shared.errors import InvalidModel, UnsupportedModel
 from shared.ir import Attr, Graph, Node, TensorSpec, WeightSpec
 
+# Beyond these a config is corrupt, and lowering it would take forever.
+_MOST, _MOST_LAYERS = (1 << 31) - 1, 4096
+# What transformers' MistralConfig, Qwen2Config and Qwen3Config say where config.json does not.
+_DEFAULT_WINDOW, _DEFAULT_WINDOW_LAYERS = 4096, 28
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderTraits:
@@ -57,13 +62,16 @@ class DecoderSizes:
             InvalidModel: a field is missing, no positive number, or contradicts another.
             UnsupportedModel: the activation is not SiLU.
         """
-        activation = config.get("hidden_act", "silu")
+        activation = config.get("hidden_act") or "silu"
         if activation != "silu":
             raise UnsupportedModel(architecture=f"hidden_act {activation}", known="silu")
         num_heads = _positive(config, "num_attention_heads")
         hidden_size = _positive(config, "hidden_size")
+        if config.get("head_dim") is None and hidden_size % num_heads:
+            problem = f"{hidden_size} values do not divide among {num_heads} heads, and there is no"
+            raise InvalidModel(problem=f"{problem} head_dim")
         sizes = DecoderSizes(
-            num_layers=_positive(config, "num_hidden_layers"),
+            num_layers=_positive(config, "num_hidden_layers", most=_MOST_LAYERS),
             num_heads=num_heads,
             num_kv_heads=_positive(config, "num_key_value_heads", num_heads),
             head_dim=_positive(config, "head_dim", hidden_size // num_heads),
@@ -71,7 +79,7 @@ class DecoderSizes:
             intermediate_size=_positive(config, "intermediate_size"),
             vocab_size=_positive(config, "vocab_size"),
             max_positions=_positive(config, "max_position_embeddings"),
-            eps=float(config.get("rms_norm_eps", 1e-6)),
+            eps=_eps(config),
             is_tied=bool(config.get("tie_word_embeddings", False)),
         )
         if sizes.num_heads % sizes.num_kv_heads:
@@ -230,27 +238,57 @@ class _Lowering:
         return output
 
 
-def _positive(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+def _positive(
+    config: Mapping[str, Any], name: str, default: int | None = None, most: int = _MOST
+) -> int:
     value = config.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         found = "is missing" if value is None else f"is {value!r}"
-        raise InvalidModel(problem=f"config.json's {name} {found}; it must be a positive number")
+        wanted = f"a whole number from 1 to {most}"
+        raise InvalidModel(problem=f"config.json's {name} {found}; it must be {wanted}")
     return value
 
 
-def sliding_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+def _eps(config: Mapping[str, Any]) -> float:
+    value = config.get("rms_norm_eps")
+    value = 1e-6 if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        problem = f"config.json's rms_norm_eps is {value!r}; it must be between 0 and 1"
+        raise InvalidModel(problem=problem)
+    return float(value)
+
+
+def uniform_windows(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Each layer's window where a config's window holds for all of them; null turns it off."""
+    window = _window(config)
+    num_layers = _positive(config, "num_hidden_layers", most=_MOST_LAYERS)
+    return (window,) * num_layers if window else ()
+
+
+def sliding_windows(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Each layer's window where a config turns windows on by `use_sliding_window`.
 
     `layer_types` says which layers; where it is missing, those from `max_window_layers` on.
     """
-    window = config.get("sliding_window") or 0
-    if not config.get("use_sliding_window", False) or not window:
+    num_layers = _positive(config, "num_hidden_layers", most=_MOST_LAYERS)
+    if not config.get("use_sliding_window", False) or not (window := _window(config)):
         return ()
     layer_types = config.get("layer_types")
     if layer_types is None:
-        first = config.get("max_window_layers", num_layers)
+        first = config.get("max_window_layers", _DEFAULT_WINDOW_LAYERS)
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise InvalidModel(problem=f"config.json's max_window_layers is {first!r}")
         return tuple(window if layer >= first else 0 for layer in range(num_layers))
-    if len(layer_types) != num_layers:
-        raise InvalidModel(problem=f"{len(layer_types)} layer_types for {num_layers} layers")
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+        found = len(layer_types) if isinstance(layer_types, list) else f"{layer_types!r} as"
+        raise InvalidModel(problem=f"{found} layer_types for {num_layers} layers")
     return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    """0 where it is null; a config that says nothing means the default of its family."""
+    value = config.get("sliding_window", _DEFAULT_WINDOW)
+    if value is None:
+        return 0
+    return _positive(config, "sliding_window", _DEFAULT_WINDOW)

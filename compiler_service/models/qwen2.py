@@ -9,5 +9,5 @@ from shared.ir import Graph
 
 def lower(config: Mapping[str, Any], dtype: str) -> Graph:
     """The unfused graph."""
-    windows = sliding_windows(config, config.get("num_hidden_layers", 0))
+    windows = sliding_windows(config)
     return lower_decoder(config, dtype, DecoderTraits("qwen2", qkv_bias=True, windows=windows))

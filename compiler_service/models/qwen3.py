@@ -15,6 +15,6 @@ def lower(config: Mapping[str, Any], dtype: str) -> Graph:
         qkv_bias=has_bias,
         o_bias=has_bias,
         qk_norm=True,
-        windows=sliding_windows(config, config.get("num_hidden_layers", 0)),
+        windows=sliding_windows(config),
     )
     return lower_decoder(config, dtype, traits)

@@ -38,22 +38,31 @@ def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
         UnsupportedModel: a variant without a row in ROPE_VARIANTS, or a partial rotation.
         InvalidModel: the variant lacks a parameter.
     """
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise InvalidModel(problem=f"config.json's rope_scaling is {given!r}, no object")
+    parameters = dict(given)
+    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
+        raise InvalidModel(problem=f"rope_theta is {theta!r}; it must be a number above 1")
     share = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if share != 1.0:
         raise UnsupportedModel(architecture=f"partial_rotary_factor {share}", known="1.0")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in ROPE_VARIANTS:
+    if not isinstance(kind, str) or kind not in ROPE_VARIANTS:
         raise UnsupportedModel(architecture=f"rope_type {kind}", known=", ".join(ROPE_VARIANTS))
-    parameters.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-    plain = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    if parameters.get("original_max_position_embeddings") is None:
+        # What it was trained for, if nothing else is said, is what the config says.
+        parameters["original_max_position_embeddings"] = config.get("max_position_embeddings")
+    plain = [float(theta) ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     try:
-        rope = ROPE_VARIANTS[kind](plain, theta, parameters)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        rope = ROPE_VARIANTS[kind](plain, float(theta), parameters)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise InvalidModel(problem=f"rope_type {kind} has a bad parameter ({error})") from error
     if len(rope.inv_freq) != head_dim // 2:
         raise InvalidModel(problem=f"rope has {len(rope.inv_freq)} factors for {head_dim // 2}")
+    if not all(0 < f < math.inf for f in (*rope.inv_freq, rope.attention_scaling)):
+        raise InvalidModel(problem=f"rope_type {kind} gives frequencies that are not positive")
     inv_freq = tuple(_as_float32(f) for f in rope.inv_freq)
     return Rope(inv_freq, _as_float32(rope.attention_scaling), rope.max_positions)
 

@@ -1,5 +1,6 @@
 """Quantization schemes, a row each."""
 
+from compiler_service.quantization.as_is import AS_IS
 from compiler_service.quantization.scheme import QuantScheme
 from kernels.linear.layouts import DEFAULT_INT4_GROUP, INT4_GROUPS
 from shared.engine import QuantConfig
@@ -25,6 +26,8 @@ SCHEMES: dict[str, QuantScheme] = {
         QuantScheme(
             "fp8", "bfloat16", "fp8_channel", "plain", "fp8_channel", lambda arch: arch.has_fp8
         ),
+        # The layouts of what the checkpoint did not quantize; as_is.py chooses the others.
+        QuantScheme(AS_IS, "bfloat16", "plain", "plain", "plain", lambda arch: True),
     )
 }
 

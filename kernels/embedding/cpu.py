@@ -1,6 +1,6 @@
 """`embedding` on a CPU: gathers rows as they are stored, and widens only those.
 
-Legend: T packed tokens, M model dim, V vocabulary.
+Legend: T packed tokens, M model dim, V vocabulary, J groups of a row.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from shared.ir import Node
 
 
 def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> BoundOp:
-    """The table stays in its layout where it has a scale for each row, or is plain."""
+    """The table stays in its layout where that is of whole bytes."""
     weight, dtype = weights["weight"], target.activation_dtype
     select = torch.ops.aten.index_select.default
     if weight.spec.layout == "plain":
@@ -31,5 +31,15 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
             return rows_TM.mul_(select(scale_V1, 0, token_ids_T)).to(dtype)
 
         return gather_scaled
+    if weight.spec.layout == "int8_group":
+        codes_VM, scale_VJ = weight.tensors["weight"], weight.tensors["scale"]
+
+        def gather_groups(token_ids_T: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+            scale_TJ = select(scale_VJ, 0, token_ids_T)
+            rows_TM = codes_VM[token_ids_T].float()
+            rows_TM.view(*scale_TJ.shape, -1).mul_(scale_TJ[..., None])
+            return rows_TM.to(dtype)
+
+        return gather_groups
     dense_VM = weight.dense().to(dtype)
     return lambda token_ids_T, batch: select(dense_VM, 0, token_ids_T)

@@ -8,6 +8,8 @@
 | fp32 | plain fp32 | fp32, oneDNN | fp32, oneDNN |
 | bf16 | int8_channel, plain | our kernel | bf16, oneDNN |
 | bf16 | int4_group | torch's int4 | bf16, oneDNN |
+| bf16 | int8_group | torch's int4, twice | bf16, oneDNN |
+| bf16 | fp8_channel | bf16, oneDNN | bf16, oneDNN |
 
 All accumulate in fp32. Few rows wait for the weight's bytes, many for arithmetic. fp16 keeps 11 bits of a value,
 bf16 has 8; values beyond fp16's range keep the fp32 form.
@@ -16,7 +18,11 @@ Measured for all linears in a 135M model's layers, in ms. Zen 4, 2 cores with bf
 our int8 3.7 / 8.6 / 34; torch's int8 9.2 / - / 33; torch's int4 3.8 / - / 22; oneDNN bf16 11.5 / - / 16.1. 2 cores
 with AVX2 alone: fp16 15.0 / 18.0 / 33.8; int4 10.2 / 15.1 / 52.1.
 
-Legend: N out, K in, G values per group.
+bf16 products round what they read to bf16: values for many rows, scales and zeros of torch's int4. Weights that
+schemes of ours quantized have scales that are bf16 numbers already; those that checkpoints bring have not
+(docs/CHECKPOINTS.md says what that costs).
+
+Legend: N out, K in, J groups along K, G values per group.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,8 +37,9 @@ from shared.ir import Node
 # What oneDNN packs for.
 MANY_ROWS = 16
 # Up to so many rows each form for few rows wins.
-_MOST_ROWS = {"int8_channel": 5, "plain": 3, "int4_group": 8}
+_MOST_ROWS = {"int8_channel": 5, "int8_group": 4, "int4_group": 8, "plain": 3}
 _MOST_FP32_ROWS = 4
+_TORCH_INT4_GROUPS = (32, 64, 128, 256)
 _FP16_MAX = 65504.0
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -55,7 +62,8 @@ def describe(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget)
         many = "fp16 (FBGEMM)" if _takes_fp16(weight, target) else "fp32"
     if _few_rows_product(weight, target) is None:
         return many
-    few = {"int8_channel": "int8", "int4_group": "int4"}.get(weight.spec.layout, "bf16")
+    names = {"int8_channel": "int8", "int8_group": "two int4", "int4_group": "int4"}
+    few = names.get(weight.spec.layout, "bf16")
     return f"{few} up to {_most_rows(weight, target)} rows, else {many}"
 
 
@@ -102,8 +110,8 @@ def _many_rows_product(
 def _few_rows_product(weight: PackedWeight, target: CpuTarget) -> Product | None:
     """The product straight from stored values, without the bias; None where the other form is as good."""
     num_rows, num_columns = weight.spec.shape
-    if weight.spec.layout == "int4_group" and target.kv_dtype == torch.bfloat16:
-        return _int4_product(weight, target)
+    if weight.spec.layout in ("int4_group", "int8_group"):
+        return _grouped_product(weight, target)
     stored = weight.tensors["weight"]
     is_ours = weight.spec.layout == "int8_channel" or (
         weight.spec.layout == "plain" and stored.dtype == target.activation_dtype == torch.bfloat16
@@ -126,21 +134,51 @@ def _few_rows_product(weight: PackedWeight, target: CpuTarget) -> Product | None
     return run
 
 
-def _int4_product(weight: PackedWeight, target: CpuTarget) -> Product | None:
-    """torch's kernel, which works in bf16; None where it does not take the sizes (and does not check)."""
+def _grouped_product(weight: PackedWeight, target: CpuTarget) -> Product | None:
+    """By torch's int4 kernel, which works in bf16 on whole vectors and blocks of rows, and does not check."""
     num_rows, num_columns = weight.spec.shape
-    if num_columns % 32 or num_rows % 16:
+    if target.kv_dtype != torch.bfloat16 or num_columns % 32 or num_rows % 16:
         return None
-    stored, group = weight.tensors["weight"], weight.spec.group_size
-    codes_NK = torch.stack((stored & 15, stored >> 4), -1).flatten(1).int()
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
+    stored, scale_NJ = weight.tensors["weight"], weight.tensors["scale"]
+    if weight.spec.layout == "int4_group":
+        nibbles_NK = torch.stack((stored & 15, stored >> 4), -1).flatten(1)
+        multiply = _int4_product(nibbles_NK, scale_NJ, weight.tensors["zero"])
+    elif target.activation_dtype == torch.bfloat16:
+        multiply = _int8_group_product(stored, scale_NJ)
+    else:
+        return None  # fp16 holds an int8 and reads no more bytes than two int4
+    if multiply is None or target.activation_dtype == torch.bfloat16:
+        return multiply
+    return lambda x: multiply(x.bfloat16()).float()
+
+
+def _int4_product(
+    nibbles_NK: torch.Tensor, scale_NJ: torch.Tensor, zero_NJ: torch.Tensor
+) -> Product | None:
+    """x times (nibble - 8) * scale + zero, straight from the nibbles."""
+    group = nibbles_NK.shape[1] // scale_NJ.shape[1]
+    if group not in _TORCH_INT4_GROUPS:
+        return None
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles_NK.int(), 1)
     # [J, N, 2]: scale and zero of each group, as torch's kernel reads them.
-    scales = torch.stack((weight.tensors["scale"].T, weight.tensors["zero"].T), -1)
-    scales = scales.bfloat16().contiguous()
+    scales = torch.stack((scale_NJ.T, zero_NJ.T), -1).bfloat16().contiguous()
     multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-    if target.activation_dtype == torch.bfloat16:
-        return lambda x: multiply(x, packed, group, scales)
-    return lambda x: multiply(x.bfloat16(), packed, group, scales).float()
+    return lambda x: multiply(x, packed, group, scales)
+
+
+def _int8_group_product(codes_NK: torch.Tensor, scale_NJ: torch.Tensor) -> Product | None:
+    """torch multiplies no int8 in groups, but an int8 is two nibbles:
+
+    code = 16 * high + low = 16 * (h - 8) + (l - 8) + 8  with h, l in 0 .. 15
+    """
+    codes = codes_NK.int()
+    # Rounded once here: a multiple of it by a power of two is then the same number in bf16.
+    scale = scale_NJ.bfloat16().float()
+    high = _int4_product((codes >> 4) + 8, 16 * scale, torch.zeros_like(scale))
+    low = _int4_product(codes & 15, scale, 8 * scale)
+    if high is None or low is None:
+        return None
+    return lambda x: high(x).add_(low(x))
 
 
 def _dense_product(dense_NK: torch.Tensor, bias: torch.Tensor | None, target: CpuTarget) -> Product:

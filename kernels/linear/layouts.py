@@ -4,14 +4,17 @@
 |---|---|---|
 | `plain` | weight [N, K] | weight |
 | `int8_channel` | weight int8 [N, K], scale fp32 [N] | weight * scale |
+| `int8_group` | weight int8 [N, K], scale fp32 [N, J] | weight * scale |
 | `int4_group` | weight uint8 [N, K/2], scale and zero fp32 [N, J] | (nibble - 8) * scale + zero |
 | `fp8_channel` | weight float8_e4m3fn [N, K], scale fp32 [N] | weight * scale |
 
-Nibbles: value 2j in the low half of byte j, value 2j + 1 in the high half. Scales and zeros of the
-integer layouts are bf16 numbers held in fp32, so that a kernel that wants them in bf16 reads the
-same values. Every layout works row by row: packing rows in pieces gives the same bytes. Only
-element-wise fp32 arithmetic and minima and maxima decide bytes, never the order of a reduction, so
-packed weights are the same bits on every CPU and with any number of threads.
+Nibbles: value 2j in the low half of byte j, value 2j + 1 in the high half. `pack` chooses scales and
+zeros of the integer layouts that are bf16 numbers held in fp32, so that a kernel that wants them in
+bf16 reads the same values; a weight that comes quantized keeps its own (fp16 numbers, most often),
+which are exact here and rounded by such a kernel. Every layout works row by row: packing rows in
+pieces gives the same bytes. Only element-wise fp32 arithmetic and minima and maxima decide bytes,
+never the order of a reduction, so packed weights are the same bits on every CPU and with any number
+of threads.
 
 Legend: N out, K in, G values per group, J = K / G groups.
 """
@@ -23,6 +26,7 @@ import torch
 
 DEFAULT_INT4_GROUP = 64
 INT4_GROUPS = (32, 64, 128)
+INT8_GROUPS = (16, 32, 64, 128)
 
 # Rows are packed in pieces of about this many values: fp32 scratch stays in cache.
 _CHUNK_VALUES = 1 << 20
@@ -69,6 +73,31 @@ def _pack_int8(weight_NK: torch.Tensor, group_size: int) -> dict[str, torch.Tens
         scale_N[rows] = scale
         packed_NK[rows] = (chunk / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return {"weight": packed_NK, "scale": scale_N}
+
+
+def _pack_int8_group(weight_NK: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
+    """A group is a row of its own to `int8_channel`."""
+    num_rows, num_columns = weight_NK.shape
+    assert group_size in INT8_GROUPS, f"int8 has no groups of {group_size}"
+    assert num_columns % group_size == 0, f"groups of {group_size} do not divide {num_columns}"
+    packed = _pack_int8(weight_NK.reshape(-1, group_size), 0)
+    return {
+        "weight": packed["weight"].view(num_rows, num_columns),
+        "scale": packed["scale"].view(num_rows, -1),
+    }
+
+
+def _unpack_int8_group(packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    codes_NJG = packed["weight"].float().reshape(*packed["scale"].shape, -1)
+    return (codes_NJG * packed["scale"][..., None]).flatten(1)
+
+
+def _int8_group_roles(
+    shape: tuple[int, ...], dtype: str, group_size: int
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    num_rows, num_columns = shape
+    scale = ((num_rows, num_columns // group_size), "float32")
+    return {"weight": (shape, "int8"), "scale": scale}
 
 
 def _pack_fp8(weight_NK: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
@@ -186,6 +215,7 @@ def _pairwise_sum(values: torch.Tensor) -> torch.Tensor:
 LAYOUTS: dict[str, Layout] = {
     "plain": Layout(_pack_plain, _unpack_plain, _plain_roles),
     "int8_channel": Layout(_pack_int8, _unpack_channel, _channel_roles("int8")),
+    "int8_group": Layout(_pack_int8_group, _unpack_int8_group, _int8_group_roles),
     "int4_group": Layout(_pack_int4, _unpack_int4, _int4_roles),
     "fp8_channel": Layout(_pack_fp8, _unpack_channel, _channel_roles("float8_e4m3fn")),
 }

@@ -1,7 +1,7 @@
 """Writes GGUF files out of tiny Hugging Face checkpoints, as llama.cpp's converter does."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,15 @@ NAMES = {
 def write_gguf(
     path: Path,
     folder: Path,
-    kind: str = "F32",
+    kind: str | Callable[[str], str] = "F32",
     rope_factors: Sequence[float] = (),
     **replaced: Any,
 ) -> Path:
     """`path`, now a GGUF file of the checkpoint in `folder`.
 
     Args:
-        kind: type of matrices; vectors stay fp32.
+        kind: type of matrices, or of each by its Hugging Face name; vectors stay fp32. K-quants,
+            which the library cannot make, get random blocks.
         rope_factors: one divisor per rotary frequency, as Llama 3's scaling is stored.
         replaced: metadata that replaces the right one, dots spelled `__`; None leaves it out.
     """
@@ -53,9 +54,13 @@ def write_gguf(
         _add(writer, key, value)
     for name, info in checkpoint.tensors.items():
         values = _permuted(checkpoint, name).float().numpy()
-        kind_id = gguf.GGMLQuantizationType[kind if len(info.shape) > 1 else "F32"]
+        wanted = kind if isinstance(kind, str) else kind(name)
+        kind_id = gguf.GGMLQuantizationType[wanted if len(info.shape) > 1 else "F32"]
         if kind_id is gguf.GGMLQuantizationType.F32:
             writer.add_tensor(gguf_name(name), values)
+        elif kind_id.name.endswith("_K"):
+            blocks = random_blocks(kind_id, values.shape, seed=len(name))
+            writer.add_tensor(gguf_name(name), blocks, raw_dtype=kind_id)
         else:
             writer.add_tensor(gguf_name(name), quantize(values, kind_id), raw_dtype=kind_id)
     if rope_factors:
@@ -65,6 +70,23 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+# Where a block's fp16 scales lie.
+_SCALES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q6_K": (208,)}
+
+
+def random_blocks(
+    kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], seed: int
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Blocks [N, bytes] of any bits, but for scales, which are as small as a model's."""
+    values, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 256, (shape[0], shape[1] // values, num_bytes), dtype=np.uint8)
+    for at in _SCALES[kind.name]:
+        scales = random.normal(0, 0.0005, blocks.shape[:2]).astype(np.float16)
+        blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(shape[0], -1)
 
 
 def gguf_name(name: str) -> str:

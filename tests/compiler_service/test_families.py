@@ -34,6 +34,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
+    "qwen2-default-window": (
+        "qwen2",
+        {"use_sliding_window": True, "num_hidden_layers": 3, "max_position_embeddings": 128},
+    ),
     "qwen3-wide-heads": ("qwen3", {"head_dim": 32, "rms_norm_eps": 1e-6}),
 }
 NUM_TOKENS = 75
@@ -92,6 +96,21 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "missing size": ({"hidden_size": None}, InvalidModel, "hidden_size is missing"),
     "negative size": ({"num_hidden_layers": -1}, InvalidModel, "num_hidden_layers is -1"),
     "text size": ({"vocab_size": "many"}, InvalidModel, "vocab_size is 'many'"),
+    "heads that do not divide": (
+        {"hidden_size": 66, "head_dim": None},
+        InvalidModel,
+        "66 values do not divide among 4 heads, and there is no head_dim",
+    ),
+    "too many layers": ({"num_hidden_layers": 10**30}, InvalidModel, "from 1 to 4096"),
+    "text for eps": ({"rms_norm_eps": "small"}, InvalidModel, "rms_norm_eps is 'small'"),
+    "theta": ({"rope_theta": -3}, InvalidModel, "rope_theta is -3"),
+    "rope no object": ({"rope_scaling": "yarn"}, InvalidModel, "rope_scaling is 'yarn'"),
+    "negative stretch": (
+        {"rope_scaling": {"rope_type": "linear", "factor": -2.0}},
+        InvalidModel,
+        "frequencies that are not positive",
+    ),
+    "architectures": ({"architectures": "Llama"}, InvalidModel, "'Llama', no list"),
     "kv heads": ({"num_key_value_heads": 3}, InvalidModel, "3 key-value heads"),
     "odd head": ({"head_dim": 15}, InvalidModel, "head_dim 15"),
     "layer types": (
@@ -129,3 +148,19 @@ def test_rope_frequencies_are_fp32_numbers(variant: str) -> None:
 def test_config_that_says_yarn_reaches_its_stretched_length() -> None:
     graph = lower_model(tiny_config("llama", rope_scaling={**YARN, "factor": 40.0}), "bfloat16")
     assert graph.config["max_position_embeddings"] == 1280
+
+
+def _windows(config: dict[str, Any]) -> list[object]:
+    graph = lower_model(config, "bfloat16")
+    return [node.attrs["window"] for node in graph.nodes if node.op == "attention"]
+
+
+def test_window_that_a_config_leaves_out_is_its_familys_default() -> None:
+    """As transformers' config classes say; null is what turns a window off."""
+    mistral = tiny_config("mistral")
+    assert _windows({**mistral, "sliding_window": None}) == [0, 0]
+    del mistral["sliding_window"]
+    assert _windows(mistral) == [4096, 4096]
+    qwen = tiny_config("qwen2", use_sliding_window=True, num_hidden_layers=30)
+    assert _windows(qwen) == [0] * 28 + [4096] * 2
+    assert _windows({**qwen, "use_sliding_window": False}) == [0] * 30

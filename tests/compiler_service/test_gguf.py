@@ -127,6 +127,27 @@ BAD_METADATA: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "'zz yy' is not made of tokens",
     ),
     "eos": ({"tokenizer__ggml__eos_token_id": 9999}, InvalidModel, "9999"),
+    "vocabulary no list": (
+        {"tokenizer__ggml__tokens": 7},
+        InvalidModel,
+        "no list tokenizer.ggml.tokens",
+    ),
+    "family no text": ({"general__architecture": [1]}, UnsupportedModel, "GGUF [1]"),
+    "one of several files": (
+        {"split__count": 3},
+        UnsupportedModel,
+        "GGUF in 3 files' is not supported; supported: one file; join them",
+    ),
+    "half of a head turned": (
+        {"llama__rope__dimension_count": 8},
+        UnsupportedModel,
+        "llama.rope.dimension_count 8",
+    ),
+    "values of another size": (
+        {"llama__attention__value_length": 32},
+        UnsupportedModel,
+        "llama.attention.value_length 32",
+    ),
     "no vocabulary": ({"tokenizer__ggml__tokens": None}, InvalidModel, "tokens"),
 }
 
@@ -165,6 +186,25 @@ def test_gguf_is_refused_cleanly_when_its_head_is_corrupt(tmp_path: Path) -> Non
         except MillraceError:
             refusals += 1
     assert refusals > 30
+
+
+def _header(*entries: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(entries)) + b"".join(entries)
+
+
+def _entry(key: str, type_id: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", type_id) + value
+
+
+def test_gguf_is_refused_when_arrays_are_nested_or_keys_repeated(tmp_path: Path) -> None:
+    """Nested deep enough, they would overflow the stack."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(_header(_entry("deep", 9, struct.pack("<IQ", 9, 1) * 5000)))
+    with pytest.raises(InvalidModel, match="array of arrays"):
+        open_checkpoint(str(path))
+    path.write_bytes(_header(*[_entry("same", 4, struct.pack("<I", n)) for n in (1, 2)]))
+    with pytest.raises(InvalidModel, match="same occurs twice"):
+        open_checkpoint(str(path))
 
 
 def test_gguf_is_refused_when_a_tensor_is_of_no_known_role(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from kernels.linear.layouts import INT4_GROUPS, LAYOUTS
+from kernels.linear.layouts import INT4_GROUPS, INT8_GROUPS, LAYOUTS
 
 CASES = [("plain", 0), ("int8_channel", 0), ("fp8_channel", 0)]
+CASES += [("int8_group", group) for group in INT8_GROUPS]
 CASES += [("int4_group", group) for group in INT4_GROUPS]
 
 
@@ -28,6 +29,8 @@ def test_layout_stores_what_its_roles_say(name: str, group_size: int) -> None:
         ("plain", 0, 0.0),
         ("int8_channel", 0, 0.012),
         ("fp8_channel", 0, 0.03),
+        ("int8_group", 16, 0.008),
+        ("int8_group", 32, 0.008),
         ("int4_group", 32, 0.08),
         ("int4_group", 64, 0.09),
         ("int4_group", 128, 0.1),
@@ -85,7 +88,9 @@ def test_int4_is_exact_when_values_lie_on_sixteen_levels(group_size: int) -> Non
     assert torch.equal(packed["weight"] >> 4, flat[:, 1::2].to(torch.uint8))
 
 
-@pytest.mark.parametrize(("name", "group_size"), [("int8_channel", 0), ("int4_group", 64)])
+@pytest.mark.parametrize(
+    ("name", "group_size"), [("int8_channel", 0), ("int8_group", 32), ("int4_group", 64)]
+)
 def test_scales_are_bf16_numbers_when_a_layout_is_of_integers(name: str, group_size: int) -> None:
     """A kernel that takes scales in bf16 must read the values that the nibbles were made for."""
     packed = LAYOUTS[name].pack(_weight(), group_size)

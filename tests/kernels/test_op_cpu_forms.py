@@ -137,6 +137,10 @@ LINEARS = [
     ("plain", 37, 51, 0),
     ("int8_channel", 48, 64, 0),
     ("int8_channel", 37, 51, 0),
+    ("int8_group", 48, 128, 32),
+    ("int8_group", 37, 128, 64),
+    ("int8_group", 48, 64, 16),
+    ("fp8_channel", 48, 64, 0),
     ("int4_group", 48, 128, 32),
     ("int4_group", 37, 128, 64),
 ]
@@ -184,7 +188,7 @@ def test_linear_keeps_weights_that_fp16_cannot_hold() -> None:
 
 
 @BY_TARGET
-@pytest.mark.parametrize("layout", ["plain", "int8_channel", "int4_group"])
+@pytest.mark.parametrize("layout", ["plain", "int8_channel", "int8_group", "int4_group"])
 def test_embedding_equals_its_reference(target: CpuTarget, layout: str) -> None:
     torch.manual_seed(0)
     weights = {"weight": packed(torch.randn(19, 64), layout, target.name, 32)}

@@ -68,7 +68,9 @@ State = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Quant = Annotated[
     str,
-    typer.Option("--quant", "-q", metavar="SCHEME", help="bf16, fp32, int8, int4, int4-g128, fp8."),
+    typer.Option(
+        "--quant", "-q", metavar="SCHEME", help="bf16, fp32, int8, int4, int4-g128, fp8, as-is."
+    ),
 ]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many.")]
 MaxTokens = Annotated[

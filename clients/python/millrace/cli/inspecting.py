@@ -13,6 +13,8 @@ from millrace.engine.v1 import engine_pb2
 
 _SOURCE, _FINAL = "graph.source.json", "graph.json"
 _KERNELS = "kernels/index.json"
+# The graph's lines about a checkpoint that came quantized: what was kept, what was not.
+_IMPORT_NOTES = "checkpoint_quantization"
 
 
 def inspect(client: Client, name: str, *, with_graph: bool, as_json: bool) -> None:
@@ -147,6 +149,7 @@ def _show_graphs(documents: dict[str, Any], with_graph: bool) -> None:
             *((f"  {name}", _ops_text(documents[title])) for title, name in _NAMES.items()
               if title in documents),
             ("weights", ", ".join(f"{n} {layout}" for layout, n in layouts.most_common())),
+            *(("checkpoint", note) for note in documents[_FINAL]["config"].get(_IMPORT_NOTES, ())),
         )
     )  # fmt: skip
     if with_graph:

@@ -1,0 +1,460 @@
+"""Ready-made quantized checkpoints: values are those of the format's definition, kept as they are."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compiler_service.build_plan import plan
+from compiler_service.builder import BuildRequest, build
+from compiler_service.checkpoints.digest import FileHashes, model_digest
+from compiler_service.checkpoints.sources import open_checkpoint
+from compiler_service.quantization.as_is import AS_IS, notes_of
+from compiler_service.resolve import UNSET_QUANT, resolve
+from kernels.cpu_form import CpuTarget
+from kernels.linear.layouts import LAYOUTS
+from kernels.reference import dense, prompt_batch
+from runtime_service.execution.cpu_executor import CpuExecutor
+from shared.engine import EngineKey, EngineManifest, QuantConfig
+from shared.errors import InvalidModel, MillraceError, UnsupportedModel, UnsupportedQuant
+from shared.ir import Graph
+from shared.store.local import LocalStore
+from shared.store.weights import WeightReader
+from tests.checkpoints import write_checkpoint
+from tests.compiler_service.quantized_folders import (
+    Quantize,
+    awq,
+    compressed_bytes,
+    compressed_packed,
+    gptq,
+    write_quantized,
+)
+
+FP32 = CpuTarget(torch.float32, torch.float32, False, bool(torch._C._has_mkldnn), 512, "")
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+QUANT = QuantConfig(AS_IS)
+UP = "model.layers.1.mlp.up_proj"
+
+# How it is written; the layout that holds it and its group size, "" where none does.
+CASES: dict[str, tuple[tuple[dict[str, Any], Quantize], str, int]] = {
+    "AWQ": (awq(), "int4_group", 32),
+    "AWQ, groups of 64": (awq(64), "int4_group", 64),
+    "AWQ, whole rows": (awq(-1), "int4_group", 64),
+    "AWQ, groups of 16": (awq(16), "", 0),
+    "GPTQ": (gptq(), "int4_group", 32),
+    "GPTQ with zero points": (gptq(symmetric=False), "int4_group", 32),
+    "GPTQ v2 with zero points": (gptq(symmetric=False, is_v2=True), "int4_group", 32),
+    "GPTQ, whole rows": (gptq(group_size=-1), "int4_group", 64),
+    "GPTQ 8-bit": (gptq(8), "int8_group", 32),
+    "GPTQ 8-bit with zero points": (gptq(8, symmetric=False), "", 0),
+    "GPTQ with act-order": (gptq(act_order_seed=3), "", 0),
+    "compressed 4-bit": (compressed_packed(), "int4_group", 32),
+    "compressed 4-bit with zero points": (compressed_packed(symmetric=False), "int4_group", 32),
+    "compressed 4-bit, channels": (compressed_packed(group_size=-1), "int4_group", 64),
+    "compressed 4-bit, fp16 scales": (
+        compressed_packed(scale_dtype=torch.float16, symmetric=False), "int4_group", 32
+    ),
+    "compressed 4-bit with act-order": (compressed_packed(act_order_seed=4), "", 0),
+    "compressed 8-bit, groups": (compressed_packed(8), "int8_group", 32),
+    "compressed FP8, channels": (compressed_bytes(FP8), "fp8_channel", 0),
+    "compressed FP8, tensors": (compressed_bytes(FP8, per_tensor=True), "fp8_channel", 0),
+    "compressed FP8, static": (
+        compressed_bytes(FP8, per_tensor=True, is_static=True), "fp8_channel", 0
+    ),
+    "compressed FP8, fp32 scales": (
+        compressed_bytes(FP8, scale_dtype=torch.float32), "fp8_channel", 0
+    ),
+    "compressed INT8": (compressed_bytes(INT8), "int8_channel", 0),
+}  # fmt: skip
+EXACT = [case for case, (_, layout, _) in CASES.items() if layout]
+
+
+def _write(case: str, folder: Path, **sizes: Any) -> dict[str, torch.Tensor]:
+    (settings, quantize_one), _, _ = CASES[case]
+    return write_quantized(folder, settings, quantize_one, **sizes)
+
+
+def _build(
+    folder: Path, tmp_path: Path, quant: QuantConfig = QUANT
+) -> tuple[LocalStore, EngineManifest, Graph]:
+    resolved = resolve(str(folder), ["cpu"], quant, "", tmp_path)
+    store = LocalStore(tmp_path / "store")
+    request = BuildRequest(str(folder), resolved.keys["cpu"], "tiny", tmp_path)
+    engine = build(request, store, lambda progress: None)
+    graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
+    return store, engine, graph
+
+
+def _stored(store: LocalStore, engine: EngineManifest, graph: Graph) -> dict[str, torch.Tensor]:
+    with WeightReader(store, engine) as reader:
+        return dense(graph, {name: reader.roles(name) for name in graph.weights})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_are_those_of_the_definition(case: str, tmp_path: Path) -> None:
+    """Bit for bit, dequantized and in our layout alike."""
+    values = _write(case, tmp_path / "m")
+    _, layout, group_size = CASES[case]
+    checkpoint = open_checkpoint(str(tmp_path / "m"))
+    assert len(values) == 14
+    for name, expected in values.items():
+        info = checkpoint.tensors[name]
+        assert info.shape == tuple(expected.shape)
+        assert torch.equal(checkpoint.read(name), expected), name
+        assert info.quantized is not None
+        assert info.quantized.layout == layout
+        if layout:
+            packed = checkpoint.read_packed(name)
+            assert torch.equal(LAYOUTS[layout].unpack(packed), expected), name
+            found = {r: (tuple(t.shape), str(t.dtype)[6:]) for r, t in packed.items()}
+            group = info.quantized.group_size
+            assert found == LAYOUTS[layout].roles(info.shape, "float32", group)
+    up = checkpoint.tensors[f"{UP}.weight"].quantized
+    assert up is not None
+    assert up.group_size == group_size
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_engine_keeps_what_the_checkpoint_has(case: str, tmp_path: Path) -> None:
+    """Joined weights too: nothing is quantized again, whatever the scales are."""
+    values = _write(case, tmp_path / "m", family="qwen3")
+    store, engine, graph = _build(tmp_path / "m", tmp_path)
+    stored = _stored(store, engine, graph)
+    checkpoint = open_checkpoint(str(tmp_path / "m"))
+    for name, weight in graph.weights.items():
+        expected = torch.cat([values.get(p, checkpoint.read(p)).float() for p in weight.parts])
+        is_imported = set(weight.parts) <= set(values)
+        assert (weight.layout == CASES[case][1]) == is_imported, name
+        if not is_imported:
+            expected = expected.bfloat16().float()
+        assert torch.equal(stored[name], expected), name
+    assert graph.weights["layers.0.qkv"].parts == tuple(
+        f"model.layers.0.self_attn.{role}_proj.weight" for role in "qkv"
+    )
+    assert _told(graph, f" kept exactly as {CASES[case][1]}") == 14
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in EXACT])
+def test_engine_says_what_it_dequantized(case: str, tmp_path: Path) -> None:
+    values = _write(case, tmp_path / "m")
+    store, engine, graph = _build(tmp_path / "m", tmp_path)
+    stored = _stored(store, engine, graph)
+    assert {weight.layout for weight in graph.weights.values()} == {"plain"}
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(stored["layers.0.down"], values[down].bfloat16().float())
+    assert _told(graph, " dequantized to bfloat16: no layout holds it") == 14
+
+
+@pytest.mark.parametrize("case", ["AWQ", "GPTQ with act-order", "compressed FP8, tensors"])
+def test_greedy_tokens_equal_those_of_the_dequantized_model(case: str, tmp_path: Path) -> None:
+    """The built engine on the CPU executor, in fp32, against one of an unquantized folder."""
+    values = _write(case, tmp_path / "m")
+    folder = tmp_path / "dense"
+    write_checkpoint(folder, dtype=torch.float16, seed=5)
+    tensors = load_file(folder / "model.safetensors")
+    # What cannot be kept is rounded to bf16, as everything plain is.
+    is_kept = case in EXACT
+    tensors = {
+        name: values[name] if name in values and is_kept
+        else values.get(name, tensor).bfloat16().float()
+        for name, tensor in tensors.items()
+    }  # fmt: skip
+    save_file(tensors, folder / "model.safetensors")
+    greedy = []
+    for source, quant in ((tmp_path / "m", QUANT), (folder, QuantConfig("fp32"))):
+        store, engine, graph = _build(source, tmp_path / source.name, quant)
+        with WeightReader(store, engine) as reader:
+            executor = CpuExecutor(graph, reader.roles, FP32, num_blocks=2, block_tokens=16)
+            tokens = [5, 9, 200]
+            for _ in range(12):
+                batch = prompt_batch(graph, [len(tokens)], logit_rows=[len(tokens) - 1])
+                logits = executor.forward(torch.tensor(tokens, dtype=torch.int32), batch)
+                tokens.append(int(logits.argmax()))
+        greedy.append(tokens)
+    assert greedy[0] == greedy[1]
+    assert len(set(greedy[0])) > 4
+
+
+def test_head_that_was_not_quantized_stays_plain_and_one_that_was_is_kept(tmp_path: Path) -> None:
+    for is_quantized, layout in ((False, "plain"), (True, "int4_group")):
+        settings, one = awq()
+        folder = tmp_path / str(is_quantized)
+        write_quantized(folder, settings, one, quantizes_head=is_quantized)
+        graph = plan(open_checkpoint(str(folder)), _key(), "tiny").graph
+        assert graph.weights["lm_head"].layout == layout
+        assert graph.weights["embed"].layout == "plain"
+
+
+def test_layers_in_two_formats_are_each_kept(tmp_path: Path) -> None:
+    """Mixed precision: attention in 8 bits, the MLP in 4."""
+    eight, four = compressed_packed(8), compressed_packed(4)
+    settings = four[0]
+    settings["config_groups"]["group_1"] = eight[0]["config_groups"]["group_0"]
+    write_quantized(tmp_path / "m", settings, lambda w: (eight if w.shape[0] <= 64 else four)[1](w))
+    store, engine, graph = _build(tmp_path / "m", tmp_path)
+    layouts = {name.split(".")[-1]: weight.layout for name, weight in graph.weights.items()}
+    assert layouts["qkv"] == layouts["o"] == layouts["down"] == "int8_group"
+    assert layouts["gate_up"] == "int4_group"
+    assert set(_stored(store, engine, graph)) == set(graph.weights)
+    assert len(notes_of(graph)) == 2
+
+
+def test_parts_that_share_no_layout_are_dequantized_together(tmp_path: Path) -> None:
+    settings, one = awq()
+    write_quantized(tmp_path / "m", settings, one)
+    # v alone is stored as floats, as some recipes leave it.
+    _edit(tmp_path / "m", lambda t: _to_floats(t, "model.layers.0.self_attn.v_proj", one))
+    _, _, graph = _build(tmp_path / "m", tmp_path)
+    assert graph.weights["layers.0.qkv"].layout == "plain"
+    assert graph.weights["layers.1.qkv"].layout == "int4_group"
+    assert any(
+        "2 tensors dequantized to bfloat16: it is joined with AWQ 4-bit, groups of 32, floats" in n
+        for n in notes_of(graph)
+    ), notes_of(graph)
+
+
+@pytest.mark.parametrize("quant", [QuantConfig("int8"), QuantConfig("bf16")], ids=str)
+def test_other_scheme_quantizes_again_and_says_so(quant: QuantConfig, tmp_path: Path) -> None:
+    values = _write("AWQ", tmp_path / "m")
+    store, engine, graph = _build(tmp_path / "m", tmp_path, quant)
+    stored = _stored(store, engine, graph)["layers.0.down"]
+    original = values["model.layers.0.mlp.down_proj.weight"]
+    assert float((stored - original).norm() / original.norm()) <= 0.012
+    (note,) = notes_of(graph)
+    assert "what AWQ 4-bit, groups of 32 lost stays lost (as-is keeps it as it is)" in note
+    assert ("quantized again as int8_channel" in note) == (quant.scheme == "int8")
+
+
+def test_unset_quant_keeps_a_quantized_checkpoint_as_it_is(tmp_path: Path) -> None:
+    _write("GPTQ", tmp_path / "m")
+    assert resolve(str(tmp_path / "m"), ["cpu"], UNSET_QUANT, "", tmp_path).quant == QUANT
+
+
+def test_as_is_is_refused_when_the_checkpoint_is_not_quantized(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    with pytest.raises(UnsupportedQuant, match="the checkpoint is not quantized; ask for bf16"):
+        resolve(str(folder), ["cpu"], QUANT, "", tmp_path)
+
+
+def test_as_is_is_refused_where_an_arch_lacks_the_layout(tmp_path: Path) -> None:
+    _write("GPTQ 8-bit", tmp_path / "m")
+    with pytest.raises(UnsupportedQuant, match=r"sm_90 has no kernel for int8_group.*GPTQ 8-bit"):
+        resolve(str(tmp_path / "m"), ["sm_90"], QUANT, "", tmp_path)
+
+
+def test_fp8_checkpoint_is_kept_for_a_gpu(tmp_path: Path) -> None:
+    _write("compressed FP8, channels", tmp_path / "m")
+    assert set(resolve(str(tmp_path / "m"), ["sm_90", "cpu"], QUANT, "", tmp_path).keys) == {
+        "sm_90",
+        "cpu",
+    }
+
+
+def test_old_folders_keep_their_settings_in_files_of_their_own(tmp_path: Path) -> None:
+    """AutoGPTQ's quantize_config.json and AutoAWQ's quant_config.json; both count in the digest."""
+    for (settings, one), file_name in (
+        (gptq(), "quantize_config.json"),
+        (awq(), "quant_config.json"),
+    ):
+        folder = tmp_path / file_name
+        del settings["quant_method"]
+        values = write_quantized(folder, settings, one, settings_file=file_name)
+        checkpoint = open_checkpoint(str(folder))
+        assert torch.equal(checkpoint.read(f"{UP}.weight"), values[f"{UP}.weight"])
+        before = model_digest(checkpoint.digest_inputs, FileHashes(tmp_path))
+        (folder / file_name).write_text(json.dumps({**settings, "damp_percent": 0.1}))
+        changed = open_checkpoint(str(folder)).digest_inputs
+        assert model_digest(changed, FileHashes(tmp_path)) != before
+
+
+def test_key_changes_when_the_quantization_config_does(tmp_path: Path) -> None:
+    _write("GPTQ", tmp_path / "m")
+    before = resolve(str(tmp_path / "m"), ["cpu"], QUANT, "", tmp_path).keys["cpu"]
+    _edit_settings(tmp_path / "m", checkpoint_format="gptq_v2")
+    after = resolve(str(tmp_path / "m"), ["cpu"], QUANT, "", tmp_path).keys["cpu"]
+    assert after.model_digest != before.model_digest
+
+
+def test_biases_of_zeros_that_tools_add_are_left_out(tmp_path: Path) -> None:
+    _write("GPTQ", tmp_path / "m")
+    bias = {f"{UP}.bias": torch.zeros(128, dtype=torch.float16)}
+    _edit(tmp_path / "m", lambda t: t.update(bias))
+    plan(open_checkpoint(str(tmp_path / "m")), _key(), "tiny")
+    _edit(tmp_path / "m", lambda t: t[f"{UP}.bias"].fill_(1.0))
+    with pytest.raises(InvalidModel, match=rf"tensor {UP}\.bias is left over"):
+        plan(open_checkpoint(str(tmp_path / "m")), _key(), "tiny")
+
+
+def test_biases_of_the_model_are_kept(tmp_path: Path) -> None:
+    _write("GPTQ", tmp_path / "m", family="qwen2")
+    graph = plan(open_checkpoint(str(tmp_path / "m")), _key(), "tiny").graph
+    assert graph.weights["layers.0.qkv.bias"].layout == "plain"
+    assert graph.weights["layers.0.qkv"].layout == "int4_group"
+
+
+# What is done to a good checkpoint of a case, the error, and what its line says.
+Break = Callable[[Path], object]
+BROKEN: dict[str, tuple[str, Break, type[MillraceError], str]] = {
+    "method": (
+        "AWQ", lambda f: _edit_settings(f, quant_method="bitsandbytes"), UnsupportedModel,
+        "quantized by bitsandbytes",
+    ),
+    "AWQ packing": (
+        "AWQ", lambda f: _edit_settings(f, version="gemv"), UnsupportedModel, "AWQ version gemv",
+    ),
+    "AWQ bits": ("AWQ", lambda f: _edit_settings(f, bits=3), UnsupportedModel, "AWQ with 3 bits"),
+    "GPTQ bits": ("GPTQ", lambda f: _edit_settings(f, bits=3), UnsupportedModel, "with 3 bits"),
+    "GPTQ packing": (
+        "GPTQ", lambda f: _edit_settings(f, checkpoint_format="marlin"), UnsupportedModel, "marlin",
+    ),
+    "GPTQ group size": (
+        "GPTQ", lambda f: _edit_settings(f, group_size=64), InvalidModel,
+        "scales has groups of 32 columns and the configuration says 64",
+    ),
+    "GPTQ that is not symmetric": (
+        "GPTQ 8-bit", lambda f: _edit(f, lambda t: t[f"{UP}.qzeros"].add_(1)), InvalidModel,
+        f"{UP}.qzeros is not symmetric",
+    ),
+    "GPTQ groups beyond the last": (
+        "GPTQ", lambda f: _edit(f, lambda t: t[f"{UP}.g_idx"].fill_(9)), InvalidModel,
+        f"{UP}.g_idx names groups other than 0 to 1",
+    ),
+    "scales missing": (
+        "GPTQ", lambda f: _edit(f, lambda t: t.pop(f"{UP}.scales")), InvalidModel,
+        f"{UP}.scales is missing",
+    ),
+    "zero points missing": (
+        "AWQ", lambda f: _edit(f, lambda t: t.pop(f"{UP}.qzeros")), InvalidModel,
+        f"{UP}.qzeros is missing",
+    ),
+    "scales of another shape": (
+        "AWQ", lambda f: _edit(f, lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"][:, :8]})),
+        InvalidModel, f"{UP}.scales has shape [2, 8], its weight implies [2, 128]",
+    ),
+    "scales of integers": (
+        "AWQ", lambda f: _edit(f, lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"].int()})),
+        InvalidModel, f"{UP}.scales has dtype I32",
+    ),
+    "scale that is not finite": (
+        "AWQ", lambda f: _edit(f, lambda t: t[f"{UP}.scales"].fill_(float("nan"))), InvalidModel,
+        f"{UP}.weight holds NaN",
+    ),
+    "quantized twice": (
+        "AWQ", lambda f: _edit(f, lambda t: t.update({f"{UP}.weight": torch.ones(128, 64)})),
+        InvalidModel, f"{UP}.weight is there both quantized and as floats",
+    ),
+    "nothing quantized": (
+        "AWQ", lambda f: _edit(f, lambda t: [_to_floats(t, s, awq()[1]) for s in _stems(t)]),
+        InvalidModel, "awq quantized it and no tensor is",
+    ),
+    "config of another size": (
+        "AWQ", lambda f: _edit_config(f, intermediate_size=192), InvalidModel,
+        "has shape [128, 64] and config.json implies [192, 64]",
+    ),
+    "settings no object": (
+        "AWQ", lambda f: _edit_config(f, quantization_config="awq"), InvalidModel, "is no object",
+    ),
+    "compression": (
+        "compressed 4-bit", lambda f: _edit_settings(f, format="nvfp4-pack-quantized"),
+        UnsupportedModel, "format nvfp4-pack-quantized",
+    ),
+    "sparsity": (
+        "compressed 4-bit",
+        lambda f: _edit_settings(f, sparsity_config={"format": "sparse-24-bitmask"}),
+        UnsupportedModel, "sparsity sparse-24-bitmask",
+    ),
+    "no groups of layers": (
+        "compressed 4-bit", lambda f: _edit_settings(f, config_groups={}), InvalidModel,
+        "no config_groups",
+    ),
+    "asymmetric without zero points": (
+        "compressed 4-bit with zero points",
+        lambda f: _edit(f, lambda t: t.pop(f"{UP}.weight_zero_point")), InvalidModel,
+        f"{UP}.weight_zero_point is missing",
+    ),
+    "packed shape": (
+        "compressed 4-bit", lambda f: _edit(f, lambda t: t[f"{UP}.weight_shape"].fill_(96)),
+        InvalidModel, f"{UP}.weight_packed has shape [128, 8]",
+    ),
+    "packed bits": (
+        "compressed 4-bit",
+        lambda f: _edit(f, lambda t: t.update({f"{UP}.weight_shape": torch.tensor([128, 128])})),
+        UnsupportedModel, f"packed in 2 bits, {UP}.weight",
+    ),
+    "FP8 without a scale": (
+        "compressed FP8, channels", lambda f: _edit(f, lambda t: t.pop(f"{UP}.weight_scale")),
+        InvalidModel, f"{UP}.weight has dtype F8_E4M3",
+    ),
+    "FP8 with a scale per block": (
+        "compressed FP8, channels",
+        lambda f: _edit(f, lambda t: t.update({f"{UP}.weight_scale": torch.ones(2, 2)})),
+        UnsupportedModel, f"[2, 2] scale, {UP}.weight",
+    ),
+    "FP8 that is NaN": (
+        "compressed FP8, channels", lambda f: _edit(f, lambda t: t.update(
+            {f"{UP}.weight": torch.full((128, 64), 127, dtype=torch.uint8).view(FP8)})),
+        InvalidModel, f"{UP}.weight holds NaN",
+    ),
+    "scale of a float weight": (
+        "compressed FP8, channels",
+        lambda f: _edit(f, lambda t: t.update({f"{UP}.weight": torch.ones(128, 64)})),
+        InvalidModel, f"{UP}.weight has a weight_scale and dtype F32",
+    ),
+    "scale of nothing": (
+        "compressed FP8, channels", lambda f: _edit(f, lambda t: t.pop(f"{UP}.weight")),
+        InvalidModel, f"{UP}.weight_scale has no matrix",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoint_is_refused_with_one_clear_line(case: str, tmp_path: Path) -> None:
+    kind, break_it, error, what = BROKEN[case]
+    _write(kind, tmp_path / "m")
+    _build(tmp_path / "m", tmp_path)
+    break_it(tmp_path / "m")
+    with pytest.raises(error) as refused:
+        _build(tmp_path / "m", tmp_path)
+    assert what in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def _told(graph: Graph, fate: str) -> int:
+    """How many tensors the notes say that of."""
+    return sum(int(n.split(": ")[1].split(" ")[0]) for n in notes_of(graph) if fate in n)
+
+
+def _key() -> EngineKey:
+    return EngineKey("0" * 64, "cpu", QUANT, "1-test")
+
+
+def _edit(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def _edit_settings(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    _edit_config(folder, quantization_config={**config["quantization_config"], **fields})
+
+
+def _stems(tensors: dict[str, torch.Tensor]) -> list[str]:
+    return [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+
+
+def _to_floats(tensors: dict[str, torch.Tensor], stem: str, one: Quantize) -> None:
+    shape = (tensors[f"{stem}.scales"].shape[1], tensors[f"{stem}.qweight"].shape[0])
+    for role in one(torch.ones(8, 32))[0]:
+        del tensors[f"{stem}.{role}"]
+    tensors[f"{stem}.weight"] = torch.zeros(shape, dtype=torch.float16)
