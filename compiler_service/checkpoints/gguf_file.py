@@ -95,7 +95,7 @@ class GgufFile:
         blocks = torch.from_numpy(self._raw(place)).view(place.shape[0], -1, block_bytes)
         # A few rows at a time: what packing needs beside its result stays small.
         some_rows = max(_CHUNK_VALUES // place.shape[1], 1)
-        packed = [BLOCK_FORMS[place.kind].pack(rows) for rows in blocks.split(some_rows)]
+        packed = [BLOCK_FORMS[place.kind].pack(rows) for rows in torch.split(blocks, some_rows)]
         return {
             role: self._in_order(name, torch.cat([piece[role] for piece in packed]))
             for role in packed[0]
