@@ -20,6 +20,9 @@ from shared.engine import EngineKey
 from shared.errors import UnsupportedQuant
 from shared.ir import Graph
 
+# What the embedding kernel reads.
+_GPU_TABLES = ("plain", "int8_channel")
+
 
 @dataclass(frozen=True, slots=True)
 class BuildPlan:
@@ -125,7 +128,12 @@ def _require_layouts(graph: Graph, key: EngineKey) -> None:
     """
     if not arch_named(key.arch).is_gpu:
         return
-    lacking = {weight.layout for weight in graph.weights.values()} - set(GPU_LAYOUTS)
+    tables = {node.weights["weight"] for node in graph.nodes if node.op == "embedding"}
+    lacking = {
+        weight.layout
+        for name, weight in graph.weights.items()
+        if weight.layout not in (_GPU_TABLES if name in tables else GPU_LAYOUTS)
+    }
     if lacking:
         problem = (
             f"{key.arch} has no kernel for {', '.join(sorted(lacking))}, in which the checkpoint is "

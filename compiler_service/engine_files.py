@@ -65,13 +65,13 @@ def _complete_tokenizer(content: bytes, added_json: str) -> bytes:
 
 def _tokens_by_id(added: object) -> list[tuple[int, AddedToken]]:
     tokens = {}
-    for token_id, raw in added.items() if isinstance(added, dict) else [("", added)]:
-        is_token = isinstance(raw, dict) and isinstance(raw.get("content"), str)
-        if not isinstance(raw, dict) or not is_token or not token_id.isdecimal():
+    for token_id, raw in added.items() if isinstance(added, dict) else [("", None)]:
+        token = raw if isinstance(raw, dict) else {}
+        if not token_id.isdecimal() or not isinstance(token.get("content"), str):
             problem = "tokenizer_config.json's added_tokens_decoder is not ids and tokens"
             raise InvalidModel(problem=problem)
-        flags = {flag: bool(raw[flag]) for flag in _TOKEN_FLAGS if flag in raw}
-        tokens[int(token_id)] = AddedToken(raw["content"], **flags)
+        flags = {flag: bool(token[flag]) for flag in _TOKEN_FLAGS if flag in token}
+        tokens[int(token_id)] = AddedToken(token["content"], **flags)
     return sorted(tokens.items(), key=lambda item: item[0])
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compiler_service.build_plan import plan
-from compiler_service.checkpoints.checkpoint import Checkpoint, is_quantized
+from compiler_service.checkpoints.checkpoint import Checkpoint
 from compiler_service.checkpoints.digest import FileHashes, known_model_digest, model_digest
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.fingerprints import builder_for
 from compiler_service.quantization import scheme_named
-from compiler_service.quantization.as_is import AS_IS
+from compiler_service.quantization.as_is import own_scheme
 from shared.arch import arch_named
 from shared.engine import EngineKey, QuantConfig
 from shared.errors import InvalidField
@@ -79,8 +79,7 @@ def _resolved(
     checkpoint: Checkpoint, archs: Sequence[str], quant: QuantConfig, model: str, digest: str
 ) -> ResolvedModel:
     if not quant.scheme:
-        own = AS_IS if is_quantized(checkpoint) else checkpoint.float_format
-        quant = QuantConfig(own, quant.group_size)
+        quant = QuantConfig(own_scheme(checkpoint), quant.group_size)
     quant = scheme_named(quant).resolve(quant)
     keys = {
         arch: EngineKey(digest, arch, quant, builder_for(arch)) for arch in dict.fromkeys(archs)

@@ -103,11 +103,6 @@ class Checkpoint(Protocol):
         ...
 
 
-def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Claims that the checkpoint stores a weight otherwise than as floats."""
-    return any(info.quantized is not None for info in checkpoint.tensors.values())
-
-
 def float_format_of(dtype: torch.dtype) -> str:
     """The scheme that keeps weights of `dtype`: fp16 becomes bf16, which CPUs and GPUs share."""
     return "fp32" if dtype == torch.float32 else "bf16"

@@ -34,6 +34,8 @@ _BLOCK_KINDS = {
     Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K,
 }  # fmt: skip
 
+_CHUNK_VALUES = 1 << 22
+
 _GLOBAL_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -91,8 +93,13 @@ class GgufFile:
         place = self._places[name]
         block_bytes = GGML_QUANT_SIZES[place.kind][1]
         blocks = torch.from_numpy(self._raw(place)).view(place.shape[0], -1, block_bytes)
-        packed = BLOCK_FORMS[place.kind].pack(blocks)
-        return {role: self._in_order(name, tensor) for role, tensor in packed.items()}
+        # A few rows at a time: what packing needs beside its result stays small.
+        some_rows = max(_CHUNK_VALUES // place.shape[1], 1)
+        packed = [BLOCK_FORMS[place.kind].pack(rows) for rows in torch.split(blocks, some_rows)]
+        return {
+            role: self._in_order(name, torch.cat([piece[role] for piece in packed]))
+            for role in packed[0]
+        }
 
     def _in_order(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Rows of q and k in half-rotation order."""

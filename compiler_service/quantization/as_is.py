@@ -7,7 +7,7 @@ graph's config, so the engine carries them and `millrace inspect` shows them.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from compiler_service.checkpoints.checkpoint import Quantized, TensorInfo
+from compiler_service.checkpoints.checkpoint import Checkpoint, Quantized, TensorInfo
 from shared.engine import QuantConfig
 from shared.errors import UnsupportedQuant
 from shared.ir import Graph, WeightSpec
@@ -16,6 +16,13 @@ AS_IS = "as-is"
 NOTES = "checkpoint_quantization"
 
 Tensors = Mapping[str, TensorInfo]
+
+
+def own_scheme(checkpoint: Checkpoint) -> str:
+    """The scheme that changes nothing about a checkpoint: what an unset one stands for."""
+    if any(info.quantized is not None for info in checkpoint.tensors.values()):
+        return AS_IS
+    return checkpoint.float_format
 
 
 def keep_as_stored(graph: Graph, tensors: Tensors, quant: QuantConfig) -> Graph:

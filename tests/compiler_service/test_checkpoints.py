@@ -359,6 +359,17 @@ def test_model_digest_changes_with_one_byte(name: str, tmp_path: Path) -> None:
     assert _digest(folder, tmp_path) != before
 
 
+def test_folder_of_links_is_the_model_that_they_lead_to(tmp_path: Path) -> None:
+    """As the hub's own cache keeps snapshots."""
+    folder = write_checkpoint(tmp_path / "blobs", num_shards=2)
+    (tmp_path / "snapshot").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    assert _digest(tmp_path / "snapshot", tmp_path) == _digest(folder, tmp_path / "other-cache")
+    checkpoint = open_checkpoint(str(tmp_path / "snapshot"))
+    assert torch.equal(checkpoint.read(DOWN), open_checkpoint(str(folder)).read(DOWN))
+
+
 def test_unchanged_files_are_not_read_again(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m", num_shards=2)
     inputs = open_checkpoint(str(folder)).digest_inputs

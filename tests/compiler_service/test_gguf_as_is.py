@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize
+from hypothesis import given
+from hypothesis import strategies as st
 
 from compiler_service.builder import BuildRequest, build
 from compiler_service.checkpoints.gguf_blocks import BLOCK_FORMS
@@ -64,6 +67,17 @@ def test_blocks_in_our_layout_have_the_values_of_the_library(
     found = {role: (tuple(t.shape), str(t.dtype)[6:]) for role, t in packed.items()}
     assert found == LAYOUTS[form.layout].roles((37, 1024), "float32", form.group_size)
     assert len(expected.unique()) > 1000
+
+
+@given(scale=st.floats(-0.109375, 0.109375, width=16), least=st.floats(-0.03125, 0.03125, width=16))
+def test_minimum_and_scale_are_exact_in_our_layout(scale: float, least: float) -> None:
+    """Q4_1: d q + m = (q - 8) d + (m + 8 d), bit for bit, while m + 8 d is below 1."""
+    head = np.array([scale, least], dtype=np.float16).view(np.uint8)
+    block = np.concatenate([head, np.arange(16, dtype=np.uint8) * 17])[None]
+    expected = torch.from_numpy(dequantize(block, gguf.GGMLQuantizationType.Q4_1))
+    form = BLOCK_FORMS[gguf.GGMLQuantizationType.Q4_1]
+    packed = form.pack(torch.from_numpy(block)[None])
+    assert torch.equal(LAYOUTS[form.layout].unpack(packed), expected)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from compiler_service.build_plan import plan
 from compiler_service.builder import BuildRequest, build
 from compiler_service.checkpoints.digest import FileHashes, model_digest
+from compiler_service.checkpoints.quantized_linear import int4_roles
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.quantization.as_is import AS_IS, notes_of
 from compiler_service.resolve import UNSET_QUANT, resolve
@@ -177,6 +180,46 @@ def test_greedy_tokens_equal_those_of_the_dequantized_model(case: str, tmp_path:
         greedy.append(tokens)
     assert greedy[0] == greedy[1]
     assert len(set(greedy[0])) > 4
+
+
+def test_gptq_zero_points_of_zero_survive_the_older_format(tmp_path: Path) -> None:
+    """GPTQModel takes 1 from whole words, so that a 0 borrows from its neighbour."""
+    settings, one = gptq(symmetric=False, is_v2=True)
+
+    def with_zeros(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        # Rows without negative values have zero point 0.
+        return one(torch.where(torch.arange(len(weight))[:, None] % 3 == 0, weight.abs(), weight))
+
+    values = write_quantized(tmp_path / "m", settings, with_zeros)
+    zeros = load_file(tmp_path / "m" / "model.safetensors")[f"{UP}.qzeros"]
+    assert bool(((zeros & 15) == 0).any())
+    _edit(
+        tmp_path / "m",
+        lambda t: [t[name].sub_(0x11111111) for name in t if name.endswith("qzeros")],
+    )
+    _edit_settings(tmp_path / "m", checkpoint_format="gptq")
+    checkpoint = open_checkpoint(str(tmp_path / "m"))
+    for name, expected in values.items():
+        assert torch.equal(checkpoint.read(name), expected), name
+
+
+@given(
+    bits=st.integers(0, 0x7BFF),
+    is_bf16=st.booleans(),
+    zero=st.integers(0, 16),
+    code=st.integers(0, 15),
+)
+def test_zero_points_are_exact_in_our_layout(
+    bits: int, is_bf16: bool, zero: int, code: int
+) -> None:
+    """(q - z) s = (q - 8) s + (8 - z) s, in fp32, for every finite scale of 16 bits."""
+    dtype = torch.bfloat16 if is_bf16 else torch.float16
+    scale = torch.tensor([[bits]], dtype=torch.int16).view(dtype).float()
+    roles = int4_roles(
+        torch.tensor([[code | code << 4]], dtype=torch.uint8), scale, torch.tensor([[zero]])
+    )
+    value = LAYOUTS["int4_group"].unpack(roles)
+    assert torch.equal(value, (code - zero) * scale.expand(1, 2))
 
 
 def test_head_that_was_not_quantized_stays_plain_and_one_that_was_is_kept(tmp_path: Path) -> None:
