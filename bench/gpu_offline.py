@@ -6,6 +6,7 @@ Prints one JSON line a case: output tokens per second from the first request to 
 """
 
 import argparse
+import gc
 import itertools
 import json
 import random
@@ -217,6 +218,8 @@ def main() -> None:
         torch.cuda.synchronize()
     captured = time.perf_counter()
     engine.runner.warm_up()
+    gc.collect()
+    gc.freeze()  # as the engine process does
     common = {"model": options.model, "quant": options.quant, "gpu": torch.cuda.get_device_name()}
     start = {
         "case": "start", "weights_s": made - began, "allocate_s": assembled - made,

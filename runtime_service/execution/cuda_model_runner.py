@@ -123,7 +123,7 @@ class CudaModelRunner:
     def warm_up(self) -> None:
         """Runs steps of a few shapes, whose results nobody wants, on an empty cache."""
         limits = self._limits
-        count = min(limits.max_step_tokens, limits.max_sequence_tokens - 1)
+        count = max(1, min(limits.max_step_tokens, limits.max_sequence_tokens - 1))
         blocks = list(range(-(-(count + 1) // limits.block_tokens)))
         random = SamplingParams(temperature=1.0)
         for number, params in enumerate((SamplingParams(), random, SamplingParams(1.0, 2))):

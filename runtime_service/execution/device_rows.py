@@ -63,6 +63,7 @@ class DeviceRows:
         max_blocks = -(-limits.max_sequence_tokens // limits.block_tokens)
         # The token drawn last is kept too, though it is never computed.
         self.layout = TableLayout(rows, limits.max_sequence_tokens + 1, max_blocks)
+        assert self.layout.num_words < 1 << 31, "writes name places in the tables by 32 bits"
         self._messages = MessageLayout(rows, 4 * rows, _MESSAGE_WORDS)
         self._stream = stream
         self._vocab_size = vocab_size
