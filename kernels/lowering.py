@@ -25,6 +25,8 @@ from kernels.launch import (
     Weight,
 )  # fmt: skip
 from kernels.linear import launch as linear
+from kernels.sampling import launch as sampling
+from kernels.step_inputs import launch as step_inputs
 from kernels.variant import Argument, KernelVariant, pointer
 from shared.arch import Arch
 from shared.ir import Graph, Node
@@ -82,13 +84,17 @@ def lower(graph: Graph, arch: Arch, regime: Regime) -> tuple[Step, ...]:
 
 
 def variants(graph: Graph, arch: Arch, regimes: Iterable[Regime] = REGIMES) -> set[KernelVariant]:
-    """Every kernel variant that the regimes launch."""
-    return {
+    """Every kernel variant that the regimes launch, and those around them: inputs and draws."""
+    regimes = tuple(regimes)
+    launched = {
         step.variant
         for regime in regimes
         for step in lower(graph, arch, regime)
         if isinstance(step, Launch)
     }
+    for block_tokens in {regime.block_tokens for regime in regimes}:
+        launched |= step_inputs.variants(block_tokens)
+    return launched | sampling.variants(_integer(graph.config["vocab_size"]))
 
 
 class _Lowering:

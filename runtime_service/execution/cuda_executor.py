@@ -81,7 +81,13 @@ class CudaExecutor:
             if len(spec.dims) == 2
         }
         self._dtype: torch.dtype = getattr(torch, str(graph.config["dtype"]))
-        self._arena = torch.empty(0, dtype=torch.uint8, device="cuda")
+        self._device = next(t for roles in weights.values() for t in roles.values()).device
+        self._arena = torch.empty(0, dtype=torch.uint8, device=self._device)
+
+    @property
+    def max_sizes(self) -> Sizes:
+        """The largest step."""
+        return self._max_sizes
 
     def prepare(self, regimes: Sequence[Regime]) -> None:
         """Loads the regimes' kernels and allocates their memory: afterwards nothing is allocated, so that
@@ -97,7 +103,7 @@ class CudaExecutor:
             layouts[regime] = self._lay_out(plan, regime)
         need = max(end for _, end in layouts.values())
         if need > self._arena.numel():
-            self._arena = torch.empty(need, dtype=torch.uint8, device="cuda")
+            self._arena = torch.empty(need, dtype=torch.uint8, device=self._device)
         for regime, (places, _) in layouts.items():
             self._buffers[regime] = {
                 name: self._arena[start : start + size].view(dtype).view(-1, width)
@@ -215,16 +221,19 @@ class CudaExecutor:
                 size = operand.num_bytes(sizes)
                 if operand.name not in self._scratch or self._scratch[operand.name].numel() < size:
                     self._scratch[operand.name] = torch.zeros(
-                        size, dtype=torch.uint8, device="cuda"
+                        size, dtype=torch.uint8, device=self._device
                     )
 
 
 def rope_table(
-    inv_freq: Sequence[float], attention_scaling: float, num_positions: int
+    inv_freq: Sequence[float],
+    attention_scaling: float,
+    num_positions: int,
+    device: torch.device | str = "cuda",
 ) -> torch.Tensor:
     """cos then sin of each position's angles, fp32 [num_positions, 2 * len(inv_freq)]; fp64 inside."""
-    positions = torch.arange(num_positions, dtype=torch.float64, device="cuda")
-    angles = torch.outer(positions, torch.tensor(inv_freq, dtype=torch.float64, device="cuda"))
+    positions = torch.arange(num_positions, dtype=torch.float64, device=device)
+    angles = torch.outer(positions, torch.tensor(inv_freq, dtype=torch.float64, device=device))
     return (torch.cat((angles.cos(), angles.sin()), 1) * attention_scaling).float()
 
 

@@ -1,223 +1,176 @@
-"""`Executor` on an NVIDIA GPU: decode steps replay captured graphs, other steps are launched one kernel at a time.
+"""A step's forward pass on an NVIDIA GPU: captured graphs for decode and for small mixed steps, launches for others.
 
-Padding exists only here: a decode step of T sequences replays the graph of the next larger bucket, whose unused
-sequences have length 0, write nowhere and are read by nobody. A step's integers cross to the device in one copy.
+Padding exists only here: a step replays the graph of the next larger bucket, keyed by its number of tokens alone;
+tokens and sequences beyond the step have length 0, write nowhere and are read by nobody. A graph makes its own inputs
+from the message that was sent before, so that nothing of a step is baked into it.
 
-Legend: T packed tokens, S sequences, B blocks per sequence, R rows whose logits are wanted, V vocabulary.
+Legend: T packed tokens, S sequences, R rows whose logits are wanted, V vocabulary.
 """
 
 import bisect
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from kernels.batch import StepBatch
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
-from kernels.lowering import DECODE_REGIMES, REGIMES
-from runtime_service.execution.cuda_executor import (
-    CudaExecutor,
-    DeviceBatch,
-    PackedWeights,
-    rope_table,
-)
+from kernels.lowering import Regime
+from runtime_service.execution.cuda_executor import CudaExecutor, rope_table
+from runtime_service.execution.device_rows import DeviceRows, SentStep
+from runtime_service.execution.device_stream import DeviceStream
+from runtime_service.execution.step_inputs import StepInputs
 from runtime_service.limits import RuntimeLimits
 from shared.ir import Graph
 
-_ALIGNMENT = 64  # int32s: 256 bytes
+# Beyond it a step's launches take less time than its kernels.
+_MAX_CAPTURED_TOKENS = 512
+_FIRST_MIXED_BUCKET = 16
 
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     logits_RV: torch.Tensor
 
 
 class CudaGraphExecutor:
-    """`Executor` over a `CudaExecutor`, with the KV cache and the captured graphs.
+    """Steps of one engine, with its KV cache and its captured graphs.
 
     Args:
-        library: the engine's kernels, loaded for this device.
-        weights: packed tensors on the device; kept.
+        executor: prepared for `regimes`.
+        regimes: decode ones, whose `max_sequences` grow, and ragged ones, whose `max_tokens` grow; 0 is any number.
     """
 
     def __init__(
-        self, graph: Graph, library: KernelLibrary, weights: PackedWeights, limits: RuntimeLimits
+        self,
+        graph: Graph,
+        executor: CudaExecutor,
+        regimes: Sequence[Regime],
+        library: KernelLibrary,
+        rows: DeviceRows,
+        limits: RuntimeLimits,
+        stream: DeviceStream,
     ) -> None:
-        max_rows = max(limits.max_sequences, limits.max_step_tokens)
-        self._max_sizes = Sizes(limits.max_step_tokens, limits.max_sequences, max_rows)
-        self._regimes = [
-            replace(r, block_tokens=limits.block_tokens, kv_dtype=limits.kv_dtype) for r in REGIMES
-        ]
-        self._executor = CudaExecutor(graph, library, weights, self._max_sizes)
-        self._executor.prepare(self._regimes)
-        self._vocab_size = int(str(graph.config["vocab_size"]))
-        self._kv_caches = _kv_caches(graph, limits)
-        self._rope = _rope_of(graph, limits.max_sequence_tokens)
-        self._inputs = _Inputs(self._max_sizes, limits)
-        largest = min(limits.max_sequences, DECODE_REGIMES[-1].max_sequences)
-        self._buckets = [*(b for b in decode_buckets() if b < largest), largest]
-        self._captured: dict[int, _Captured] = {}
+        self._executor = executor
+        self._stream = stream
+        self._rows = rows
+        self._decode = [regime for regime in regimes if regime.max_sequences]
+        self._ragged = [regime for regime in regimes if not regime.max_sequences]
+        self._max_sequences = limits.max_sequences
+        self._kv_LCN = _kv_cache(graph, limits, stream.device)
+        rope = _rope_of(graph, limits.max_sequence_tokens, stream.device)
+        pairs = [(layer[0], layer[1]) for layer in self._kv_LCN]
+        self._inputs = StepInputs(
+            library, rows, executor.max_sizes, limits.block_tokens, pairs, rope
+        )
+        most = min(limits.max_sequences, self._decode[-1].max_sequences, _MAX_CAPTURED_TOKENS)
+        self._decode_buckets = decode_buckets(most)
+        self._mixed_buckets = mixed_buckets(min(limits.max_step_tokens, _MAX_CAPTURED_TOKENS))
+        self._captured: dict[tuple[bool, int], _Captured] = {}
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that are captured."""
+        return len(self._captured)
+
+    @property
+    def max_logit_rows(self) -> int:
+        """The most tokens of a step that wants all of their logits."""
+        return self._executor.max_sizes.rows
 
     def capture(self) -> None:
-        """Captures every bucket's graph, so that no step waits for it."""
-        for bucket in reversed(self._buckets):
-            self._capture(bucket)
+        """Captures every bucket's graph, largest first, so that no step waits for it."""
+        self._rows.send_nothing()
+        for bucket in reversed(self._mixed_buckets):
+            self._capture(False, bucket)
+        for bucket in reversed(self._decode_buckets):
+            self._capture(True, bucket)
 
-    def forward(self, token_ids_T: torch.Tensor, batch: StepBatch) -> torch.Tensor:
-        """Logits [R, V], fp32, on the host."""
-        sizes = Sizes(len(token_ids_T), len(batch.seq_lens_S), len(batch.logit_rows_R))
-        is_decode = sizes.tokens == sizes.sequences == sizes.rows
-        if is_decode and sizes.tokens <= self._buckets[-1]:
-            bucket = self._buckets[bisect.bisect_left(self._buckets, sizes.tokens)]
-            if bucket not in self._captured:
-                self._capture(bucket)
-            self._inputs.fill(token_ids_T, batch, Sizes(bucket, bucket, bucket))
-            captured = self._captured[bucket]
-            captured.graph.replay()
-            logits_RV = captured.logits_RV
-        else:
-            self._inputs.fill(token_ids_T, batch, sizes)
-            ragged = self._regimes[len(DECODE_REGIMES) :]
-            regime = next(r for r in ragged if not r.max_tokens or r.max_tokens >= sizes.tokens)
-            logits_RV = self._executor.run(regime, self._device_batch(sizes))
-        return logits_RV[: sizes.rows].cpu()
+    def run(self, step: SentStep) -> torch.Tensor:
+        """Launches the step that was sent last and does not wait.
 
-    def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
+        Returns:
+            Logits [S, V] of each sequence's last token, fp32, in memory that the next step overwrites.
+        """
+        buckets = self._decode_buckets if step.is_decode else self._mixed_buckets
+        index = bisect.bisect_left(buckets, step.num_tokens)
+        captured = None
+        if index < len(buckets):
+            captured = self._captured.get((step.is_decode, buckets[index]))
+        if captured is None:
+            sizes = Sizes(step.num_tokens, step.num_sequences, step.num_sequences)
+            return self._executor.run(self._ragged_regime(sizes.tokens), self._inputs.launch(sizes))
+        captured.replay()
+        return captured.logits_RV[: step.num_sequences]
+
+    def run_for_all_logits(self, step: SentStep) -> torch.Tensor:
+        """Likewise, for a step of at most `max_logit_rows` tokens: logits [T, V] of every token."""
+        sizes = Sizes(step.num_tokens, step.num_sequences, step.num_tokens)
+        batch = self._inputs.launch(sizes, wants_all_logits=True)
+        return self._executor.run(self._ragged_regime(sizes.tokens), batch)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks in all layers, one after the other."""
-        for caches in self._kv_caches:
-            for cache in caches:
-                for source, destination in copies:
-                    cache[destination].copy_(cache[source])
+        for source, destination in copies:
+            self._kv_LCN[:, :, destination].copy_(self._kv_LCN[:, :, source])
 
-    def _capture(self, bucket: int) -> None:
-        regime = next(r for r in self._regimes if r.max_sequences >= bucket)
-        batch = self._device_batch(Sizes(bucket, bucket, bucket))
-        self._inputs.clear()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._executor.run(regime, batch)  # libraries choose and allocate outside the capture
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits_RV = self._executor.run(regime, batch)
-        self._captured[bucket] = _Captured(graph, logits_RV)
+    def _ragged_regime(self, tokens: int) -> Regime:
+        return next(r for r in self._ragged if not r.max_tokens or r.max_tokens >= tokens)
 
-    def _device_batch(self, sizes: Sizes) -> DeviceBatch:
-        step = self._inputs.views(sizes)
-        step.kv_caches = self._kv_caches
-        return DeviceBatch(self._inputs.token_ids(sizes), step, self._rope)
+    def _capture(self, is_decode: bool, bucket: int) -> None:
+        if is_decode:
+            regime = next(r for r in self._decode if r.max_sequences >= bucket)
+        else:
+            regime = self._ragged_regime(bucket)
+        # Every sequence has a token: T bounds S, and S bounds the rows that can be wanted.
+        sequences = min(bucket, self._max_sequences)
+        sizes = Sizes(bucket, sequences, sequences)
+        logits: list[torch.Tensor] = []
+
+        def launch() -> None:
+            logits[:] = [self._executor.run(regime, self._inputs.launch(sizes))]
+
+        replay = self._stream.capture(launch)
+        self._captured[is_decode, bucket] = _Captured(replay, logits[0])
 
 
-def decode_buckets() -> list[int]:
-    """Sizes of captured decode steps: padding stays near 10 % from 16 sequences on."""
-    return [
-        1,
-        2,
-        4,
-        8,
-        16,
-        20,
-        24,
-        28,
-        32,
-        40,
-        48,
-        56,
-        64,
-        *range(80, 256, 16),
-        *range(256, 513, 32),
-    ]
+def decode_buckets(most: int) -> list[int]:
+    """Sizes of captured decode steps.
+
+    Up to 16 tokens share one tile of the linears, so that padding costs nothing; beyond, it stays under 10 %.
+    """
+    few = [bucket for bucket in (1, 2, 4, 8) if bucket < min(most, 16)]
+    return few + mixed_buckets(most)
 
 
-class _Inputs:
-    """A step's integers in one buffer on the device, at places that never move, and its image on the host."""
+def mixed_buckets(most: int) -> list[int]:
+    """Sizes of captured mixed steps, from 16 tokens on, such that less than 10 % of a step is padding.
 
-    def __init__(self, max_sizes: Sizes, limits: RuntimeLimits) -> None:
-        max_blocks = -(-limits.max_sequence_tokens // limits.block_tokens)
-        counts = {
-            "token_ids": max_sizes.tokens,
-            "positions": max_sizes.tokens,
-            "slots": max_sizes.tokens,
-            "seq_lens": max_sizes.sequences,
-            "query_start": max_sizes.sequences + 1,
-            "logit_rows": max_sizes.rows,
-            "block_tables": max_sizes.sequences * max_blocks,
-        }
-        self._max_blocks = max_blocks
-        self._places: dict[str, slice] = {}
-        start = 0
-        for name, count in counts.items():
-            self._places[name] = slice(start, start + count)
-            start += -(-count // _ALIGNMENT) * _ALIGNMENT
-        self._host = torch.zeros(start, dtype=torch.int32, pin_memory=True)
-        self._device = torch.zeros(start, dtype=torch.int32, device="cuda")
-
-    def fill(self, token_ids_T: torch.Tensor, batch: StepBatch, padded: Sizes) -> None:
-        """Writes a step and copies it over. The step before must have been read: its logits were."""
-        host = {name: self._host[place] for name, place in self._places.items()}
-        tokens, sequences = len(token_ids_T), len(batch.seq_lens_S)
-        for name, values in (
-            ("token_ids", token_ids_T),
-            ("positions", batch.positions_T),
-            ("slots", batch.slot_mapping_T),
-            ("seq_lens", batch.seq_lens_S),
-            ("query_start", batch.query_start_S1),
-            ("logit_rows", batch.logit_rows_R),
-        ):
-            host[name][: len(values)] = values
-        host["token_ids"][tokens : padded.tokens] = 0
-        host["positions"][tokens : padded.tokens] = 0
-        host["slots"][tokens : padded.tokens] = -1
-        host["seq_lens"][sequences : padded.sequences] = 0
-        host["logit_rows"][len(batch.logit_rows_R) : padded.rows] = 0
-        tables = host["block_tables"].view(-1, self._max_blocks)
-        tables[:sequences, : batch.block_tables_SB.shape[1]] = batch.block_tables_SB
-        self._device.copy_(self._host, non_blocking=True)
-
-    def clear(self) -> None:
-        """A step of nothing but padding."""
-        self._host.zero_()
-        self._host[self._places["slots"]] = -1
-        self._device.copy_(self._host, non_blocking=True)
-
-    def token_ids(self, sizes: Sizes) -> torch.Tensor:
-        """The device's token ids [T]."""
-        return self._device[self._places["token_ids"]][: sizes.tokens]
-
-    def views(self, sizes: Sizes) -> StepBatch:
-        """The device's batch of these sizes, without KV caches."""
-        at = {name: self._device[place] for name, place in self._places.items()}
-        return StepBatch(
-            positions_T=at["positions"][: sizes.tokens],
-            slot_mapping_T=at["slots"][: sizes.tokens],
-            block_tables_SB=at["block_tables"].view(-1, self._max_blocks)[: sizes.sequences],
-            seq_lens_S=at["seq_lens"][: sizes.sequences],
-            query_start_S1=at["query_start"][: sizes.sequences + 1],
-            logit_rows_R=at["logit_rows"][: sizes.rows],
-            kv_caches=(),
-        )
+    Powers of two, which are frequent, are among them.
+    """
+    buckets = [min(_FIRST_MIXED_BUCKET, most)]
+    while (last := buckets[-1]) < most:
+        # The smallest step that the next bucket takes has last + 1 tokens: (next - (last + 1)) / next < 0.1.
+        following = max(last + 1, -(-(last + 1) * 10 // 9) - 1)
+        buckets.append(min(following, 1 << last.bit_length(), most))
+    return buckets
 
 
-def _kv_caches(graph: Graph, limits: RuntimeLimits) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _kv_cache(graph: Graph, limits: RuntimeLimits, device: torch.device) -> torch.Tensor:
+    """All layers' keys and values, [layers, 2, num_blocks, block_tokens, K, D]."""
     num_layers, heads, head_dim = (
         int(str(graph.config[name])) for name in ("num_layers", "num_kv_heads", "head_dim")
     )
-    shape = (limits.num_blocks, limits.block_tokens, heads, head_dim)
-    dtype = getattr(torch, limits.kv_dtype)
-
-    def empty() -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device="cuda")
-
-    return [(empty(), empty()) for _ in range(num_layers)]
+    shape = (num_layers, 2, limits.num_blocks, limits.block_tokens, heads, head_dim)
+    return torch.zeros(shape, dtype=getattr(torch, limits.kv_dtype), device=device)
 
 
-def _rope_of(graph: Graph, num_positions: int) -> torch.Tensor:
+def _rope_of(graph: Graph, num_positions: int, device: torch.device) -> torch.Tensor:
     nodes = [node for node in graph.nodes if node.op == "qkv_rope_write"]
     forms = {(node.attrs["inv_freq"], node.attrs["attention_scaling"]) for node in nodes}
     assert len(forms) == 1, f"layers rotate in {len(forms)} ways"
     inv_freq, scaling = forms.pop()
     assert isinstance(inv_freq, tuple)
     assert isinstance(scaling, int | float)
-    return rope_table([float(f) for f in inv_freq], float(scaling), num_positions)
+    return rope_table([float(f) for f in inv_freq], float(scaling), num_positions, device)

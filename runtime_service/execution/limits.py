@@ -2,16 +2,35 @@
 
 from dataclasses import dataclass
 
+from kernels.lowering import BLOCK_TOKENS
 from runtime_service.limits import RuntimeLimits
 from shared.errors import InvalidField
 from shared.ir import Graph
 
-_MAX_SEQUENCES = 64
-_MAX_STEP_TOKENS = 512
-_BLOCK_TOKENS = 32
-# Of what is free once the weights are loaded; the rest is for activations and the machine.
-_KV_SHARE = 0.4
 _GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class LimitDefaults:
+    """What a kind of device takes where no flag says otherwise.
+
+    Args:
+        block_tokens: tokens of a KV block.
+        kv_share: of the free memory, for the KV cache.
+        beside: what has its memory already when free memory is asked for.
+    """
+
+    max_sequences: int
+    max_step_tokens: int
+    block_tokens: int
+    kv_share: float
+    beside: str
+
+
+# The rest of the memory is for activations and for the machine.
+CPU_DEFAULTS = LimitDefaults(64, 512, 32, 0.4, "the weights")
+# The rest is for captured graphs, tables of rows, and what libraries allocate.
+GPU_DEFAULTS = LimitDefaults(512, 8192, BLOCK_TOKENS, 0.9, "weights and activations")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +51,14 @@ class RunnerOptions:
 
 
 def choose_limits(
-    graph: Graph, kv_dtype: str, item_bytes: int, free_bytes: int, options: RunnerOptions
+    graph: Graph,
+    kv_dtype: str,
+    item_bytes: int,
+    free_bytes: int,
+    options: RunnerOptions,
+    defaults: LimitDefaults = CPU_DEFAULTS,
 ) -> RuntimeLimits:
-    """The limits of an engine with `free_bytes` left beside its weights.
+    """The limits of an engine with `free_bytes` left beside what `defaults` name.
 
     Args:
         kv_dtype: torch's name; `item_bytes` is its size.
@@ -48,8 +72,8 @@ def choose_limits(
             problem=f"{options.max_sequence_tokens} is more than the model's {max_positions}",
         )
     wanted_tokens = options.max_sequence_tokens or max_positions
-    max_sequences = options.max_sequences or _MAX_SEQUENCES
-    block_tokens = options.block_tokens or _BLOCK_TOKENS
+    max_sequences = options.max_sequences or defaults.max_sequences
+    block_tokens = options.block_tokens or defaults.block_tokens
     heads = _config(graph, "num_kv_heads") * _config(graph, "head_dim")
     block_bytes = 2 * _config(graph, "num_layers") * heads * item_bytes * block_tokens
     blocks_of_one = -(-wanted_tokens // block_tokens)
@@ -57,11 +81,13 @@ def choose_limits(
         num_blocks = options.kv_bytes // block_bytes
         reason = f"--kv-bytes says {options.kv_bytes:,}"
     else:
-        num_blocks = min(int(free_bytes * _KV_SHARE) // block_bytes, blocks_of_one * max_sequences)
+        num_blocks = min(
+            int(free_bytes * defaults.kv_share) // block_bytes, blocks_of_one * max_sequences
+        )
         reason = (
             f"{max_sequences} sequences of {wanted_tokens:,} tokens need no more"
             if num_blocks == blocks_of_one * max_sequences
-            else f"{_KV_SHARE:.0%} of the {free_bytes / _GIB:.1f} GiB free beside the weights"
+            else f"{defaults.kv_share:.0%} of the {free_bytes / _GIB:.1f} GiB free beside {defaults.beside}"
         )
     if num_blocks < blocks_of_one:
         if options.max_sequence_tokens is not None or num_blocks == 0:
@@ -77,7 +103,7 @@ def choose_limits(
     return RuntimeLimits(
         max_sequence_tokens=min(wanted_tokens, num_blocks * block_tokens),
         max_sequences=max_sequences,
-        max_step_tokens=options.max_step_tokens or max(_MAX_STEP_TOKENS, max_sequences),
+        max_step_tokens=options.max_step_tokens or max(defaults.max_step_tokens, max_sequences),
         block_tokens=block_tokens,
         num_blocks=num_blocks,
         kv_dtype=kv_dtype,

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -13,10 +13,11 @@ import torch
 from kernels.cpu_form import cpu_target
 from kernels.cpu_jit import set_num_threads
 from kernels.launcher import KernelLibrary
-from kernels.lowering import BLOCK_TOKENS
 from kernels.variant import CODE_TITLE, INDEX_TITLE
 from runtime_service.execution.cpu_executor import CpuExecutor
-from runtime_service.execution.cuda_graphs import CudaGraphExecutor
+from runtime_service.execution.cuda_engine import assemble
+from runtime_service.execution.cuda_model_runner import CudaModelRunner
+from runtime_service.execution.device_stream import CudaStream
 from runtime_service.execution.limits import RunnerOptions, choose_limits
 from runtime_service.execution.model_runner import ModelRunner
 from runtime_service.limits import RuntimeLimits
@@ -38,7 +39,7 @@ class LoadedEngine:
         phases: (name, seconds) of loading, in order.
     """
 
-    runner: ModelRunner
+    runner: ModelRunner | CudaModelRunner
     limits: RuntimeLimits
     phases: tuple[tuple[str, float], ...]
 
@@ -139,29 +140,24 @@ def _load_cuda_runner(
             }
         with phases.timed("verify_weights"):
             reader.verify()
-    kv_dtype: torch.dtype = getattr(torch, str(graph.config["dtype"]))
-    limits = choose_limits(
-        graph,
-        str(graph.config["dtype"]),
-        kv_dtype.itemsize,
-        torch.cuda.mem_get_info()[0],
-        replace(options, block_tokens=BLOCK_TOKENS),
-    )
     with phases.timed("load_kernels"):
-        executor = CudaGraphExecutor(graph, library, weights, limits)
+        loaded = assemble(
+            graph, library, weights, options, CudaStream(), lambda: torch.cuda.mem_get_info()[0]
+        )
     with phases.timed("capture_graphs"):
-        executor.capture()
+        loaded.graphs.capture()
+    limits = loaded.limits
     _log.info(
         "engine_loaded",
         engine=engine.name,
         device=torch.cuda.get_device_name(),
+        captured_graphs=loaded.graphs.num_graphs,
         kv_bytes=limits.kv_bytes,
         kv_reason=limits.kv_reason,
         max_sequence_tokens=limits.max_sequence_tokens,
         max_sequences=limits.max_sequences,
     )
-    runner = ModelRunner(executor, limits, int(str(graph.config["vocab_size"])))
-    return LoadedEngine(runner, limits, phases.timings)
+    return LoadedEngine(loaded.runner, limits, phases.timings)
 
 
 class _Phases:

@@ -1,16 +1,20 @@
-"""A whole graph on a GPU: captured decode steps and ragged steps give what the graph means."""
+"""A whole graph on a GPU: captured steps and launched ones give what the graph means."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from bench.gpu_models import MODELS, llama_graph, random_weights
 from kernels import reference
-from kernels.batch import StepBatch
-from kernels.lowering import BLOCK_TOKENS, variants
-from runtime_service.execution.cuda_graphs import CudaGraphExecutor
-from runtime_service.limits import RuntimeLimits
+from kernels.launcher import KernelLibrary
+from kernels.lowering import variants
+from runtime_service.execution.cuda_engine import CudaEngine, assemble
+from runtime_service.execution.device_stream import CudaStream, DeviceStream
+from runtime_service.execution.limits import RunnerOptions
+from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
+from runtime_service.scheduling.request import SamplingParams, StopParams
 from shared.ir import Graph
 from tests.gpu.device import device_arch, library_of
 
@@ -19,33 +23,62 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-_LIMITS = RuntimeLimits(256, 12, 128, BLOCK_TOKENS, 12 * 16, "bfloat16", 0, "")
+_ROWS, _ROW_TOKENS, _ROW_BLOCKS = 12, 255, 16
+OPTIONS = RunnerOptions(
+    max_sequence_tokens=_ROW_TOKENS, max_sequences=_ROWS, max_step_tokens=128, kv_bytes=1 << 24
+)
 
 
-def _batch(steps: list[tuple[int, int, int]], logits_of_all: bool) -> StepBatch:
-    """A step of (row, start, num_tokens); a row's blocks are its own, in reverse order."""
-    table = torch.arange(_LIMITS.num_blocks, dtype=torch.int32).view(12, 16).flip(1)
-    positions, slots, query_start = [], [], [0]
-    for row, start, count in steps:
-        for position in range(start, start + count):
-            positions.append(position)
-            block = int(table[row, position // BLOCK_TOKENS])
-            slots.append(block * BLOCK_TOKENS + position % BLOCK_TOKENS)
-        query_start.append(len(positions))
-    rows = range(len(positions)) if logits_of_all else [end - 1 for end in query_start[1:]]
+class RelaunchedStream(CudaStream):
+    """A stream whose captured launches are launched again one by one: same kernels, same padding, no graph."""
 
-    def int32(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32)
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Runs it once; a replay runs it again."""
+        launch()
+        return launch
 
-    return StepBatch(
-        positions_T=int32(positions),
-        slot_mapping_T=int32(slots),
-        block_tables_SB=table[[row for row, _, _ in steps]],
-        seq_lens_S=int32([start + count for _, start, count in steps]),
-        query_start_S1=int32(query_start),
-        logit_rows_R=int32(list(rows)),
-        kv_caches=(),
-    )
+
+@functools.cache
+def graph_and_library(layout: str, like_qwen: bool = False) -> tuple[Graph, KernelLibrary]:
+    """A tiny graph and its kernels, compiled once in a run."""
+    graph = llama_graph(MODELS["tiny"], layout, like_qwen=like_qwen)
+    return graph, library_of(variants(graph, device_arch()), device_arch())
+
+
+def engine_of(
+    layout: str = "plain",
+    like_qwen: bool = False,
+    stream: DeviceStream | None = None,
+    options: RunnerOptions = OPTIONS,
+    weights: dict[str, dict[str, torch.Tensor]] | None = None,
+) -> CudaEngine:
+    """The whole GPU path over a tiny random model."""
+    graph, library = graph_and_library(layout, like_qwen)
+    packed = weights or random_weights(graph, seed=5)
+    engine = assemble(graph, library, packed, options, stream or CudaStream(), lambda: 1 << 30)
+    engine.graphs.capture()
+    return engine
+
+
+def _enter(engine: CudaEngine, prompts: list[torch.Tensor]) -> None:
+    """Prompts in rows 0, 1, ...; a row's blocks are its own, in reverse order."""
+    new = tuple(
+        NewSequence(
+            row, prompt.tolist(), len(prompt), SamplingParams(), StopParams(1), 0, 0,
+            [*reversed(range(row * _ROW_BLOCKS, (row + 1) * _ROW_BLOCKS))],
+        )
+        for row, prompt in enumerate(prompts)
+    )  # fmt: skip
+    engine.rows.apply(SchedulerOutput(0, (), new, (), ()))
+
+
+def _forward(
+    engine: CudaEngine, steps: list[tuple[int, int, int]], logits_of_all: bool = False
+) -> torch.Tensor:
+    """Logits of a step of (row, start, num_tokens): each sequence's last, or all."""
+    sent = engine.rows.send([ScheduledSequence(*step) for step in steps])
+    run = engine.graphs.run_for_all_logits if logits_of_all else engine.graphs.run
+    return run(sent).cpu()
 
 
 def _bounded(
@@ -82,17 +115,15 @@ def test_steps_of_all_kinds_give_the_logits_of_whole_prompts(
     layout: str, like_qwen: bool, most_tokens: int, tolerance: float
 ) -> None:
     """Prompts in chunks of awkward sizes, then decode in buckets with padding; teacher-forced, bf16 activations."""
-    graph = llama_graph(MODELS["tiny"], layout, like_qwen=like_qwen)
+    graph, _ = graph_and_library(layout, like_qwen)
     packed = random_weights(graph, seed=5)
-    library = library_of(variants(graph, device_arch()), device_arch())
-    executor = CudaGraphExecutor(graph, library, packed, _LIMITS)
-    executor.capture()
+    engine = engine_of(layout, like_qwen, weights=packed)
     cpu = {name: {role: t.cpu() for role, t in roles.items()} for name, roles in packed.items()}
     weights = reference.dense(graph, cpu)
     torch.manual_seed(1)
-    lengths = [97, 41, 5, 130, 64]
-    prompts = [torch.randint(0, 1000, (n,), dtype=torch.int32) for n in lengths]
+    prompts = [torch.randint(0, 1000, (n,), dtype=torch.int32) for n in (97, 41, 5, 130, 64)]
     truth = [_truth(graph, weights, p) for p in prompts]
+    _enter(engine, prompts)
     plan: list[list[tuple[int, int, int]]] = [
         [(0, 0, 70), (1, 0, 13)],
         [(0, 70, 1), (1, 13, 20), (2, 0, 2)],
@@ -104,9 +135,9 @@ def test_steps_of_all_kinds_give_the_logits_of_whole_prompts(
     ]
     worst = 0.0
     for number, steps in enumerate(_bounded(plan, most_tokens)):
-        tokens = torch.cat([prompts[row][start : start + n] for row, start, n in steps])
-        everything = number % 2 == 0
-        got = executor.forward(tokens, _batch(steps, everything))
+        total = sum(n for _, _, n in steps)
+        everything = number % 2 == 0 and total <= engine.graphs.max_logit_rows
+        got = _forward(engine, steps, everything)
         want = torch.cat(
             [
                 truth[row][start if everything else start + n - 1 : start + n]
@@ -118,14 +149,29 @@ def test_steps_of_all_kinds_give_the_logits_of_whole_prompts(
     assert worst < tolerance
 
 
+def test_replayed_graph_gives_what_its_launches_give() -> None:
+    """Bit by bit: nothing of a step is baked into a graph."""
+    engines = [engine_of(), engine_of(stream=RelaunchedStream())]
+    torch.manual_seed(2)
+    prompts = [torch.randint(0, 1000, (n,), dtype=torch.int32) for n in (50, 33, 9)]
+    for engine in engines:
+        _enter(engine, prompts)
+    plan = [
+        [(0, 0, 40), (1, 0, 5)], [(0, 40, 1), (1, 5, 20), (2, 0, 3)], [(2, 3, 1)],
+        [(0, 41, 1), (1, 25, 1), (2, 4, 1)], [(1, 26, 1), (0, 42, 1)], [(0, 43, 7), (2, 5, 1)],
+    ]  # fmt: skip
+    for steps in plan:
+        captured, launched = (_forward(engine, steps) for engine in engines)
+        assert torch.equal(captured, launched), steps
+
+
 def test_copied_block_holds_the_same_keys() -> None:
-    graph = llama_graph(MODELS["tiny"], "plain")
-    library = library_of(variants(graph, device_arch()), device_arch())
-    executor = CudaGraphExecutor(graph, library, random_weights(graph), _LIMITS)
-    tokens = torch.arange(16, dtype=torch.int32)
-    executor.forward(tokens, _batch([(0, 0, 16)], False))
-    executor.copy_blocks(((15, 31),))  # the first block of row 0 to that of row 1
-    next_token = torch.tensor([7], dtype=torch.int32)
-    first = executor.forward(next_token, _batch([(0, 16, 1)], False))
-    second = executor.forward(next_token, _batch([(1, 16, 1)], False))
+    engine = engine_of()
+    tokens = torch.arange(17, dtype=torch.int32)
+    tokens[16] = 7
+    _enter(engine, [tokens, tokens])
+    _forward(engine, [(0, 0, 16)])
+    engine.graphs.copy_blocks(((15, 31),))  # the first block of row 0 to that of row 1
+    first = _forward(engine, [(0, 16, 1)])
+    second = _forward(engine, [(1, 16, 1)])
     assert torch.equal(first, second)

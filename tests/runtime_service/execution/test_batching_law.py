@@ -1,9 +1,7 @@
 """Law 5: batching never changes an answer, on a real fp32 engine under the real scheduler."""
 
 import random
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -11,10 +9,9 @@ import pytest
 from runtime_service.engine_messages import SampleOutput
 from runtime_service.execution.limits import RunnerOptions
 from runtime_service.execution.loading import LoadedEngine, load_runner
-from runtime_service.scheduling.output import ModelRunnerOutput
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
-from runtime_service.scheduling.scheduler import Scheduler
 from tests.runtime_service.execution.engines import build_tiny
+from tests.runtime_service.execution.serving import serve, tokens_of
 
 # A difference is allowed only at a first token whose two best scores lie closer than this.
 TIE = 1e-4
@@ -34,26 +31,6 @@ def loaded(
     few = replace(whole.limits, num_blocks=22)
     yield LoadedEngine(whole.runner, few, whole.phases)
     whole.runner.close()
-
-
-def serve(
-    loaded: LoadedEngine, requests: list[Request], max_unread: int
-) -> tuple[dict[tuple[int, int], list[SampleOutput]], Scheduler]:
-    """All requests, arriving over the first steps; what each sample gained."""
-    scheduler = Scheduler(loaded.limits)
-    waiting, unread = deque(requests), deque[Future[ModelRunnerOutput]]()
-    gained: dict[tuple[int, int], list[SampleOutput]] = {}
-    while True:
-        if waiting:
-            scheduler.add(waiting.popleft())
-        step = scheduler.schedule()
-        if step is not None:
-            unread.append(loaded.runner.execute(step))
-        while len(unread) > (max_unread if step is not None else 0):
-            for output in scheduler.update_from(unread.popleft().result()):
-                gained.setdefault((output.request_id, output.sample_index), []).append(output)
-        if step is None and not unread and not waiting:
-            return gained, scheduler
 
 
 def random_requests(seed: int) -> list[Request]:
@@ -79,24 +56,16 @@ def random_requests(seed: int) -> list[Request]:
     return requests
 
 
-def fresh(request: Request) -> Request:
-    return replace(request, prompt_token_ids=list(request.prompt_token_ids))
-
-
-def tokens_of(outputs: list[SampleOutput]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("max_unread", [0, 1], ids=["no overlap", "overlap"])
 def test_batching_never_changes_an_answer(loaded: LoadedEngine, seed: int, max_unread: int) -> None:
     requests = random_requests(seed)
-    together, scheduler = serve(loaded, [fresh(r) for r in requests], max_unread)
+    together, scheduler = serve(loaded.runner, loaded.limits, requests, max_unread)
     stats = scheduler.stats()
     assert stats.preemptions > 0, "the load preempts nobody"
     assert stats.prefix_hit_tokens > 0, "the load finds no prefix"
     for request in requests:
-        alone, _ = serve(loaded, [fresh(request)], 0)
+        alone, _ = serve(loaded.runner, loaded.limits, [request], 0)
         for (_, index), expected in alone.items():
             found = together[request.request_id, index]
             _require_same(found, expected)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime_service.execution.limits import RunnerOptions, choose_limits
+from runtime_service.execution.limits import GPU_DEFAULTS, RunnerOptions, choose_limits
 from shared.errors import InvalidField
 from shared.ir import Graph
 
@@ -30,6 +30,15 @@ def test_cache_takes_a_share_of_what_is_free() -> None:
     assert limits.num_blocks == 40
     assert limits.max_sequence_tokens == 1024
     assert "40% of the" in limits.kv_reason
+
+
+def test_gpu_takes_more_of_everything_and_says_why() -> None:
+    free = 1000 * BLOCK_BYTES
+    limits = choose_limits(GRAPH, "bfloat16", 2, free, RunnerOptions(), GPU_DEFAULTS)
+    assert (limits.max_sequences, limits.max_step_tokens, limits.block_tokens) == (512, 8192, 16)
+    assert limits.num_blocks == 1800
+    assert "90% of the" in limits.kv_reason
+    assert limits.kv_reason.endswith("free beside weights and activations")
 
 
 def test_sequences_shorten_where_memory_is_short() -> None:

@@ -1,0 +1,247 @@
+"""Offline throughput of the whole engine: the real scheduler, overlap, and the GPU's model runner, in one process.
+
+python -m bench.gpu_offline .gpu --model llama-3.1-8b --quant bf16 --cases b1,t1,t2,t3,itl
+Random weights, random prompts (no prefix hits), greedy, end tokens ignored; `.gpu` is what `bench.gpu_kernels` made.
+Prints one JSON line a case: output tokens per second from the first request to the last token, after a warm-up.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench.gpu_kernels import LAYOUTS, read
+from bench.gpu_models import MODELS, LlamaSizes, llama_graph, random_weights, reference_logits
+from runtime_service.engine_core import ModelRunner, PendingStep
+from runtime_service.execution.cuda_engine import CudaEngine, assemble
+from runtime_service.execution.device_stream import CudaStream
+from runtime_service.execution.limits import RunnerOptions
+from runtime_service.limits import RuntimeLimits
+from runtime_service.scheduling.request import Request, SamplingParams, StopParams
+from runtime_service.scheduling.scheduler import Scheduler
+
+# Requests, prompt tokens and output tokens of each.
+CASES = {"b1": (1, 128, 256), "t1": (256, 512, 256), "t2": (512, 128, 128), "t3": (64, 2048, 128)}
+_ITL_STREAMS, _ITL_PROMPT_TOKENS, _ITL_PERIOD_S = 32, 2000, 1.0
+
+
+@dataclass(slots=True)
+class Timings:
+    """Where the loop's time went, in seconds, and when each request gained tokens."""
+
+    steps: int = 0
+    schedule_s: float = 0.0
+    execute_s: float = 0.0
+    wait_s: float = 0.0
+    update_s: float = 0.0
+    gained_s: dict[int, list[float]] = field(default_factory=dict)
+
+
+class Loop:
+    """The engine's loop without its mailbox: a step is launched before the previous one is read."""
+
+    def __init__(self, runner: ModelRunner, limits: RuntimeLimits) -> None:
+        self.scheduler = Scheduler(limits)
+        self._runner = runner
+        self._unread: deque[PendingStep] = deque()
+        self.timings = Timings()
+        self.token_ids: dict[int, list[int]] = {}
+
+    def step(self) -> bool:
+        """One turn; says whether there was anything to do."""
+        t = self.timings
+        began = time.perf_counter()
+        step = self.scheduler.schedule()
+        scheduled = time.perf_counter()
+        if step is not None:
+            self._unread.append(self._runner.execute(step))
+            t.steps += 1
+        launched = time.perf_counter()
+        t.schedule_s += scheduled - began
+        t.execute_s += launched - scheduled
+        has_read = False
+        while len(self._unread) > (1 if step is not None else 0):
+            asked = time.perf_counter()
+            drawn = self._unread.popleft().result()
+            came = time.perf_counter()
+            for output in self.scheduler.update_from(drawn):
+                self.token_ids.setdefault(output.request_id, []).extend(output.token_ids)
+                t.gained_s.setdefault(output.request_id, []).append(came)
+            t.wait_s += came - asked
+            t.update_s += time.perf_counter() - came
+            has_read = True
+        return step is not None or has_read
+
+    def drain(self) -> None:
+        """Turns until nothing is left to do."""
+        while self.step():
+            pass
+
+
+def request(number: int, prompt_tokens: int, output_tokens: int, vocab_size: int) -> Request:
+    """Greedy, over a random prompt that no other request has."""
+    pick = random.Random(f"{number} {prompt_tokens} {time.perf_counter_ns()}")
+    prompt = [pick.randrange(vocab_size) for _ in range(prompt_tokens)]
+    return Request(number, prompt, SamplingParams(), StopParams(output_tokens))
+
+
+def throughput(engine: CudaEngine, vocab_size: int, case: str) -> dict[str, object]:
+    """One case of CASES."""
+    count, prompt_tokens, output_tokens = CASES[case]
+    warm = min(count, max(1, 2 * engine.limits.max_step_tokens // prompt_tokens))
+    loop = Loop(engine.runner, engine.limits)
+    for number in range(warm):
+        loop.scheduler.add(request(number, prompt_tokens, 8, vocab_size))
+    loop.drain()
+    requests = [request(n, prompt_tokens, output_tokens, vocab_size) for n in range(count)]
+    loop = Loop(engine.runner, engine.limits)
+    began = time.perf_counter()
+    for each in requests:
+        loop.scheduler.add(each)
+    loop.drain()
+    wall = time.perf_counter() - began
+    t, total = loop.timings, sum(map(len, loop.token_ids.values()))
+    assert total == count * output_tokens, f"{total} tokens came, not {count * output_tokens}"
+    first = min(times[0] for times in t.gained_s.values())
+    result: dict[str, object] = {
+        "out_tok_s": round(total / wall, 1), "wall_s": round(wall, 3), "steps": t.steps,
+        "step_ms": round(wall / t.steps * 1e3, 4), "first_token_s": round(first - began, 4),
+        "host_ms_a_step": {
+            name: round(spent / t.steps * 1e3, 4)
+            for name, spent in (
+                ("schedule", t.schedule_s), ("execute", t.execute_s), ("wait", t.wait_s),
+                ("update", t.update_s),
+            )
+        },
+    }  # fmt: skip
+    if count == 1:
+        (times,) = t.gained_s.values()
+        decode = (times[-1] - times[0]) / (len(times) - 1)
+        result |= {
+            "ms_per_token": round(wall / total * 1e3, 4),
+            "decode_ms": round(decode * 1e3, 4),
+        }
+    return result
+
+
+def latency(engine: CudaEngine, vocab_size: int, seconds: float) -> dict[str, object]:
+    """Gaps between tokens of 32 streams, alone and while a 2,000-token prompt arrives each second."""
+    result: dict[str, object] = {}
+    for name, with_prompts in (("alone", False), ("with_prompts", True)):
+        loop = Loop(engine.runner, engine.limits)
+        room = engine.limits.max_sequence_tokens - 256
+        for number in range(_ITL_STREAMS):
+            loop.scheduler.add(request(number, 128, room, vocab_size))
+        while loop.timings.steps < 20:
+            loop.step()
+        prompts = [
+            request(1000 + n, _ITL_PROMPT_TOKENS, 1, vocab_size)
+            for n in range(int(seconds / _ITL_PERIOD_S) if with_prompts else 0)
+        ]
+        began, arrived = time.perf_counter(), 0
+        while (now := time.perf_counter() - began) < seconds:
+            if arrived < len(prompts) and now >= (arrived + 0.5) * _ITL_PERIOD_S:
+                loop.scheduler.add(prompts[arrived])
+                arrived += 1
+            loop.step()
+        for number in range(_ITL_STREAMS):
+            loop.scheduler.abort(number)
+        loop.drain()
+        gaps = sorted(
+            later - sooner
+            for number in range(_ITL_STREAMS)
+            for times in (loop.timings.gained_s[number],)
+            for sooner, later in itertools.pairwise(times)
+            if sooner >= began
+        )
+        result[name] = {
+            "median_ms": round(statistics.median(gaps) * 1e3, 3),
+            "p99_ms": round(gaps[int(len(gaps) * 0.99)] * 1e3, 3),
+            "max_ms": round(gaps[-1] * 1e3, 3),
+            "prompts": arrived,
+        }
+    return result
+
+
+def sanity(
+    engine: CudaEngine, graph: object, packed: dict[str, dict[str, torch.Tensor]], sizes: LlamaSizes
+) -> dict[str, object]:
+    """Greedy tokens against fp32 logits of the same history: how far below the best each one lies, in deviations."""
+    loop = Loop(engine.runner, engine.limits)
+    asked = request(0, 40, 24, sizes.vocab)
+    prompt = list(asked.prompt_token_ids)
+    loop.scheduler.add(asked)
+    loop.drain()
+    tokens = prompt + loop.token_ids[0]
+    gaps = []
+    for end in (40, 41, 52, 63):
+        history = torch.tensor(tokens[:end], device="cuda")
+        logits = reference_logits(graph, packed, history, sizes)  # type: ignore[arg-type]
+        gaps.append(float((logits.max() - logits[tokens[end]]) / logits.std()))
+    return {"top1_agrees": sum(g == 0 for g in gaps) / len(gaps), "worst_gap": round(max(gaps), 4)}
+
+
+def main() -> None:
+    began = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--quant", default="bf16")
+    parser.add_argument("--cases", default="b1,t1,t2,t3")
+    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--kv-gib", type=float, default=36)
+    parser.add_argument("--itl-seconds", type=float, default=6)
+    parser.add_argument("--deadline-s", type=float, default=1e9, help="no case starts after it")
+    options = parser.parse_args()
+    sizes = MODELS[options.model]
+    graph = llama_graph(sizes, LAYOUTS[options.quant])
+    library = read(options.folder, f"{options.arch}.models")
+    packed = random_weights(graph)
+    torch.cuda.synchronize()
+    made = time.perf_counter()
+    limits = RunnerOptions(kv_bytes=int(options.kv_gib * (1 << 30)))
+    with torch.inference_mode():
+        engine = assemble(
+            graph, library, packed, limits, CudaStream(), lambda: torch.cuda.mem_get_info()[0]
+        )
+        assembled = time.perf_counter()
+        engine.graphs.capture()
+        torch.cuda.synchronize()
+    captured = time.perf_counter()
+    engine.runner.warm_up()
+    gc.collect()
+    gc.freeze()  # as the engine process does
+    common = {"model": options.model, "quant": options.quant, "gpu": torch.cuda.get_device_name()}
+    start = {
+        "case": "start", "weights_s": made - began, "allocate_s": assembled - made,
+        "capture_s": captured - assembled, "graphs": engine.graphs.num_graphs,
+        "warm_up_s": time.perf_counter() - captured,
+    }  # fmt: skip
+    print(json.dumps(common | start), flush=True)
+    cases: dict[str, Callable[[], dict[str, object]]] = {
+        name: (lambda name=name: throughput(engine, sizes.vocab, name)) for name in CASES
+    }
+    cases["itl"] = lambda: latency(engine, sizes.vocab, options.itl_seconds)
+    cases["sanity"] = lambda: sanity(engine, graph, packed, sizes)
+    for name in ("sanity", *options.cases.split(",")):
+        if time.perf_counter() - began > options.deadline_s:
+            print(json.dumps(common | {"case": name, "skipped": "deadline"}), flush=True)
+            continue
+        try:
+            result = cases[name]()
+        except Exception as error:  # a line for the failing case, and on to the next
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(common | {"case": name} | result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

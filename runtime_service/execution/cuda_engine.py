@@ -1,0 +1,65 @@
+"""The parts of the GPU path, put together for one engine on one device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from kernels.launch import Sizes
+from kernels.launcher import KernelLibrary
+from kernels.lowering import REGIMES
+from runtime_service.execution.cuda_executor import CudaExecutor, PackedWeights
+from runtime_service.execution.cuda_graphs import CudaGraphExecutor
+from runtime_service.execution.cuda_model_runner import CudaModelRunner
+from runtime_service.execution.device_rows import DeviceRows
+from runtime_service.execution.device_sampler import DeviceSampler
+from runtime_service.execution.device_stream import DeviceStream
+from runtime_service.execution.limits import GPU_DEFAULTS, RunnerOptions, choose_limits
+from runtime_service.limits import RuntimeLimits
+from shared.ir import Graph
+
+# A step that wants all logits is cut into pieces of as many tokens as can be drawn for, and not of fewer than this.
+_MIN_LOGIT_ROWS = 64
+_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class CudaEngine:
+    """An engine on its device; `graphs.capture()` is still to be called."""
+
+    runner: CudaModelRunner
+    graphs: CudaGraphExecutor
+    rows: DeviceRows
+    limits: RuntimeLimits
+
+
+def assemble(
+    graph: Graph,
+    library: KernelLibrary,
+    weights: PackedWeights,
+    options: RunnerOptions,
+    stream: DeviceStream,
+    free_bytes: Callable[[], int],
+) -> CudaEngine:
+    """Allocates everything: activations, then the KV cache from what is free, then tables and inputs.
+
+    Args:
+        free_bytes: of the device's memory, at the time that it is called.
+    Raises:
+        InvalidField: as `choose_limits`.
+    """
+    kv_dtype = str(graph.config["dtype"])
+    max_sequences = options.max_sequences or GPU_DEFAULTS.max_sequences
+    max_step_tokens = options.max_step_tokens or max(GPU_DEFAULTS.max_step_tokens, max_sequences)
+    logit_rows = min(max_step_tokens, max(max_sequences, _MIN_LOGIT_ROWS))
+    block_tokens = options.block_tokens or GPU_DEFAULTS.block_tokens
+    regimes = [replace(r, block_tokens=block_tokens, kv_dtype=kv_dtype) for r in REGIMES]
+    sizes = Sizes(max_step_tokens, max_sequences, logit_rows)
+    executor = CudaExecutor(graph, library, weights, sizes)
+    executor.prepare(regimes)
+    item_bytes = _ITEM_BYTES[kv_dtype]
+    limits = choose_limits(graph, kv_dtype, item_bytes, free_bytes(), options, GPU_DEFAULTS)
+    vocab_size = int(str(graph.config["vocab_size"]))
+    rows = DeviceRows(library, limits, vocab_size, stream)
+    graphs = CudaGraphExecutor(graph, executor, regimes, library, rows, limits, stream)
+    sampler = DeviceSampler(library, rows, vocab_size)
+    runner = CudaModelRunner(graphs, rows, sampler, limits, stream)
+    return CudaEngine(runner, graphs, rows, limits)

@@ -1,0 +1,224 @@
+"""One step after the other on a GPU, launched without waiting for any of them.
+
+    sent      what changed in the rows, and (row, start, num_tokens) of each sequence: one copy
+    launched  inputs, forward pass and draws; the next step finds what this one drew in the token table
+    read      the drawn token ids, copied to the host behind the draws; `result()` waits for that copy alone
+
+Rows whose sampling the device does not know (log probabilities, penalties, logit bias, end tokens masked before
+min_new_tokens) draw through the host's sampler, and the step waits for it; the other rows of the step are drawn on the
+device all the same. A step that scores prompt tokens runs in pieces whose logits are all read.
+What a request is, nobody here knows.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from kernels.step_inputs.layout import ON_HOST
+from runtime_service.execution.cuda_graphs import CudaGraphExecutor
+from runtime_service.execution.device_rows import DeviceRows, SentStep
+from runtime_service.execution.device_sampler import DeviceSampler
+from runtime_service.execution.device_stream import DeviceStream, Mark
+from runtime_service.limits import RuntimeLimits
+from runtime_service.sampling.sampler import Draw, NonFiniteLogits, sample, token_logprobs
+from runtime_service.scheduling.output import (
+    ModelRunnerOutput,
+    NewSequence,
+    SampledSequence,
+    ScheduledSequence,
+    SchedulerOutput,
+    TokenLogprobs,
+)
+from runtime_service.scheduling.request import SamplingParams, StopParams
+
+HostDraws = dict[int, SampledSequence]
+
+
+class LaunchedStep:
+    """A step whose drawn tokens are on their way to the host."""
+
+    def __init__(
+        self,
+        step: SchedulerOutput,
+        sent: SentStep,
+        host_draws: HostDraws,
+        drawn_S: torch.Tensor,
+        mark: Mark,
+        free: list[torch.Tensor],
+    ) -> None:
+        self._step, self._sent, self._host_draws = step, sent, host_draws
+        self._drawn_S, self._mark, self._free = drawn_S, mark, free
+        self._output: ModelRunnerOutput | None = None
+
+    def result(self) -> ModelRunnerOutput:
+        """What it drew; waits for it.
+
+        Raises:
+            NonFiniteLogits: the logits of a sequence that draws hold NaN or +infinity, or nothing but -infinity.
+        """
+        if self._output is None:
+            self._mark.synchronize()
+            token_ids = self._drawn_S[: self._sent.num_sequences].tolist()
+            self._free.append(self._drawn_S)
+            self._output = ModelRunnerOutput(self._step.step, self._sampled(token_ids), {})
+        return self._output
+
+    def _sampled(self, token_ids: list[int]) -> tuple[SampledSequence, ...]:
+        host_draws, sampled = self._host_draws, []
+        for index, (s, token_id) in enumerate(zip(self._step.scheduled, token_ids, strict=True)):
+            if not s.is_sampled:
+                continue
+            if index in host_draws:
+                sampled.append(host_draws[index])
+                continue
+            if token_id < 0:
+                raise NonFiniteLogits("the model's logits are not finite")
+            sampled.append(SampledSequence(s.row, (token_id,)))
+        return tuple(sampled)
+
+
+class ReadStep:
+    """A step whose output is known already."""
+
+    def __init__(self, output: ModelRunnerOutput) -> None:
+        self._output = output
+
+    def result(self) -> ModelRunnerOutput:
+        """What it drew."""
+        return self._output
+
+
+class CudaModelRunner:
+    """Runs steps of one engine on torch's current stream, from the calling thread."""
+
+    def __init__(
+        self,
+        executor: CudaGraphExecutor,
+        rows: DeviceRows,
+        sampler: DeviceSampler,
+        limits: RuntimeLimits,
+        stream: DeviceStream,
+    ) -> None:
+        self._executor, self._rows, self._sampler = executor, rows, sampler
+        self._limits, self._stream = limits, stream
+        self._free: list[torch.Tensor] = []
+
+    def execute(self, step: SchedulerOutput) -> LaunchedStep | ReadStep:
+        """Launches the step and returns; waits only where rows draw on the host."""
+        with torch.inference_mode():
+            self._rows.apply(step)
+            if step.block_copies:
+                self._executor.copy_blocks(step.block_copies)
+            if any(map(self._rows.scores_prompt, step.scheduled)):
+                return self._execute_scored(step)
+            sent = self._rows.send(step.scheduled)
+            logits_SV = self._executor.run(sent)
+            self._sampler.launch(logits_SV, sent)
+            on_host = np.flatnonzero(sent.modes == ON_HOST).tolist()
+            host_draws = self._draw_on_host(step.scheduled, on_host, logits_SV) if on_host else {}
+            drawn_S = self._read_drawn(sent.num_sequences)
+            return LaunchedStep(step, sent, host_draws, drawn_S, self._stream.mark(), self._free)
+
+    def warm_up(self) -> None:
+        """Runs steps of a few shapes, whose results nobody wants, on an empty cache."""
+        limits = self._limits
+        count = max(1, min(limits.max_step_tokens, limits.max_sequence_tokens - 1))
+        blocks = list(range(-(-(count + 1) // limits.block_tokens)))
+        random = SamplingParams(temperature=1.0)
+        for number, params in enumerate((SamplingParams(), random, SamplingParams(1.0, 2))):
+            new = NewSequence(0, [0] * count, count, params, StopParams(1), 0, 0, blocks)
+            prompt = SchedulerOutput(number, (), (new,), (), (ScheduledSequence(0, 0, count),))
+            decode = SchedulerOutput(number, (), (), (), (ScheduledSequence(0, count, 1),))
+            for step in (prompt, decode):
+                self.execute(step).result()
+            count = 1
+        self._rows.apply(SchedulerOutput(0, (0,), (), (), ()))
+
+    def close(self) -> None:
+        """Nothing runs here that would have to be ended."""
+
+    def _read_drawn(self, count: int) -> torch.Tensor:
+        """Where `count` drawn tokens arrive on the host."""
+        if not self._free:
+            self._free.append(self._stream.host_words(self._limits.max_sequences))
+        drawn_S = self._free.pop()
+        drawn_S[:count].copy_(self._sampler.drawn[:count], non_blocking=True)
+        return drawn_S
+
+    # On the host.
+
+    def _draw_on_host(
+        self,
+        scheduled: Sequence[ScheduledSequence],
+        indices: Sequence[int],
+        logits_SV: torch.Tensor,
+    ) -> HostDraws:
+        """Draws for some of a step's sequences, and keeps their tokens on the device."""
+        rows = [scheduled[index] for index in indices]
+        logits_RV = logits_SV[torch.tensor(indices, device=logits_SV.device)].cpu()
+        drawn = self._draw(rows, logits_RV)
+        return dict(zip(indices, drawn, strict=True))
+
+    def _draw(
+        self, scheduled: Sequence[ScheduledSequence], logits_RV: torch.Tensor
+    ) -> list[SampledSequence]:
+        if not scheduled:
+            return []
+        ends = [s.start + s.num_tokens for s in scheduled]
+        draws = [
+            Draw(self._rows.sampler(s.row), self._rows.read_tokens(s.row, end))
+            for s, end in zip(scheduled, ends, strict=True)
+        ]
+        token_ids, logprobs = sample(logits_RV, draws)
+        drawn = []
+        for s, end, token_id, entry in zip(scheduled, ends, token_ids, logprobs, strict=True):
+            self._rows.keep(s.row, end, token_id)
+            drawn.append(SampledSequence(s.row, (token_id,), () if entry is None else (entry,)))
+        return drawn
+
+    def _execute_scored(self, step: SchedulerOutput) -> ReadStep:
+        """The step in pieces that are small enough for all logits of each."""
+        sampled: list[SampledSequence] = []
+        scores: dict[int, list[TokenLogprobs]] = {}
+        for piece in _pieces(step.scheduled, self._executor.max_logit_rows):
+            sent = self._rows.send(piece, all_on_host=True)
+            logits_TV = self._executor.run_for_all_logits(sent).cpu()
+            ends = np.cumsum([s.num_tokens for s in piece]).tolist()
+            for s, end in zip(piece, ends, strict=True):
+                if self._rows.scores_prompt(s):
+                    scored = self._score(s, logits_TV[end - s.num_tokens : end])
+                    scores.setdefault(s.row, []).extend(scored)
+            drawing = [(s, end - 1) for s, end in zip(piece, ends, strict=True) if s.is_sampled]
+            logits_RV = logits_TV[[row for _, row in drawing]]
+            sampled += self._draw([s for s, _ in drawing], logits_RV)
+        prompt_logprobs = {row: tuple(entries) for row, entries in scores.items()}
+        return ReadStep(ModelRunnerOutput(step.step, tuple(sampled), prompt_logprobs))
+
+    def _score(self, s: ScheduledSequence, logits_TV: torch.Tensor) -> list[TokenLogprobs]:
+        """The token at position p scores the one at p + 1, as long as that is the prompt's."""
+        row = self._rows.sampler(s.row)
+        count = min(s.num_tokens, row.num_prompt_tokens - 1 - s.start)
+        tokens = self._rows.read_tokens(s.row, s.start + 1 + count)[s.start + 1 :]
+        num_top = row.params.num_logprobs or 0
+        return token_logprobs(logits_TV[:count], torch.from_numpy(tokens), [num_top] * count)
+
+
+def _pieces(
+    scheduled: Sequence[ScheduledSequence], max_tokens: int
+) -> Iterator[list[ScheduledSequence]]:
+    """The same work in steps of at most `max_tokens`."""
+    piece: list[ScheduledSequence] = []
+    room = max_tokens
+    for s in scheduled:
+        start, end = s.start, s.start + s.num_tokens
+        while start < end:
+            count = min(room, end - start)
+            is_sampled = s.is_sampled and start + count == end
+            piece.append(ScheduledSequence(s.row, start, count, is_sampled=is_sampled))
+            start, room = start + count, room - count
+            if not room:
+                yield piece
+                piece, room = [], max_tokens
+    if piece:
+        yield piece

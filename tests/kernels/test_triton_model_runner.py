@@ -1,0 +1,99 @@
+"""Law 5 on the GPU path: the real scheduler over the whole of it, kernels interpreted, gives the CPU path's tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.runtime_service.execution import interpreted_device  # first: it sets Triton's switch
+
+# isort: split
+from runtime_service.execution.cuda_engine import CudaEngine
+from runtime_service.execution.limits import RunnerOptions
+from runtime_service.execution.loading import LoadedEngine, load_runner
+from runtime_service.limits import RuntimeLimits
+from runtime_service.scheduling.request import Request, SamplingParams, StopParams
+from shared.store.weights import WeightReader
+from tests.runtime_service.execution.engines import build_tiny, graph_of
+from tests.runtime_service.execution.serving import serve, tokens_of
+
+# Few blocks, small steps: prompts are cut, sequences are preempted.
+_OPTIONS = RunnerOptions(
+    max_sequence_tokens=48, max_sequences=4, max_step_tokens=18, num_threads=1, block_tokens=8
+)
+_NUM_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One engine on both paths."""
+
+    cpu: LoadedEngine
+    gpu: CudaEngine
+    limits: RuntimeLimits
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    folder: Path = tmp_path_factory.mktemp("mistral")
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 64}
+    store, engine = build_tiny(folder, "mistral", **sizes)
+    cpu = load_runner(store, engine, _OPTIONS)
+    graph = graph_of(store, engine)
+    with WeightReader(store, engine) as reader:
+        weights = {
+            name: {role: tensor.clone() for role, tensor in reader.roles(name).items()}
+            for name in graph.weights
+        }
+    gpu = interpreted_device.interpreted_engine(graph, weights, _OPTIONS)
+    gpu.graphs.capture()
+    yield Pair(cpu, gpu, replace(cpu.limits, num_blocks=_NUM_BLOCKS))
+    cpu.runner.close()
+
+
+def _requests() -> list[Request]:
+    """Every way of drawing, shared prefixes, two samples of one prompt."""
+    stem = [(i * i * 7 + 3) % 300 for i in range(26)]
+    ways: list[tuple[int, int, SamplingParams, StopParams, int]] = [
+        (26, 9, SamplingParams(), StopParams(9), 1),
+        (20, 5, SamplingParams(temperature=0.9, seed=1 << 60), StopParams(8), 2),
+        (26, 2, SamplingParams(temperature=0.8, top_k=9, top_p=0.9, seed=5), StopParams(10), 1),
+        (3, 1, SamplingParams(num_logprobs=2), StopParams(6), 1),
+        (17, 3, SamplingParams(prompt_logprobs=True, num_logprobs=1), StopParams(4), 1),
+        (9, 2, SamplingParams(repetition_penalty=1.3), StopParams(7, 3, (7, 8)), 1),
+    ]
+    return [
+        Request(n, [*stem[:shared], *range(40 + n, 40 + n + own)], params, stop, num_samples=count)
+        for n, (shared, own, params, stop, count) in enumerate(ways)
+    ]
+
+
+@pytest.mark.parametrize("max_unread", [0, 1], ids=["no overlap", "overlap"])
+def test_gpu_path_gives_the_cpu_paths_tokens(pair: Pair, max_unread: int) -> None:
+    requests = _requests()
+    found, scheduler = serve(pair.gpu.runner, pair.limits, requests, max_unread)
+    wanted, _ = serve(pair.cpu.runner, pair.limits, requests, max_unread)
+    stats = scheduler.stats()
+    assert stats.preemptions > 0, "the load preempts nobody"
+    assert stats.prefix_hit_tokens > 0, "the load finds no prefix"
+    assert stats.num_free_blocks == _NUM_BLOCKS
+    assert found.keys() == wanted.keys()
+    for key, outputs in wanted.items():
+        assert tokens_of(found[key]) == tokens_of(outputs), key
+        assert found[key][-1].finish == outputs[-1].finish
+        for of in ("logprobs", "prompt_logprobs"):
+            ours = [entry for output in found[key] for entry in getattr(output, of)]
+            theirs = [entry for output in outputs for entry in getattr(output, of)]
+            assert [e.token_id for e in ours] == [e.token_id for e in theirs]
+            assert [e.logprob for e in ours] == pytest.approx([e.logprob for e in theirs], abs=1e-4)
+
+
+def test_aborted_neighbours_change_nothing(pair: Pair) -> None:
+    """What a discarded step drew leaves no trace, and no block stays held."""
+    requests = _requests()[:4]
+    alone, _ = serve(pair.gpu.runner, pair.limits, requests[:1], 0)
+    among, scheduler = serve(pair.gpu.runner, pair.limits, requests, 1, {5: 1, 6: 2, 8: 3})
+    assert tokens_of(among[0, 0]) == tokens_of(alone[0, 0])
+    assert scheduler.stats().num_free_blocks == _NUM_BLOCKS
+    assert scheduler.stats().num_running == 0
