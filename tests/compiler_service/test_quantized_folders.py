@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -270,6 +271,18 @@ def test_other_scheme_quantizes_again_and_says_so(quant: QuantConfig, tmp_path: 
     (note,) = notes_of(graph)
     assert "what AWQ 4-bit, groups of 32 lost stays lost (as-is keeps it as it is)" in note
     assert ("quantized again as int8_channel" in note) == (quant.scheme == "int8")
+
+
+def test_build_logs_what_became_of_a_quantized_checkpoint(tmp_path: Path) -> None:
+    """A fact where it is kept, a warning where it is quantized again."""
+    _write("AWQ", tmp_path / "m")
+    for quant, level in ((QUANT, "info"), (QuantConfig("int8"), "warning")):
+        with structlog.testing.capture_logs() as lines:
+            _, engine, graph = _build(tmp_path / "m", tmp_path / level, quant)
+        (line,) = [line for line in lines if line["event"] == "checkpoint_was_quantized"]
+        assert line["log_level"] == level
+        assert line["engine"] == engine.key.digest
+        assert line["notes"] == notes_of(graph)
 
 
 def test_unset_quant_keeps_a_quantized_checkpoint_as_it_is(tmp_path: Path) -> None:
