@@ -432,6 +432,11 @@ BROKEN: dict[str, tuple[str, Break, type[MillraceError], str]] = {
         lambda f: _edit(f, lambda t: t.pop(f"{UP}.weight_zero_point")), InvalidModel,
         f"{UP}.weight_zero_point is missing",
     ),
+    "compressed group size": (
+        "compressed 4-bit",
+        lambda f: _edit_settings(f, **compressed_packed(group_size=64)[0]), InvalidModel,
+        "weight_scale has groups of 32 columns and the configuration says 64",
+    ),
     "packed shape": (
         "compressed 4-bit", lambda f: _edit(f, lambda t: t[f"{UP}.weight_shape"].fill_(96)),
         InvalidModel, f"{UP}.weight_packed has shape [128, 8]",
