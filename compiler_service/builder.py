@@ -22,7 +22,7 @@ from compiler_service.checkpoints.checkpoint import Checkpoint
 from compiler_service.checkpoints.digest import FileHashes, model_digest, verify_unchanged
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.fingerprints import weights_part
-from compiler_service.quantization.as_is import notes_of
+from compiler_service.quantization.as_is import AS_IS, notes_of
 from compiler_service.weight_table import import_weight, pack_weight
 from shared.arch import arch_named
 from shared.engine import (
@@ -110,7 +110,8 @@ def _draft(request: BuildRequest, store: LocalStore, steps: "_Steps") -> EngineD
         raise ModelChanged(file=request.model_uri)
     build_plan = plan(checkpoint, request.key, request.model, lambda: steps.enter("passes"))
     if notes := notes_of(build_plan.graph):
-        log.warning("checkpoint_was_quantized", engine=request.key.digest, notes=notes)
+        tell = log.info if request.key.quant.scheme == AS_IS else log.warning
+        tell("checkpoint_was_quantized", engine=request.key.digest, notes=notes)
     layers = _adopted_layers(store, request.key)
     if layers is None:
         layers = (
