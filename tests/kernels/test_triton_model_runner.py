@@ -27,10 +27,11 @@ _NUM_BLOCKS = 8
 
 @dataclass(frozen=True)
 class Pair:
-    """One engine on both paths."""
+    """One engine on both paths, and on the GPU path where every step is too large for a graph."""
 
     cpu: LoadedEngine
     gpu: CudaEngine
+    without_graphs: CudaEngine
     limits: RuntimeLimits
 
 
@@ -48,7 +49,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         }
     gpu = interpreted_device.interpreted_engine(graph, weights, _OPTIONS)
     gpu.graphs.capture()
-    yield Pair(cpu, gpu, replace(cpu.limits, num_blocks=_NUM_BLOCKS))
+    without_graphs = interpreted_device.interpreted_engine(graph, weights, _OPTIONS)
+    yield Pair(cpu, gpu, without_graphs, replace(cpu.limits, num_blocks=_NUM_BLOCKS))
     cpu.runner.close()
 
 
@@ -92,8 +94,9 @@ def test_gpu_path_gives_the_cpu_paths_tokens(pair: Pair, max_unread: int) -> Non
 def test_aborted_neighbours_change_nothing(pair: Pair) -> None:
     """What a discarded step drew leaves no trace, and no block stays held."""
     requests = _requests()[:4]
-    alone, _ = serve(pair.gpu.runner, pair.limits, requests[:1], 0)
-    among, scheduler = serve(pair.gpu.runner, pair.limits, requests, 1, {5: 1, 6: 2, 8: 3})
+    alone, _ = serve(pair.cpu.runner, pair.limits, requests[:1], 0)
+    runner = pair.without_graphs.runner
+    among, scheduler = serve(runner, pair.limits, requests, 1, {5: 1, 6: 2, 8: 3})
     assert tokens_of(among[0, 0]) == tokens_of(alone[0, 0])
     assert scheduler.stats().num_free_blocks == _NUM_BLOCKS
     assert scheduler.stats().num_running == 0
