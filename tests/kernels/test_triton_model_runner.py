@@ -71,10 +71,11 @@ def _requests() -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("max_unread", [0, 1], ids=["no overlap", "overlap"])
-def test_gpu_path_gives_the_cpu_paths_tokens(pair: Pair, max_unread: int) -> None:
-    requests = _requests()
-    found, scheduler = serve(pair.gpu.runner, pair.limits, requests, max_unread)
+@pytest.mark.parametrize("overlaps", [False, True], ids=["no overlap", "overlap and graphs"])
+def test_gpu_path_gives_the_cpu_paths_tokens(pair: Pair, overlaps: bool) -> None:
+    requests, max_unread = _requests(), int(overlaps)
+    engine = pair.gpu if overlaps else pair.without_graphs
+    found, scheduler = serve(engine.runner, pair.limits, requests, max_unread)
     wanted, _ = serve(pair.cpu.runner, pair.limits, requests, max_unread)
     stats = scheduler.stats()
     assert stats.preemptions > 0, "the load preempts nobody"
