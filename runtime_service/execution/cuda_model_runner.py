@@ -65,17 +65,17 @@ class LaunchedStep:
         return self._output
 
     def _sampled(self, token_ids: list[int]) -> tuple[SampledSequence, ...]:
-        host_draws, sampled = self._host_draws, []
-        for index, (s, token_id) in enumerate(zip(self._step.scheduled, token_ids, strict=True)):
-            if not s.is_sampled:
-                continue
-            if index in host_draws:
-                sampled.append(host_draws[index])
-                continue
-            if token_id < 0:
-                raise NonFiniteLogits("the model's logits are not finite")
-            sampled.append(SampledSequence(s.row, (token_id,)))
-        return tuple(sampled)
+        scheduled, host_draws = self._step.scheduled, self._host_draws
+        drawn = [host_draws.get(index) for index in range(len(token_ids))]
+        draws = zip(scheduled, token_ids, drawn, strict=True)
+        sampled = tuple(
+            by_host or SampledSequence(s.row, (token_id,))
+            for s, token_id, by_host in draws
+            if s.is_sampled
+        )
+        if -1 in token_ids and any(-1 in s.token_ids for s in sampled):
+            raise NonFiniteLogits("the model's logits are not finite")
+        return sampled
 
 
 class ReadStep:

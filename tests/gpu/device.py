@@ -1,6 +1,11 @@
-"""Compiles variants for a GPU that is present, or for an older arch whose PTX it takes, and launches them."""
+"""Compiles variants for a GPU that is present, or for an older arch whose PTX it takes, and launches them.
 
+`python -m tests.gpu.prebuild` compiles the largest sets on another machine: those are read from build/gpu-tests.
+"""
+
+import hashlib
 import os
+from pathlib import Path
 
 import torch
 
@@ -17,12 +22,31 @@ def device_arch() -> Arch:
 
 
 def library_of(variants: set[KernelVariant], arch: Arch) -> KernelLibrary:
-    """Machine code of `variants` for `arch`, on the device."""
-    layers = dict(
-        pack_kernels(compile_variants(variants, arch, num_processes=os.cpu_count()), arch)
-    )
-    code = layers[CODE_TITLE]
-    return KernelLibrary(layers[INDEX_TITLE], lambda offset, size: code[offset : offset + size])
+    """Machine code of `variants` for `arch`, on the device; compiled now where it was not before."""
+    folder = prebuilt_folder(variants, arch)
+    if folder.is_dir():
+        index, code = (folder / "index.json").read_bytes(), (folder / "code.bin").read_bytes()
+    else:
+        index, code = compiled(variants, arch)
+    return KernelLibrary(index, lambda offset, size: code[offset : offset + size])
+
+
+def compiled(variants: set[KernelVariant], arch: Arch) -> tuple[bytes, bytes]:
+    """The two kernel layers."""
+    kernels = compile_variants(variants, arch, num_processes=os.cpu_count())
+    layers = dict(pack_kernels(kernels, arch))
+    return layers[INDEX_TITLE], layers[CODE_TITLE]
+
+
+def prebuilt_folder(variants: set[KernelVariant], arch: Arch) -> Path:
+    """Where the machine code of just these variants, of just these sources, would be."""
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha256(arch.name.encode())
+    for key in sorted(variant.key for variant in variants):
+        digest.update(key.encode())
+    for source in sorted(root.glob("kernels/*/triton.py")):
+        digest.update(source.read_bytes())
+    return root / "build/gpu-tests" / digest.hexdigest()[:16]
 
 
 class Collector:

@@ -52,12 +52,17 @@ class _Library:
         torch.cuda.synchronize()
 
 
-@pytest.fixture(scope="module")
-def run() -> _Library:
+def sampler_variants() -> set[KernelVariant]:
+    """What the cases below launch."""
     wanted = step_inputs.variants(16)
     for vocab_size in (1, 9, 33, 300, 4100, 128256):
         wanted |= sampling.variants(vocab_size)
-    return _Library(library_of(wanted, device_arch()))
+    return wanted
+
+
+@pytest.fixture(scope="module")
+def run() -> _Library:
+    return _Library(library_of(sampler_variants(), device_arch()))
 
 
 @pytest.mark.parametrize("vocab_size", [1, 300, 4100, 128256])

@@ -27,10 +27,11 @@ _NUM_BLOCKS = 8
 
 @dataclass(frozen=True)
 class Pair:
-    """One engine on both paths."""
+    """One engine on both paths, and on the GPU path where every step is too large for a graph."""
 
     cpu: LoadedEngine
     gpu: CudaEngine
+    without_graphs: CudaEngine
     limits: RuntimeLimits
 
 
@@ -48,7 +49,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         }
     gpu = interpreted_device.interpreted_engine(graph, weights, _OPTIONS)
     gpu.graphs.capture()
-    yield Pair(cpu, gpu, replace(cpu.limits, num_blocks=_NUM_BLOCKS))
+    without_graphs = interpreted_device.interpreted_engine(graph, weights, _OPTIONS)
+    yield Pair(cpu, gpu, without_graphs, replace(cpu.limits, num_blocks=_NUM_BLOCKS))
     cpu.runner.close()
 
 
@@ -69,10 +71,11 @@ def _requests() -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("max_unread", [0, 1], ids=["no overlap", "overlap"])
-def test_gpu_path_gives_the_cpu_paths_tokens(pair: Pair, max_unread: int) -> None:
-    requests = _requests()
-    found, scheduler = serve(pair.gpu.runner, pair.limits, requests, max_unread)
+@pytest.mark.parametrize("overlaps", [False, True], ids=["no overlap", "overlap and graphs"])
+def test_gpu_path_gives_the_cpu_paths_tokens(pair: Pair, overlaps: bool) -> None:
+    requests, max_unread = _requests(), int(overlaps)
+    engine = pair.gpu if overlaps else pair.without_graphs
+    found, scheduler = serve(engine.runner, pair.limits, requests, max_unread)
     wanted, _ = serve(pair.cpu.runner, pair.limits, requests, max_unread)
     stats = scheduler.stats()
     assert stats.preemptions > 0, "the load preempts nobody"
@@ -92,8 +95,9 @@ def test_gpu_path_gives_the_cpu_paths_tokens(pair: Pair, max_unread: int) -> Non
 def test_aborted_neighbours_change_nothing(pair: Pair) -> None:
     """What a discarded step drew leaves no trace, and no block stays held."""
     requests = _requests()[:4]
-    alone, _ = serve(pair.gpu.runner, pair.limits, requests[:1], 0)
-    among, scheduler = serve(pair.gpu.runner, pair.limits, requests, 1, {5: 1, 6: 2, 8: 3})
+    alone, _ = serve(pair.cpu.runner, pair.limits, requests[:1], 0)
+    runner = pair.without_graphs.runner
+    among, scheduler = serve(runner, pair.limits, requests, 1, {5: 1, 6: 2, 8: 3})
     assert tokens_of(among[0, 0]) == tokens_of(alone[0, 0])
     assert scheduler.stats().num_free_blocks == _NUM_BLOCKS
     assert scheduler.stats().num_running == 0

@@ -1,0 +1,28 @@
+"""Compiles the kernels of the model runner's tests without a GPU, into build/gpu-tests.
+
+python -m tests.gpu.prebuild --arch sm_90
+"""
+
+import argparse
+
+from bench.gpu_models import MODELS, llama_graph
+from kernels.lowering import variants
+from shared.arch import arch_named
+from tests.gpu.device import compiled, prebuilt_folder
+from tests.gpu.test_model_runner_on_gpu import sampler_variants
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", default="sm_90")
+    arch = arch_named(parser.parse_args().arch)
+    for wanted in (sampler_variants(), variants(llama_graph(MODELS["tiny"], "plain"), arch)):
+        index, code = compiled(wanted, arch)
+        folder = prebuilt_folder(wanted, arch)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "index.json").write_bytes(index)
+        (folder / "code.bin").write_bytes(code)
+
+
+if __name__ == "__main__":
+    main()
