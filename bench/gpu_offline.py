@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--kv-gib", type=float, default=36)
     parser.add_argument("--itl-seconds", type=float, default=6)
+    parser.add_argument("--eager", action="store_true", help="capture no graphs")
     parser.add_argument("--deadline-s", type=float, default=1e9, help="no case starts after it")
     options = parser.parse_args()
     sizes = MODELS[options.model]
@@ -214,7 +215,8 @@ def main() -> None:
             graph, library, packed, limits, CudaStream(), lambda: torch.cuda.mem_get_info()[0]
         )
         assembled = time.perf_counter()
-        engine.graphs.capture()
+        if not options.eager:
+            engine.graphs.capture()
         torch.cuda.synchronize()
     captured = time.perf_counter()
     engine.runner.warm_up()
