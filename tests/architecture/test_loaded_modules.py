@@ -1,0 +1,23 @@
+"""What a serving process loads, found by loading it: what libraries reach on their own counts too."""
+
+import subprocess
+import sys
+
+import pytest
+
+_HEAVY = ("triton", "transformers", "sympy", "torch._dynamo", "torch._inductor")
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("runtime_service.engine_process, runtime_service.execution.loading", _HEAVY),
+        ("runtime_service.__main__", ("torch", *_HEAVY)),
+    ],
+)
+def test_a_serving_process_loads_no_compiler(modules: str, absent: tuple[str, ...]) -> None:
+    program = f"import sys, {modules}; print(*(m for m in {absent!r} if m in sys.modules))"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == []
