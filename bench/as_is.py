@@ -108,7 +108,7 @@ def _quality(
     line: dict[str, object] = {"weight_mb": round(num_bytes / 1e6, 1)}
     num_blocks = len(tokens_T) // BLOCK_TOKENS + 1
     with WeightReader(store, engine) as reader:
-        target = cpu_target(graph, len(tokens_T))
+        target = cpu_target(graph)
         executor = CpuExecutor(graph, reader.roles, target, num_blocks, BLOCK_TOKENS)
     for kind, step in (("many", len(tokens_T)), ("few", FEW_TOKENS)):
         found_TV = torch.cat(

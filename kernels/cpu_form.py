@@ -36,7 +36,6 @@ class CpuTarget:
         kv_dtype: of the KV cache.
         has_fbgemm: fp16-packed matrix products exist (x86 with AVX2 and F16C).
         has_mkldnn: oneDNN matrix products exist.
-        max_positions: no token lies beyond it.
         reason: why activations have their dtype, for people.
     """
 
@@ -44,7 +43,6 @@ class CpuTarget:
     kv_dtype: torch.dtype
     has_fbgemm: bool
     has_mkldnn: bool
-    max_positions: int
     reason: str
 
     @property
@@ -70,7 +68,7 @@ class BindCpu(Protocol):
     ) -> BoundOp: ...
 
 
-def cpu_target(graph: Graph, max_positions: int) -> CpuTarget:
+def cpu_target(graph: Graph) -> CpuTarget:
     """How `graph` runs on this machine's CPU."""
     wanted = getattr(torch, str(graph.config["dtype"]))
     has_bf16 = bool(torch.cpu._is_avx512_bf16_supported())
@@ -85,6 +83,5 @@ def cpu_target(graph: Graph, max_positions: int) -> CpuTarget:
         kv_dtype=wanted,
         has_fbgemm="fbgemm" in torch.backends.quantized.supported_engines,
         has_mkldnn=bool(torch._C._has_mkldnn),
-        max_positions=max_positions,
         reason=reason,
     )

@@ -1,14 +1,19 @@
 """What the CPU kernels are written with: compiled Python (Numba) over raw addresses.
 
-`kernels/<op>/cpu_kernel.py` holds an op's loops; an op's `cpu.py` calls them with `data_ptr()`s, as the
-launcher does on a GPU. They are compiled for this machine's CPU when an engine is first loaded, and kept in
-Numba's cache on disk. bf16 travels as its bits, uint16: the upper half of an fp32.
+`kernels/<op>/cpu_kernel.py` holds an op's loops; an op's `cpu.py` calls them with addresses, as the launcher does on
+a GPU. They are compiled for this machine's CPU when an engine is first loaded, and kept in a folder named by the
+kernels' sources. bf16 travels as its bits, uint16: the upper half of an fp32.
 
 A kernel is written once for all its element types. It is told them by *tags*, values that only have a type:
 `typed(address, tag)` is a pointer to the tag's type, `load` gives fp32 and `store` rounds to it.
 """
 
+import fcntl
+import hashlib
+import os
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -16,14 +21,17 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 _Function = Callable[..., Any]
 
-# One pool for torch's operators and ours: both run on the OpenMP library that torch brings.
+# OpenMP's threads spin between two loops; where torch and Numba share one OpenMP library
+# (`runtime_service/engine_process.py` sees to it) they are the same threads.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 _WORD = ir.IntType(32)
+_BF16_NAN = 0x7FC0
 
 # Sums may be reordered into vectors; NaN and infinity keep their meaning. A division that can raise makes no vector.
 _OPTIONS = {
@@ -40,6 +48,62 @@ TAGS = {
 }
 
 
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: NUMBA_CACHE_DIR, beside this file, or in the user's cache.
+
+    Named by the sources of all kernels, as Numba looks only at the file that defines a function. None where no
+    folder can be written to: every start compiles then.
+    """
+    here = Path(__file__).parent
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in (Path(__file__), *sorted(here.glob("*/cpu_kernel.py"))):
+        digest.update(source.read_bytes())
+    told = numba.config.CACHE_DIR
+    bases = (
+        (Path(told),) if told else (here / "__pycache__", Path("~/.cache/millrace").expanduser())
+    )
+    for base in bases:
+        folder = base / f"kernels-{digest.hexdigest()[:16]}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:  # read-only, or no home: the next one may do
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    return None
+
+
+CACHE_FOLDER = cache_folder()
+
+
+class _KernelCache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache, for several processes at once and for disks that are full.
+
+    Numba rewrites an index without a lock: two processes could give two kernels one name.
+    """
+
+    def save_overload(self, signature: Any, compiled: Any) -> None:
+        """Keeps a compiled kernel; one that cannot be kept is compiled again at the next start."""
+        assert CACHE_FOLDER is not None, "a cache without a folder"
+        try:
+            with (CACHE_FOLDER / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                super().save_overload(signature, compiled)
+        except OSError:  # the disk is full
+            return
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        """The kept kernel, or None."""
+        try:
+            return super().load_overload(signature, target)
+        except (
+            OSError,
+            EOFError,
+            pickle.UnpicklingError,
+        ):  # cut off by a full disk: as good as absent
+            return None
+
+
 def kernel(function: _Function) -> _Function:
     """Compiles a kernel; its `prange` loops run on all threads."""
     return _compiled(function, parallel=True)
@@ -51,10 +115,12 @@ def device(function: _Function) -> _Function:
 
 
 def _compiled(function: _Function, **options: bool) -> _Function:
-    try:
-        return numba.njit(cache=True, **_OPTIONS, **options)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # no folder to keep it in: every start compiles
-        return numba.njit(**_OPTIONS, **options)(function)  # type: ignore[no-any-return]
+    dispatcher = numba.njit(**_OPTIONS, **options)(function)
+    if CACHE_FOLDER is not None:
+        told, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE_FOLDER)
+        dispatcher._cache = _KernelCache(dispatcher.py_func)
+        numba.config.CACHE_DIR = told
+    return dispatcher  # type: ignore[no-any-return]
 
 
 def set_num_threads(num_threads: int = 0) -> None:
@@ -126,7 +192,11 @@ def store(context: Any, pointer: Any, index: Any, value: Any) -> Any:
             odd = builder.and_(upper, ir.Constant(_WORD, 1))
             half = builder.add(odd, ir.Constant(_WORD, 0x7FFF))
             rounded = builder.lshr(builder.add(bits, half), ir.Constant(_WORD, 16))
-            kept = builder.trunc(rounded, ir.IntType(16))
+            is_nan = builder.fcmp_unordered(
+                "uno", kept, kept
+            )  # rounding could carry it into infinity or 0
+            kept = builder.select(is_nan, ir.Constant(_WORD, _BF16_NAN), rounded)
+            kept = builder.trunc(kept, ir.IntType(16))
         else:
             assert pointer.dtype == types.float32, f"kernels do not write {pointer.dtype}"
         builder.store(kept, place)
@@ -148,7 +218,7 @@ def _power_of_two(context: Any, exponent: Any) -> Any:
 
 @device
 def exp(x: Any) -> Any:
-    """e ** x in fp32, to 2 units in the last place; at least e ** -87. Loops over it become vectors.
+    """e ** x in fp32, to 4 parts in 10 ** 7, for x from -87 to 88, and at the nearer end beyond. Loops become vectors.
 
     x = (n + f) ln 2 with n whole and |f| <= 1/2;  e ** x = 2 ** n * 2 ** f, the latter a polynomial.
     """

@@ -7,6 +7,7 @@ It dies with the front: the kernel kills it, and its socket closes.
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -137,6 +138,7 @@ def _serve(spec: EngineSpec, mailbox: EngineSide) -> int:
 
 def _load(spec: EngineSpec) -> tuple[LoadedEngine, Ready]:
     started = time.monotonic()
+    _share_openmp()
     module, _, function = spec.loader.partition(":")
     load = getattr(importlib.import_module(module), function)
     imported = time.monotonic()
@@ -149,6 +151,15 @@ def _load(spec: EngineSpec) -> tuple[LoadedEngine, Ready]:
         ("warm_up", time.monotonic() - warm_up_started),
     )
     return loaded, Ready(loaded.limits, phases)
+
+
+def _share_openmp() -> None:
+    """Has torch and Numba use the system's OpenMP library, one pool of threads for both.
+
+    torch brings a copy and takes one that is loaded already; Numba knows the system's alone.
+    """
+    with contextlib.suppress(OSError):  # none is installed: Numba uses threads of its own
+        ctypes.CDLL("libgomp.so.1")
 
 
 if __name__ == "__main__":

@@ -53,20 +53,6 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
     return lambda x, batch: product(x)
 
 
-def describe(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> str:
-    """The table's row that `bind` chooses, for people."""
-    weight = weights["weight"]
-    if target.activation_dtype == torch.bfloat16:
-        many = "bf16"
-    else:
-        many = "fp16 (FBGEMM)" if _takes_fp16(weight, target) else "fp32"
-    if _few_rows_product(weight, target) is None:
-        return many
-    names = {"int8_channel": "int8", "int8_group": "two int4", "int4_group": "int4"}
-    few = names.get(weight.spec.layout, "bf16")
-    return f"{few} up to {_most_rows(weight, target)} rows, else {many}"
-
-
 def _takes_fp16(weight: PackedWeight, target: CpuTarget) -> bool:
     return target.has_fbgemm and weight.spec.dtype == "bfloat16"
 

@@ -8,7 +8,7 @@ from numba import prange
 
 from kernels.cpu_jit import kernel, load, prefetch, store, typed
 
-# Weight rows of one program. Their bytes follow each other, so that they are one stream.
+# Weight rows of one program, y0 to y3 below. Their bytes follow each other, so that they are one stream.
 BLOCK_N = 4
 # How far ahead of its reading a weight is asked for, in bytes. The caches' own prefetchers stop at the end of
 # a page; measured on Zen 4 at K = 576: 16 GB/s without, 31 at 4 KiB, 34 at 9 KiB.

@@ -10,11 +10,8 @@ import psutil
 import structlog
 import torch
 
-from kernels.cpu_form import cpu_target
-from kernels.cpu_jit import set_num_threads
 from kernels.launcher import KernelLibrary
 from kernels.variant import CODE_TITLE, INDEX_TITLE
-from runtime_service.execution.cpu_executor import CpuExecutor
 from runtime_service.execution.cuda_engine import assemble
 from runtime_service.execution.cuda_model_runner import CudaModelRunner
 from runtime_service.execution.device_stream import CudaStream
@@ -83,13 +80,23 @@ def load_runner(store: LocalStore, engine: EngineManifest, options: RunnerOption
             command = "millrace-runtime --arch cpu"
             raise ArchMismatch(built_for=arch.name, found="cpu", command=command)
         return _load_cuda_runner(store, engine, options, phases)
-    if options.num_threads:
-        torch.set_num_threads(options.num_threads)
+    return _load_cpu_runner(store, engine, options, phases)
+
+
+def _load_cpu_runner(
+    store: LocalStore, engine: EngineManifest, options: RunnerOptions, phases: "_Phases"
+) -> LoadedEngine:
+    # Not at the head: a GPU's engine process needs none of it, and it takes a third of a second.
+    from kernels.cpu_form import cpu_target
+    from kernels.cpu_jit import CACHE_FOLDER, set_num_threads
+    from runtime_service.execution.cpu_executor import CpuExecutor
+
+    set_num_threads(options.num_threads or 0)
     with WeightReader(store, engine) as reader:
         reader.start_verify()
         with phases.timed("read_graph"):
             graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
-        target = cpu_target(graph, int(str(graph.config["max_position_embeddings"])))
+        target = cpu_target(graph)
         free_bytes = max(psutil.virtual_memory().available - 2 * reader.num_bytes, 0)
         limits = choose_limits(
             graph,
@@ -109,6 +116,7 @@ def load_runner(store: LocalStore, engine: EngineManifest, options: RunnerOption
         engine=engine.name,
         activations=target.name,
         activations_reason=target.reason,
+        kernel_cache=None if CACHE_FOLDER is None else str(CACHE_FOLDER),
         kv_bytes=limits.kv_bytes,
         kv_reason=limits.kv_reason,
         max_sequence_tokens=limits.max_sequence_tokens,

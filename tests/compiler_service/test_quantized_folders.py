@@ -38,7 +38,7 @@ from tests.compiler_service.quantized_folders import (
     write_quantized,
 )
 
-FP32 = CpuTarget(torch.float32, torch.float32, False, bool(torch._C._has_mkldnn), 512, "")
+FP32 = CpuTarget(torch.float32, torch.float32, False, bool(torch._C._has_mkldnn), "")
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 QUANT = QuantConfig(AS_IS)
 UP = "model.layers.1.mlp.up_proj"

@@ -13,17 +13,17 @@ from kernels.linear.layouts import LAYOUTS
 from kernels.ops import OPS
 from shared.ir import Attr, Graph, Node, TensorSpec, WeightSpec
 
-FP32 = CpuTarget(torch.float32, torch.float32, False, False, 512, "")
+FP32 = CpuTarget(torch.float32, torch.float32, False, False, "")
 TARGETS = {
     "fp32": FP32,
     "fp32 oneDNN": replace(FP32, has_mkldnn=bool(torch._C._has_mkldnn)),
     "fp32, bf16 cache, FBGEMM": CpuTarget(
         torch.float32, torch.bfloat16, "fbgemm" in torch.backends.quantized.supported_engines,
-        bool(torch._C._has_mkldnn), 512, "",
+        bool(torch._C._has_mkldnn), "",
     ),
     "bf16": CpuTarget(
         torch.bfloat16, torch.bfloat16, False,
-        bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()), 512, "",
+        bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()), "",
     ),
 }  # fmt: skip
 BY_TARGET = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
