@@ -199,7 +199,10 @@ def _quantized(
 ) -> QuantizedWeights:
     """Makes the weights while a thread reads the files once more and hashes them.
 
-    A file that changes at any moment of the build has another hash or another state at its end.
+    A file that changes at any moment of the build has another hash, or another state at its end.
+
+    Raises:
+        ModelChanged: one did; names it.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="rehash") as pool:
         unchanged = pool.submit(
@@ -213,6 +216,9 @@ def _quantized(
             store, build_plan, checkpoint, request.calibration_uri, steps.enter, steps.read
         )
         unchanged.result()
+    for title, content in checkpoint.digest_inputs.items():
+        if isinstance(content, Path) and hashes.known(content) is None:
+            raise ModelChanged(file=title)
     return made
 
 

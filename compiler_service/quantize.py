@@ -29,7 +29,7 @@ from compiler_service.streaming import (
 from compiler_service.weight_table import pack_weight, read_parts
 from shared.ir import Graph, Node
 
-# A weight's own error is measured on this many of the unquantized inputs.
+# Errors of weights are measured on about this many tokens.
 _SAMPLED_TOKENS = 64
 
 Packed = Mapping[str, torch.Tensor]
@@ -215,26 +215,25 @@ class _OutputError:
         self._x_TK = expected_TK[self._sampled]
         if adjustment.columns_K is not None:
             self._x_TK = self._x_TK / adjustment.columns_K
-        self._own = self._own_norm = self._drift = self._norm = 0.0
+        self._own = self._drift = self._norm = 0.0
 
     def add(
         self, rows: slice, stored: torch.Tensor, expected_TC: torch.Tensor, found_TC: torch.Tensor
     ) -> None:
         """Takes the outputs of some rows, stored as `stored`."""
-        found_TC, own_TC = found_TC[: self._num_probed], self._x_TK @ stored.T
+        found_TC, own_TC = found_TC[: self._num_probed][self._sampled], self._x_TK @ stored.T
         if self._adjustment.rows_N is not None:
             found_TC = found_TC * self._adjustment.rows_N[rows]
             own_TC = own_TC * self._adjustment.rows_N[rows]
         sampled_TC = expected_TC[self._sampled]
         self._own += _square(own_TC - sampled_TC)
-        self._own_norm += _square(sampled_TC)
-        self._drift += _square(found_TC - expected_TC)
-        self._norm += _square(expected_TC)
+        self._norm += _square(sampled_TC)
+        self._drift += _square(found_TC - sampled_TC)
 
     @property
     def own(self) -> float:
         """As in `WeightError.error`."""
-        return _ratio(self._own, self._own_norm)
+        return _ratio(self._own, self._norm)
 
     @property
     def drift(self) -> float:
@@ -243,7 +242,7 @@ class _OutputError:
 
 
 def _square(values: torch.Tensor) -> float:
-    return float(values.square().sum(dtype=torch.float64))
+    return float(torch.linalg.vector_norm(values)) ** 2
 
 
 def _ratio(error: float, norm: float) -> float:

@@ -1,6 +1,7 @@
 """Runs a graph over whole texts, a node at a time, with no more than one node's weights in memory.
 
-What is kept between nodes is activations of the texts, fp32, each until its last reader. A model
+Everything is computed in fp32, by the ops' CPU forms: bf16 would add about as much error as int8
+weights do. What is kept between nodes is activations of the texts, each until its last reader. A model
 that is larger than the memory can so be calibrated and measured. Weights come as rows, so that a
 large one is never widened as a whole.
 
@@ -9,12 +10,15 @@ Legend: T packed tokens, N out, K in.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from kernels.batch import StepBatch
+from kernels.cpu import bind_node
+from kernels.cpu_form import PackedWeight, cpu_target
 from kernels.linear.layouts import LAYOUTS
-from kernels.ops import OPS
 from kernels.reference import prompt_batch
 from shared.ir import Graph, Node
 
@@ -78,24 +82,40 @@ class Stream:
         # A layer reads only what it has just written, so one cache serves all layers.
         batch.kv_caches = [batch.kv_caches[0]] * len(batch.kv_caches)
         self._batch: StepBatch = batch
+        self._graph = graph
+        self._target = replace(
+            cpu_target(graph, max(map(len, texts))),
+            activation_dtype=torch.float32,
+            kv_dtype=torch.float32,
+        )
         self._values = {"token_ids": torch.cat(list(texts)).int()}
         self._readers = Counter(name for node in graph.nodes for name in node.inputs)
 
     def input(self, node: Node) -> torch.Tensor:
-        """The first input of `node`, which must be the next to run."""
+        """The first input of `node`, which must be the next to run; fp32 or token ids."""
         return self._values[node.inputs[0]]
 
     def run(self, node: Node, weights: Mapping[str, RowsOf]) -> None:
         """Computes `node` from weights by role."""
         if node.op == "embedding":
-            outputs: tuple[torch.Tensor, ...] = (weights["weight"](self.input(node).long()),)
+            outputs: Sequence[Any] = (weights["weight"](self.input(node).long()),)
         else:
-            inputs = [self._values[name] for name in node.inputs]
-            dense = {role: rows_of(slice(None)) for role, rows_of in weights.items()}
-            outputs = OPS[node.op].reference(node, inputs, dense, self._batch)
+            form = bind_node(node, self._bound_weights(node, weights), self._target)
+            found = form(*(self._values[name] for name in node.inputs), self._batch)
+            outputs = found if len(node.outputs) > 1 else (found,)
         self.finish(node, outputs)
 
-    def finish(self, node: Node, outputs: Sequence[torch.Tensor]) -> None:
+    def _bound_weights(self, node: Node, weights: Mapping[str, RowsOf]) -> dict[str, PackedWeight]:
+        specs = {role: self._graph.weights[name] for role, name in node.weights.items()}
+        return {
+            role: PackedWeight(
+                replace(specs[role], layout="plain", dtype="float32"),
+                {"weight": rows_of(slice(None))},
+            )
+            for role, rows_of in weights.items()
+        }
+
+    def finish(self, node: Node, outputs: Sequence[Any]) -> None:
         """Takes the outputs of a node that was computed elsewhere."""
         for name in node.inputs:
             self._readers[name] -= 1

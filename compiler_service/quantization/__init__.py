@@ -2,6 +2,8 @@
 
 from compiler_service.quantization.float_formats import BF16, FP32
 from compiler_service.quantization.fp8 import FP8
+from compiler_service.quantization.int4_awq import INT4_AWQ
+from compiler_service.quantization.int4_gptq import INT4_GPTQ
 from compiler_service.quantization.int4_rtn import INT4_RTN
 from compiler_service.quantization.int8 import INT8
 from compiler_service.quantization.scheme import QuantScheme
@@ -15,6 +17,8 @@ SCHEMES: dict[str, QuantScheme] = {
         FP32,
         INT8,
         INT4_RTN,
+        INT4_AWQ,
+        INT4_GPTQ,
         FP8,
     )
 }

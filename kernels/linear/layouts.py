@@ -29,6 +29,7 @@ _CHUNK_VALUES = 1 << 20
 _FP8_MAX = 448.0
 # How much of a group's range int4 may give up at the ends, where that lowers the squared error.
 _CLIPS = (1.0, 0.94, 0.88, 0.82)
+NO_CLIP = _CLIPS[:1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,9 @@ def int4_levels(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -
 
 
 def int4_grid(
-    groups_NJG: torch.Tensor, importance_K: torch.Tensor | None = None
+    groups_NJG: torch.Tensor,
+    importance_K: torch.Tensor | None = None,
+    clips: tuple[float, ...] = _CLIPS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zeros [N, J], bf16 numbers in fp32, with the least squared error among a few
     clipped ranges.
@@ -143,14 +146,20 @@ def int4_grid(
     Range [low, high] of a group, clipped to its middle part c * (high - low):
         scale = c (high - low) / 15;  zero = (low + high) / 2 + scale / 2, so that nibbles 0 and 15
         stand for the clipped ends;  nibble = round((w - zero) / scale) + 8.
+
+    Args:
+        importance_K: as in `pack_int4`.
+        clips: the ranges that are tried.
     """
     low, high = groups_NJG.amin(-1), groups_NJG.amax(-1)
     weights_JG = None if importance_K is None else importance_K.view(groups_NJG.shape[1:])
     best: tuple[torch.Tensor, ...] | None = None
-    for clip in _CLIPS:
+    for clip in clips:
         step = _bf16_at_least((high - low) * (clip / 15))
         zero = ((low + high) / 2 + step / 2).bfloat16().float()
         scale = _nonzero(step)
+        if len(clips) == 1:
+            return scale, zero
         levels = int4_levels(groups_NJG, scale[..., None], zero[..., None])
         residual = levels.mul_(scale[..., None]).add_(zero[..., None]).sub_(groups_NJG).square_()
         error = _pairwise_sum(residual if weights_JG is None else residual.mul_(weights_JG))
