@@ -49,6 +49,7 @@ def _inverse_factor(gram_KK: torch.Tensor) -> torch.Tensor:
         diagonal_K.add_(damping * mean)
         lower_KK, is_not = torch.linalg.cholesky_ex(gram_KK)
         if not is_not:
+            upper_KK: torch.Tensor
             upper_KK, is_not = torch.linalg.cholesky_ex(
                 torch.cholesky_inverse(lower_KK), upper=True
             )

@@ -142,11 +142,13 @@ class QuantScheme:
         Raises:
             UnsupportedQuant: the scheme has no such groups, or not what is asked of it.
         """
+        limits = self._limits(quant)
         return replace(
             quant,
             group_size=self._group_size(quant),
             calibration_tokens=self._calibration_tokens(quant),
-            **self._limits(quant),
+            max_kl=limits.max_kl,
+            max_perplexity_increase=limits.max_perplexity_increase,
         )
 
     def _group_size(self, quant: QuantConfig) -> int:
@@ -168,7 +170,7 @@ class QuantScheme:
             raise UnsupportedQuant(quant=str(quant), problem=problem)
         return 0
 
-    def _limits(self, quant: QuantConfig) -> dict[str, float]:
+    def _limits(self, quant: QuantConfig) -> QualityLimits:
         asked = quant.max_kl or quant.max_perplexity_increase or quant.auto_keep
         if self.limits is None:
             if asked or quant.keep or quant.skip_quality:
@@ -176,18 +178,16 @@ class QuantScheme:
                     f"{self.name} quantizes nothing, so there is nothing to keep or to measure"
                 )
                 raise UnsupportedQuant(quant=str(quant), problem=problem)
-            return {}
+            return QualityLimits(0.0, 0.0)
         if quant.skip_quality:
             if asked:
                 problem = "limits and auto_keep need the measurement that skip_quality leaves out"
                 raise UnsupportedQuant(quant=str(quant), problem=problem)
-            return {}
-        limits = self.limits
-        return {
-            "max_kl": quant.max_kl or limits.max_kl,
-            "max_perplexity_increase": quant.max_perplexity_increase
-            or limits.max_perplexity_increase,
-        }
+            return QualityLimits(0.0, 0.0)
+        return QualityLimits(
+            quant.max_kl or self.limits.max_kl,
+            quant.max_perplexity_increase or self.limits.max_perplexity_increase,
+        )
 
     def require_arch(self, quant: QuantConfig, arch: Arch) -> None:
         """Checks that the scheme runs on `arch`.
