@@ -27,7 +27,7 @@ from compiler_service.checkpoints.digest import FileHashes, model_digest, verify
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.fingerprints import weights_part
 from compiler_service.quantization import scheme_named
-from compiler_service.quantization.as_is import notes_of
+from compiler_service.quantization.as_is import AS_IS, notes_of
 from compiler_service.quantized_weights import QuantizedWeights, quantize_weights
 from shared.arch import arch_named
 from shared.engine import (
@@ -127,7 +127,8 @@ def _draft(request: BuildRequest, store: LocalStore, steps: "_Steps") -> EngineD
         raise ModelChanged(file=request.model_uri)
     build_plan = plan(checkpoint, request.key, request.model, lambda: steps.enter("passes"))
     if notes := notes_of(build_plan.graph):
-        log.warning("checkpoint_was_quantized", engine=request.key.digest, notes=notes)
+        tell = log.info if request.key.quant.scheme == AS_IS else log.warning
+        tell("checkpoint_was_quantized", engine=request.key.digest, notes=notes)
     layers = _adopted_layers(store, request.key)
     if layers is None:
         made = _quantized(request, store, build_plan, checkpoint, hashes, steps)

@@ -15,6 +15,7 @@ Source: neuralmagic/compressed-tensors, pack_quantized and naive_quantized.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from compiler_service.checkpoints.quantized_linear import (
     bytes_of,
     dequantized,
     group_for,
+    group_size_of,
     groups_text,
     int4_roles,
     nibbles_of,
@@ -66,20 +68,28 @@ def find_linears(
     if pattern != "dense":
         found = f"compressed-tensors sparsity {pattern}"
         raise UnsupportedModel(architecture=found, known="dense")
-    is_asymmetric = _asymmetric_bits(settings)
+    said = _said_by_bits(settings)
     linears = {}
     for name in tensors:
         stem, _, role = name.rpartition(".")
         if role == "weight_packed":
-            linears[f"{stem}.weight"] = _Packed(stem, tensors, read, is_asymmetric).found(read)
+            linears[f"{stem}.weight"] = _Packed(stem, tensors, read, said).found(read)
         elif role == "weight_scale" and f"{stem}.weight_packed" not in tensors:
             linears[f"{stem}.weight"] = _whole_bytes(stem, tensors)
     return linears
 
 
-def _asymmetric_bits(settings: Mapping[str, Any]) -> dict[int, bool]:
-    """Whether weights of so many bits have zero points, where the settings say one thing of it."""
-    said: dict[int, set[bool]] = {}
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What the settings say of weights of so many bits; the defaults say nothing."""
+
+    is_asymmetric: bool = False
+    group_size: int | None = None
+
+
+def _said_by_bits(settings: Mapping[str, Any]) -> dict[int, _Said]:
+    """By number of bits; nothing where groups of layers with as many bits differ."""
+    said: dict[int, set[_Said]] = {}
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise InvalidModel(problem="quantization_config has no config_groups")
@@ -88,7 +98,10 @@ def _asymmetric_bits(settings: Mapping[str, Any]) -> dict[int, bool]:
         bits = weights.get("num_bits") if isinstance(weights, dict) else None
         if not isinstance(weights, dict) or not isinstance(bits, int):
             raise InvalidModel(problem="quantization_config has a group without bits of weights")
-        said.setdefault(bits, set()).add(not weights.get("symmetric", True))
+        size = {"channel": -1, "group": group_size_of(weights, "group_size")}.get(
+            str(weights.get("strategy"))
+        )
+        said.setdefault(bits, set()).add(_Said(not weights.get("symmetric", True), size))
     return {bits: answers.pop() for bits, answers in said.items() if len(answers) == 1}
 
 
@@ -129,7 +142,7 @@ class _Packed:
     """A pack-quantized matrix: checked when made, then given in the form that holds it."""
 
     def __init__(
-        self, stem: str, tensors: Tensors, read: Read, is_asymmetric: Mapping[int, bool]
+        self, stem: str, tensors: Tensors, read: Read, said_by_bits: Mapping[int, _Said]
     ) -> None:
         roles = ("weight_packed", "weight_scale", "weight_shape")
         self.parts = {role: f"{stem}.{role}" for role in roles}
@@ -148,9 +161,10 @@ class _Packed:
         scale = tensors.get(self.parts["weight_scale"])
         count = scale.shape[-1] if scale is not None and scale.shape else 0
         require_part(tensors, self.parts["weight_scale"], (num_rows, count), FLOAT_DTYPES)
-        self.group = num_groups(self.parts["weight_scale"], count, num_columns, None)
+        said = said_by_bits.get(self.bits, _Said())
+        self.group = num_groups(self.parts["weight_scale"], count, num_columns, said.group_size)
         self.has_zeros = f"{stem}.weight_zero_point" in tensors
-        if self.has_zeros or is_asymmetric.get(self.bits, False):
+        if self.has_zeros or said.is_asymmetric:
             self.parts["weight_zero_point"] = f"{stem}.weight_zero_point"
             shape = (-(-num_rows * self.bits // 32), count)
             require_part(tensors, self.parts["weight_zero_point"], shape, (torch.int32,))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -272,6 +273,18 @@ def test_other_scheme_quantizes_again_and_says_so(quant: QuantConfig, tmp_path: 
     assert ("quantized again as int8_channel" in note) == (quant.scheme == "int8")
 
 
+def test_build_logs_what_became_of_a_quantized_checkpoint(tmp_path: Path) -> None:
+    """A fact where it is kept, a warning where it is quantized again."""
+    _write("AWQ", tmp_path / "m")
+    for quant, level in ((QUANT, "info"), (QuantConfig("int8"), "warning")):
+        with structlog.testing.capture_logs() as lines:
+            _, engine, graph = _build(tmp_path / "m", tmp_path / level, quant)
+        (line,) = [line for line in lines if line["event"] == "checkpoint_was_quantized"]
+        assert line["log_level"] == level
+        assert line["engine"] == engine.key.digest
+        assert line["notes"] == notes_of(graph)
+
+
 def test_unset_quant_keeps_a_quantized_checkpoint_as_it_is(tmp_path: Path) -> None:
     _write("GPTQ", tmp_path / "m")
     assert resolve(str(tmp_path / "m"), ["cpu"], UNSET_QUANT, "", tmp_path).quant == QUANT
@@ -418,6 +431,11 @@ BROKEN: dict[str, tuple[str, Break, type[MillraceError], str]] = {
         "compressed 4-bit with zero points",
         lambda f: _edit(f, lambda t: t.pop(f"{UP}.weight_zero_point")), InvalidModel,
         f"{UP}.weight_zero_point is missing",
+    ),
+    "compressed group size": (
+        "compressed 4-bit",
+        lambda f: _edit_settings(f, **compressed_packed(group_size=64)[0]), InvalidModel,
+        "weight_scale has groups of 32 columns and the configuration says 64",
     ),
     "packed shape": (
         "compressed 4-bit", lambda f: _edit(f, lambda t: t[f"{UP}.weight_shape"].fill_(96)),
