@@ -23,7 +23,7 @@ from runtime_service.scheduling.request import SamplingParams
 from shared.engine import EngineManifest, QuantConfig
 from shared.store.local import LocalStore
 
-SCHEMES = "bf16,int8,int4-rtn,int4-awq,int4-gptq"
+SCHEMES = "bf16,int8,w8a8-int8,int4-rtn,int4-awq,int4-gptq"
 NO_LIMIT = 1000.0
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 64, 64, 3
 

@@ -27,6 +27,7 @@ from compiler_service.streaming import (
     row_chunks,
 )
 from compiler_service.weight_table import import_weight, pack_weight, read_parts
+from kernels.linear.op import multiplied
 from shared.ir import Graph, Node
 
 # Errors of weights are measured on about this many tokens.
@@ -167,7 +168,7 @@ class GraphQuantizer:
         name = node.weights["weight"]
         weight, spec = weights["weight"], self._graph.weights[name]
         num_rows, num_columns = spec.shape
-        x_TK = quantized.input(node)
+        x_TK = multiplied(node, quantized.input(node))
         y_TN = torch.empty(len(x_TK), num_rows)
         if self._reference is None:
             for rows in row_chunks(num_rows, num_columns):
@@ -175,7 +176,7 @@ class GraphQuantizer:
         else:
             expected_TK = self._reference.input(node)
             expected_TN = torch.empty(len(expected_TK), num_rows)
-            error = _OutputError(weight.adjustment, expected_TK, self._num_probed)
+            error = _OutputError(node, weight.adjustment, expected_TK, self._num_probed)
             for rows in row_chunks(num_rows, num_columns):
                 stored = weight.stored(rows)
                 expected_TN[:, rows] = expected_TK @ weight.dense(rows).T
@@ -196,7 +197,7 @@ class GraphQuantizer:
         spec = self._graph.weights[name]
         expected_RK, x_RK = self._reference.input(node), quantized.input(node)
         comparison = LogitComparison(self._probe.following_R)
-        error = _OutputError(weight.adjustment, expected_RK, len(expected_RK))
+        error = _OutputError(node, weight.adjustment, expected_RK, len(expected_RK))
         for rows in row_chunks(*spec.shape):
             stored = weight.stored(rows)
             expected_RC = expected_RK @ weight.dense(rows).T
@@ -215,13 +216,16 @@ class _OutputError:
         num_probed: how many of the quantized rows belong to the same tokens, in the same order.
     """
 
-    def __init__(self, adjustment: Adjustment, expected_TK: torch.Tensor, num_probed: int) -> None:
+    def __init__(
+        self, node: Node, adjustment: Adjustment, expected_TK: torch.Tensor, num_probed: int
+    ) -> None:
         step = max(len(expected_TK) // _SAMPLED_TOKENS, 1)
         self._sampled = slice(0, None, step)
         self._adjustment, self._num_probed = adjustment, num_probed
         self._x_TK = expected_TK[self._sampled]
         if adjustment.columns_K is not None:
             self._x_TK = self._x_TK / adjustment.columns_K
+        self._x_TK = multiplied(node, self._x_TK)
         self._own = self._drift = self._norm = 0.0
 
     def add(

@@ -96,9 +96,13 @@ class Stream:
         return self._values[node.inputs[0]]
 
     def run(self, node: Node, weights: Mapping[str, RowsOf]) -> None:
-        """Computes `node` from weights by role."""
+        """Computes `node` from weights by role; a linear multiplies its input as it is."""
         if node.op == "embedding":
             outputs: Sequence[Any] = (weights["weight"](self.input(node).long()),)
+        elif node.op == "linear":
+            x_TK, num_rows = self.input(node), self._graph.weights[node.weights["weight"]].shape[0]
+            y_TN = product(x_TK, weights["weight"], num_rows)
+            outputs = (y_TN + weights["bias"](slice(None)) if "bias" in weights else y_TN,)
         else:
             form = bind_node(node, self._bound_weights(node, weights), self._target)
             found = form(*(self._values[name] for name in node.inputs), self._batch)

@@ -72,7 +72,8 @@ def cut_windows(
         InvalidField: the text is empty or too short.
     """
     tokens = [token for text in documents for token in tokenizer.ids(text)]
-    needed = 2 * MIN_TOKENS if calibration_tokens else MIN_TOKENS
+    # Two windows and the token after them, where one is measured and another calibrated with.
+    needed = 2 * WINDOW_TOKENS + 1 if calibration_tokens else MIN_TOKENS
     if len(tokens) < needed:
         problem = f"the text has {len(tokens)} tokens, and at least {needed} are needed"
         raise InvalidField(field="calibration_uri", problem=problem)

@@ -8,6 +8,7 @@ from compiler_service.quantization.int4_gptq import INT4_GPTQ
 from compiler_service.quantization.int4_rtn import INT4_RTN
 from compiler_service.quantization.int8 import INT8
 from compiler_service.quantization.scheme import QuantScheme
+from compiler_service.quantization.w8a8_int8 import W8A8_INT8
 from shared.engine import QuantConfig
 from shared.errors import UnsupportedQuant
 
@@ -17,6 +18,7 @@ SCHEMES: dict[str, QuantScheme] = {
         BF16,
         FP32,
         INT8,
+        W8A8_INT8,
         INT4_RTN,
         INT4_AWQ,
         INT4_GPTQ,

@@ -11,17 +11,16 @@ Legend: T tokens, K in, N out.
 Source: Lin et al. 2023, "AWQ: Activation-aware Weight Quantization", sections 3.2 and 4.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from compiler_service.quantization.int4_rtn import INT4_RTN
-from compiler_service.quantization.rescale import exact_for_gain, scale_sources
+from compiler_service.quantization.rescale import ScaleSource, choose_scales, exact_for_gain
 from compiler_service.quantization.scheme import InputScale, Pack
-from compiler_service.streaming import RowsOf, Stream, row_chunks
+from compiler_service.streaming import RowsOf, row_chunks
 from kernels.linear.layouts import NO_CLIP, int4_grid, int4_levels, pack_int4
-from shared.ir import Graph, WeightSpec
+from shared.ir import WeightSpec
 
 _EXPONENTS = tuple(step / 10 for step in range(11))
 # Of the calibration's tokens, so many decide between exponents.
@@ -29,41 +28,22 @@ _SAMPLED_TOKENS = 128
 _LEAST = 1e-4
 
 
-def calibrate(
-    graph: Graph,
-    texts: Sequence[torch.Tensor],
-    rows_of: Callable[[str], RowsOf],
-    on_weight: Callable[[str], None],
-) -> Mapping[str, InputScale]:
-    """A scale for the input of every int4 linear that can have one, and its channels' importance."""
-    sources = scale_sources(graph)
-    stream = Stream(graph, texts)
-    found: dict[str, InputScale] = {}
-    for node in graph.nodes:
-        if node.outputs[0] in graph.outputs:
-            break
-        weights = {role: rows_of(name) for role, name in node.weights.items()}
-        name = node.weights.get("weight", "")
-        if node.op == "linear" and graph.weights[name].layout == "int4_group":
-            x_TK = stream.input(node)
-            scale_K = None
-            if name in sources:
-                source = sources[name]
-                magnitude_K = source.shared(x_TK.abs().mean(0))
-                gain_K = None
-                if source.node.op == "rms_norm":
-                    gain_K = rows_of(source.node.weights["weight"])(slice(None))
-                scale_K = _best_scale(
-                    graph.weights[name], weights["weight"], x_TK, magnitude_K, gain_K
-                )
-            mean_square_K = x_TK.square().mean(0)
-            if scale_K is not None:
-                mean_square_K = mean_square_K / scale_K.square()
-            found[name] = InputScale(scale_K, mean_square_K)
-        stream.run(node, weights)
-        for used in node.weights.values():
-            on_weight(used)
-    return found
+def choose_scale(
+    spec: WeightSpec,
+    rows_of: RowsOf,
+    x_TK: torch.Tensor,
+    source: ScaleSource | None,
+    gain_K: torch.Tensor | None,
+) -> InputScale:
+    """The scale for one linear's input where it can have one, and its channels' importance."""
+    scale_K = None
+    if source is not None:
+        magnitude_K = source.shared(x_TK.abs().mean(0))
+        scale_K = _best_scale(spec, rows_of, x_TK, magnitude_K, gain_K)
+    mean_square_K = x_TK.square().mean(0)
+    if scale_K is not None:
+        mean_square_K = mean_square_K / scale_K.square()
+    return InputScale(scale_K, mean_square_K)
 
 
 def _best_scale(
@@ -105,4 +85,6 @@ def prepare_pack(
     return lambda weight_NK: pack_int4(weight_NK, group_size, importance_K)
 
 
-INT4_AWQ = replace(INT4_RTN, name="int4-awq", calibrate=calibrate, prepare_pack=prepare_pack)
+INT4_AWQ = replace(
+    INT4_RTN, name="int4-awq", calibrate=choose_scales(choose_scale), prepare_pack=prepare_pack
+)

@@ -10,14 +10,16 @@ graph they can be undone.
 Legend: K in, N out, H query heads, D head dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from compiler_service.quantization.scheme import Adjustment, InputScale
+from compiler_service.quantization.scheme import Adjustment, Calibrate, InputScale
+from compiler_service.streaming import RowsOf, Stream
 from kernels.op import integer
-from shared.ir import Graph, Node
+from shared.ir import Graph, Node, WeightSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,58 @@ def exact_for_gain(scale_K: torch.Tensor, gain_K: torch.Tensor) -> torch.Tensor:
     """The scales next to `scale_K` that leave a norm's gain a bf16 number: nothing is rounded then."""
     scaled = (gain_K / scale_K).bfloat16().float()
     return torch.where(scaled != 0, gain_K / scaled, torch.ones_like(scaled))
+
+
+class ChooseScale(Protocol):
+    """What a scheme finds out about one linear.
+
+    Args:
+        spec, rows_of: its weight.
+        x_TK: its input in the unquantized graph.
+        source: where scales on the input are undone; None = nowhere, so there can be none.
+        gain_K: of the norm that makes the input; None where no norm does.
+    """
+
+    def __call__(
+        self,
+        spec: WeightSpec,
+        rows_of: RowsOf,
+        x_TK: torch.Tensor,
+        source: ScaleSource | None,
+        gain_K: torch.Tensor | None,
+    ) -> InputScale: ...
+
+
+def choose_scales(choose: ChooseScale) -> Calibrate:
+    """A calibration that asks `choose` about every quantized linear inside the layers."""
+
+    def calibrate(
+        graph: Graph,
+        texts: Sequence[torch.Tensor],
+        rows_of: Callable[[str], RowsOf],
+        on_weight: Callable[[str], None],
+    ) -> Mapping[str, InputScale]:
+        sources, stream = scale_sources(graph), Stream(graph, texts)
+        found: dict[str, InputScale] = {}
+        for node in graph.nodes:
+            if node.outputs[0] in graph.outputs:
+                break
+            weights = {role: rows_of(name) for role, name in node.weights.items()}
+            name = node.weights.get("weight", "")
+            if node.op == "linear" and graph.weights[name].layout != "plain":
+                source = sources.get(name)
+                gain_K = None
+                if source is not None and source.node.op == "rms_norm":
+                    gain_K = rows_of(source.node.weights["weight"])(slice(None))
+                found[name] = choose(
+                    graph.weights[name], weights["weight"], stream.input(node), source, gain_K
+                )
+            stream.run(node, weights)
+            for used in node.weights.values():
+                on_weight(used)
+        return found
+
+    return calibrate
 
 
 def fold_scales(graph: Graph, scales: Mapping[str, InputScale]) -> dict[str, Adjustment]:

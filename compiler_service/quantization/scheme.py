@@ -12,7 +12,7 @@ from compiler_service.streaming import RowsOf
 from shared.arch import ARCHES, Arch
 from shared.engine import QuantConfig
 from shared.errors import UnsupportedQuant
-from shared.ir import Graph, WeightSpec
+from shared.ir import Graph, Node, WeightSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,7 @@ class QuantScheme:
         calibrate: adjusts weights before any is packed.
         prepare_pack: chooses the values of linears inside the layers; None = each to its nearest.
         reads_inputs: `prepare_pack` wants the linear's inputs.
+        activations: how the inputs of quantized linears inside the layers are rounded; see `linear`.
         nearest: the scheme to take where this one cannot run.
     """
 
@@ -125,6 +126,7 @@ class QuantScheme:
     calibrate: Calibrate | None = None
     prepare_pack: PreparePack | None = None
     reads_inputs: bool = False
+    activations: str = ""
     nearest: str = "int8"
 
     @property
@@ -203,7 +205,7 @@ class QuantScheme:
     def apply(
         self, graph: Graph, quant: QuantConfig, also_kept: frozenset[str] = frozenset()
     ) -> Graph:
-        """The graph with every weight's layout chosen; nodes stay as they are.
+        """The graph with every weight's layout chosen, and how linears round their inputs.
 
         Args:
             also_kept: weights that stay plain beside those that `quant` keeps.
@@ -220,7 +222,15 @@ class QuantScheme:
             )
             for name, weight in graph.weights.items()
         }
-        return replace(graph, weights=weights)
+        nodes = tuple(self._rounding_inputs(node, graph, weights) for node in graph.nodes)
+        return replace(graph, nodes=nodes, weights=weights)
+
+    def _rounding_inputs(self, node: Node, graph: Graph, weights: Mapping[str, WeightSpec]) -> Node:
+        attrs = {name: value for name, value in node.attrs.items() if name != "activations"}
+        is_inside = node.op == "linear" and node.outputs[0] not in graph.outputs
+        if self.activations and is_inside and weights[node.weights["weight"]].layout != "plain":
+            attrs["activations"] = self.activations
+        return replace(node, attrs=attrs)
 
     def layouts(self, graph: Graph) -> dict[str, str]:
         """Layout by weight name; the embedding's reading decides where a weight is tied."""

@@ -29,6 +29,20 @@ def test_no_window_is_both_measured_and_calibrated_with() -> None:
         assert window.token_ids[1:].tolist() == window.following[:-1].tolist()
 
 
+@pytest.mark.parametrize("num_tokens", [513, 514, 768, 1000])
+@pytest.mark.parametrize("max_positions", [64, 300])
+def test_a_text_that_is_just_long_enough_serves_both(num_tokens: int, max_positions: int) -> None:
+    text = "x y " * 400
+    while len(TOKENIZER.ids(text)) > num_tokens:
+        text = text[:-1]
+    assert len(TOKENIZER.ids(text)) == num_tokens
+    windows = cut_windows([text], TOKENIZER, max_positions, 100)
+    assert windows.measured
+    assert windows.calibration
+    with pytest.raises(InvalidField, match="at least 513"):
+        cut_windows([text[: len(text) // 2]], TOKENIZER, max_positions, 100)
+
+
 def test_short_contexts_have_short_windows() -> None:
     windows = cut_windows([TEXT], TOKENIZER, 64, 0)
     assert {len(w.token_ids) for w in windows.measured} == {64}

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compiler_service import builder
 from compiler_service.calibration.text import calibration_digest, read_calibration_text
 from compiler_service.calibration.windows import TextTokenizer, cut_windows
 from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer_files
@@ -23,6 +24,7 @@ from compiler_service.weight_table import read_parts
 from kernels.reference import dense, prompt_batch, run
 from shared.engine import QuantConfig
 from shared.errors import QualityGate
+from shared.ir import Graph
 from shared.store.local import LocalStore
 from shared.store.weights import WeightReader
 from tests.checkpoints import write_checkpoint
@@ -167,6 +169,28 @@ def test_auto_keep_keeps_what_would_have_been_proposed_and_says_so(tmp_path: Pat
     graph = graph_of(store, engine)
     assert {graph.weights[name].layout for name in report["auto_kept"]} == {"plain"}
     assert "int4_group" in {weight.layout for weight in graph.weights.values()}
+
+
+def test_another_arch_gets_machine_code_for_the_weights_that_were_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers are adopted from an engine whose build kept more than its plan says."""
+    folder = write_checkpoint(tmp_path / "tiny")
+    store, engine = build_quantized(folder, QuantConfig("int8"), tmp_path)
+    limit = 0.6 * report_of(store, engine)["kl"]["mean"]
+    quant = QuantConfig("int8", max_kl=limit, auto_keep=True)
+    _, engine = build_quantized(folder, quant, tmp_path, store)
+    kept = report_of(store, engine)["auto_kept"]
+    assert kept, "the limit was met without keeping anything"
+    compiled: list[Graph] = []
+
+    def machine_code(graph: Graph, arch: str) -> list[tuple[str, bytes]]:
+        compiled.append(graph)
+        return []
+
+    monkeypatch.setattr(builder, "machine_code", machine_code)
+    build_quantized(folder, quant, tmp_path, store, arch="sm_90")
+    assert {compiled[0].weights[name].layout for name in kept} == {"plain"}
 
 
 def test_nothing_is_measured_where_nothing_should_be(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from compiler_service.build_plan import plan
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.quantization import SCHEMES
-from compiler_service.quantization.int4_awq import calibrate
 from compiler_service.quantization.int4_awq import prepare_pack as prepare_awq
 from compiler_service.quantization.int4_gptq import prepare_pack as prepare_gptq
 from compiler_service.quantization.rescale import fold_scales, scale_sources
@@ -117,10 +116,14 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scales_on_inputs_are_undone_exactly(family: str, tmp_path: Path) -> None:
-    """Law 1 for what AWQ does before it rounds: the graph's meaning does not change."""
+@pytest.mark.parametrize("scheme", ["int4-awq", "w8a8-int8"])
+def test_scales_on_inputs_are_undone_exactly(scheme: str, family: str, tmp_path: Path) -> None:
+    """Law 1 for what AWQ and SmoothQuant do before rounding: the graph's meaning stays."""
     folder = write_uneven_checkpoint(tmp_path / "tiny", family)
-    graph = _planned(folder, QuantConfig("int4-awq", 32), tmp_path)
+    quant = QuantConfig(scheme, 32 if scheme == "int4-awq" else 0)
+    graph = _planned(folder, quant, tmp_path)
+    calibrate = SCHEMES[scheme].calibrate
+    assert calibrate is not None
     assert len(scale_sources(graph)) == 4 * 2, "all that are inside the layers"
     rows_of = _reader(folder, graph)
     texts = [torch.arange(3, 60), torch.arange(100, 140)]
@@ -129,6 +132,13 @@ def test_scales_on_inputs_are_undone_exactly(family: str, tmp_path: Path) -> Non
     adjustments = fold_scales(graph, scales)
     checkpoint = open_checkpoint(str(folder))
     plain = {n: replace(w, layout="plain", dtype="float32") for n, w in graph.weights.items()}
+    exact = replace(
+        graph,
+        nodes=tuple(
+            replace(node, attrs={n: v for n, v in node.attrs.items() if n != "activations"})
+            for node in graph.nodes
+        ),
+    )
     logits = []
     for chosen in ({}, adjustments):
         weights = {
@@ -139,7 +149,7 @@ def test_scales_on_inputs_are_undone_exactly(family: str, tmp_path: Path) -> Non
         }
         tokens = torch.arange(7, 47).int()
         batch = prompt_batch(graph, [40], torch.float64)
-        logits.append(run(graph, weights, tokens, batch)["logits"])
+        logits.append(run(exact, weights, tokens, batch)["logits"])
     assert torch.allclose(*logits, rtol=1e-5, atol=1e-4)
     norms = {n: a for n, a in adjustments.items() if n.endswith("norm")}
     assert norms, "no norm took up a scale"
@@ -152,6 +162,8 @@ def test_scales_on_inputs_are_undone_exactly(family: str, tmp_path: Path) -> Non
 def test_weight_that_is_kept_takes_no_scale(tmp_path: Path) -> None:
     folder = write_uneven_checkpoint(tmp_path / "tiny")
     graph = _planned(folder, QuantConfig("int4-awq", 32), tmp_path)
+    calibrate = SCHEMES["int4-awq"].calibrate
+    assert calibrate is not None
     scales = calibrate(graph, [torch.arange(60)], _reader(folder, graph), lambda name: None)
     spared = replace(
         graph,
@@ -177,6 +189,27 @@ def test_calibrated_int4_is_nearer_to_the_model_than_rounding(family: str, tmp_p
     assert divergence["int4-gptq"] < divergence["int4-rtn"]
 
 
+def test_smoothing_helps_rounded_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_uneven_checkpoint(tmp_path / "tiny")
+    quant = QuantConfig("w8a8-int8", **LOOSE)
+    store, engine = build_quantized(folder, quant, tmp_path)
+    smooth = report_of(store, engine)["kl"]["mean"]
+    rough = replace(SCHEMES["w8a8-int8"], calibrate=None)
+    monkeypatch.setitem(SCHEMES, "w8a8-int8", rough)
+    store, engine = build_quantized(folder, quant, tmp_path, LocalStore(tmp_path / "rough"))
+    assert smooth < 0.9 * report_of(store, engine)["kl"]["mean"]
+
+
+def test_only_quantized_linears_inside_the_layers_round_their_inputs(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny")
+    quant = QuantConfig("w8a8-int8", keep=("layers.0.*",))
+    graph = _planned(folder, quant, tmp_path)
+    rounding = {n.weights["weight"] for n in graph.nodes if n.attrs.get("activations") == "int8"}
+    assert rounding == {f"layers.1.{role}" for role in ("qkv", "o", "gate_up", "down")}
+
+
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ("fp8", "fp32")])
 def test_bad_weight_is_named_whatever_the_scheme(scheme: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "tiny")
@@ -187,7 +220,7 @@ def test_bad_weight_is_named_whatever_the_scheme(scheme: str, tmp_path: Path) ->
         build_quantized(folder, QuantConfig(scheme), tmp_path, LocalStore(tmp_path / "s"))
 
 
-@pytest.mark.parametrize("scheme", INT4)
+@pytest.mark.parametrize("scheme", [*INT4, "w8a8-int8"])
 def test_arch_that_cannot_run_a_scheme_is_told_which_can_and_what_is_nearest(
     scheme: str, tmp_path: Path
 ) -> None:
