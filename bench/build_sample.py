@@ -1,4 +1,5 @@
-"""Builds SmolLM2-135M into a store on disk, without daemons: what benchmarks start from.
+"""Builds SmolLM2-135M into a store on disk, without daemons: what benchmarks of speed start from.
+Nothing is measured of its quality: bench/quantization.py does that.
 
 python bench/build_sample.py STORE QUANT [MODEL_URI [MODEL_NAME [ARCH]]]
 """
@@ -22,7 +23,8 @@ def main(
     """Builds and prints the engine's name; a cache hit where it is there."""
     cache = Path(store) / "cache"
     cache.mkdir(parents=True, exist_ok=True)
-    resolved = resolve(model_uri, [arch], QuantConfig(quant), model, cache)
+    recipe = QuantConfig(quant, skip_quality=quant not in ("bf16", "fp32"))
+    resolved = resolve(model_uri, [arch], recipe, model, cache)
     request = BuildRequest(model_uri, resolved.keys[arch], resolved.model, cache)
     print(build(request, LocalStore(Path(store)), lambda progress: None).name)
 

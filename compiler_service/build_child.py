@@ -3,7 +3,8 @@
 A crash or running out of memory kills this process alone. It reads one job, a line of JSON, from
 stdin, and writes lines of JSON to stdout; stderr is its log.
 
-    in    {"model_uri", "model", "key": {...}, "store": folder, "cache_dir": folder}
+    in    {"model_uri", "model", "key": {...}, "store": folder, "cache_dir": folder,
+           "calibration_uri"}
     out   {"stage", "fraction", "done_bytes", "total_bytes"}               any number
     out   {"engine": name}  or  {"error": base64 of a google.rpc.Status}   last, exactly one
 
@@ -63,7 +64,11 @@ def main() -> int:
 
 def _build(job: dict[str, Any], results: IO[str], is_cancelled: Callable[[], bool]) -> int:
     request = BuildRequest(
-        job["model_uri"], EngineKey.from_dict(job["key"]), job["model"], Path(job["cache_dir"])
+        job["model_uri"],
+        EngineKey.from_dict(job["key"]),
+        job["model"],
+        Path(job["cache_dir"]),
+        job.get("calibration_uri", ""),
     )
     started_s, stages = time.monotonic(), dict[str, float]()
     last_stage, last_s = "", 0.0

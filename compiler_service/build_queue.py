@@ -57,23 +57,30 @@ def events_key(digest: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BuildJob:
-    """What to build, from where."""
+    """What to build, from where; `calibration_uri` is empty for the text that the daemon brings."""
 
     model_uri: str
     model: str
     key: EngineKey
+    calibration_uri: str = ""
 
     def to_json(self) -> str:
         """As it is kept."""
         return json.dumps(
-            {"model_uri": self.model_uri, "model": self.model, "key": self.key.to_dict()}
+            {
+                "model_uri": self.model_uri,
+                "model": self.model,
+                "key": self.key.to_dict(),
+                "calibration_uri": self.calibration_uri,
+            }
         )
 
     @staticmethod
     def from_json(text: str) -> "BuildJob":
         """The job that `to_json` wrote."""
         raw = json.loads(text)
-        return BuildJob(raw["model_uri"], raw["model"], EngineKey.from_dict(raw["key"]))
+        key = EngineKey.from_dict(raw["key"])
+        return BuildJob(raw["model_uri"], raw["model"], key, raw.get("calibration_uri", ""))
 
 
 @dataclass(frozen=True, slots=True)

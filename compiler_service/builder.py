@@ -2,7 +2,10 @@
 
     import     open the checkpoint, check that it is the model that the key names
     passes     lower, fuse, choose layouts: the plan
-    quantize   stream weights tensor by tensor into blobs, while the files are hashed once more
+    calibrate  look at a text through the model, where the scheme has to
+    quantize   stream weights tensor by tensor into blobs, while the files are hashed once more,
+               and run both graphs along over held-out text
+    quality    hold the difference against the limits
     kernels    machine code, for arches that have any
     publish    name the engine
 
@@ -10,6 +13,7 @@ Only kernels differ between arches: where another arch of the same model, scheme
 the store, its other layers are adopted and no weight is read.
 """
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +26,9 @@ from compiler_service.checkpoints.checkpoint import Checkpoint
 from compiler_service.checkpoints.digest import FileHashes, model_digest, verify_unchanged
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.fingerprints import weights_part
+from compiler_service.quantization import scheme_named
 from compiler_service.quantization.as_is import AS_IS, notes_of
-from compiler_service.weight_table import import_weight, pack_weight
+from compiler_service.quantized_weights import QuantizedWeights, quantize_weights
 from shared.arch import arch_named
 from shared.engine import (
     FILE_TYPE,
@@ -33,16 +38,27 @@ from shared.engine import (
     EngineDraft,
     EngineKey,
     EngineManifest,
+    QuantConfig,
 )
 from shared.errors import EngineNotFound, ModelChanged
 from shared.ir import Graph
 from shared.store.local import LocalStore
-from shared.store.weights import WeightWriter
 
 log = structlog.get_logger()
 
-# Share of a build that is done when a stage begins, and the stages in order.
-STAGES = {"import": 0.0, "passes": 0.04, "quantize": 0.06, "kernels": 0.9, "publish": 0.98}
+GRAPH_TITLE = "graph.json"
+
+# All stages in order, and how long each takes, in no unit: for progress. A build enters those that
+# it needs.
+STAGES = {
+    "import": 4,
+    "passes": 2,
+    "calibrate": 80,
+    "quantize": 80,
+    "quality": 4,
+    "kernels": 8,
+    "publish": 2,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +69,7 @@ class BuildRequest:
     key: EngineKey
     model: str
     cache_dir: Path
+    calibration_uri: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +106,7 @@ def build(
         BuildCancelled: `is_cancelled` said so.
         MillraceError: the checkpoint, the key or the disk is at fault.
     """
-    steps = _Steps(report, is_cancelled)
+    steps = _Steps(report, is_cancelled, _skipped_stages(request.key.quant))
     with store.pin():
         engine = _published(store, request.key)
         if engine is None:
@@ -114,15 +131,19 @@ def _draft(request: BuildRequest, store: LocalStore, steps: "_Steps") -> EngineD
         tell("checkpoint_was_quantized", engine=request.key.digest, notes=notes)
     layers = _adopted_layers(store, request.key)
     if layers is None:
+        made = _quantized(request, store, build_plan, checkpoint, hashes, steps)
         layers = (
-            *_graph_layers(store, build_plan),
-            *_weight_layers(store, build_plan, checkpoint, hashes, steps),
+            *_graph_layers(store, build_plan.source, made.graph),
+            *made.layers,
             *_file_layers(store, build_plan),
         )
+        graph = made.graph
+    else:
+        graph = _adopted_graph(store, layers)
     steps.enter("kernels")
     kernels = tuple(
         store.write_blob([content], KERNELS_TYPE, title)
-        for title, content in machine_code(build_plan.graph, request.key.arch)
+        for title, content in machine_code(graph, request.key.arch)
     )
     steps.enter("publish")
     return EngineDraft(request.key, request.model, (*layers, *kernels))
@@ -163,28 +184,34 @@ def _adopted_layers(store: LocalStore, key: EngineKey) -> tuple[Blob, ...] | Non
     return None
 
 
-def _graph_layers(store: LocalStore, build_plan: BuildPlan) -> tuple[Blob, ...]:
+def _adopted_graph(store: LocalStore, layers: tuple[Blob, ...]) -> Graph:
+    # A build may have kept more weights in bf16 than its plan says.
+    (blob,) = (blob for blob in layers if blob.title == GRAPH_TITLE)
+    return Graph.from_json(store.read_all(blob.digest).decode())
+
+
+def _graph_layers(store: LocalStore, source: Graph, graph: Graph) -> tuple[Blob, ...]:
     return tuple(
         store.write_blob([graph.to_json().encode()], GRAPH_TYPE, title)
-        for title, graph in (
-            ("graph.json", build_plan.graph),
-            ("graph.source.json", build_plan.source),
-        )
+        for title, graph in ((GRAPH_TITLE, graph), ("graph.source.json", source))
     )
 
 
-def _weight_layers(
+def _quantized(
+    request: BuildRequest,
     store: LocalStore,
     build_plan: BuildPlan,
     checkpoint: Checkpoint,
     hashes: FileHashes,
     steps: "_Steps",
-) -> tuple[Blob, ...]:
-    """Streams the weights into blobs while a thread reads the files once more and hashes them.
+) -> QuantizedWeights:
+    """Makes the weights while a thread reads the files once more and hashes them.
 
-    A file that changes at any moment of the build has another hash or another state at its end.
+    A file that changes at any moment of the build has another hash, or another state at its end.
+
+    Raises:
+        ModelChanged: one did; names it.
     """
-    steps.enter("quantize", build_plan.read_bytes)
     with ThreadPoolExecutor(1, thread_name_prefix="rehash") as pool:
         unchanged = pool.submit(
             verify_unchanged,
@@ -193,15 +220,25 @@ def _weight_layers(
             build_plan.key.model_digest,
             steps.check,
         )
-        with WeightWriter(store) as writer:
-            for name in build_plan.weight_names:
-                weight = build_plan.graph.weights[name]
-                pack = import_weight if name in build_plan.imported else pack_weight
-                writer.add(name, pack(checkpoint, weight))
-                steps.read(sum(checkpoint.tensors[part].num_bytes for part in weight.parts))
-            layers = writer.finish()
+        made = quantize_weights(
+            store, build_plan, checkpoint, request.calibration_uri, steps.enter, steps.read
+        )
         unchanged.result()
-    return layers
+    for title, content in checkpoint.digest_inputs.items():
+        if isinstance(content, Path) and hashes.known(content) is None:
+            raise ModelChanged(file=title)
+    return made
+
+
+def _skipped_stages(quant: QuantConfig) -> frozenset[str]:
+    """The stages that a build with this recipe does not have."""
+    scheme = scheme_named(quant)
+    skipped = set()
+    if scheme.calibrate is None:
+        skipped.add("calibrate")
+    if scheme.limits is None or quant.skip_quality:
+        skipped.add("quality")
+    return frozenset(skipped)
 
 
 def _file_layers(store: LocalStore, build_plan: BuildPlan) -> tuple[Blob, ...]:
@@ -213,9 +250,17 @@ def _file_layers(store: LocalStore, build_plan: BuildPlan) -> tuple[Blob, ...]:
 class _Steps:
     """Where the build is; every step forward reports, and is where a cancel is noticed."""
 
-    def __init__(self, report: Report, is_cancelled: IsCancelled) -> None:
+    def __init__(
+        self, report: Report, is_cancelled: IsCancelled, skipped: frozenset[str] = frozenset()
+    ) -> None:
         self._report, self._is_cancelled = report, is_cancelled
         self._stage, self._done, self._total = "import", 0, 0
+        shares = {stage: share for stage, share in STAGES.items() if stage not in skipped}
+        ends = list(itertools.accumulate(shares.values()))
+        self._spans = {
+            stage: ((end - share) / ends[-1], end / ends[-1])
+            for (stage, share), end in zip(shares.items(), ends, strict=True)
+        }
 
     def enter(self, stage: str, total_bytes: int = 0) -> None:
         self._stage, self._done, self._total = stage, 0, total_bytes
@@ -234,9 +279,8 @@ class _Steps:
             raise BuildCancelled
 
     def _tell(self) -> None:
-        starts = [*STAGES.values(), 1.0]
-        index = list(STAGES).index(self._stage)
+        start, end = self._spans[self._stage]
         share = self._done / self._total if self._total else 0.0
-        fraction = starts[index] * (1 - share) + starts[index + 1] * share
+        fraction = start * (1 - share) + end * share
         self._report(BuildProgress(self._stage, fraction, self._done, self._total))
         self.check()

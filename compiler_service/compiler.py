@@ -177,7 +177,10 @@ class Compiler:
         )
         if missing:
             await self._queue.enqueue(
-                [BuildJob(request.model_uri, resolved.model, key) for key in missing]
+                [
+                    BuildJob(request.model_uri, resolved.model, key, request.calibration_uri)
+                    for key in missing
+                ]
             )
             await self._operations.write(record)
         else:
@@ -242,7 +245,7 @@ def _resolve(
     # It imports torch, which takes seconds: a daemon starts without it, and most never need it.
     from compiler_service.resolve import resolve
 
-    return resolve(*_question(request), cache_dir, on_bytes)
+    return resolve(*_question(request), cache_dir, on_bytes, request.calibration_uri)
 
 
 def _resolve_cached(
@@ -250,7 +253,7 @@ def _resolve_cached(
 ) -> "ResolvedModel | None":
     from compiler_service.resolve import resolve_cached
 
-    return resolve_cached(*_question(request), cache_dir)
+    return resolve_cached(*_question(request), cache_dir, request.calibration_uri)
 
 
 def _question(

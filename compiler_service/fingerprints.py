@@ -5,7 +5,9 @@
 
 `weights` covers graph, packed weights and files, `kernels` the machine code, each with the
 libraries that change its bytes. torch is not among them: layouts use only arithmetic that IEEE 754
-defines, so its releases and its CPU and CUDA builds give the same bytes.
+defines, so its releases and its CPU and CUDA builds give the same bytes. Where a weight was chosen
+by a calibration, and in the quality report, last bits depend on the CPU too: there the first
+publish wins.
 """
 
 import functools
@@ -22,6 +24,7 @@ _WEIGHT_MODULES = (
     "compiler_service.models",
     "compiler_service.passes",
     "compiler_service.quantization",
+    "compiler_service.quantized_weights",
     "compiler_service.weight_table",
     "shared.weight_layout",
 )

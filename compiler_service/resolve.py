@@ -1,10 +1,11 @@
 """What is asked for, made exact: a model URI, arches and a scheme become engine keys."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compiler_service.build_plan import plan
+from compiler_service.calibration.text import calibration_digest
 from compiler_service.checkpoints.checkpoint import Checkpoint
 from compiler_service.checkpoints.digest import FileHashes, known_model_digest, model_digest
 from compiler_service.checkpoints.sources import open_checkpoint
@@ -35,6 +36,7 @@ def resolve(
     model: str,
     cache_dir: Path,
     on_bytes: Callable[[int], None] | None = None,
+    calibration_uri: str = "",
 ) -> ResolvedModel:
     """The keys of the engines that are asked for; reads the whole checkpoint if it is new.
 
@@ -43,23 +45,35 @@ def resolve(
         model: "" means a name derived from the checkpoint.
         cache_dir: where hashes of files are kept between calls.
         on_bytes: told how many bytes were just hashed.
+        calibration_uri: the text to calibrate and measure with; empty for the shipped one.
 
     Raises:
         ModelNotFound, InvalidModel, UnsupportedModel: the checkpoint cannot be used.
         UnsupportedArch, UnsupportedQuant, InvalidField: the request cannot be met.
     """
     checkpoint = _open(model_uri, archs, quant)
-    digest = model_digest(checkpoint.digest_inputs, FileHashes(cache_dir), on_bytes)
+    hashes = FileHashes(cache_dir)
+    digest = model_digest(checkpoint.digest_inputs, hashes, on_bytes)
+    quant = _with_text(checkpoint, quant, calibration_uri, hashes)
     return _resolved(checkpoint, archs, quant, model, digest)
 
 
 def resolve_cached(
-    model_uri: str, archs: Sequence[str], quant: QuantConfig, model: str, cache_dir: Path
+    model_uri: str,
+    archs: Sequence[str],
+    quant: QuantConfig,
+    model: str,
+    cache_dir: Path,
+    calibration_uri: str = "",
 ) -> ResolvedModel | None:
     """As `resolve`, but None where files would have to be hashed first: never slow on a disk."""
     checkpoint = _open(model_uri, archs, quant)
-    digest = known_model_digest(checkpoint.digest_inputs, FileHashes(cache_dir))
-    return None if digest is None else _resolved(checkpoint, archs, quant, model, digest)
+    hashes = FileHashes(cache_dir)
+    digest = known_model_digest(checkpoint.digest_inputs, hashes)
+    if digest is None:
+        return None
+    quant = _with_text(checkpoint, quant, calibration_uri, hashes)
+    return _resolved(checkpoint, archs, quant, model, digest)
 
 
 def _open(model_uri: str, archs: Sequence[str], quant: QuantConfig) -> Checkpoint:
@@ -75,12 +89,27 @@ def _open(model_uri: str, archs: Sequence[str], quant: QuantConfig) -> Checkpoin
     return open_checkpoint(model_uri)
 
 
+def _with_text(
+    checkpoint: Checkpoint, quant: QuantConfig, calibration_uri: str, hashes: FileHashes
+) -> QuantConfig:
+    """The recipe of `quant`, its defaults filled in, with the digest of the text that it needs."""
+    if quant.calibration_digest:
+        problem = "is filled in by the compile daemon; say calibration_uri instead"
+        raise InvalidField(field="quant.calibration_digest", problem=problem)
+    quant = replace(quant, scheme=quant.scheme or own_scheme(checkpoint))
+    scheme = scheme_named(quant)
+    quant = scheme.resolve(quant)
+    if scheme.needs_text(quant):
+        return replace(quant, calibration_digest=calibration_digest(calibration_uri, hashes))
+    if calibration_uri:
+        problem = f"{quant.scheme} looks at no text here"
+        raise InvalidField(field="calibration_uri", problem=problem)
+    return quant
+
+
 def _resolved(
     checkpoint: Checkpoint, archs: Sequence[str], quant: QuantConfig, model: str, digest: str
 ) -> ResolvedModel:
-    if not quant.scheme:
-        quant = QuantConfig(own_scheme(checkpoint), quant.group_size)
-    quant = scheme_named(quant).resolve(quant)
     keys = {
         arch: EngineKey(digest, arch, quant, builder_for(arch)) for arch in dict.fromkeys(archs)
     }

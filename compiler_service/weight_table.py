@@ -1,10 +1,11 @@
 """A graph's weights out of a checkpoint: do they fit, and the packing of them, a part at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from compiler_service.checkpoints.checkpoint import Checkpoint, TensorInfo
+from compiler_service.quantization.scheme import Adjustment, Pack
 from kernels.linear.layouts import LAYOUTS
 from shared.errors import InvalidModel
 from shared.ir import Graph, WeightSpec
@@ -53,13 +54,41 @@ def stored_tensors(weight: WeightSpec) -> dict[str, tuple[tuple[int, ...], str]]
     return LAYOUTS[weight.layout].roles(weight.shape, weight.dtype, weight.group_size)
 
 
-def pack_weight(checkpoint: Checkpoint, weight: WeightSpec) -> dict[str, torch.Tensor]:
-    """The packed tensors, by role, of a weight: its parts are packed one by one and joined.
+def read_parts(checkpoint: Checkpoint, weight: WeightSpec) -> list[torch.Tensor]:
+    """The checkpoint tensors that make a weight, as they are; views of files where they can be.
 
     Raises:
-        InvalidModel: a part holds NaN or infinity.
+        InvalidModel: one holds NaN or infinity.
     """
-    packed = [_pack_part(checkpoint, weight, part) for part in weight.parts]
+    parts = []
+    for name in weight.parts:
+        parts.append(checkpoint.read(name))
+        _require_finite(name, parts[-1])
+    return parts
+
+
+def pack_weight(
+    weight: WeightSpec,
+    parts: Iterable[torch.Tensor],
+    adjustment: Adjustment | None = None,
+    pack: Pack | None = None,
+) -> dict[str, torch.Tensor]:
+    """The packed tensors, by role, of a weight: its parts are packed one by one and joined.
+
+    Args:
+        adjustment: of the values, before they are packed.
+        pack: chooses the values; None = the layout rounds each to its nearest.
+    """
+    layout = LAYOUTS[weight.layout]
+    packed, first = [], 0
+    for part in parts:
+        rows = slice(first, first + len(part))
+        first = rows.stop
+        if adjustment is not None:
+            part = _adjusted(part, rows, adjustment)
+        if weight.layout == "plain":
+            part = part.to(getattr(torch, weight.dtype))
+        packed.append(layout.pack(part, weight.group_size) if pack is None else pack(part.float()))
     if len(packed) == 1:
         return packed[0]
     return {role: torch.cat([tensors[role] for tensors in packed]) for role in packed[0]}
@@ -80,12 +109,14 @@ def import_weight(checkpoint: Checkpoint, weight: WeightSpec) -> dict[str, torch
     return {role: torch.cat([tensors[role] for tensors in packed]) for role in packed[0]}
 
 
-def _pack_part(checkpoint: Checkpoint, weight: WeightSpec, part: str) -> dict[str, torch.Tensor]:
-    tensor = checkpoint.read(part)
-    _require_finite(part, tensor)
-    if weight.layout == "plain":
-        tensor = tensor.to(getattr(torch, weight.dtype))
-    return LAYOUTS[weight.layout].pack(tensor, weight.group_size)
+def _adjusted(part: torch.Tensor, rows: slice, adjustment: Adjustment) -> torch.Tensor:
+    values = part.float()
+    if adjustment.columns_K is not None:
+        values = values * adjustment.columns_K
+    if adjustment.rows_N is not None:
+        divisor = adjustment.rows_N[rows]
+        values = values / (divisor[:, None] if values.dim() == 2 else divisor)
+    return values
 
 
 def _require_finite(name: str, tensor: torch.Tensor) -> None:

@@ -164,6 +164,7 @@ class Worker:
             "key": job.key.to_dict(),
             "store": str(self._store),
             "cache_dir": str(self._cache_dir),
+            "calibration_uri": job.calibration_uri,
         }
         return json.dumps(line) + "\n"
 

@@ -1,5 +1,6 @@
 """The serve daemon's settings."""
 
+import re
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -32,7 +33,7 @@ class RuntimeSettings(Settings):
     model: str = Field(
         "", description="model to serve, by name or digest; empty: wait for LoadEngine"
     )
-    quant: str = Field("int8", description="quantization to serve, as int8 or int4-g64")
+    quant: str = Field("int8", description="quantization to serve, as int8 or int4-awq-g64")
     arch: str = Field("", description="arch to serve; empty: this machine's own")
     model_uri: str = Field(
         "", description="checkpoint to build from when the store lacks the engine; empty: do not"
@@ -79,7 +80,8 @@ def quant_named(text: str) -> QuantConfig:
     Raises:
         ValueError: it is not of that form.
     """
-    scheme, separator, group = text.partition("-g")
-    if not scheme or (separator and not group.isdigit()):
-        raise ValueError(f"--quant {text!r} is not of the form int8 or int4-g64")
-    return QuantConfig(scheme, int(group) if separator else 0)
+    # A scheme's own name may hold `-g`, as int4-gptq does.
+    found = re.fullmatch(r"(.+?)(?:-g(\d+))?", text)
+    if found is None or re.search(r"-g(?!ptq)", found[1]):
+        raise ValueError(f"--quant {text!r} is not of the form int8 or int4-awq-g64")
+    return QuantConfig(found[1], int(found[2] or 0))

@@ -8,7 +8,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 FORMAT_VERSION = 1
 READABLE_FORMATS = (1,)
@@ -18,13 +19,16 @@ GRAPH_TYPE = "application/vnd.millrace.engine.graph.v1+json"
 WEIGHT_INDEX_TYPE = "application/vnd.millrace.engine.weight-index.v1+json"
 WEIGHTS_TYPE = "application/vnd.millrace.engine.weights.v1"
 FILE_TYPE = "application/vnd.millrace.engine.file.v1"
+QUALITY_TYPE = "application/vnd.millrace.engine.quality.v1+json"
 KERNELS_TYPE = "application/vnd.millrace.engine.kernels.v1"
 
 MAX_WEIGHT_BLOB_BYTES = 256 << 20
 WEIGHT_ALIGNMENT_BYTES = 256
 
 # What a group size of 0 stands for in schemes that have groups; part of the wire contract.
-DEFAULT_GROUP_SIZES = {"int4": 64}
+DEFAULT_GROUP_SIZES = {"int4-rtn": 64, "int4-awq": 64, "int4-gptq": 64}
+# Names that stand for a scheme's own.
+SCHEME_ALIASES = {"int4": "int4-rtn"}
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -41,10 +45,35 @@ def canonical_json(value: object) -> bytes:
 
 @dataclass(frozen=True, slots=True, order=True)
 class QuantConfig:
-    """How weights are stored: a scheme's name, and values per scale (0 = the scheme's default)."""
+    """How weights are stored, and what that may cost: the whole recipe, as a key holds it.
+
+    Scheme and group size are what a selector finds an engine by; the rest only tells builds apart.
+
+    Args:
+        scheme: its name; an alias becomes the name that it stands for.
+        group_size: values per scale; 0 = the scheme's default.
+        keep: patterns of weights that stay in bf16; kept sorted, so that order does not matter.
+        calibration_digest: SHA-256 of the text that the build calibrates and measures with.
+        calibration_tokens: how many of it a scheme looks at; 0 = it looks at none, or the default.
+        max_kl: the mean KL divergence, in nats a token, that a build may cost; 0 = the default.
+        max_perplexity_increase: as a share of the unquantized perplexity; 0 = the default.
+        auto_keep: beyond these the build keeps more weights in bf16 instead of failing.
+        skip_quality: nothing is measured, so nothing is promised.
+    """
 
     scheme: str
     group_size: int = 0
+    keep: tuple[str, ...] = ()
+    calibration_digest: str = ""
+    calibration_tokens: int = 0
+    max_kl: float = 0.0
+    max_perplexity_increase: float = 0.0
+    auto_keep: bool = False
+    skip_quality: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scheme", SCHEME_ALIASES.get(self.scheme, self.scheme))
+        object.__setattr__(self, "keep", tuple(sorted(set(self.keep))))
 
     def __str__(self) -> str:
         return f"{self.scheme}-g{self.group_size}" if self.group_size else self.scheme
@@ -53,7 +82,21 @@ class QuantConfig:
     def resolved(self) -> "QuantConfig":
         """This quantization with its default group size spelled out."""
         size = self.group_size or DEFAULT_GROUP_SIZES.get(self.scheme, 0)
-        return QuantConfig(self.scheme, size)
+        return replace(self, group_size=size)
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON knows it. Fields that say nothing are left out: keys from before them stay."""
+        always = {"scheme": self.scheme, "group_size": self.group_size}
+        return always | {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name not in always and getattr(self, item.name) != item.default
+        }
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> "QuantConfig":
+        """The recipe that `to_dict` wrote."""
+        return QuantConfig(**{**raw, "keep": tuple(raw.get("keep", ()))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +113,7 @@ class EngineKey:
         return {
             "model_digest": self.model_digest,
             "arch": self.arch,
-            "quant": {"scheme": self.quant.scheme, "group_size": self.quant.group_size},
+            "quant": self.quant.to_dict(),
             "builder": self.builder,
         }
 
@@ -82,7 +125,7 @@ class EngineKey:
         return EngineKey(
             str(raw["model_digest"]),
             str(raw["arch"]),
-            QuantConfig(str(quant["scheme"]), int(quant["group_size"])),
+            QuantConfig.from_dict(quant),
             str(raw["builder"]),
         )
 
@@ -119,7 +162,8 @@ class EngineDraft:
     """An engine whose blobs are in a store and that has no name yet.
 
     Args:
-        layers: graph, weight index, weight blobs, files (tokenizer, ...), kernels; in this order.
+        layers: graph, weight index, weight blobs, quality report, files (tokenizer, ...), kernels;
+            in this order.
         labels: more about it, for people and tools; part of its bytes, so no times and no hosts.
     """
 
@@ -136,7 +180,8 @@ class EngineManifest:
 
     Args:
         model: human name, by which a selector finds it.
-        layers: graph, weight index, weight blobs, files (tokenizer, ...), kernels; in this order.
+        layers: graph, weight index, weight blobs, quality report, files (tokenizer, ...), kernels;
+            in this order.
         manifest: descriptor of the OCI manifest itself.
         created_s: Unix time of publication: from the store's index, never from a hashed blob.
     """

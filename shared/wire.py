@@ -4,6 +4,8 @@ Both daemons and the store speak through these. A message from outside is checke
 what leaves this file is well-formed; whether an arch or a scheme exists is not known here.
 """
 
+import math
+
 from millrace.engine.v1 import engine_pb2
 
 from shared.engine import (
@@ -19,18 +21,41 @@ from shared.errors import InvalidField
 
 def quant_to_proto(quant: QuantConfig) -> engine_pb2.QuantConfig:
     """`quant` as it crosses the wire."""
-    return engine_pb2.QuantConfig(scheme=quant.scheme, group_size=quant.group_size)
+    return engine_pb2.QuantConfig(
+        scheme=quant.scheme,
+        group_size=quant.group_size,
+        keep=quant.keep,
+        calibration_digest=quant.calibration_digest,
+        calibration_tokens=quant.calibration_tokens,
+        max_kl=quant.max_kl,
+        max_perplexity_increase=quant.max_perplexity_increase,
+        auto_keep=quant.auto_keep,
+        skip_quality=quant.skip_quality,
+    )
 
 
 def quant_from_proto(message: engine_pb2.QuantConfig) -> QuantConfig:
     """The quantization in `message`; the unset message gives an empty scheme.
 
     Raises:
-        InvalidField: a negative group size.
+        InvalidField: a size or a limit is negative, or no finite number.
     """
-    if message.group_size < 0:
-        raise InvalidField(field="quant.group_size", problem="must not be negative")
-    return QuantConfig(message.scheme, message.group_size)
+    for name in ("group_size", "calibration_tokens", "max_kl", "max_perplexity_increase"):
+        value = getattr(message, name)
+        if not 0 <= value < math.inf:
+            problem = "must not be negative" if value < 0 else "must be a finite number"
+            raise InvalidField(field=f"quant.{name}", problem=problem)
+    return QuantConfig(
+        message.scheme,
+        message.group_size,
+        tuple(message.keep),
+        message.calibration_digest,
+        message.calibration_tokens,
+        message.max_kl,
+        message.max_perplexity_increase,
+        message.auto_keep,
+        message.skip_quality,
+    )
 
 
 def key_to_proto(key: EngineKey) -> engine_pb2.EngineKey:

@@ -1,31 +1,28 @@
 """Quantization schemes, a row each."""
 
 from compiler_service.quantization.as_is import AS_IS
+from compiler_service.quantization.float_formats import BF16, FP32
+from compiler_service.quantization.fp8 import FP8
+from compiler_service.quantization.int4_awq import INT4_AWQ
+from compiler_service.quantization.int4_gptq import INT4_GPTQ
+from compiler_service.quantization.int4_rtn import INT4_RTN
+from compiler_service.quantization.int8 import INT8
 from compiler_service.quantization.scheme import QuantScheme
-from kernels.linear.layouts import DEFAULT_INT4_GROUP, INT4_GROUPS
+from compiler_service.quantization.w8a8_int8 import W8A8_INT8
 from shared.engine import QuantConfig
 from shared.errors import UnsupportedQuant
 
 SCHEMES: dict[str, QuantScheme] = {
     row.name: row
     for row in (
-        QuantScheme("bf16", "bfloat16", "plain", "plain", "plain", lambda arch: True),
-        QuantScheme("fp32", "float32", "plain", "plain", "plain", lambda arch: not arch.is_gpu),
-        QuantScheme(
-            "int8", "bfloat16", "int8_channel", "int8_channel", "int8_channel", lambda arch: True
-        ),
-        QuantScheme(
-            "int4",
-            "bfloat16",
-            "int4_group",
-            "int8_channel",
-            "int8_channel",
-            lambda arch: not arch.is_gpu,
-            tuple(sorted(INT4_GROUPS, key=lambda size: size != DEFAULT_INT4_GROUP)),
-        ),
-        QuantScheme(
-            "fp8", "bfloat16", "fp8_channel", "plain", "fp8_channel", lambda arch: arch.has_fp8
-        ),
+        BF16,
+        FP32,
+        INT8,
+        W8A8_INT8,
+        INT4_RTN,
+        INT4_AWQ,
+        INT4_GPTQ,
+        FP8,
         # The layouts of what the checkpoint did not quantize; as_is.py chooses the others.
         QuantScheme(AS_IS, "bfloat16", "plain", "plain", "plain", lambda arch: True),
     )

@@ -1,12 +1,99 @@
-"""How a scheme stores a model's weights: a layout per weight, decided by who reads it."""
+"""How a scheme stores a model's weights: a layout per weight, and how each one's values are chosen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+import torch
+
+from compiler_service.calibration.windows import DEFAULT_CALIBRATION_TOKENS
+from compiler_service.quantization.keep import kept_weights
+from compiler_service.streaming import RowsOf
 from shared.arch import ARCHES, Arch
 from shared.engine import QuantConfig
 from shared.errors import UnsupportedQuant
-from shared.ir import Graph, WeightSpec
+from shared.ir import Graph, Node, WeightSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Adjustment:
+    """What a scheme does to a weight's values before they are packed: w'[n, k] = w[n, k] c[k] / r[n].
+
+    The graph computes the same, as what makes the input divides it by c, and what reads the output
+    expects it divided by r. Legend: N out, K in.
+
+    Args:
+        rows_N, columns_K: fp32, r and c; None = all 1.
+        importance_K: fp32, how much an error in a column of w' costs; None = unknown.
+    """
+
+    rows_N: torch.Tensor | None = None
+    columns_K: torch.Tensor | None = None
+    importance_K: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InputScale:
+    """What a scheme found out about a linear's input channels.
+
+    Args:
+        scale_K: fp32, what its columns are multiplied with and its input divided by; None = 1.
+        importance_K: fp32, mean square of the input, after it is divided.
+    """
+
+    scale_K: torch.Tensor | None
+    importance_K: torch.Tensor | None
+
+
+class Calibrate(Protocol):
+    """What is found out about linears, by weight name, from a run of the unquantized graph.
+
+    `rows_of(name)` reads a weight; `on_weight` is told each weight's name once it was used.
+    """
+
+    def __call__(
+        self,
+        graph: Graph,
+        texts: Sequence[torch.Tensor],
+        rows_of: Callable[[str], RowsOf],
+        on_weight: Callable[[str], None],
+    ) -> Mapping[str, InputScale]: ...
+
+
+Pack = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+"""Some rows [N, K] of a weight to the tensors of its layout, by role."""
+
+
+class PreparePack(Protocol):
+    """How a linear's rows are packed, from what is known of its inputs.
+
+    Args:
+        inputs_TK: what the linear reads in the quantized graph; None unless the scheme asks.
+        importance_K: as in `Adjustment`.
+    """
+
+    def __call__(
+        self, group_size: int, inputs_TK: torch.Tensor | None, importance_K: torch.Tensor | None
+    ) -> Pack: ...
+
+
+@dataclass(frozen=True, slots=True)
+class QualityLimits:
+    """How much worse than the unquantized model an engine may be, unless asked otherwise.
+
+    Args:
+        max_kl: mean KL divergence, nats a token.
+        max_perplexity_increase: as a share.
+    """
+
+    max_kl: float
+    max_perplexity_increase: float
+
+
+# What a scheme may cost by default: several times what good ones cost SmolLM2-135M, whose small
+# layers suffer more than those of larger models (docs/QUANTIZATION.md).
+EIGHT_BITS = QualityLimits(max_kl=0.05, max_perplexity_increase=0.05)
+FOUR_BITS = QualityLimits(max_kl=0.5, max_perplexity_increase=0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +106,13 @@ class QuantScheme:
         embedding_layout: of the token embedding, also where it is the LM head as well.
         head_layout: of an LM head of its own.
         runs_on: claims that kernels for this scheme exist on an arch.
+        limits: of the quality gate; None where nothing is quantized, so nothing is measured.
         group_sizes: values per scale that may be asked for, the default first; empty = no groups.
+        calibrate: adjusts weights before any is packed.
+        prepare_pack: chooses the values of linears inside the layers; None = each to its nearest.
+        reads_inputs: `prepare_pack` wants the linear's inputs.
+        activations: how the inputs of quantized linears inside the layers are rounded; see `linear`.
+        nearest: the scheme to take where this one cannot run.
     """
 
     name: str
@@ -28,50 +121,118 @@ class QuantScheme:
     embedding_layout: str
     head_layout: str
     runs_on: Callable[[Arch], bool]
+    limits: QualityLimits | None = None
     group_sizes: tuple[int, ...] = ()
+    calibrate: Calibrate | None = None
+    prepare_pack: PreparePack | None = None
+    reads_inputs: bool = False
+    activations: str = ""
+    nearest: str = "int8"
+
+    @property
+    def calibrates(self) -> bool:
+        """Claims that weights depend on the calibration text."""
+        return self.calibrate is not None or self.reads_inputs
+
+    def needs_text(self, quant: QuantConfig) -> bool:
+        """Claims that a build with this recipe calibrates or measures."""
+        return self.calibrates or (self.limits is not None and not quant.skip_quality)
 
     def resolve(self, quant: QuantConfig) -> QuantConfig:
-        """`quant` with its group size filled in, so that a default and its value are one key.
+        """`quant` with its defaults filled in, so that a default and its value are one key.
 
         Raises:
-            UnsupportedQuant: the scheme has no such groups.
+            UnsupportedQuant: the scheme has no such groups, or not what is asked of it.
         """
+        limits = self._limits(quant)
+        return replace(
+            quant,
+            group_size=self._group_size(quant),
+            calibration_tokens=self._calibration_tokens(quant),
+            max_kl=limits.max_kl,
+            max_perplexity_increase=limits.max_perplexity_increase,
+        )
+
+    def _group_size(self, quant: QuantConfig) -> int:
         if not self.group_sizes:
             if quant.group_size:
                 raise UnsupportedQuant(quant=str(quant), problem=f"{self.name} has no groups")
-            return quant
+            return 0
         size = quant.group_size or self.group_sizes[0]
         if size not in self.group_sizes:
             known = ", ".join(map(str, sorted(self.group_sizes)))
             raise UnsupportedQuant(quant=str(quant), problem=f"groups may have {known} values")
-        return QuantConfig(self.name, size)
+        return size
+
+    def _calibration_tokens(self, quant: QuantConfig) -> int:
+        if self.calibrates:
+            return quant.calibration_tokens or DEFAULT_CALIBRATION_TOKENS
+        if quant.calibration_tokens:
+            problem = f"{self.name} looks at no tokens, so calibration_tokens says nothing"
+            raise UnsupportedQuant(quant=str(quant), problem=problem)
+        return 0
+
+    def _limits(self, quant: QuantConfig) -> QualityLimits:
+        asked = quant.max_kl or quant.max_perplexity_increase or quant.auto_keep
+        if self.limits is None:
+            if asked or quant.keep or quant.skip_quality:
+                problem = (
+                    f"{self.name} quantizes nothing, so there is nothing to keep or to measure"
+                )
+                raise UnsupportedQuant(quant=str(quant), problem=problem)
+            return QualityLimits(0.0, 0.0)
+        if quant.skip_quality:
+            if asked:
+                problem = "limits and auto_keep need the measurement that skip_quality leaves out"
+                raise UnsupportedQuant(quant=str(quant), problem=problem)
+            return QualityLimits(0.0, 0.0)
+        return QualityLimits(
+            quant.max_kl or self.limits.max_kl,
+            quant.max_perplexity_increase or self.limits.max_perplexity_increase,
+        )
 
     def require_arch(self, quant: QuantConfig, arch: Arch) -> None:
         """Checks that the scheme runs on `arch`.
 
         Raises:
-            UnsupportedQuant: it does not; names the arches that can.
+            UnsupportedQuant: it does not; names the arches that can, and the nearest scheme.
         """
         if not self.runs_on(arch):
             able = ", ".join(row.name for row in ARCHES.values() if self.runs_on(row))
-            raise UnsupportedQuant(
-                quant=str(quant), problem=f"{arch.name} cannot run it; {able} can"
-            )
+            problem = f"{arch.name} cannot run it; {able} can; on {arch.name} take {self.nearest}"
+            raise UnsupportedQuant(quant=str(quant), problem=problem)
 
-    def apply(self, graph: Graph, quant: QuantConfig) -> Graph:
-        """The graph with every weight's layout chosen; nodes stay as they are.
+    def apply(
+        self, graph: Graph, quant: QuantConfig, also_kept: frozenset[str] = frozenset()
+    ) -> Graph:
+        """The graph with every weight's layout chosen, and how linears round their inputs.
+
+        Args:
+            also_kept: weights that stay plain beside those that `quant` keeps.
 
         Raises:
-            UnsupportedQuant: groups do not divide a weight's columns.
+            UnsupportedQuant: groups do not divide a weight's columns, or a pattern matches nothing.
         """
-        layouts = self._layouts(graph)
-        weights = {}
-        for name, weight in graph.weights.items():
-            layout = layouts.get(name, "plain")
-            weights[name] = _stored(name, weight, layout, quant)
-        return replace(graph, weights=weights)
+        layouts = self.layouts(graph)
+        quantized = [name for name, layout in layouts.items() if layout != "plain"]
+        kept = kept_weights(graph, quant, quantized) | also_kept
+        weights = {
+            name: _stored(
+                name, weight, "plain" if name in kept else layouts.get(name, "plain"), quant
+            )
+            for name, weight in graph.weights.items()
+        }
+        nodes = tuple(self._rounding_inputs(node, graph, weights) for node in graph.nodes)
+        return replace(graph, nodes=nodes, weights=weights)
 
-    def _layouts(self, graph: Graph) -> dict[str, str]:
+    def _rounding_inputs(self, node: Node, graph: Graph, weights: Mapping[str, WeightSpec]) -> Node:
+        attrs = {name: value for name, value in node.attrs.items() if name != "activations"}
+        is_inside = node.op == "linear" and node.outputs[0] not in graph.outputs
+        if self.activations and is_inside and weights[node.weights["weight"]].layout != "plain":
+            attrs["activations"] = self.activations
+        return replace(node, attrs=attrs)
+
+    def layouts(self, graph: Graph) -> dict[str, str]:
         """Layout by weight name; the embedding's reading decides where a weight is tied."""
         layouts: dict[str, str] = {}
         for node in graph.nodes:

@@ -33,6 +33,7 @@ _CHUNK_VALUES = 1 << 20
 _FP8_MAX = 448.0
 # How much of a group's range int4 may give up at the ends, where that lowers the squared error.
 _CLIPS = (1.0, 0.94, 0.88, 0.82)
+NO_CLIP = _CLIPS[:1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,49 +126,91 @@ def _channel_roles(dtype: str) -> Callable[..., dict[str, tuple[tuple[int, ...],
     return roles
 
 
-def _pack_int4(weight_NK: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
+def pack_int4(
+    weight_NK: torch.Tensor, group_size: int, importance_K: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """`int4_group` tensors by role, every value rounded to its nearest level.
+
+    Args:
+        importance_K: fp32, how much a column's squared error counts where a group's range is
+            chosen; None counts all the same.
+    """
     num_rows, num_columns = weight_NK.shape
-    assert group_size in INT4_GROUPS, f"int4 has no groups of {group_size}"
-    assert num_columns % group_size == 0, f"groups of {group_size} do not divide {num_columns}"
-    packed = torch.empty(num_rows, num_columns // 2, dtype=torch.uint8)
+    levels = torch.empty(num_rows, num_columns // group_size, group_size, dtype=torch.int8)
     scale_NJ = torch.empty(num_rows, num_columns // group_size)
     zero_NJ = torch.empty_like(scale_NJ)
     for rows in _row_chunks(weight_NK):
-        groups_NJG = weight_NK[rows].float().reshape(-1, num_columns // group_size, group_size)
-        nibbles, scale_NJ[rows], zero_NJ[rows] = _best_int4(groups_NJG)
-        nibbles = nibbles.flatten(1)
-        packed[rows] = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
-    return {"weight": packed, "scale": scale_NJ, "zero": zero_NJ}
+        groups_NJG = _int4_groups(weight_NK[rows], group_size)
+        scale, zero = int4_grid(groups_NJG, importance_K)
+        levels[rows] = int4_levels(groups_NJG, scale[..., None], zero[..., None]).to(torch.int8)
+        scale_NJ[rows], zero_NJ[rows] = scale, zero
+    return pack_int4_levels(levels.flatten(1), scale_NJ, zero_NJ)
 
 
-def _best_int4(groups_NJG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Nibbles, scales and zeros with the least squared error among a few clipped ranges.
+def pack_int4_levels(
+    levels_NK: torch.Tensor, scale_NJ: torch.Tensor, zero_NJ: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """`int4_group` tensors by role out of integers from -8 to 7 and their groups' bf16 numbers."""
+    nibbles = (levels_NK + 8).to(torch.uint8)
+    return {
+        "weight": nibbles[:, 0::2] | (nibbles[:, 1::2] << 4),
+        "scale": scale_NJ,
+        "zero": zero_NJ,
+    }
+
+
+def int4_levels(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """The levels, -8 to 7 in fp32, that lie nearest to `values`."""
+    return (values - zero).div_(scale).round_().clamp_(-8, 7)
+
+
+def int4_grid(
+    groups_NJG: torch.Tensor,
+    importance_K: torch.Tensor | None = None,
+    clips: tuple[float, ...] = _CLIPS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros [N, J], bf16 numbers in fp32, with the least squared error among a few
+    clipped ranges.
 
     Range [low, high] of a group, clipped to its middle part c * (high - low):
         scale = c (high - low) / 15;  zero = (low + high) / 2 + scale / 2, so that nibbles 0 and 15
         stand for the clipped ends;  nibble = round((w - zero) / scale) + 8.
+
+    Args:
+        importance_K: as in `pack_int4`.
+        clips: the ranges that are tried.
     """
     low, high = groups_NJG.amin(-1), groups_NJG.amax(-1)
+    weights_JG = None if importance_K is None else importance_K.view(groups_NJG.shape[1:])
     best: tuple[torch.Tensor, ...] | None = None
-    for clip in _CLIPS:
+    for clip in clips:
         step = _bf16_at_least((high - low) * (clip / 15))
         zero = ((low + high) / 2 + step / 2).bfloat16().float()
         scale = _nonzero(step)
-        levels = (groups_NJG - zero[..., None]).div_(scale[..., None]).round_().clamp_(-8, 7)
-        residual = (levels * scale[..., None]).add_(zero[..., None]).sub_(groups_NJG)
-        error = _pairwise_sum(residual.square_())
+        if len(clips) == 1:
+            return scale, zero
+        levels = int4_levels(groups_NJG, scale[..., None], zero[..., None])
+        residual = levels.mul_(scale[..., None]).add_(zero[..., None]).sub_(groups_NJG).square_()
+        error = _pairwise_sum(residual if weights_JG is None else residual.mul_(weights_JG))
         if best is None:
-            best = (error, levels, scale, zero)
+            best = (error, scale, zero)
             continue
         better = error < best[0]
         best = (
             torch.where(better, error, best[0]),
-            torch.where(better[..., None], levels, best[1]),
-            torch.where(better, scale, best[2]),
-            torch.where(better, zero, best[3]),
+            torch.where(better, scale, best[1]),
+            torch.where(better, zero, best[2]),
         )
     assert best is not None, "no clips"
-    return (best[1] + 8).to(torch.uint8), best[2], best[3]
+    return best[1], best[2]
+
+
+def _int4_groups(weight_NK: torch.Tensor, group_size: int) -> torch.Tensor:
+    """fp32 [N, J, G]."""
+    num_columns = weight_NK.shape[1]
+    assert group_size in INT4_GROUPS, f"int4 has no groups of {group_size}"
+    assert num_columns % group_size == 0, f"groups of {group_size} do not divide {num_columns}"
+    return weight_NK.float().reshape(-1, num_columns // group_size, group_size)
 
 
 def _unpack_int4(packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -216,6 +259,6 @@ LAYOUTS: dict[str, Layout] = {
     "plain": Layout(_pack_plain, _unpack_plain, _plain_roles),
     "int8_channel": Layout(_pack_int8, _unpack_channel, _channel_roles("int8")),
     "int8_group": Layout(_pack_int8_group, _unpack_int8_group, _int8_group_roles),
-    "int4_group": Layout(_pack_int4, _unpack_int4, _int4_roles),
+    "int4_group": Layout(pack_int4, _unpack_int4, _int4_roles),
     "fp8_channel": Layout(_pack_fp8, _unpack_channel, _channel_roles("float8_e4m3fn")),
 }

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from millrace.cli.building import Speed
+from millrace.cli.building import Speed, parse_quant
 from millrace.cli.inspecting import graph_text
 from millrace.cli.output import bytes_text, duration_text
 from millrace.compiler.v1 import compiler_pb2
 
+from runtime_service.settings import quant_named
+from shared.engine import QuantConfig
 from shared.errors import Draining, InvalidModel, QueueFull, to_status
 from tests.clients.scripted_daemon import (
     DIGEST,
@@ -229,6 +231,99 @@ def test_inspect_shows_key_layers_graph_kernels_and_times(
                  "2 for sm_90, 4.0 kB, driver for CUDA 12.0", "quantize 4.00 s", "before (",
                  "30 times:", "1 plain", "Q4_1: 210 tensors kept exactly"):  # fmt: skip
         assert part in done.stdout, part
+
+
+QUALITY = {
+    "measured_tokens": 512, "kl": {"mean": 0.0123, "p99": 0.2}, "top1_agreement": 0.95,
+    "perplexity": {"unquantized": 20.0, "quantized": 20.5, "increase": 0.025},
+    "limits": {"max_kl": 0.05, "max_perplexity_increase": 0.05},
+    "weights": [
+        {"weight": "layers.0.qkv", "layout": "int8_channel", "error": 0.01, "drift": 0.02},
+        {"weight": "layers.0.down", "layout": "int8_channel", "error": 0.02, "drift": 0.03},
+        {"weight": "layers.1.qkv", "layout": "int8_channel", "error": 0.005, "drift": 0.04},
+        {"weight": "lm_head", "layout": "plain", "error": 0.0, "drift": 0.05},
+    ],
+    "worst": ["layers.0.down", "layers.0.qkv", "layers.1.qkv"],
+    "needle": {"is_applicable": True, "context_tokens": 384, "depths": [
+        {"depth": 0.1, "unquantized": True, "quantized": True},
+        {"depth": 0.9, "unquantized": True, "quantized": False},
+    ]},
+    "kept": ["lm_head"], "auto_kept": [],
+}  # fmt: skip
+
+
+def test_inspect_shows_what_quantizing_cost(daemon: ScriptedDaemon, script: Script) -> None:
+    script.engines = [an_engine(script.blobs, {"graph.json": GRAPH, "quality.json": QUALITY})]
+    done = millrace(daemon, "inspect", DIGEST[:8], "--quality")
+    assert done.returncode == 0
+    for part in ("0.0123 nats a token", "95.0%", "20.000 -> 20.500 (+2.50%, allowed +5.00%)",
+                 "in 384 tokens: 10% deep found, 90% deep LOST", "lm_head"):  # fmt: skip
+        assert part in done.stdout, part
+    lines = done.stdout.splitlines()
+    worst = [line.split()[0] for line in lines if "int8_channel" in line]
+    assert worst == QUALITY["worst"]
+    plot = lines[lines.index("largest error of each layer's own output, relative:") + 1 :]
+    bars = {line.split()[0]: line.count("█") for line in plot}
+    assert bars == {"layers.0": 40, "layers.1": 10, "lm_head": 0}
+    shown = millrace(daemon, "inspect", DIGEST[:8], "--quality", "--json")
+    assert json.loads(shown.stdout) == QUALITY
+
+
+def test_inspect_says_that_nothing_was_measured(daemon: ScriptedDaemon, script: Script) -> None:
+    script.engines = [an_engine(script.blobs, {"graph.json": GRAPH})]
+    done = millrace(daemon, "inspect", DIGEST[:8], "--quality")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "has no quality report" in done.stderr
+
+
+def test_build_asks_for_the_whole_recipe(
+    daemon: ScriptedDaemon, script: Script, tmp_path: Path
+) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("words")
+    script.changes = [succeeded()]
+    done = millrace(
+        daemon, "build", "sample:tiny", "-q", "int4-gptq-g32", "--keep", "lm_head, layers.0.*=bf16",
+        "--calibration", os.path.relpath(text), "--calibration-tokens", "512", "--max-kl", "0.2",
+        "--max-perplexity-increase", "0.1", "--auto-keep",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    asked = script.asked[0]
+    assert asked.calibration_uri == str(text)
+    quant = asked.quant
+    assert (quant.scheme, quant.group_size, list(quant.keep)) == (
+        "int4-gptq", 32, ["lm_head", "layers.0.*"],
+    )  # fmt: skip
+    assert (quant.calibration_tokens, quant.max_kl, quant.max_perplexity_increase) == (
+        512,
+        0.2,
+        0.1,
+    )
+    assert (quant.auto_keep, quant.skip_quality) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "what"),
+    [("--keep", "lm_head=int8", "stays in bf16"), ("--quant", "int4-gx", "not of the form")],
+)
+def test_recipe_that_is_not_one_is_wrong_usage(
+    daemon: ScriptedDaemon, option: str, value: str, what: str
+) -> None:
+    done = millrace(daemon, "build", "sample:tiny", option, value)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert what in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("int8", ("int8", 0)), ("int4-gptq", ("int4-gptq", 0)), ("int4-gptq-g32", ("int4-gptq", 32)),
+     ("int4-g128", ("int4", 128)), ("", ("", 0))],
+)  # fmt: skip
+def test_quantization_is_read_as_it_is_written(text: str, expected: tuple[str, int]) -> None:
+    assert parse_quant(text) == expected
+    if text:
+        scheme, group = expected
+        assert quant_named(text) == QuantConfig(scheme, group)
 
 
 def test_inspect_of_nothing_exits_with_3(daemon: ScriptedDaemon) -> None:

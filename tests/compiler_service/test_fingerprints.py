@@ -35,7 +35,7 @@ def test_everything_that_makes_weights_counts_and_nothing_that_makes_machine_cod
         "shared.weight_layout",
     } <= closure
     assert not {name for name in closure if name.endswith(".triton")}
-    assert not {"kernels.aot", "kernels.lowering", "kernels.ops"} & closure
+    assert not {"kernels.aot", "kernels.lowering", "kernels.variant"} & closure
 
 
 def test_everything_that_makes_machine_code_counts() -> None:

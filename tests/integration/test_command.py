@@ -120,6 +120,39 @@ def test_what_a_newcomer_types(stack: Up, tmp_path: Path) -> None:
     assert [child for child in stack.children if child.is_running()] == []
 
 
+def test_quantization_proves_itself_from_the_command_line(tmp_path: Path) -> None:
+    """A build beyond its limits fails and says how it passes; with --auto-keep it does so itself."""
+    checkpoint = write_checkpoint(tmp_path / "tiny", "llama")
+    text = tmp_path / "mine.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"line {n} of a text\n"}) for n in range(90)))
+    up = Up(tmp_path / "state")
+    try:
+        limits = ("--max-kl", "0.05", "--max-perplexity-increase", "9", "--calibration", str(text))
+        asked = ("build", str(checkpoint), "--arch", "cpu", "--quant", "int4-gptq", *limits)
+        failed = up.run(*asked)
+        assert (failed.returncode, failed.stdout) == (1, "")
+        assert "beyond 0.05; worst layers layers." in failed.stderr
+        proposed = failed.stderr.rsplit("--keep ", 1)[1].strip().rstrip(".")
+        assert up.run("engines").stdout == ""
+
+        assert up.run(*asked, "--auto-keep").returncode == 0
+        report = up.json("inspect", "tiny", "--quality")
+        assert report["kl"]["mean"] <= 0.05
+        assert ",".join(report["auto_kept"]) == proposed
+        (engine,) = up.json("engines")["engines"]
+        assert engine["key"]["quant"]["calibration_digest"] == report["text_digest"]
+        assert engine["key"]["quant"]["calibration_tokens"] == 4096
+        shown = up.run("inspect", "tiny")
+        assert "int4-gptq-g64, keeps what its limits need, KL at most 0.05" in shown.stdout
+
+        text.write_text(json.dumps("too short"))
+        refused = up.run(*asked)
+        assert refused.returncode in (1, 2)
+        assert "tokens, and at least 513 are needed" in refused.stderr
+    finally:
+        up.close()
+
+
 def test_a_daemon_that_dies_is_reported_and_takes_the_stack_with_it(tmp_path: Path) -> None:
     up = Up(tmp_path / "state")
     (compiler,) = (child for child in up.children if "compiler_service" in child.cmdline())

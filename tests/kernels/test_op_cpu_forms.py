@@ -177,6 +177,27 @@ def test_linear_equals_its_reference(
     torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit)
 
 
+@BY_TARGET
+@pytest.mark.parametrize(("rows", "columns"), [(48, 64), (37, 51), (1, 7)])
+@pytest.mark.parametrize("num_tokens", [1, 3, 17, 40])
+def test_linear_of_int8_activations_equals_its_reference(
+    target: CpuTarget, rows: int, columns: int, num_tokens: int
+) -> None:
+    """Products of integers are exact: nothing but the result's own rounding differs."""
+    torch.manual_seed(rows + num_tokens)
+    weights = {
+        "weight": packed(torch.randn(rows, columns), "int8_channel", "bfloat16"),
+        "bias": packed(torch.randn(rows), "plain", "bfloat16"),
+    }
+    x = torch.randn(num_tokens, columns).to(target.activation_dtype)
+    x[0] = 0.0
+    batch = ragged_batch([(0, 1)], target.kv_dtype, scattered=False)
+    node = Node("linear", (), ("y",), attrs={"activations": "int8"})
+    (expected,), (found,) = run_both(node, [x], weights, target, batch)
+    limit = 0.01 if target.activation_dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit * columns**0.5)
+
+
 def test_linear_keeps_weights_that_fp16_cannot_hold() -> None:
     target = TARGETS["fp32, bf16 cache, FBGEMM"]
     weight = torch.tensor([[1e5, 1.0], [-3e7, 2.0]])

@@ -18,10 +18,23 @@ from shared.engine import (
     is_digest,
 )
 
-KEY = EngineKey("0" * 64, "sm_90", QuantConfig("int4", 64), "builder")
+KEY = EngineKey("0" * 64, "sm_90", QuantConfig("int4-rtn", 64), "builder")
 
 words = st.text(max_size=10)
-keys = st.builds(EngineKey, words, words, st.builds(QuantConfig, words, st.integers(0)), words)
+limits = st.floats(0, allow_nan=False, allow_infinity=False)
+quants = st.builds(
+    QuantConfig,
+    scheme=words,
+    group_size=st.integers(0),
+    keep=st.lists(words).map(tuple),
+    calibration_digest=words,
+    calibration_tokens=st.integers(0),
+    max_kl=limits,
+    max_perplexity_increase=limits,
+    auto_keep=st.booleans(),
+    skip_quality=st.booleans(),
+)
+keys = st.builds(EngineKey, words, words, quants, words)
 
 
 @given(keys)
@@ -41,6 +54,13 @@ def test_keys_share_a_name_only_if_equal(one: EngineKey, two: EngineKey) -> None
         replace(KEY, arch="sm_100"),
         replace(KEY, quant=QuantConfig("int4", 32)),
         replace(KEY, quant=QuantConfig("int8", 64)),
+        replace(KEY, quant=QuantConfig("int4", 64, keep=("lm_head",))),
+        replace(KEY, quant=QuantConfig("int4", 64, calibration_digest="a")),
+        replace(KEY, quant=QuantConfig("int4", 64, calibration_tokens=1)),
+        replace(KEY, quant=QuantConfig("int4", 64, max_kl=0.5)),
+        replace(KEY, quant=QuantConfig("int4", 64, max_perplexity_increase=0.5)),
+        replace(KEY, quant=QuantConfig("int4", 64, auto_keep=True)),
+        replace(KEY, quant=QuantConfig("int4", 64, skip_quality=True)),
         replace(KEY, builder="builder2"),
     ],
 )
@@ -50,7 +70,12 @@ def test_every_part_of_a_key_is_in_its_name(other: EngineKey) -> None:
 
 def test_name_of_a_key_never_changes() -> None:
     """Stored engines are found by it: a new value here orphans all of them."""
-    assert KEY.digest == "34717060309c8f3ecdd11368f57e4977b9b5e5b6ab0320de9260fad67059c488"
+    assert KEY.digest == "d0cce864c0b3b19176e77e2dbb14d99e30c43f1083783a7c8caee1108590a191"
+
+
+def test_an_alias_and_the_order_of_patterns_make_no_difference() -> None:
+    assert QuantConfig("int4", 64) == QuantConfig("int4-rtn", 64)
+    assert QuantConfig("int8", keep=("b", "a", "b")) == QuantConfig("int8", keep=("a", "b"))
 
 
 def test_default_group_size_is_spelled_out() -> None:

@@ -97,7 +97,7 @@ def test_index_holds_the_newest_engine_of_each_arch(store: LocalStore) -> None:
     assert indexes == {
         "tiny-int8": {namesake.manifest.digest},
         f"tiny-int8-{new.key.model_digest[:12]}": {new.manifest.digest, gpu.manifest.digest},
-        "tiny-int4-g32": {int4.manifest.digest},
+        "tiny-int4-rtn-g32": {int4.manifest.digest},
     }
     assert refs(store)[old.key.digest]["digest"] == old.manifest.digest
 

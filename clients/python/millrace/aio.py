@@ -8,7 +8,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from millrace.async_stream import AsyncStream, SingleCall
-from millrace.builds import build_request, has_ended, raise_if_failed
+from millrace.builds import RecipeOptions, build_request, has_ended, raise_if_failed
 from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, open_async_channel
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
@@ -61,9 +61,10 @@ class AsyncClient:
         group_size: int = 0,
         model: str = "",
         on_change: Callable[[compiler_pb2.Operation], None] | None = None,
+        **recipe: Unpack[RecipeOptions],
     ) -> compiler_pb2.Operation:
         """As `Client.build`."""
-        request = build_request(model_uri, archs, quant, group_size, model)
+        request = build_request(model_uri, archs, quant, group_size, model, **recipe)
         operation = (await self._ask_compiler(self._compiler.BuildEngine, request)).operation
         name = operation.name
         async for operation in self.watch_operation(name):

@@ -1,6 +1,7 @@
 """What the SDK knows about builds; pure."""
 
 from collections.abc import Iterable, Sequence
+from typing import TypedDict, Unpack
 
 from millrace.compiler.v1 import compiler_pb2 as pb
 from millrace.engine.v1 import engine_pb2
@@ -11,13 +12,54 @@ TERMINAL_STATES = frozenset(
 )
 
 
+class RecipeOptions(TypedDict, total=False):
+    """How a model is quantized beside scheme and group size, and what that may cost.
+
+    keep: patterns of weights that stay in bf16, such as `lm_head` or `layers.0.*`.
+    calibration: path, on the compile daemon, of the text to calibrate and measure with.
+    calibration_tokens: how many of it a calibrating scheme looks at.
+    max_kl: mean KL divergence, nats a token, beyond which the build fails.
+    max_perplexity_increase: as a share (0.05 is 5 %), beyond which the build fails.
+    auto_keep: keep more weights in bf16 instead of failing.
+    skip_quality: measure nothing.
+    """
+
+    keep: Sequence[str]
+    calibration: str
+    calibration_tokens: int
+    max_kl: float
+    max_perplexity_increase: float
+    auto_keep: bool
+    skip_quality: bool
+
+
 def build_request(
-    model_uri: str, archs: Sequence[str], quant: str, group_size: int, model: str
+    model_uri: str,
+    archs: Sequence[str],
+    quant: str,
+    group_size: int,
+    model: str,
+    **recipe: Unpack[RecipeOptions],
 ) -> pb.BuildEngineRequest:
     """The wire form of what is asked; an empty `quant` leaves the checkpoint's own format."""
-    request = pb.BuildEngineRequest(model_uri=model_uri, archs=archs, model=model)
-    if quant:
-        request.quant.CopyFrom(engine_pb2.QuantConfig(scheme=quant, group_size=group_size))
+    request = pb.BuildEngineRequest(
+        model_uri=model_uri,
+        archs=archs,
+        model=model,
+        calibration_uri=recipe.get("calibration", ""),
+    )
+    config = engine_pb2.QuantConfig(
+        scheme=quant,
+        group_size=group_size,
+        keep=recipe.get("keep", ()),
+        calibration_tokens=recipe.get("calibration_tokens", 0),
+        max_kl=recipe.get("max_kl", 0.0),
+        max_perplexity_increase=recipe.get("max_perplexity_increase", 0.0),
+        auto_keep=recipe.get("auto_keep", False),
+        skip_quality=recipe.get("skip_quality", False),
+    )
+    if config.ByteSize():
+        request.quant.CopyFrom(config)
     return request
 
 

@@ -13,7 +13,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from millrace.artifact.v1 import artifact_pb2, artifact_pb2_grpc
-from millrace.builds import build_request, has_ended, raise_if_failed
+from millrace.builds import RecipeOptions, build_request, has_ended, raise_if_failed
 from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, open_channel
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
@@ -75,16 +75,20 @@ class Client:
         group_size: int = 0,
         model: str = "",
         on_change: Callable[[compiler_pb2.Operation], None] | None = None,
+        **recipe: Unpack[RecipeOptions],
     ) -> compiler_pb2.Operation:
         """The finished operation: one engine per arch, built now or found in the store.
 
         Args:
             on_change: called with the operation as it stands, and at every change.
+            recipe: see `millrace.builds.RecipeOptions`.
 
         Raises:
             MillraceError: it was refused, or one of its builds failed.
         """
-        operation = self.start_build(model_uri, archs, quant, group_size=group_size, model=model)
+        operation = self.start_build(
+            model_uri, archs, quant, group_size=group_size, model=model, **recipe
+        )
         name = operation.name
         for operation in self.watch_operation(name):
             if on_change is not None:
@@ -100,9 +104,10 @@ class Client:
         *,
         group_size: int = 0,
         model: str = "",
+        **recipe: Unpack[RecipeOptions],
     ) -> compiler_pb2.Operation:
         """The operation as it stands; `watch_operation` follows it. Asking twice is asking once."""
-        request = build_request(model_uri, archs, quant, group_size, model)
+        request = build_request(model_uri, archs, quant, group_size, model, **recipe)
         return self._ask_compiler(self._compiler.BuildEngine, request).operation
 
     def watch_operation(self, name: str) -> Iterator[compiler_pb2.Operation]:

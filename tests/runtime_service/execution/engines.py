@@ -14,11 +14,12 @@ from tests.checkpoints import write_checkpoint
 def build_tiny(
     folder: Path, family: str = "llama", quant: str = "fp32", **sizes: Any
 ) -> tuple[LocalStore, EngineManifest]:
-    """A store under `folder` with one engine."""
+    """A store under `folder` with one engine, whatever quantizing it costs."""
     checkpoint = write_checkpoint(folder / f"{family}-model", family, **sizes)
     cache = folder / "cache"
     cache.mkdir(exist_ok=True)
-    resolved = resolve(str(checkpoint), ["cpu"], QuantConfig(quant), family, cache)
+    recipe = QuantConfig(quant, skip_quality=quant not in ("fp32", "bf16"))
+    resolved = resolve(str(checkpoint), ["cpu"], recipe, family, cache)
     store = LocalStore(folder / "store")
     request = BuildRequest(str(checkpoint), resolved.keys["cpu"], family, cache)
     return store, build(request, store, lambda progress: None)

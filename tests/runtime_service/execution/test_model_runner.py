@@ -77,7 +77,9 @@ def assert_same(found: list[TokenLogprobs], expected: list[TokenLogprobs]) -> No
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("quant", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "quant", ["fp32", "bf16", "int8", "int4", "int4-awq", "int4-gptq", "w8a8-int8"]
+)
 def test_runner_gives_the_references_log_probabilities(
     tmp_path: Path, family: str, quant: str
 ) -> None:

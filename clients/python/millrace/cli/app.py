@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from millrace.cli.failures import EXIT_CODES_HELP, USAGE, CommandFailed, report
 
 if TYPE_CHECKING:
+    from millrace.builds import RecipeOptions
     from millrace.generation import GenerateOptions
 
 _IS_FANCY = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -69,7 +70,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 Quant = Annotated[
     str,
     typer.Option(
-        "--quant", "-q", metavar="SCHEME", help="bf16, fp32, int8, int4, int4-g128, fp8, as-is."
+        "--quant", "-q", metavar="SCHEME", help="bf16, fp32, int8, int4-awq, int4-g128, fp8, as-is ..."
     ),
 ]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many.")]
@@ -132,23 +133,62 @@ def build(
     ] = "auto",
     quant: Quant = "",
     name: Annotated[str, typer.Option("--name", help="What runtimes call the model.")] = "",
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep", metavar="PATTERNS", help="Weights that stay in bf16: lm_head,layers.0.*"
+        ),
+    ] = "",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Text or .jsonl to calibrate and measure with; a small one is shipped.",
+        ),
+    ] = "",
+    calibration_tokens: Annotated[
+        int, typer.Option("--calibration-tokens", min=0, help="To look at; 0: 4096.")
+    ] = 0,
+    max_kl: Annotated[
+        float, typer.Option("--max-kl", min=0, help="Mean KL divergence allowed; 0: the default.")
+    ] = 0.0,
+    max_perplexity_increase: Annotated[
+        float,
+        typer.Option(
+            "--max-perplexity-increase", min=0, help="Allowed, as a share: 0.05; 0: the default."
+        ),
+    ] = 0.0,
+    auto_keep: Annotated[
+        bool, typer.Option("--auto-keep", help="Beyond the limits keep more weights in bf16.")
+    ] = False,
+    skip_quality: Annotated[
+        bool, typer.Option("--no-quality", help="Measure nothing, promise nothing.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for it.")] = False,
     compiler: Compiler = _COMPILER,
     as_json: AsJson = False,
 ) -> None:
     """Build a model into engines, one per arch, and watch. Asking twice builds once."""
     from millrace.cli.building import build as run
-    from millrace.cli.building import parse_quant
+    from millrace.cli.building import parse_keep, parse_quant
     from millrace.cli.machine import local_arch
     from millrace.client import Client
 
     archs = [local_arch()] if arch == "auto" else [a.strip() for a in arch.split(",") if a.strip()]
-    path = Path(model)
-    if path.exists():  # the daemon's working folder is not ours
-        model = str(path.resolve())
+    model = _daemon_path(model)
     scheme, group_size = parse_quant(quant)
+    recipe: RecipeOptions = {
+        "keep": parse_keep(keep),
+        "calibration": _daemon_path(calibration),
+        "calibration_tokens": calibration_tokens,
+        "max_kl": max_kl,
+        "max_perplexity_increase": max_perplexity_increase,
+        "auto_keep": auto_keep,
+        "skip_quality": skip_quality,
+    }
     with Client(compiler) as client:
-        run(client, model, archs, scheme, group_size, name, detach=detach, as_json=as_json)
+        run(client, model, archs, scheme, group_size, name, recipe, detach=detach, as_json=as_json)
 
 
 @app.command(epilog="Example: millrace builds --json | jq .builds[0].state")
@@ -192,15 +232,22 @@ def inspect(
     graph: Annotated[
         bool, typer.Option("--graph", help="Print the graph before and after the passes.")
     ] = False,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Show what quantizing cost, layer by layer.")
+    ] = False,
     compiler: Compiler = _COMPILER,
     as_json: AsJson = False,
 ) -> None:
-    """Show an engine: key, sizes, layers, graph, kernels, build times."""
+    """Show an engine: key, sizes, layers, graph, kernels, build times; or its quality report."""
     from millrace.cli.inspecting import inspect as run
+    from millrace.cli.quality import show_quality
     from millrace.client import Client
 
     with Client(compiler) as client:
-        run(client, engine, with_graph=graph, as_json=as_json)
+        if quality:
+            show_quality(client, engine, as_json=as_json)
+        else:
+            run(client, engine, with_graph=graph, as_json=as_json)
 
 
 @app.command(epilog="Example: millrace load smollm2-135m")
@@ -340,6 +387,12 @@ def demo(
     from millrace.cli.up import demo as run
 
     run(state.expanduser().resolve(), model, quant, question or QUESTION)
+
+
+def _daemon_path(text: str) -> str:
+    """`text`, absolute where it is a path here: the daemon's working folder is not ours."""
+    path = Path(text)
+    return str(path.resolve()) if text and path.exists() else text
 
 
 def _options(

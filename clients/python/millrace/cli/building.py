@@ -1,10 +1,11 @@
 """`millrace build`: asks for engines and shows how they come about."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from millrace.builds import raise_if_failed
+from millrace.builds import RecipeOptions, raise_if_failed
 from millrace.cli import output
 from millrace.cli.failures import USAGE, CommandFailed
 from millrace.client import Client
@@ -36,6 +37,7 @@ def build(
     quant: str,
     group_size: int,
     model: str,
+    recipe: RecipeOptions | None = None,
     *,
     detach: bool = False,
     as_json: bool = False,
@@ -50,7 +52,9 @@ def build(
         MillraceError: it was refused, or one of its builds failed.
     """
     start = time.monotonic()
-    operation = client.start_build(model_uri, archs, quant, group_size=group_size, model=model)
+    operation = client.start_build(
+        model_uri, archs, quant, group_size=group_size, model=model, **(recipe or {})
+    )
     if detach:
         _show_detached(operation, as_json)
         return operation
@@ -75,10 +79,26 @@ def parse_quant(text: str) -> tuple[str, int]:
     Raises:
         CommandFailed: it is not of that form.
     """
-    scheme, separator, group = text.partition("-g")
-    if separator and not group.isdigit():
-        raise CommandFailed(f"--quant {text!r} is not of the form int8 or int4-g64", USAGE)
-    return scheme, int(group) if separator else 0
+    # A scheme's own name may hold `-g`, as int4-gptq does.
+    found = re.fullmatch(r"(.*?)(?:-g(\d+))?", text)
+    if found is None or re.search(r"-g(?!ptq)", found[1]):
+        raise CommandFailed(f"--quant {text!r} is not of the form int8 or int4-awq-g64", USAGE)
+    return found[1], int(found[2] or 0)
+
+
+def parse_keep(text: str) -> list[str]:
+    """The patterns in `lm_head,layers.0.*=bf16`; what is kept stays in bf16, said or not.
+
+    Raises:
+        CommandFailed: another format is asked for.
+    """
+    patterns = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        pattern, _, kept_as = part.partition("=")
+        if kept_as not in ("", "bf16"):
+            raise CommandFailed(f"--keep {part!r}: what is kept stays in bf16", USAGE)
+        patterns.append(pattern)
+    return patterns
 
 
 class Speed:

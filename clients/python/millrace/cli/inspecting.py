@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from millrace.cli import output
-from millrace.cli.listing import quant_text
+from millrace.cli.listing import recipe_text
 from millrace.cli.loading import find_engine
 from millrace.client import Client
 from millrace.compiler.v1 import compiler_pb2
@@ -115,7 +115,7 @@ def _show_key(engine: engine_pb2.Engine, graph: dict[str, Any]) -> None:
             ("engine", engine.name),
             ("model", f"{engine.model} ({config.get('family', 'unknown family')}: {shape})"),
             ("arch", engine.key.arch),
-            ("quant", quant_text(engine.key.quant)),
+            ("quant", recipe_text(engine.key.quant)),
             ("size", f"{output.bytes_text(total)} in {len(engine.layers)} layers"),
             ("format", str(engine.format_version)),
             ("model digest", engine.key.model_digest),

@@ -58,6 +58,22 @@ def quant_text(quant: engine_pb2.QuantConfig) -> str:
     return f"{quant.scheme}-g{quant.group_size}" if quant.group_size else quant.scheme
 
 
+def recipe_text(quant: engine_pb2.QuantConfig) -> str:
+    """A quantization with what else its recipe says: `int4-awq-g64, keeps lm_head`."""
+    parts = [quant_text(quant)]
+    if quant.keep:
+        parts.append(f"keeps {','.join(quant.keep)}")
+    if quant.auto_keep:
+        parts.append("keeps what its limits need")
+    if quant.max_kl:
+        parts.append(f"KL at most {quant.max_kl:g}")
+    if quant.max_perplexity_increase:
+        parts.append(f"perplexity at most {quant.max_perplexity_increase:+.0%}")
+    if quant.skip_quality:
+        parts.append("not measured")
+    return ", ".join(parts)
+
+
 def _build_row(build: compiler_pb2.Build) -> tuple[str, ...]:
     state = state_text(build)
     if build.state == compiler_pb2.BUILD_STATE_FAILED:

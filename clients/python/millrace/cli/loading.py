@@ -30,6 +30,14 @@ def serve(client: Client, engine: engine_pb2.Engine) -> engine_pb2.Engine:
     )
 
 
+def _is_meant(text: str, quant: engine_pb2.QuantConfig) -> bool:
+    """Claims that `text` means `quant`: in full, or without its group size; empty means any."""
+    names = {quant_text(quant), quant.scheme}
+    if quant.scheme == "int4-rtn":
+        names |= {name.replace("int4-rtn", "int4") for name in names}
+    return not text or text in names
+
+
 def find_engine(client: Client, name: str, quant: str) -> engine_pb2.Engine:
     """The newest engine of a model, or the one of that name or digits.
 
@@ -44,7 +52,7 @@ def find_engine(client: Client, name: str, quant: str) -> engine_pb2.Engine:
     found = [
         engine
         for engine in client.list_engines()
-        if engine.model == name and quant in ("", quant_text(engine.key.quant))
+        if engine.model == name and _is_meant(quant, engine.key.quant)
     ]
     kinds = {f"{engine.key.arch} {quant_text(engine.key.quant)}" for engine in found}
     if len(kinds) > 1:

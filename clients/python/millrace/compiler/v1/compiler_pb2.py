@@ -28,17 +28,17 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from millrace.engine.v1 import engine_pb2 as millrace_dot_engine_dot_v1_dot_engine__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#millrace/compiler/v1/compiler.proto\x12\x14millrace.compiler.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1fmillrace/engine/v1/engine.proto\"\xd9\x01\n\tOperation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x33\n\x05state\x18\x02 \x01(\x0e\x32$.millrace.compiler.v1.OperationState\x12+\n\x06\x62uilds\x18\x03 \x03(\x0b\x32\x1b.millrace.compiler.v1.Build\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\x12\x39\n\x07request\x18\x05 \x01(\x0b\x32(.millrace.compiler.v1.BuildEngineRequest\"\xc4\x03\n\x05\x42uild\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x03key\x18\x02 \x01(\x0b\x32\x1d.millrace.engine.v1.EngineKey\x12\x11\n\tmodel_uri\x18\x03 \x01(\t\x12/\n\x05state\x18\x04 \x01(\x0e\x32 .millrace.compiler.v1.BuildState\x12\x0e\n\x06\x63\x61\x63hed\x18\x05 \x01(\x08\x12\x30\n\x08progress\x18\x06 \x01(\x0b\x32\x1e.millrace.compiler.v1.Progress\x12!\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0f\n\x07\x61ttempt\x18\x08 \x01(\x05\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\rstage_timings\x18\x0c \x03(\x0b\x32!.millrace.compiler.v1.StageTiming\"|\n\x08Progress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x10\n\x08\x66raction\x18\x02 \x01(\x02\x12\x12\n\ndone_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03\x12&\n\x03\x65ta\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"I\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"u\n\x12\x42uildEngineRequest\x12\x11\n\tmodel_uri\x18\x01 \x01(\t\x12\r\n\x05\x61rchs\x18\x02 \x03(\t\x12.\n\x05quant\x18\x03 \x01(\x0b\x32\x1f.millrace.engine.v1.QuantConfig\x12\r\n\x05model\x18\x04 \x01(\t\"I\n\x13\x42uildEngineResponse\x12\x32\n\toperation\x18\x01 \x01(\x0b\x32\x1f.millrace.compiler.v1.Operation\"%\n\x15WatchOperationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x16WatchOperationResponse\x12\x32\n\toperation\x18\x01 \x01(\x0b\x32\x1f.millrace.compiler.v1.Operation\"\x1f\n\x0fGetBuildRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x10GetBuildResponse\x12*\n\x05\x62uild\x18\x01 \x01(\x0b\x32\x1b.millrace.compiler.v1.Build\"!\n\x11WatchBuildRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"@\n\x12WatchBuildResponse\x12*\n\x05\x62uild\x18\x01 \x01(\x0b\x32\x1b.millrace.compiler.v1.Build\"\"\n\x12\x43\x61ncelBuildRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x13\x43\x61ncelBuildResponse\x12*\n\x05\x62uild\x18\x01 \x01(\x0b\x32\x1b.millrace.compiler.v1.Build\":\n\x11ListBuildsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x12ListBuildsResponse\x12+\n\x06\x62uilds\x18\x01 \x03(\x0b\x32\x1b.millrace.compiler.v1.Build\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\";\n\x12ListEnginesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x13ListEnginesResponse\x12+\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x1a.millrace.engine.v1.Engine\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10GetEngineRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"k\n\x11GetEngineResponse\x12*\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x1a.millrace.engine.v1.Engine\x12*\n\x05\x62uild\x18\x02 \x01(\x0b\x32\x1b.millrace.compiler.v1.Build\"#\n\x13\x44\x65leteEngineRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteEngineResponse*\x8a\x01\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19OPERATION_STATE_RESOLVING\x10\x01\x12\x1c\n\x18OPERATION_STATE_RESOLVED\x10\x02\x12\x1a\n\x16OPERATION_STATE_FAILED\x10\x03*\xa8\x01\n\nBuildState\x12\x1b\n\x17\x42UILD_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42UILD_STATE_QUEUED\x10\x01\x12\x17\n\x13\x42UILD_STATE_RUNNING\x10\x02\x12\x19\n\x15\x42UILD_STATE_SUCCEEDED\x10\x03\x12\x16\n\x12\x42UILD_STATE_FAILED\x10\x04\x12\x19\n\x15\x42UILD_STATE_CANCELLED\x10\x05\x32\x90\x07\n\x0f\x43ompilerService\x12\x62\n\x0b\x42uildEngine\x12(.millrace.compiler.v1.BuildEngineRequest\x1a).millrace.compiler.v1.BuildEngineResponse\x12m\n\x0eWatchOperation\x12+.millrace.compiler.v1.WatchOperationRequest\x1a,.millrace.compiler.v1.WatchOperationResponse0\x01\x12Y\n\x08GetBuild\x12%.millrace.compiler.v1.GetBuildRequest\x1a&.millrace.compiler.v1.GetBuildResponse\x12\x61\n\nWatchBuild\x12\'.millrace.compiler.v1.WatchBuildRequest\x1a(.millrace.compiler.v1.WatchBuildResponse0\x01\x12\x62\n\x0b\x43\x61ncelBuild\x12(.millrace.compiler.v1.CancelBuildRequest\x1a).millrace.compiler.v1.CancelBuildResponse\x12_\n\nListBuilds\x12\'.millrace.compiler.v1.ListBuildsRequest\x1a(.millrace.compiler.v1.ListBuildsResponse\x12\x62\n\x0bListEngines\x12(.millrace.compiler.v1.ListEnginesRequest\x1a).millrace.compiler.v1.ListEnginesResponse\x12\\\n\tGetEngine\x12&.millrace.compiler.v1.GetEngineRequest\x1a\'.millrace.compiler.v1.GetEngineResponse\x12\x65\n\x0c\x44\x65leteEngine\x12).millrace.compiler.v1.DeleteEngineRequest\x1a*.millrace.compiler.v1.DeleteEngineResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#millrace/compiler/v1/compiler.proto\x12\x14millrace.compiler.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1fmillrace/engine/v1/engine.proto\"\xd9\x01\n\tOperation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x33\n\x05state\x18\x02 \x01(\x0e\x32$.millrace.compiler.v1.OperationState\x12+\n\x06\x62uilds\x18\x03 \x03(\x0b\x32\x1b.millrace.compiler.v1.Build\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\x12\x39\n\x07request\x18\x05 \x01(\x0b\x32(.millrace.compiler.v1.BuildEngineRequest\"\xc4\x03\n\x05\x42uild\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x03key\x18\x02 \x01(\x0b\x32\x1d.millrace.engine.v1.EngineKey\x12\x11\n\tmodel_uri\x18\x03 \x01(\t\x12/\n\x05state\x18\x04 \x01(\x0e\x32 .millrace.compiler.v1.BuildState\x12\x0e\n\x06\x63\x61\x63hed\x18\x05 \x01(\x08\x12\x30\n\x08progress\x18\x06 \x01(\x0b\x32\x1e.millrace.compiler.v1.Progress\x12!\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.Status\x12\x0f\n\x07\x61ttempt\x18\x08 \x01(\x05\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\rstage_timings\x18\x0c \x03(\x0b\x32!.millrace.compiler.v1.StageTiming\"|\n\x08Progress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x10\n\x08\x66raction\x18\x02 \x01(\x02\x12\x12\n\ndone_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03\x12&\n\x03\x65ta\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"I\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8e\x01\n\x12\x42uildEngineRequest\x12\x11\n\tmodel_uri\x18\x01 \x01(\t\x12\r\n\x05\x61rchs\x18\x02 \x03(\t\x12.\n\x05quant\x18\x03 \x01(\x0b\x32\x1f.millrace.engine.v1.QuantConfig\x12\r\n\x05model\x18\x04 \x01(\t\x12\x17\n\x0f\x63\x61libration_uri\x18\x05 \x01(\t\"I\n\x13\x42uildEngineResponse\x12\x32\n\toperation\x18\x01 \x01(\x0b\x32\x1f.millrace.compiler.v1.Operation\"%\n\x15WatchOperationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x16WatchOperationResponse\x12\x32\n\toperation\x18\x01 \x01(\x0b\x32\x1f.millrace.compiler.v1.Operation\"\x1f\n\x0fGetBuildRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x10GetBuildResponse\x12*\n\x05\x62uild\x18\x01 \x01(\x0b\x32\x1b.millrace.compiler.v1.Build\"!\n\x11WatchBuildRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"@\n\x12WatchBuildResponse\x12*\n\x05\x62uild\x18\x01 \x01(\x0b\x32\x1b.millrace.compiler.v1.Build\"\"\n\x12\x43\x61ncelBuildRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x13\x43\x61ncelBuildResponse\x12*\n\x05\x62uild\x18\x01 \x01(\x0b\x32\x1b.millrace.compiler.v1.Build\":\n\x11ListBuildsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x12ListBuildsResponse\x12+\n\x06\x62uilds\x18\x01 \x03(\x0b\x32\x1b.millrace.compiler.v1.Build\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\";\n\x12ListEnginesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x13ListEnginesResponse\x12+\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x1a.millrace.engine.v1.Engine\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x10GetEngineRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"k\n\x11GetEngineResponse\x12*\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x1a.millrace.engine.v1.Engine\x12*\n\x05\x62uild\x18\x02 \x01(\x0b\x32\x1b.millrace.compiler.v1.Build\"#\n\x13\x44\x65leteEngineRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteEngineResponse*\x8a\x01\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19OPERATION_STATE_RESOLVING\x10\x01\x12\x1c\n\x18OPERATION_STATE_RESOLVED\x10\x02\x12\x1a\n\x16OPERATION_STATE_FAILED\x10\x03*\xa8\x01\n\nBuildState\x12\x1b\n\x17\x42UILD_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42UILD_STATE_QUEUED\x10\x01\x12\x17\n\x13\x42UILD_STATE_RUNNING\x10\x02\x12\x19\n\x15\x42UILD_STATE_SUCCEEDED\x10\x03\x12\x16\n\x12\x42UILD_STATE_FAILED\x10\x04\x12\x19\n\x15\x42UILD_STATE_CANCELLED\x10\x05\x32\x90\x07\n\x0f\x43ompilerService\x12\x62\n\x0b\x42uildEngine\x12(.millrace.compiler.v1.BuildEngineRequest\x1a).millrace.compiler.v1.BuildEngineResponse\x12m\n\x0eWatchOperation\x12+.millrace.compiler.v1.WatchOperationRequest\x1a,.millrace.compiler.v1.WatchOperationResponse0\x01\x12Y\n\x08GetBuild\x12%.millrace.compiler.v1.GetBuildRequest\x1a&.millrace.compiler.v1.GetBuildResponse\x12\x61\n\nWatchBuild\x12\'.millrace.compiler.v1.WatchBuildRequest\x1a(.millrace.compiler.v1.WatchBuildResponse0\x01\x12\x62\n\x0b\x43\x61ncelBuild\x12(.millrace.compiler.v1.CancelBuildRequest\x1a).millrace.compiler.v1.CancelBuildResponse\x12_\n\nListBuilds\x12\'.millrace.compiler.v1.ListBuildsRequest\x1a(.millrace.compiler.v1.ListBuildsResponse\x12\x62\n\x0bListEngines\x12(.millrace.compiler.v1.ListEnginesRequest\x1a).millrace.compiler.v1.ListEnginesResponse\x12\\\n\tGetEngine\x12&.millrace.compiler.v1.GetEngineRequest\x1a\'.millrace.compiler.v1.GetEngineResponse\x12\x65\n\x0c\x44\x65leteEngine\x12).millrace.compiler.v1.DeleteEngineRequest\x1a*.millrace.compiler.v1.DeleteEngineResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'millrace.compiler.v1.compiler_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OPERATIONSTATE']._serialized_start=2183
-  _globals['_OPERATIONSTATE']._serialized_end=2321
-  _globals['_BUILDSTATE']._serialized_start=2324
-  _globals['_BUILDSTATE']._serialized_end=2492
+  _globals['_OPERATIONSTATE']._serialized_start=2209
+  _globals['_OPERATIONSTATE']._serialized_end=2347
+  _globals['_BUILDSTATE']._serialized_start=2350
+  _globals['_BUILDSTATE']._serialized_end=2518
   _globals['_OPERATION']._serialized_start=185
   _globals['_OPERATION']._serialized_end=402
   _globals['_BUILD']._serialized_start=405
@@ -47,42 +47,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROGRESS']._serialized_end=983
   _globals['_STAGETIMING']._serialized_start=985
   _globals['_STAGETIMING']._serialized_end=1058
-  _globals['_BUILDENGINEREQUEST']._serialized_start=1060
-  _globals['_BUILDENGINEREQUEST']._serialized_end=1177
-  _globals['_BUILDENGINERESPONSE']._serialized_start=1179
-  _globals['_BUILDENGINERESPONSE']._serialized_end=1252
-  _globals['_WATCHOPERATIONREQUEST']._serialized_start=1254
-  _globals['_WATCHOPERATIONREQUEST']._serialized_end=1291
-  _globals['_WATCHOPERATIONRESPONSE']._serialized_start=1293
-  _globals['_WATCHOPERATIONRESPONSE']._serialized_end=1369
-  _globals['_GETBUILDREQUEST']._serialized_start=1371
-  _globals['_GETBUILDREQUEST']._serialized_end=1402
-  _globals['_GETBUILDRESPONSE']._serialized_start=1404
-  _globals['_GETBUILDRESPONSE']._serialized_end=1466
-  _globals['_WATCHBUILDREQUEST']._serialized_start=1468
-  _globals['_WATCHBUILDREQUEST']._serialized_end=1501
-  _globals['_WATCHBUILDRESPONSE']._serialized_start=1503
-  _globals['_WATCHBUILDRESPONSE']._serialized_end=1567
-  _globals['_CANCELBUILDREQUEST']._serialized_start=1569
-  _globals['_CANCELBUILDREQUEST']._serialized_end=1603
-  _globals['_CANCELBUILDRESPONSE']._serialized_start=1605
-  _globals['_CANCELBUILDRESPONSE']._serialized_end=1670
-  _globals['_LISTBUILDSREQUEST']._serialized_start=1672
-  _globals['_LISTBUILDSREQUEST']._serialized_end=1730
-  _globals['_LISTBUILDSRESPONSE']._serialized_start=1732
-  _globals['_LISTBUILDSRESPONSE']._serialized_end=1822
-  _globals['_LISTENGINESREQUEST']._serialized_start=1824
-  _globals['_LISTENGINESREQUEST']._serialized_end=1883
-  _globals['_LISTENGINESRESPONSE']._serialized_start=1885
-  _globals['_LISTENGINESRESPONSE']._serialized_end=1976
-  _globals['_GETENGINEREQUEST']._serialized_start=1978
-  _globals['_GETENGINEREQUEST']._serialized_end=2010
-  _globals['_GETENGINERESPONSE']._serialized_start=2012
-  _globals['_GETENGINERESPONSE']._serialized_end=2119
-  _globals['_DELETEENGINEREQUEST']._serialized_start=2121
-  _globals['_DELETEENGINEREQUEST']._serialized_end=2156
-  _globals['_DELETEENGINERESPONSE']._serialized_start=2158
-  _globals['_DELETEENGINERESPONSE']._serialized_end=2180
-  _globals['_COMPILERSERVICE']._serialized_start=2495
-  _globals['_COMPILERSERVICE']._serialized_end=3407
+  _globals['_BUILDENGINEREQUEST']._serialized_start=1061
+  _globals['_BUILDENGINEREQUEST']._serialized_end=1203
+  _globals['_BUILDENGINERESPONSE']._serialized_start=1205
+  _globals['_BUILDENGINERESPONSE']._serialized_end=1278
+  _globals['_WATCHOPERATIONREQUEST']._serialized_start=1280
+  _globals['_WATCHOPERATIONREQUEST']._serialized_end=1317
+  _globals['_WATCHOPERATIONRESPONSE']._serialized_start=1319
+  _globals['_WATCHOPERATIONRESPONSE']._serialized_end=1395
+  _globals['_GETBUILDREQUEST']._serialized_start=1397
+  _globals['_GETBUILDREQUEST']._serialized_end=1428
+  _globals['_GETBUILDRESPONSE']._serialized_start=1430
+  _globals['_GETBUILDRESPONSE']._serialized_end=1492
+  _globals['_WATCHBUILDREQUEST']._serialized_start=1494
+  _globals['_WATCHBUILDREQUEST']._serialized_end=1527
+  _globals['_WATCHBUILDRESPONSE']._serialized_start=1529
+  _globals['_WATCHBUILDRESPONSE']._serialized_end=1593
+  _globals['_CANCELBUILDREQUEST']._serialized_start=1595
+  _globals['_CANCELBUILDREQUEST']._serialized_end=1629
+  _globals['_CANCELBUILDRESPONSE']._serialized_start=1631
+  _globals['_CANCELBUILDRESPONSE']._serialized_end=1696
+  _globals['_LISTBUILDSREQUEST']._serialized_start=1698
+  _globals['_LISTBUILDSREQUEST']._serialized_end=1756
+  _globals['_LISTBUILDSRESPONSE']._serialized_start=1758
+  _globals['_LISTBUILDSRESPONSE']._serialized_end=1848
+  _globals['_LISTENGINESREQUEST']._serialized_start=1850
+  _globals['_LISTENGINESREQUEST']._serialized_end=1909
+  _globals['_LISTENGINESRESPONSE']._serialized_start=1911
+  _globals['_LISTENGINESRESPONSE']._serialized_end=2002
+  _globals['_GETENGINEREQUEST']._serialized_start=2004
+  _globals['_GETENGINEREQUEST']._serialized_end=2036
+  _globals['_GETENGINERESPONSE']._serialized_start=2038
+  _globals['_GETENGINERESPONSE']._serialized_end=2145
+  _globals['_DELETEENGINEREQUEST']._serialized_start=2147
+  _globals['_DELETEENGINEREQUEST']._serialized_end=2182
+  _globals['_DELETEENGINERESPONSE']._serialized_start=2184
+  _globals['_DELETEENGINERESPONSE']._serialized_end=2206
+  _globals['_COMPILERSERVICE']._serialized_start=2521
+  _globals['_COMPILERSERVICE']._serialized_end=3433
 # @@protoc_insertion_point(module_scope)

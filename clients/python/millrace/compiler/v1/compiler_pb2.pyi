@@ -227,7 +227,9 @@ class Progress(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     ETA_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """The stage: `import`, `passes`, `quantize`, `quality`, `kernels`, `publish`."""
+    """The stage: `import`, `passes`, `calibrate`, `quantize`, `quality`,
+    `kernels`, `publish`; those that the build needs.
+    """
     fraction: _builtins.float
     """Share of the whole build that is done, from 0 to 1."""
     done_bytes: _builtins.int
@@ -293,6 +295,7 @@ class BuildEngineRequest(_message.Message):
     ARCHS_FIELD_NUMBER: _builtins.int
     QUANT_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    CALIBRATION_URI_FIELD_NUMBER: _builtins.int
     model_uri: _builtins.str
     """Where the compile daemon reads the checkpoint: a path or `file:` URI of a
     Hugging Face folder or a GGUF file, `hf:org/name@revision`,
@@ -301,6 +304,11 @@ class BuildEngineRequest(_message.Message):
     model: _builtins.str
     """Name under which runtimes may select the engine. Empty means a name derived
     from `model_uri`.
+    """
+    calibration_uri: _builtins.str
+    """Where the compile daemon reads the text to calibrate and measure with: a
+    path or `file:` URI of plain text (UTF-8), or of JSON lines with a `text`
+    field (`.jsonl`). Empty means a small text that the daemon brings.
     """
     @_builtins.property
     def archs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -317,10 +325,11 @@ class BuildEngineRequest(_message.Message):
         archs: _abc.Iterable[_builtins.str] | None = ...,
         quant: _engine_pb2.QuantConfig | None = ...,
         model: _builtins.str = ...,
+        calibration_uri: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["quant", b"quant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["archs", b"archs", "model", b"model", "model_uri", b"model_uri", "quant", b"quant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archs", b"archs", "calibration_uri", b"calibration_uri", "model", b"model", "model_uri", b"model_uri", "quant", b"quant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

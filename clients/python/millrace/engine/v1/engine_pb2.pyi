@@ -69,30 +69,72 @@ Global___EngineKey: _TypeAlias = EngineKey  # noqa: Y015
 
 @_typing.final
 class QuantConfig(_message.Message):
-    """How an engine's weights are stored."""
+    """How an engine's weights are stored, and what that may cost: a recipe. A
+    selector finds engines by scheme and group size alone; the other fields tell
+    builds apart, and among engines that differ in them the newest is found.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SCHEME_FIELD_NUMBER: _builtins.int
     GROUP_SIZE_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    CALIBRATION_DIGEST_FIELD_NUMBER: _builtins.int
+    CALIBRATION_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_KL_FIELD_NUMBER: _builtins.int
+    MAX_PERPLEXITY_INCREASE_FIELD_NUMBER: _builtins.int
+    AUTO_KEEP_FIELD_NUMBER: _builtins.int
+    SKIP_QUALITY_FIELD_NUMBER: _builtins.int
     scheme: _builtins.str
-    """One of the compile daemon's schemes, such as `bf16`, `fp32`, `int8`,
-    `int4` or `fp8`.
+    """One of the compile daemon's schemes, such as `bf16`, `int8`, `int4-awq` or
+    `fp8`; docs/QUANTIZATION.md has the table. `int4` is read as `int4-rtn`.
     """
     group_size: _builtins.int
     """Weights that share one scale along the input dimension. 0 means the
     scheme's default: one scale per output channel for `int8` and `fp8`, 64
-    for `int4`.
+    for the `int4` schemes.
     """
+    calibration_digest: _builtins.str
+    """SHA-256 of the text that the build calibrates and measures with, lowercase
+    hexadecimal. Filled in by the compile daemon; leave it unset.
+    """
+    calibration_tokens: _builtins.int
+    """Tokens of that text that a calibrating scheme looks at. 0 means 4096."""
+    max_kl: _builtins.float
+    """The mean KL divergence from the unquantized model, in nats a token, beyond
+    which the build fails. 0 means the scheme's default.
+    """
+    max_perplexity_increase: _builtins.float
+    """By how much perplexity may rise, as a share of the unquantized model's,
+    before the build fails. 0 means the scheme's default.
+    """
+    auto_keep: _builtins.bool
+    """Keep more weights in bf16, as few as are found to do, instead of failing."""
+    skip_quality: _builtins.bool
+    """Measure nothing: the engine carries no quality report and passed no gate."""
+    @_builtins.property
+    def keep(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Weights that stay in bf16: patterns with `*` and `?` over the names that
+        `millrace inspect` shows, such as `lm_head` or `layers.0.*`, or over the
+        checkpoint's own names. One that matches nothing is an error.
+        """
+
     def __init__(
         self,
         *,
         scheme: _builtins.str = ...,
         group_size: _builtins.int = ...,
+        keep: _abc.Iterable[_builtins.str] | None = ...,
+        calibration_digest: _builtins.str = ...,
+        calibration_tokens: _builtins.int = ...,
+        max_kl: _builtins.float = ...,
+        max_perplexity_increase: _builtins.float = ...,
+        auto_keep: _builtins.bool = ...,
+        skip_quality: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_size", b"group_size", "scheme", b"scheme"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_keep", b"auto_keep", "calibration_digest", b"calibration_digest", "calibration_tokens", b"calibration_tokens", "group_size", b"group_size", "keep", b"keep", "max_kl", b"max_kl", "max_perplexity_increase", b"max_perplexity_increase", "scheme", b"scheme", "skip_quality", b"skip_quality"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,116 @@
+"""`millrace inspect --quality`: what quantizing cost an engine, as its build measured it."""
+
+import json
+import re
+from typing import Any
+
+from millrace.cli import output
+from millrace.cli.failures import NOT_FOUND, CommandFailed
+from millrace.cli.listing import recipe_text
+from millrace.cli.loading import find_engine
+from millrace.client import Client
+from millrace.engine.v1 import engine_pb2
+
+_TITLE = "quality.json"
+_BAR_CELLS = 40
+# Eighths of a cell, for bars that end between cells.
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def show_quality(client: Client, name: str, *, as_json: bool) -> None:
+    """Prints an engine's quality report: numbers, worst weights, and a bar per layer.
+
+    Raises:
+        CommandFailed: the engine has none.
+    """
+    engine = client.get_engine(find_engine(client, name, "").name).engine
+    report = _read_report(client, engine)
+    if as_json:
+        output.print_json(report)
+        return
+    _show_numbers(engine, report)
+    _show_worst(report)
+    output.print_line("\nlargest error of each layer's own output, relative:")
+    for line in error_plot(report["weights"]):
+        output.print_line(f"  {line}")
+
+
+def _read_report(client: Client, engine: engine_pb2.Engine) -> dict[str, Any]:
+    for layer in engine.layers:
+        if layer.title == _TITLE:
+            report: dict[str, Any] = json.loads(client.read_blob(layer.digest))
+            return report
+    text = recipe_text(engine.key.quant)
+    raise CommandFailed(f"{engine.name} ({text}) has no quality report", NOT_FOUND)
+
+
+def error_plot(weights: list[dict[str, Any]]) -> list[str]:
+    """A bar per layer: the largest `error` of its weights; what is in no layer has its own bar."""
+    errors: dict[str, float] = {}
+    for weight in weights:
+        layer = re.match(r"layers\.\d+", weight["weight"])
+        name = layer[0] if layer else weight["weight"]
+        errors[name] = max(errors.get(name, 0.0), weight["error"])
+    highest = max(errors.values(), default=0.0)
+    width = max(map(len, errors), default=0)
+    return [
+        f"{name.ljust(width)}  {_bar(error / highest if highest else 0.0)}  {error:.2%}"
+        for name, error in errors.items()
+    ]
+
+
+def _bar(share: float) -> str:
+    whole, eighths = divmod(round(share * _BAR_CELLS * 8), 8)
+    return ("█" * whole + _EIGHTHS[eighths] * (whole < _BAR_CELLS)).ljust(_BAR_CELLS)
+
+
+def _show_numbers(engine: engine_pb2.Engine, report: dict[str, Any]) -> None:
+    kl, perplexity, limits = report["kl"], report["perplexity"], report["limits"]
+    output.print_fields(
+        (
+            ("engine", engine.name),
+            ("quant", recipe_text(engine.key.quant)),
+            ("KL divergence", f"{kl['mean']:.4g} nats a token, 99 % below {kl['p99']:.4g}"),
+            ("", f"allowed {limits['max_kl']:g}"),
+            ("same top token", f"{report['top1_agreement']:.1%}"),
+            (
+                "perplexity",
+                f"{perplexity['unquantized']:.3f} -> {perplexity['quantized']:.3f} "
+                f"({perplexity['increase']:+.2%}, allowed "
+                f"{limits['max_perplexity_increase']:+.2%})",
+            ),
+            ("needle", needle_text(report["needle"])),
+            ("measured on", f"{report['measured_tokens']} tokens that no calibration saw"),
+            ("kept in bf16", ", ".join(report["kept"]) or "nothing"),
+            *(
+                (("", f"of these the build chose {', '.join(report['auto_kept'])}"),)
+                if report["auto_kept"]
+                else ()
+            ),
+        )
+    )
+
+
+def needle_text(needle: dict[str, Any]) -> str:
+    """The long-context probe in a line."""
+    if not needle["is_applicable"]:
+        return "not applicable: the unquantized model does not find it"
+    depths = ", ".join(
+        f"{result['depth']:.0%} deep {'found' if result['quantized'] else 'LOST'}"
+        for result in needle["depths"]
+    )
+    return f"in {needle['context_tokens']} tokens: {depths}"
+
+
+def _show_worst(report: dict[str, Any]) -> None:
+    by_name = {weight["weight"]: weight for weight in report["weights"]}
+    output.print_line("")
+    output.print_table(
+        ("worst weights", "stored as", "own error", "with all before it"),
+        [
+            (name, by_name[name]["layout"], f"{by_name[name]['error']:.2%}",
+             f"{by_name[name]['drift']:.2%}")
+            for name in report["worst"]
+        ],
+        "nothing is quantized",
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The text that a build calibrates and measures with, as token windows."""

@@ -1,0 +1,78 @@
+"""Which text a build looks at: the user's file, or the small one beside this module; and its digest.
+
+Plain text is UTF-8. A file that ends in `.jsonl` has a JSON value a line: a string, or an object
+with a string under `text`. Of a large file the first megabytes are used; its digest covers all.
+"""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from compiler_service.checkpoints.digest import FileHashes
+from shared.errors import InvalidField, ModelChanged
+
+DEFAULT_TEXT = Path(__file__).parent / "public_domain.txt"
+_MAX_CHARACTERS = 4 << 20
+_FIELD = "calibration_uri"
+
+
+def calibration_path(uri: str) -> Path:
+    """The file that `uri` means; empty means the shipped text.
+
+    Raises:
+        InvalidField: there is no such file.
+    """
+    if not uri:
+        return DEFAULT_TEXT
+    path = Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else uri).expanduser()
+    if not path.is_file():
+        raise InvalidField(field=_FIELD, problem=f"no file {path} on the compile daemon")
+    return path
+
+
+def calibration_digest(uri: str, hashes: FileHashes) -> str:
+    """SHA-256 of the calibration text's file, bare hexadecimal."""
+    path = calibration_path(uri)
+    return _default_digest() if path == DEFAULT_TEXT else hashes.sha256(path)
+
+
+def read_calibration_text(uri: str, digest: str) -> list[str]:
+    """The documents in the file; one where it is plain text.
+
+    Raises:
+        ModelChanged: the file is no longer the one of `digest`.
+        InvalidField: it is not of a form that is read here; names the line.
+    """
+    path = calibration_path(uri)
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ModelChanged(file=path.name)
+    try:
+        text = content.decode("utf-8-sig")[:_MAX_CHARACTERS]
+    except UnicodeDecodeError as error:
+        problem = f"{path.name} is not UTF-8 text (byte {error.start})"
+        raise InvalidField(field=_FIELD, problem=problem) from error
+    if path.suffix != ".jsonl":
+        return [text]
+    lines = text.splitlines() if len(text) < _MAX_CHARACTERS else text.splitlines()[:-1]
+    return [_document(path.name, number, line) for number, line in enumerate(lines, 1) if line]
+
+
+def _document(name: str, number: int, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        problem = f"line {number} of {name} is not JSON"
+        raise InvalidField(field=_FIELD, problem=problem) from error
+    text = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        problem = f"line {number} of {name} has no string under `text`"
+        raise InvalidField(field=_FIELD, problem=problem)
+    return text
+
+
+@functools.cache
+def _default_digest() -> str:
+    return hashlib.sha256(DEFAULT_TEXT.read_bytes()).hexdigest()

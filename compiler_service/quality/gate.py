@@ -1,0 +1,75 @@
+"""The quality gate: what a measurement may be, and the smallest set of weights to keep that is."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from compiler_service.quality.report import Measurement
+from shared.engine import QuantConfig
+from shared.errors import QualityGate
+
+_NUM_NAMED = 4
+
+
+def exceeded(measurement: Measurement, quant: QuantConfig) -> str:
+    """What is beyond the limits of `quant`, for people; empty where nothing is."""
+    found = []
+    if not measurement.kl_mean <= quant.max_kl:
+        found.append(f"KL divergence {measurement.kl_mean:.4g} beyond {quant.max_kl:g}")
+    if not measurement.perplexity_increase <= quant.max_perplexity_increase:
+        found.append(
+            f"perplexity {measurement.perplexity_increase:+.2%} "
+            f"beyond {quant.max_perplexity_increase:+.2%}"
+        )
+    return " and ".join(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Weights that stay in bf16, and what was measured with them; None where nothing passes."""
+
+    weights: frozenset[str]
+    measurement: Measurement
+
+
+def fewest_kept(
+    ranked: Sequence[str],
+    measure: Callable[[frozenset[str]], Measurement],
+    passes: Callable[[Measurement], bool],
+) -> Kept | None:
+    """The shortest beginning of `ranked` that passes when it is kept; every claim is measured.
+
+    It is doubled until it passes, then halved towards the last one that did not: few sets are
+    measured where few weights do. None where keeping all of them does not pass.
+    """
+    failed, best = 0, None
+    size = 1
+    while best is None and failed < len(ranked):
+        size = min(size, len(ranked))
+        kept = frozenset(ranked[:size])
+        measurement = measure(kept)
+        if passes(measurement):
+            best = Kept(kept, measurement)
+        else:
+            failed, size = size, 2 * size
+    while best is not None and len(best.weights) - failed > 1:
+        size = (failed + len(best.weights)) // 2
+        kept = frozenset(ranked[:size])
+        measurement = measure(kept)
+        if passes(measurement):
+            best = Kept(kept, measurement)
+        else:
+            failed = size
+    return best
+
+
+def gate_error(
+    quant: QuantConfig, problem: str, measurement: Measurement, found: Kept | None
+) -> QualityGate:
+    """The error of a build whose `measurement` is beyond its limits, and how it would pass."""
+    worst = ", ".join(measurement.worst[:_NUM_NAMED])
+    if found is None:
+        advice = "no choice of layers to keep passes; raise the limits or take another scheme"
+    else:
+        keep = ",".join([*quant.keep, *sorted(found.weights)])
+        advice = f"this passes: --keep {keep}"
+    return QualityGate(problem=f"{problem}; worst layers {worst}; {advice}")

@@ -1,0 +1,154 @@
+"""The quality report: what was measured, as an engine carries it in its layer `quality.json`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from compiler_service.quality.logits import ComparedLogits
+from compiler_service.quality.probe import Probe
+from shared.engine import QuantConfig, canonical_json
+
+QUALITY_TITLE = "quality.json"
+_DIGITS = 6
+_NUM_WORST = 8
+
+
+@dataclass(frozen=True, slots=True)
+class WeightError:
+    """What storing one weight cost.
+
+    Args:
+        error: relative to the unquantized output, on the unquantized input: this weight's own.
+        drift: relative to the unquantized output, on what the quantized graph feeds it: its own
+            and all before it.
+    """
+
+    weight: str
+    layout: str
+    error: float
+    drift: float
+
+
+@dataclass(frozen=True, slots=True)
+class NeedleResult:
+    """Whether the fact at `depth` was retrieved by each model."""
+
+    depth: float
+    unquantized: bool
+    quantized: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One quantized graph against the unquantized one. KL in nats a token.
+
+    Args:
+        needles: only those that the unquantized model retrieves; empty = not applicable.
+    """
+
+    num_tokens: int
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    perplexity_unquantized: float
+    perplexity_quantized: float
+    weights: tuple[WeightError, ...]
+    needles: tuple[NeedleResult, ...]
+    context_tokens: int
+
+    @property
+    def perplexity_increase(self) -> float:
+        """As a share of the unquantized model's."""
+        return self.perplexity_quantized / self.perplexity_unquantized - 1
+
+    @property
+    def worst(self) -> list[str]:
+        """Names of quantized weights, the largest error first."""
+        quantized = [weight for weight in self.weights if weight.layout != "plain"]
+        return [w.weight for w in sorted(quantized, key=lambda w: w.error, reverse=True)]
+
+
+def measurement_of(
+    probe: Probe, logits: ComparedLogits, weights: Sequence[WeightError]
+) -> Measurement:
+    """The numbers of one comparison."""
+    count = probe.num_measured
+    kl_R = logits.kl_R[:count]
+    agreement_R = (logits.reference_top_R == logits.quantized_top_R)[:count].double()
+    return Measurement(
+        num_tokens=count,
+        kl_mean=float(kl_R.mean()),
+        kl_p99=float(kl_R.quantile(0.99)),
+        top1_agreement=float(agreement_R.mean()),
+        perplexity_unquantized=math.exp(float(logits.reference_loss_R[:count].mean())),
+        perplexity_quantized=math.exp(float(logits.quantized_loss_R[:count].mean())),
+        weights=tuple(weights),
+        needles=_needles(probe, logits),
+        context_tokens=0 if probe.haystack is None else len(probe.haystack.token_ids),
+    )
+
+
+def _needles(probe: Probe, logits: ComparedLogits) -> tuple[NeedleResult, ...]:
+    if probe.haystack is None:
+        return ()
+    results, first = [], probe.num_measured
+    for needle in probe.haystack.needles:
+        rows = slice(first, first + len(needle.answer))
+        answer = torch.tensor(needle.answer)
+        results.append(
+            NeedleResult(
+                needle.depth,
+                torch.equal(logits.reference_top_R[rows], answer),
+                torch.equal(logits.quantized_top_R[rows], answer),
+            )
+        )
+        first = rows.stop
+    return tuple(result for result in results if result.unquantized)
+
+
+def report_json(
+    measurement: Measurement, quant: QuantConfig, kept: Sequence[str], auto_kept: Sequence[str]
+) -> bytes:
+    """The layer `quality.json`.
+
+    Args:
+        kept: weights in bf16 that the scheme would quantize.
+        auto_kept: those of them that the build chose.
+    """
+    return canonical_json(
+        {
+            "measured_tokens": measurement.num_tokens,
+            "text_digest": quant.calibration_digest,
+            "calibration_tokens": quant.calibration_tokens,
+            "kl": {"mean": _number(measurement.kl_mean), "p99": _number(measurement.kl_p99)},
+            "top1_agreement": _number(measurement.top1_agreement),
+            "perplexity": {
+                "unquantized": _number(measurement.perplexity_unquantized),
+                "quantized": _number(measurement.perplexity_quantized),
+                "increase": _number(measurement.perplexity_increase),
+            },
+            "limits": {
+                "max_kl": quant.max_kl,
+                "max_perplexity_increase": quant.max_perplexity_increase,
+            },
+            "weights": [
+                {**asdict(w), "error": _number(w.error), "drift": _number(w.drift)}
+                for w in measurement.weights
+            ],
+            "worst": measurement.worst[:_NUM_WORST],
+            "needle": {
+                "is_applicable": bool(measurement.needles),
+                "context_tokens": measurement.context_tokens,
+                "depths": [asdict(needle) for needle in measurement.needles],
+            },
+            "kept": sorted(kept),
+            "auto_kept": sorted(auto_kept),
+        }
+    )
+
+
+def _number(value: float) -> float:
+    # More digits would only differ between CPUs.
+    return float(f"{value:.{_DIGITS}g}")

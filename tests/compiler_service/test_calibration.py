@@ -1,0 +1,146 @@
+"""Calibration: which tokens are looked at, and what is said of a text that cannot be used."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compiler_service.builder import BuildRequest, build
+from compiler_service.calibration.windows import TextTokenizer, cut_windows
+from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer_files
+from compiler_service.resolve import resolve
+from shared.engine import QuantConfig
+from shared.errors import InvalidField, ModelChanged, UnsupportedQuant
+from shared.store.local import LocalStore
+from tests.checkpoints import write_checkpoint
+from tests.compiler_service.quantized_engines import LOOSE, build_quantized, report_of
+
+TOKENIZER = TextTokenizer(byte_tokenizer_files())
+TEXT = "".join(f"line {number}: the quick brown fox\n" for number in range(400))
+
+
+def test_no_window_is_both_measured_and_calibrated_with() -> None:
+    windows = cut_windows([TEXT], TOKENIZER, 4096, 2048)
+    measured = {tuple(w.token_ids.tolist()) for w in windows.measured}
+    calibration = {tuple(w.token_ids.tolist()) for w in windows.calibration}
+    assert (len(measured), len(calibration)) == (2, 8)
+    assert not measured & calibration
+    for window in windows.measured:
+        assert window.token_ids[1:].tolist() == window.following[:-1].tolist()
+
+
+@pytest.mark.parametrize("num_tokens", [513, 514, 768, 1000])
+@pytest.mark.parametrize("max_positions", [64, 300])
+def test_a_text_that_is_just_long_enough_serves_both(num_tokens: int, max_positions: int) -> None:
+    text = "x y " * 400
+    while len(TOKENIZER.ids(text)) > num_tokens:
+        text = text[:-1]
+    assert len(TOKENIZER.ids(text)) == num_tokens
+    windows = cut_windows([text], TOKENIZER, max_positions, 100)
+    assert windows.measured
+    assert windows.calibration
+    with pytest.raises(InvalidField, match="at least 513"):
+        cut_windows([text[: len(text) // 2]], TOKENIZER, max_positions, 100)
+
+
+def test_short_contexts_have_short_windows() -> None:
+    windows = cut_windows([TEXT], TOKENIZER, 64, 0)
+    assert {len(w.token_ids) for w in windows.measured} == {64}
+    assert windows.calibration == ()
+
+
+TOO_SHORT = {
+    "empty": ("text.txt", b"", "has 0 tokens"),
+    "too short": ("text.txt", b"Hello, world.", "tokens, and at least 256"),
+    "no text": ("text.txt", b"\xff\xfe\x00", "not UTF-8"),
+    "no json": ("text.jsonl", b'{"text": "a"}\nhello\n', "line 2 of text.jsonl is not JSON"),
+    "no field": ("text.jsonl", b'{"body": "a"}\n', "line 1 of text.jsonl has no string"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_SHORT)
+def test_text_that_cannot_be_used_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    name, content, what = TOO_SHORT[case]
+    folder = write_checkpoint(tmp_path / "tiny")
+    (tmp_path / name).write_bytes(content)
+    store = LocalStore(tmp_path / "store")
+    with pytest.raises(InvalidField) as refused:
+        build_quantized(folder, QuantConfig("int8"), tmp_path, store, str(tmp_path / name))
+    assert str(refused.value).startswith("calibration_uri: ")
+    assert what in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert store.list() == ()
+
+
+def test_missing_text_is_refused_before_anything_is_queued(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny")
+    with pytest.raises(InvalidField, match="no file /nowhere"):
+        resolve(str(folder), ["cpu"], QuantConfig("int8"), "", tmp_path, calibration_uri="/nowhere")
+
+
+def test_text_is_part_of_the_key_by_its_bytes(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny")
+    keys = {}
+    for name, content in (("a.txt", TEXT), ("b.txt", TEXT), ("c.txt", TEXT + "!")):
+        (tmp_path / name).write_text(content)
+        uri = str(tmp_path / name)
+        keys[name] = resolve(
+            str(folder), ["cpu"], QuantConfig("int8"), "", tmp_path, calibration_uri=uri
+        ).keys["cpu"]
+    assert keys["a.txt"] == keys["b.txt"] != keys["c.txt"]
+
+
+def test_text_that_changes_before_the_build_fails_it(tmp_path: Path) -> None:
+    folder, text = write_checkpoint(tmp_path / "tiny"), tmp_path / "mine.txt"
+    text.write_text(TEXT)
+    resolved = resolve(
+        str(folder), ["cpu"], QuantConfig("int8"), "", tmp_path, calibration_uri=str(text)
+    )
+    text.write_text(TEXT + "more")
+    request = BuildRequest(str(folder), resolved.keys["cpu"], "tiny", tmp_path, str(text))
+    with pytest.raises(ModelChanged, match=r"mine\.txt changed"):
+        build(request, LocalStore(tmp_path / "store"), lambda progress: None)
+
+
+def test_json_lines_are_documents(tmp_path: Path) -> None:
+    folder, text = write_checkpoint(tmp_path / "tiny"), tmp_path / "mine.jsonl"
+    text.write_text("\n".join(json.dumps({"text": TEXT[:300]}) for _ in range(3)))
+    store, engine = build_quantized(
+        folder, QuantConfig("int4", **LOOSE), tmp_path, calibration_uri=str(text)
+    )
+    assert report_of(store, engine)["measured_tokens"] == 256
+
+
+@pytest.mark.parametrize("scheme", ["int4-awq", "int4-gptq"])
+def test_calibration_is_deterministic(scheme: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny")
+    quant = QuantConfig(scheme, calibration_tokens=512, **LOOSE)
+    engines = [
+        build_quantized(folder, quant, tmp_path, LocalStore(tmp_path / place))[1]
+        for place in ("a", "b")
+    ]
+    assert engines[0].manifest == engines[1].manifest
+
+
+REFUSED = {
+    "tokens that nobody reads": (QuantConfig("int8", calibration_tokens=9), "looks at no tokens"),
+    "nothing to keep": (QuantConfig("bf16", keep=("lm_head",)), "quantizes nothing"),
+    "limits unmeasured": (QuantConfig("int8", max_kl=1.0, skip_quality=True), "skip_quality"),
+    "a pattern of nothing": (QuantConfig("int8", keep=("layers.9.*",)), "'layers.9.*' matches no"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_recipe_that_contradicts_itself_is_refused(case: str, tmp_path: Path) -> None:
+    quant, what = REFUSED[case]
+    folder = write_checkpoint(tmp_path / "tiny")
+    with pytest.raises(UnsupportedQuant) as refused:
+        resolve(str(folder), ["cpu"], quant, "", tmp_path)
+    assert what in str(refused.value)
+
+
+def test_text_for_a_build_that_reads_none_is_refused(tmp_path: Path) -> None:
+    folder, text = write_checkpoint(tmp_path / "tiny"), tmp_path / "mine.txt"
+    text.write_text(TEXT)
+    with pytest.raises(InvalidField, match="looks at no text"):
+        resolve(str(folder), ["cpu"], QuantConfig("bf16"), "", tmp_path, calibration_uri=str(text))

@@ -1,0 +1,230 @@
+"""Schemes: what they do to a graph keeps its meaning, and what they choose beats rounding."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compiler_service.build_plan import plan
+from compiler_service.checkpoints.sources import open_checkpoint
+from compiler_service.quantization import SCHEMES
+from compiler_service.quantization.int4_awq import prepare_pack as prepare_awq
+from compiler_service.quantization.int4_gptq import prepare_pack as prepare_gptq
+from compiler_service.quantization.rescale import fold_scales, scale_sources
+from compiler_service.quantization.scheme import Adjustment
+from compiler_service.resolve import resolve
+from compiler_service.streaming import RowsOf, dense_rows
+from compiler_service.weight_table import pack_weight, read_parts
+from kernels.linear.layouts import LAYOUTS, pack_int4
+from kernels.reference import prompt_batch, run
+from shared.engine import QuantConfig
+from shared.errors import InvalidModel, UnsupportedQuant
+from shared.ir import Graph
+from shared.store.local import LocalStore
+from tests.checkpoints import write_checkpoint
+from tests.compiler_service.quantized_engines import (
+    LOOSE,
+    build_quantized,
+    report_of,
+    write_uneven_checkpoint,
+)
+
+INT4 = ("int4-rtn", "int4-awq", "int4-gptq")
+
+
+def _inputs(num_tokens: int, num_columns: int, seed: int = 0) -> torch.Tensor:
+    """Correlated, with a few channels far larger than the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(num_tokens, num_columns // 4, generator=generator)
+    mixed = base @ torch.randn(num_columns // 4, num_columns, generator=generator)
+    mixed += 0.3 * torch.randn(num_tokens, num_columns, generator=generator)
+    mixed[:, ::17] *= 10
+    return mixed
+
+
+def _weight(num_rows: int = 24, num_columns: int = 128) -> torch.Tensor:
+    return torch.randn(num_rows, num_columns, generator=torch.Generator().manual_seed(1)) * 0.05
+
+
+def _output_error(packed: dict[str, torch.Tensor], weight: torch.Tensor, x: torch.Tensor) -> float:
+    unpacked = LAYOUTS["int4_group"].unpack(packed)
+    return float(((unpacked - weight) @ x.T).norm() / (weight @ x.T).norm())
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_gptq_costs_less_than_rounding_and_is_stored_alike(group_size: int) -> None:
+    weight, x = _weight(), _inputs(512, 128)
+    packed = prepare_gptq(group_size, x, None)(weight)
+    roles = LAYOUTS["int4_group"].roles((24, 128), "bfloat16", group_size)
+    found = {r: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for r, t in packed.items()}
+    assert found == roles
+    rounded = _output_error(pack_int4(weight, group_size), weight, x)
+    assert _output_error(packed, weight, x) < 0.6 * rounded
+
+
+def test_gptq_rounds_to_nearest_where_no_column_can_make_up_for_another() -> None:
+    """With uncorrelated inputs of one size the Hessian is diagonal and nothing is passed on."""
+    weight = _weight()
+    packed = prepare_gptq(64, torch.eye(128), None)(weight)
+    expected = pack_int4(weight, 64)
+    for role, tensor in expected.items():
+        assert torch.equal(packed[role], tensor), role
+
+
+def test_gptq_takes_channels_that_are_always_zero() -> None:
+    weight, x = _weight(), _inputs(64, 128)
+    x[:, 5:40] = 0.0
+    packed = prepare_gptq(64, x, None)(weight)
+    assert torch.isfinite(LAYOUTS["int4_group"].unpack(packed)).all()
+    assert _output_error(packed, weight, x) < _output_error(pack_int4(weight, 64), weight, x)
+
+
+def test_rows_packed_by_gptq_in_pieces_are_the_same_bytes() -> None:
+    weight, x = _weight(), _inputs(256, 128)
+    pack = prepare_gptq(64, x, None)
+    whole, pieces = pack(weight), [pack(part) for part in weight.split([5, 19])]
+    for role, tensor in whole.items():
+        assert torch.equal(torch.cat([piece[role] for piece in pieces]), tensor), role
+
+
+def test_importance_lowers_the_error_that_counts() -> None:
+    weight, x = _weight(200), _inputs(512, 128)
+    importance = x.square().mean(0)
+    weighted = LAYOUTS["int4_group"].unpack(prepare_awq(64, None, importance)(weight))
+    even = LAYOUTS["int4_group"].unpack(pack_int4(weight, 64))
+
+    def cost(unpacked: torch.Tensor) -> float:
+        return float(((unpacked - weight).square() * importance).sum())
+
+    assert cost(weighted) < cost(even)
+
+
+def _planned(folder: Path, quant: QuantConfig, tmp_path: Path) -> Graph:
+    resolved = resolve(str(folder), ["cpu"], quant, "", tmp_path)
+    return plan(open_checkpoint(str(folder)), resolved.keys["cpu"], "tiny").graph
+
+
+def _reader(folder: Path, graph: Graph) -> Callable[[str], RowsOf]:
+    checkpoint = open_checkpoint(str(folder))
+    return lambda name: dense_rows(read_parts(checkpoint, graph.weights[name]))
+
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheme", ["int4-awq", "w8a8-int8"])
+def test_scales_on_inputs_are_undone_exactly(scheme: str, family: str, tmp_path: Path) -> None:
+    """Law 1 for what AWQ and SmoothQuant do before rounding: the graph's meaning stays."""
+    folder = write_uneven_checkpoint(tmp_path / "tiny", family)
+    quant = QuantConfig(scheme, 32 if scheme == "int4-awq" else 0)
+    graph = _planned(folder, quant, tmp_path)
+    calibrate = SCHEMES[scheme].calibrate
+    assert calibrate is not None
+    assert len(scale_sources(graph)) == 4 * 2, "all that are inside the layers"
+    rows_of = _reader(folder, graph)
+    texts = [torch.arange(3, 60), torch.arange(100, 140)]
+    scales = calibrate(graph, texts, rows_of, lambda name: None)
+    assert sum(found.scale_K is not None for found in scales.values()) >= 4
+    adjustments = fold_scales(graph, scales)
+    checkpoint = open_checkpoint(str(folder))
+    plain = {n: replace(w, layout="plain", dtype="float32") for n, w in graph.weights.items()}
+    exact = replace(
+        graph,
+        nodes=tuple(
+            replace(node, attrs={n: v for n, v in node.attrs.items() if n != "activations"})
+            for node in graph.nodes
+        ),
+    )
+    logits = []
+    for chosen in ({}, adjustments):
+        weights = {
+            name: pack_weight(w, read_parts(checkpoint, w), chosen.get(name, Adjustment()))[
+                "weight"
+            ].double()
+            for name, w in plain.items()
+        }
+        tokens = torch.arange(7, 47).int()
+        batch = prompt_batch(graph, [40], torch.float64)
+        logits.append(run(exact, weights, tokens, batch)["logits"])
+    assert torch.allclose(*logits, rtol=1e-5, atol=1e-4)
+    norms = {n: a for n, a in adjustments.items() if n.endswith("norm")}
+    assert norms, "no norm took up a scale"
+    for name, adjustment in norms.items():
+        packed = pack_weight(plain[name], read_parts(checkpoint, plain[name]), adjustment)
+        gain = packed["weight"]
+        assert torch.allclose(gain, gain.bfloat16().float(), rtol=1e-6), "bf16 would round it"
+
+
+def test_weight_that_is_kept_takes_no_scale(tmp_path: Path) -> None:
+    folder = write_uneven_checkpoint(tmp_path / "tiny")
+    graph = _planned(folder, QuantConfig("int4-awq", 32), tmp_path)
+    calibrate = SCHEMES["int4-awq"].calibrate
+    assert calibrate is not None
+    scales = calibrate(graph, [torch.arange(60)], _reader(folder, graph), lambda name: None)
+    spared = replace(
+        graph,
+        weights={
+            n: replace(w, layout="plain") if n == "layers.0.qkv" else w
+            for n, w in graph.weights.items()
+        },
+    )
+    before, after = fold_scales(graph, scales), fold_scales(spared, scales)
+    assert {"layers.0.attn_norm"} <= before.keys() - after.keys()
+    assert after.get("layers.0.qkv", Adjustment()).columns_K is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibrated_int4_is_nearer_to_the_model_than_rounding(family: str, tmp_path: Path) -> None:
+    folder = write_uneven_checkpoint(tmp_path / "tiny", family)
+    divergence = {}
+    for scheme in INT4:
+        quant = QuantConfig(scheme, 32, **LOOSE)
+        store, engine = build_quantized(folder, quant, tmp_path)
+        divergence[scheme] = report_of(store, engine)["kl"]["mean"]
+    assert divergence["int4-awq"] < divergence["int4-rtn"]
+    assert divergence["int4-gptq"] < divergence["int4-rtn"]
+
+
+def test_smoothing_helps_rounded_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_uneven_checkpoint(tmp_path / "tiny")
+    quant = QuantConfig("w8a8-int8", **LOOSE)
+    store, engine = build_quantized(folder, quant, tmp_path)
+    smooth = report_of(store, engine)["kl"]["mean"]
+    rough = replace(SCHEMES["w8a8-int8"], calibrate=None)
+    monkeypatch.setitem(SCHEMES, "w8a8-int8", rough)
+    store, engine = build_quantized(folder, quant, tmp_path, LocalStore(tmp_path / "rough"))
+    assert smooth < 0.9 * report_of(store, engine)["kl"]["mean"]
+
+
+def test_only_quantized_linears_inside_the_layers_round_their_inputs(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny")
+    quant = QuantConfig("w8a8-int8", keep=("layers.0.*",))
+    graph = _planned(folder, quant, tmp_path)
+    rounding = {n.weights["weight"] for n in graph.nodes if n.attrs.get("activations") == "int8"}
+    assert rounding == {f"layers.1.{role}" for role in ("qkv", "o", "gate_up", "down")}
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ("fp8", "fp32")])
+def test_bad_weight_is_named_whatever_the_scheme(scheme: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InvalidModel, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        build_quantized(folder, QuantConfig(scheme), tmp_path, LocalStore(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("scheme", [*INT4, "w8a8-int8"])
+def test_arch_that_cannot_run_a_scheme_is_told_which_can_and_what_is_nearest(
+    scheme: str, tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path / "tiny")
+    with pytest.raises(UnsupportedQuant) as refused:
+        resolve(str(folder), ["sm_90"], QuantConfig(scheme), "", tmp_path)
+    assert "sm_90 cannot run it; cpu can; on sm_90 take int8" in str(refused.value)
