@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiler_service import builder
+from compiler_service.builder import BuildProgress
 from compiler_service.calibration.text import calibration_digest, read_calibration_text
 from compiler_service.calibration.windows import TextTokenizer, cut_windows
 from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer_files
@@ -162,7 +163,11 @@ def test_auto_keep_keeps_what_would_have_been_proposed_and_says_so(tmp_path: Pat
     with pytest.raises(QualityGate) as failed:
         build_quantized(folder, QuantConfig("int4", **limits), tmp_path)  # type: ignore[arg-type]
     quant = QuantConfig("int4", auto_keep=True, **limits)  # type: ignore[arg-type]
-    store, engine = build_quantized(folder, quant, tmp_path)
+    seen: list[BuildProgress] = []
+    store, engine = build_quantized(folder, quant, tmp_path, report=seen.append)
+    fractions = [progress.fraction for progress in seen]
+    assert fractions == sorted(fractions)
+    assert sum(p.stage == "quality" for p in seen) > 10, "the search shows no progress"
     report = report_of(store, engine)
     assert report["kl"]["mean"] <= 0.05
     assert f"--keep {','.join(report['auto_kept'])}" in str(failed.value)
