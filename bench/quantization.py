@@ -104,7 +104,7 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
                 f"{row['perplexity']:.2f} ({row['perplexity_increase']:+.1%})"
             )
         else:
-            quality = "0 | 0 | 100 % | as it is"
+            quality = " | | | "
         lines.append(f"| `{scheme}` | {quality} | {row['megabytes']} | {row['decode_tok_s']:.0f} |")
     return "\n".join(lines)
 

@@ -255,6 +255,7 @@ class _Steps:
     ) -> None:
         self._report, self._is_cancelled = report, is_cancelled
         self._stage, self._done, self._total = "import", 0, 0
+        self._fraction = 0.0
         shares = {stage: share for stage, share in STAGES.items() if stage not in skipped}
         ends = list(itertools.accumulate(shares.values()))
         self._spans = {
@@ -281,6 +282,8 @@ class _Steps:
     def _tell(self) -> None:
         start, end = self._spans[self._stage]
         share = self._done / self._total if self._total else 0.0
-        fraction = start * (1 - share) + end * share
+        # The search for layers to keep reads the checkpoint again and again.
+        self._fraction = max(self._fraction, start * (1 - share) + end * share)
+        fraction = self._fraction
         self._report(BuildProgress(self._stage, fraction, self._done, self._total))
         self.check()

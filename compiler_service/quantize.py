@@ -10,7 +10,7 @@ Legend: T packed tokens, N out, K in, R rows whose logits are wanted.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -76,6 +76,7 @@ class GraphQuantizer:
         self._uses = Counter(name for node in graph.nodes for name in node.weights.values())
         self._used_again: dict[str, Packed] = {}
         self._errors: list[WeightError] = []
+        self._block: list[WeightError] = []
         self._measurement: Measurement | None = None
 
     def run(
@@ -116,8 +117,16 @@ class GraphQuantizer:
             self._run_linear(node, weights, quantized)
         else:
             if self._reference is not None:
+                if node.op == "rms_norm" and node.attrs["residual"]:
+                    self._end_block(self._reference.written_share(node))
                 self._reference.run(node, {role: w.dense for role, w in weights.items()})
             quantized.run(node, {role: w.stored for role, w in weights.items()})
+
+    def _end_block(self, share: float) -> None:
+        """Ranks the weights since the last block, which have added `share` of what is read next."""
+        ranked = (replace(weight, impact=weight.error * share) for weight in self._block)
+        self._errors.extend(ranked)
+        self._block.clear()
 
     def _load(self, node: Node, name: str, write: Callable[[str, Packed], None] | None) -> _Weight:
         parts = self._read(name)
@@ -182,7 +191,7 @@ class GraphQuantizer:
                 expected_TN[:, rows] = expected_TK @ weight.dense(rows).T
                 y_TN[:, rows] = x_TK @ stored.T
                 error.add(rows, stored, expected_TN[:, rows], y_TN[:, rows])
-            self._errors.append(WeightError(name, spec.layout, error.own, error.drift))
+            self._block.append(WeightError(name, spec.layout, error.own, error.drift, 0.0))
             if "bias" in weights:
                 expected_TN += weights["bias"].dense(slice(None))
             self._reference.finish(node, (expected_TN,))
@@ -204,7 +213,8 @@ class GraphQuantizer:
             found_RC = x_RK @ stored.T
             error.add(rows, stored, expected_RC, found_RC)
             comparison.add(rows.start, expected_RC, found_RC)
-        self._errors.append(WeightError(name, spec.layout, error.own, error.drift))
+        self._block.append(WeightError(name, spec.layout, error.own, error.drift, 0.0))
+        self._end_block(1.0)  # nothing is added to logits
         self._measurement = measurement_of(self._probe, comparison.finish(), self._errors)
 
 

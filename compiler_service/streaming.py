@@ -89,11 +89,21 @@ class Stream:
             kv_dtype=torch.float32,
         )
         self._values = {"token_ids": torch.cat(list(texts)).int()}
+        self._from_linears = {n.outputs[0] for n in graph.nodes if n.op == "linear"}
         self._readers = Counter(name for node in graph.nodes for name in node.inputs)
 
     def input(self, node: Node) -> torch.Tensor:
         """The first input of `node`, which must be the next to run; fp32 or token ids."""
         return self._values[node.inputs[0]]
+
+    def written_share(self, node: Node) -> float:
+        """Of the residual stream that `node`, the next to run, adds up and normalizes: the norm of
+        what is added, as a share of the sum's."""
+        added, residual = (self._values[name] for name in node.inputs)
+        if node.inputs[1] in self._from_linears:
+            added, residual = residual, added
+        norm = float(torch.linalg.vector_norm(added + residual))
+        return float(torch.linalg.vector_norm(added)) / norm if norm else 0.0
 
     def run(self, node: Node, weights: Mapping[str, RowsOf]) -> None:
         """Computes `node` from weights by role; a linear multiplies its input as it is."""

@@ -23,12 +23,15 @@ class WeightError:
         error: relative to the unquantized output, on the unquantized input: this weight's own.
         drift: relative to the unquantized output, on what the quantized graph feeds it: its own
             and all before it.
+        impact: `error` times the share of the residual stream that its block writes: how far this
+            weight alone moves what later layers read. Weights are ranked by it.
     """
 
     weight: str
     layout: str
     error: float
     drift: float
+    impact: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,9 @@ class Measurement:
 
     @property
     def worst(self) -> list[str]:
-        """Names of quantized weights, the largest error first."""
+        """Names of quantized weights, the largest impact first."""
         quantized = [weight for weight in self.weights if weight.layout != "plain"]
-        return [w.weight for w in sorted(quantized, key=lambda w: w.error, reverse=True)]
+        return [w.weight for w in sorted(quantized, key=lambda w: w.impact, reverse=True)]
 
 
 def measurement_of(
@@ -134,7 +137,12 @@ def report_json(
                 "max_perplexity_increase": quant.max_perplexity_increase,
             },
             "weights": [
-                {**asdict(w), "error": _number(w.error), "drift": _number(w.drift)}
+                {
+                    **asdict(w),
+                    "error": _number(w.error),
+                    "drift": _number(w.drift),
+                    "impact": _number(w.impact),
+                }
                 for w in measurement.weights
             ],
             "worst": measurement.worst[:_NUM_WORST],

@@ -6,7 +6,7 @@
 
 Grids belong to the groups of the stored order and are chosen before (static groups), so act-order
 costs the runtime nothing: the layout, and so the speed, is that of `int4-rtn`. X is what the
-quantized layers before give, so that later layers make up for earlier ones as well. Takes 2 K^2
+quantized layers before give, so that later layers make up for earlier ones as well. Takes about 3 K^2
 fp32 values of memory for a linear of K columns.
 
 The last bits of a Cholesky factor depend on CPU and threads, and so may a weight: of equal keys the
@@ -32,29 +32,30 @@ def prepare_pack(
 ) -> Pack:
     """Packs rows for a linear that reads `inputs_TK`."""
     assert inputs_TK is not None, "GPTQ packs by the linear's inputs, and has none"
-    gram_KK = inputs_TK.T @ inputs_TK
-    diagonal_K = gram_KK.diagonal().clone()
+    active_K = inputs_TK.square().sum(0)
     # The most active first: they are rounded while there are most columns to make up for them.
-    order_K = torch.argsort(diagonal_K, descending=True, stable=True)
-    factor_KK = _inverse_factor(gram_KK[order_K][:, order_K])
-    return lambda weight_NK: _pack(weight_NK, group_size, order_K, factor_KK, diagonal_K)
+    order_K = torch.argsort(active_K, descending=True, stable=True)
+    factor_KK = _inverse_factor(inputs_TK[:, order_K], float(active_K.mean()))
+    return lambda weight_NK: _pack(weight_NK, group_size, order_K, factor_KK, active_K)
 
 
-def _inverse_factor(gram_KK: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the damped matrix's inverse; more is damped until there is one."""
-    diagonal_K = gram_KK.diagonal()
-    mean = float(diagonal_K.mean()) or 1.0
-    damping = _DAMPING
+def _inverse_factor(inputs_TK: torch.Tensor, mean: float) -> torch.Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse; more is damped until there is one.
+
+    Args:
+        mean: of the Hessian's diagonal.
+    """
+    damping = _DAMPING * (mean or 1.0)
     while True:
-        diagonal_K.add_(damping * mean)
-        lower_KK, is_not = torch.linalg.cholesky_ex(gram_KK)
+        # Two matrices, used in turns: for wide layers they are most of a build's memory.
+        hessian_KK = inputs_TK.T @ inputs_TK
+        hessian_KK.diagonal().add_(damping)
+        factor_KK, is_not = torch.linalg.cholesky_ex(hessian_KK)
         if not is_not:
-            upper_KK: torch.Tensor
-            upper_KK, is_not = torch.linalg.cholesky_ex(
-                torch.cholesky_inverse(lower_KK), upper=True
-            )
+            torch.cholesky_inverse(factor_KK, out=hessian_KK)
+            torch.linalg.cholesky_ex(hessian_KK, upper=True, out=(factor_KK, is_not))
             if not is_not:
-                return upper_KK
+                return factor_KK
         damping *= 10
 
 

@@ -92,7 +92,7 @@ class QualityLimits:
 
 # What a scheme may cost by default: several times what good ones cost SmolLM2-135M, whose small
 # layers suffer more than those of larger models (docs/QUANTIZATION.md).
-EIGHT_BITS = QualityLimits(max_kl=0.05, max_perplexity_increase=0.05)
+EIGHT_BITS = QualityLimits(max_kl=0.1, max_perplexity_increase=0.05)
 FOUR_BITS = QualityLimits(max_kl=0.5, max_perplexity_increase=0.5)
 
 

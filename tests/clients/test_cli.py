@@ -238,10 +238,10 @@ QUALITY = {
     "perplexity": {"unquantized": 20.0, "quantized": 20.5, "increase": 0.025},
     "limits": {"max_kl": 0.05, "max_perplexity_increase": 0.05},
     "weights": [
-        {"weight": "layers.0.qkv", "layout": "int8_channel", "error": 0.01, "drift": 0.02},
-        {"weight": "layers.0.down", "layout": "int8_channel", "error": 0.02, "drift": 0.03},
-        {"weight": "layers.1.qkv", "layout": "int8_channel", "error": 0.005, "drift": 0.04},
-        {"weight": "lm_head", "layout": "plain", "error": 0.0, "drift": 0.05},
+        {"weight": "layers.0.qkv", "layout": "int8_channel", "error": 0.01, "impact": 0.0025, "drift": 0.02},
+        {"weight": "layers.0.down", "layout": "int8_channel", "error": 0.02, "impact": 0.005, "drift": 0.03},
+        {"weight": "layers.1.qkv", "layout": "int8_channel", "error": 0.005, "impact": 0.00125, "drift": 0.04},
+        {"weight": "lm_head", "layout": "plain", "error": 0.0, "impact": 0.0, "drift": 0.05},
     ],
     "worst": ["layers.0.down", "layers.0.qkv", "layers.1.qkv"],
     "needle": {"is_applicable": True, "context_tokens": 384, "depths": [

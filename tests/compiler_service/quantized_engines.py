@@ -1,13 +1,14 @@
 """Engines of tiny checkpoints in a chosen recipe, and what is read back from them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from compiler_service.builder import BuildRequest, build
+from compiler_service.builder import BuildProgress, BuildRequest, build
 from compiler_service.resolve import resolve
 from shared.engine import EngineManifest, QuantConfig
 from shared.ir import Graph
@@ -25,13 +26,14 @@ def build_quantized(
     store: LocalStore | None = None,
     calibration_uri: str = "",
     arch: str = "cpu",
+    report: Callable[[BuildProgress], None] = lambda progress: None,
 ) -> tuple[LocalStore, EngineManifest]:
     """The engine of the checkpoint in `folder`, and the store that it is in."""
     cache = tmp_path / "cache"
     resolved = resolve(str(folder), [arch], quant, "", cache, calibration_uri=calibration_uri)
     request = BuildRequest(str(folder), resolved.keys[arch], resolved.model, cache, calibration_uri)
     store = store or LocalStore(tmp_path / "store")
-    return store, build(request, store, lambda progress: None)
+    return store, build(request, store, report)
 
 
 def write_uneven_checkpoint(folder: Path, family: str = "llama", **sizes: Any) -> Path:

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from kernels.linear.layouts import INT4_GROUPS, INT8_GROUPS, LAYOUTS
+from kernels.linear.layouts import (
+    INT4_GROUPS,
+    INT8_GROUPS,
+    LAYOUTS,
+    int4_levels,
+    pack_int4_levels,
+)
 
 CASES = [("plain", 0), ("int8_channel", 0), ("fp8_channel", 0)]
 CASES += [("int8_group", group) for group in INT8_GROUPS]
@@ -111,3 +117,18 @@ def test_packed_bytes_do_not_depend_on_the_number_of_threads(name: str, group_si
         torch.set_num_threads(threads)
     for role, tensor in alone.items():
         assert torch.equal(tensor.view(torch.uint8), together[role].view(torch.uint8)), role
+
+
+@pytest.mark.parametrize("group_size", INT4_GROUPS)
+@pytest.mark.parametrize("seed", range(3))
+def test_int4_levels_come_back_bit_for_bit(group_size: int, seed: int) -> None:
+    """Whoever chooses the levels: what is unpacked is their formula, and rounds to them again."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (19, 256 // group_size)
+    levels = torch.randint(-8, 8, (19, 256), generator=generator, dtype=torch.int8)
+    scale = (torch.rand(shape, generator=generator) + 0.01).bfloat16().float()
+    zero = torch.randn(shape, generator=generator).bfloat16().float()
+    unpacked = LAYOUTS["int4_group"].unpack(pack_int4_levels(levels, scale, zero))
+    wide_scale, wide_zero = (t.repeat_interleave(group_size, 1) for t in (scale, zero))
+    assert torch.equal(unpacked, levels.float() * wide_scale + wide_zero)
+    assert torch.equal(int4_levels(unpacked, wide_scale, wide_zero).to(torch.int8), levels)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from compiler_service import builder
+from compiler_service.builder import BuildProgress
 from compiler_service.calibration.text import calibration_digest, read_calibration_text
 from compiler_service.calibration.windows import TextTokenizer, cut_windows
 from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer_files
@@ -119,6 +121,28 @@ def test_every_linear_is_in_the_report_and_drift_grows_from_its_own_error(tmp_pa
     ]
     assert all(0.001 < w["error"] < 0.02 for w in weights.values())
     assert weights["layers.1.down"]["drift"] > 2 * weights["layers.1.down"]["error"]
+    report = report_of(store, engine)
+    ranked = sorted(weights, key=lambda name: weights[name]["impact"], reverse=True)
+    assert report["worst"] == ranked[:8]
+
+
+def test_impact_is_the_error_times_what_the_block_adds(tmp_path: Path) -> None:
+    """A block that writes less into the residual stream lowers the impact of its own weights alone."""
+    shares = {}
+    for name, factor in (("as it is", 1.0), ("quieter", 0.1)):
+        folder = write_checkpoint(tmp_path / name.replace(" ", "-"))
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.1.mlp.down_proj.weight"] *= factor
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        store, engine = build_quantized(folder, QuantConfig("int8"), tmp_path)
+        shares[name] = {
+            w["weight"]: w["impact"] / w["error"] for w in report_of(store, engine)["weights"]
+        }
+    before, after = shares["as it is"], shares["quieter"]
+    assert before["layers.1.gate_up"] == pytest.approx(before["layers.1.down"], rel=1e-3)
+    assert after["layers.1.down"] < 0.3 * before["layers.1.down"]
+    assert after["layers.1.o"] == pytest.approx(before["layers.1.o"], rel=1e-3)
+    assert after["lm_head"] == before["lm_head"] == pytest.approx(1.0)
 
 
 def test_kept_weights_are_plain_and_cost_next_to_nothing(tmp_path: Path) -> None:
@@ -162,7 +186,11 @@ def test_auto_keep_keeps_what_would_have_been_proposed_and_says_so(tmp_path: Pat
     with pytest.raises(QualityGate) as failed:
         build_quantized(folder, QuantConfig("int4", **limits), tmp_path)  # type: ignore[arg-type]
     quant = QuantConfig("int4", auto_keep=True, **limits)  # type: ignore[arg-type]
-    store, engine = build_quantized(folder, quant, tmp_path)
+    seen: list[BuildProgress] = []
+    store, engine = build_quantized(folder, quant, tmp_path, report=seen.append)
+    fractions = [progress.fraction for progress in seen]
+    assert fractions == sorted(fractions)
+    assert sum(p.stage == "quality" for p in seen) > 10, "the search shows no progress"
     report = report_of(store, engine)
     assert report["kl"]["mean"] <= 0.05
     assert f"--keep {','.join(report['auto_kept'])}" in str(failed.value)

@@ -70,7 +70,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 Quant = Annotated[
     str,
     typer.Option(
-        "--quant", "-q", metavar="SCHEME", help="bf16, fp32, int8, int4-awq, int4-g128, fp8, as-is ..."
+        "--quant",
+        "-q",
+        metavar="SCHEME",
+        help="bf16, fp32, int8, int4-awq, int4-g128, fp8, as-is ...",
     ),
 ]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many.")]

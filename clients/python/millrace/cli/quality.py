@@ -106,10 +106,10 @@ def _show_worst(report: dict[str, Any]) -> None:
     by_name = {weight["weight"]: weight for weight in report["weights"]}
     output.print_line("")
     output.print_table(
-        ("worst weights", "stored as", "own error", "with all before it"),
+        ("worst weights", "stored as", "own error", "of what is read next", "with all before it"),
         [
             (name, by_name[name]["layout"], f"{by_name[name]['error']:.2%}",
-             f"{by_name[name]['drift']:.2%}")
+             f"{by_name[name]['impact']:.2%}", f"{by_name[name]['drift']:.2%}")
             for name in report["worst"]
         ],
         "nothing is quantized",
