@@ -25,12 +25,19 @@ from typing import IO, Any
 
 import structlog
 
-from compiler_service.builder import BuildCancelled, BuildProgress, BuildRequest, build
-from shared.engine import EngineKey
-from shared.errors import Internal, MillraceError, to_status
-from shared.log import configure_logging
-from shared.process import end_with_parent
-from shared.store.local import LocalStore
+from shared.process import end_with_parent, share_openmp
+
+share_openmp()  # torch comes with what follows
+from compiler_service.builder import (  # noqa: E402
+    BuildCancelled,
+    BuildProgress,
+    BuildRequest,
+    build,
+)
+from shared.engine import EngineKey  # noqa: E402
+from shared.errors import Internal, MillraceError, to_status  # noqa: E402
+from shared.log import configure_logging  # noqa: E402
+from shared.store.local import LocalStore  # noqa: E402
 
 CANCELLED_STATUS = 128 + signal.SIGTERM
 MIN_REPORT_INTERVAL_S = 0.1

@@ -84,7 +84,7 @@ class Stream:
         self._batch: StepBatch = batch
         self._graph = graph
         self._target = replace(
-            cpu_target(graph, max(map(len, texts))),
+            cpu_target(graph),
             activation_dtype=torch.float32,
             kv_dtype=torch.float32,
         )

@@ -27,7 +27,7 @@ from numba.extending import intrinsic
 _Function = Callable[..., Any]
 
 # OpenMP's threads spin between two loops; where torch and Numba share one OpenMP library
-# (`runtime_service/engine_process.py` sees to it) they are the same threads.
+# (`shared/process.py` sees to it) they are the same threads.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 _WORD = ir.IntType(32)

@@ -7,7 +7,6 @@ It dies with the front: the kernel kills it, and its socket closes.
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import importlib
 import os
@@ -28,7 +27,7 @@ from runtime_service.engine_transport import EngineSide, FrontSide, PeerGone, so
 from runtime_service.scheduling.scheduler import Scheduler
 from shared.errors import Internal, MillraceError, to_status
 from shared.log import LogFormat, configure_logging
-from shared.process import end_with_parent
+from shared.process import end_with_parent, share_openmp
 
 _log = structlog.get_logger()
 
@@ -138,7 +137,7 @@ def _serve(spec: EngineSpec, mailbox: EngineSide) -> int:
 
 def _load(spec: EngineSpec) -> tuple[LoadedEngine, Ready]:
     started = time.monotonic()
-    _share_openmp()
+    share_openmp()
     module, _, function = spec.loader.partition(":")
     load = getattr(importlib.import_module(module), function)
     imported = time.monotonic()
@@ -151,15 +150,6 @@ def _load(spec: EngineSpec) -> tuple[LoadedEngine, Ready]:
         ("warm_up", time.monotonic() - warm_up_started),
     )
     return loaded, Ready(loaded.limits, phases)
-
-
-def _share_openmp() -> None:
-    """Has torch and Numba use the system's OpenMP library, one pool of threads for both.
-
-    torch brings a copy and takes one that is loaded already; Numba knows the system's alone.
-    """
-    with contextlib.suppress(OSError):  # none is installed: Numba uses threads of its own
-        ctypes.CDLL("libgomp.so.1")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Child processes that do not outlive their parent.
+"""What child processes do first: end with their parent, share one OpenMP library.
 
 Run as a program, it becomes the program in its arguments; it then imports nothing of the house.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -33,6 +34,15 @@ def ending_with_parent(command: Sequence[str]) -> list[str]:
         command: an absolute path, and arguments.
     """
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
+
+
+def share_openmp() -> None:
+    """Has torch and Numba use the system's OpenMP library, one pool of threads for both; before torch is imported.
+
+    torch brings a copy and takes one that is loaded already; Numba knows the system's alone.
+    """
+    with contextlib.suppress(OSError):  # none is installed: Numba uses threads of its own
+        ctypes.CDLL("libgomp.so.1")
 
 
 if __name__ == "__main__":

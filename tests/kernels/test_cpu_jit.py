@@ -73,10 +73,10 @@ def test_address_refuses_what_a_kernel_would_misread() -> None:
         address(torch.zeros(2, 2).t(), torch.float32)
 
 
-def test_an_engine_process_has_one_pool_of_threads() -> None:
+def test_torch_and_numba_share_one_pool_of_threads() -> None:
     """torch and Numba on OpenMP libraries of their own would spin against each other."""
     program = (
-        "from runtime_service.engine_process import _share_openmp; _share_openmp()\n"
+        "from shared.process import share_openmp; share_openmp()\n"
         "import torch\n"
         "from kernels.rms_norm.cpu_kernel import rms_norm\n"
         "from kernels.cpu_jit import TAGS\n"
