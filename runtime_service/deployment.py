@@ -8,22 +8,19 @@ from collections.abc import Callable
 
 import grpc
 import structlog
-from grpc_status import rpc_status
 from millrace.compiler.v1 import compiler_pb2 as pb
 from millrace.compiler.v1 import compiler_pb2_grpc
 
 from shared import wire
+from shared.channels import PeerSecurity
 from shared.engine import READABLE_FORMATS, EngineManifest, EngineSelector
 from shared.errors import (
-    ERRORS,
     BlobNotFound,
-    CompilerUnreachable,
     DigestMismatch,
     EngineNotFound,
     FormatMismatch,
-    MillraceError,
     from_status,
-    reason_of,
+    of_compiler,
 )
 from shared.store import ArtifactStore, LocalStore, pull
 
@@ -39,12 +36,20 @@ class EngineSource:
         local: where engines are kept and read from.
         remote: where they are pulled from when `local` lacks them; None where there is no such.
         compiler: `host:port` of a compile daemon that builds what is missing; "" for none.
+        peers: how it is called.
     """
 
-    def __init__(self, local: LocalStore, remote: ArtifactStore | None, compiler: str) -> None:
+    def __init__(
+        self,
+        local: LocalStore,
+        remote: ArtifactStore | None,
+        compiler: str,
+        peers: PeerSecurity | None = None,
+    ) -> None:
         self._local = local
         self._remote = remote
         self._compiler = compiler
+        self._peers = peers or PeerSecurity()
 
     async def find(
         self, selector: EngineSelector, model_uri: str, on_build: Callable[[], None]
@@ -115,13 +120,13 @@ class EngineSource:
             quant=wire.quant_to_proto(selector.quant),
             model=selector.model,
         )
-        async with grpc.aio.insecure_channel(self._compiler) as channel:
+        async with self._peers.aio_channel(self._compiler) as channel:
             stub: compiler_pb2_grpc.CompilerServiceAsyncStub
             stub = compiler_pb2_grpc.CompilerServiceStub(channel)
             try:
                 operation = (await stub.BuildEngine(request)).operation
             except grpc.aio.AioRpcError as error:
-                raise self._error(error) from error
+                raise of_compiler(error, self._compiler) from error
             _log.info("build_requested", operation=operation.name, engine=str(selector))
             operation = await self._watch(stub, operation)
         if operation.HasField("error"):
@@ -149,19 +154,12 @@ class EngineSource:
                         _log.info("build_progressed", operation=operation.name, stage=stage)
             except grpc.aio.AioRpcError as error:
                 if error.code() != grpc.StatusCode.UNAVAILABLE:
-                    raise self._error(error) from error
+                    raise of_compiler(error, self._compiler) from error
                 _log.warning("build_watch_lost", operation=operation.name, retry_s=delay_s)
             if not _has_ended(operation):
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, _LAST_RETRY_S)
         return operation
-
-    def _error(self, error: grpc.aio.AioRpcError) -> MillraceError:
-        status = rpc_status.from_call(error)
-        if status is not None and reason_of(status) in ERRORS:
-            return from_status(status)
-        problem = f"{error.code().name}: {error.details()}"
-        return CompilerUnreachable(address=self._compiler, problem=problem)
 
 
 def _has_ended(operation: pb.Operation) -> bool:

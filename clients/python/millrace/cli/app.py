@@ -84,6 +84,48 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends i
 _HOME = Path("~/.millrace")
 
 
+@app.callback()
+def connection(
+    context: typer.Context,
+    tls_ca: Annotated[
+        str,
+        typer.Option(
+            "--tls-ca",
+            metavar="FILE",
+            envvar="MILLRACE_CLI_TLS_CA",
+            help="CA of the daemons' certificates; turns TLS on.",
+        ),
+    ] = "",
+    tls_cert: Annotated[
+        str,
+        typer.Option(
+            "--tls-cert",
+            metavar="FILE",
+            envvar="MILLRACE_CLI_TLS_CERT",
+            help="Certificate to show, where daemons ask for one.",
+        ),
+    ] = "",
+    tls_key: Annotated[
+        str,
+        typer.Option(
+            "--tls-key", metavar="FILE", envvar="MILLRACE_CLI_TLS_KEY", help="Its private key."
+        ),
+    ] = "",
+) -> None:
+    """Builds engines from language models, and generates with them."""
+    # The API key comes from its variable alone: other users of a machine read command lines.
+    context.obj = {
+        name: value
+        for name, value in (
+            ("api_key", os.environ.get("MILLRACE_CLI_API_KEY", "")),
+            ("tls_ca", tls_ca),
+            ("tls_cert", tls_cert),
+            ("tls_key", tls_key),
+        )
+        if value
+    }  # fmt: skip
+
+
 @app.command(epilog="Example: millrace up --model sample:smollm2-135m --quant int8")
 def up(
     model: Annotated[
@@ -137,25 +179,25 @@ def build(
     """Build a model into engines, one per arch, and watch. Asking twice builds once."""
     from millrace.cli.building import build as run
     from millrace.cli.building import parse_quant
+    from millrace.cli.connecting import client as connect
     from millrace.cli.machine import local_arch
-    from millrace.client import Client
 
     archs = [local_arch()] if arch == "auto" else [a.strip() for a in arch.split(",") if a.strip()]
     path = Path(model)
     if path.exists():  # the daemon's working folder is not ours
         model = str(path.resolve())
     scheme, group_size = parse_quant(quant)
-    with Client(compiler) as client:
+    with connect(compiler) as client:
         run(client, model, archs, scheme, group_size, name, detach=detach, as_json=as_json)
 
 
 @app.command(epilog="Example: millrace builds --json | jq .builds[0].state")
 def builds(limit: Limit = 20, compiler: Compiler = _COMPILER, as_json: AsJson = False) -> None:
     """List builds, newest first."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.listing import show_builds
-    from millrace.client import Client
 
-    with Client(compiler) as client:
+    with connect(compiler) as client:
         show_builds(client, limit, as_json)
 
 
@@ -165,20 +207,20 @@ def cancel(
     compiler: Compiler = _COMPILER,
 ) -> None:
     """Cancel a build that has not ended."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.listing import cancel_build
-    from millrace.client import Client
 
-    with Client(compiler) as client:
+    with connect(compiler) as client:
         cancel_build(client, build)
 
 
 @app.command(epilog="Example: millrace engines")
 def engines(limit: Limit = 50, compiler: Compiler = _COMPILER, as_json: AsJson = False) -> None:
     """List the engines in the store, newest first."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.listing import show_engines
-    from millrace.client import Client
 
-    with Client(compiler) as client:
+    with connect(compiler) as client:
         show_engines(client, limit, as_json)
 
 
@@ -194,10 +236,10 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show an engine: key, sizes, layers, graph, kernels, build times."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.inspecting import inspect as run
-    from millrace.client import Client
 
-    with Client(compiler) as client:
+    with connect(compiler) as client:
         run(client, engine, with_graph=graph, as_json=as_json)
 
 
@@ -212,10 +254,10 @@ def load(
     as_json: AsJson = False,
 ) -> None:
     """Have the runtime serve an engine; what it is generating is finished first."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.loading import load as run
-    from millrace.client import Client
 
-    with Client(compiler, runtime) as client:
+    with connect(compiler, runtime) as client:
         run(client, engine, quant, as_json=as_json)
 
 
@@ -238,8 +280,8 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, streamed; its speed is told on stderr."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.generating import generate as run
-    from millrace.client import Client
 
     text = sys.stdin.read() if prompt == "-" else prompt
     options = _options(max_tokens, temperature, top_p, top_k, seed, stop)
@@ -249,7 +291,7 @@ def generate(
         options["ignore_end_tokens"] = True
     if timeout_s:
         options["timeout_s"] = timeout_s
-    with Client(runtime=runtime) as client:
+    with connect(runtime=runtime) as client:
         asked = [{"role": "user", "content": text}] if is_chat else text
         run(client, asked, options, as_json=as_json)  # type: ignore[arg-type]
 
@@ -265,10 +307,10 @@ def chat(
     runtime: Runtime = _RUNTIME,
 ) -> None:
     """Talk with the model, through its own chat template."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.generating import chat as run
-    from millrace.client import Client
 
-    with Client(runtime=runtime) as client:
+    with connect(runtime=runtime) as client:
         run(client, system, _options(max_tokens, temperature, top_p, top_k, seed, None))
 
 
@@ -320,10 +362,87 @@ def health(
 ) -> None:
     """Ask a daemon whether it serves: for container health checks."""
     from millrace.channels import is_serving
+    from millrace.cli.connecting import security
     from millrace.cli.failures import UNAVAILABLE
 
-    if not is_serving(address, timeout_s=5.0) and not answering:
+    if not is_serving(address, 5.0, security()) and not answering:
         raise CommandFailed(f"{address} answers and does not serve now", UNAVAILABLE)
+
+
+@app.command(epilog="Example: millrace certs deploy/tls --host runtime.example.org")
+def certs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Gets *.crt and *.key.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option("--host", help="Name or address of a server beside loopback; repeatable."),
+    ] = None,
+    client: Annotated[str, typer.Option("--client", help="The client's name.")] = "client",
+    days: Annotated[int, typer.Option("--days", min=1, help="How long they are valid.")] = 90,
+) -> None:
+    """Make a development CA, a server's and a client's certificate; a CA in DIR is used again."""
+    from millrace.cli.certs import make_certs
+
+    make_certs(folder.expanduser(), host or (), client, days)
+
+
+keys = typer.Typer(cls=_Commands, no_args_is_help=True, help="API keys: create, list, revoke.")
+app.add_typer(keys, name="keys")
+KeyFile = Annotated[
+    Path,
+    typer.Option(
+        "--file", metavar="FILE", envvar="MILLRACE_API_KEYS", help="What daemons' --api-keys names."
+    ),
+]
+_KEY_FILE = Path("~/.millrace/keys.json")
+
+
+@keys.command("create", epilog="Example: millrace keys create acme --scope generate")
+def create_key(
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Who will use it.")],
+    scope: Annotated[
+        list[str] | None,
+        typer.Option("--scope", help="generate, build, admin or delegate; repeatable."),
+    ] = None,
+    requests_per_s: Annotated[
+        float | None, typer.Option("--requests-per-s", min=0, help="The tenant's limit; 0: none.")
+    ] = None,
+    tokens_per_min: Annotated[
+        int | None, typer.Option("--tokens-per-min", min=0, help="The tenant's limit; 0: none.")
+    ] = None,
+    concurrent: Annotated[
+        int | None, typer.Option("--concurrent", min=0, help="Generations at once; 0: no limit.")
+    ] = None,
+    file: KeyFile = _KEY_FILE,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key and show it, this once. Limits are the tenant's, over all of its keys."""
+    from millrace.cli.keys import create_key as run
+
+    asked = {
+        "requests_per_s": requests_per_s, "tokens_per_min": tokens_per_min,
+        "concurrent": concurrent,
+    }  # fmt: skip
+    limits = {name: value for name, value in asked.items() if value is not None}
+    run(file.expanduser(), tenant, scope or ["generate"], limits, as_json=as_json)
+
+
+@keys.command("list")
+def list_keys(file: KeyFile = _KEY_FILE, as_json: AsJson = False) -> None:
+    """List keys, their tenants, scopes and limits."""
+    from millrace.cli.keys import list_keys as run
+
+    run(file.expanduser(), as_json=as_json)
+
+
+@keys.command("revoke", epilog="Example: millrace keys revoke 3f9a52c01b7d")
+def revoke_key(
+    key: Annotated[str, typer.Argument(metavar="ID", help="As `millrace keys list` shows it.")],
+    file: KeyFile = _KEY_FILE,
+) -> None:
+    """Make a key invalid, within a second in every daemon that reads the file."""
+    from millrace.cli.keys import revoke_key as run
+
+    run(file.expanduser(), key)
 
 
 @app.command(epilog="Example: millrace demo --state .millrace")

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from millrace.channels import is_serving
 from millrace.cli import machine, output
+from millrace.cli.connecting import security
 from millrace.cli.failures import FAILED, OK
 from millrace.errors import MillraceError
 
@@ -157,7 +158,7 @@ def _check_store(state: Path) -> Iterator[Finding]:
 
 def _check_daemon(name: str, address: str) -> Iterator[Finding]:
     try:
-        serves = is_serving(address, timeout_s=2.0)
+        serves = is_serving(address, 2.0, security())
     except MillraceError:
         yield Finding(name, "note", f"none answers at {address}", "millrace up")
         return
