@@ -26,6 +26,7 @@ from shared.log import configure_logging
 from shared.security import ServerSecurity, peer_security
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
+from shared.signing import TrustedKeys
 from shared.store import GrpcStore, LocalStore, open_store
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ async def serve(settings: RuntimeSettings, loader: str = LOADER) -> None:
         MillraceError: the first engine cannot be served, and trying again will not help.
     """
     security, peers = ServerSecurity.load(settings), peer_security(settings)
+    trusted = None if settings.trusted_keys is None else TrustedKeys.load(settings.trusted_keys)
     store = open_store(settings.store, peers)
     local = store if isinstance(store, LocalStore) else LocalStore(settings.cache)
     remote = None if store is local else store
@@ -72,7 +74,7 @@ async def serve(settings: RuntimeSettings, loader: str = LOADER) -> None:
     changed.set()
     runtime = Runtime(
         arch=settings.arch or own_arch(),
-        source=EngineSource(local, remote, settings.compiler, peers),
+        source=EngineSource(local, remote, settings.compiler, peers, trusted),
         read_text=lambda engine: EngineText.read(local, engine),
         start_client=_client_starter(settings, local, loader, metrics),
         metrics=metrics,

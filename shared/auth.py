@@ -45,6 +45,7 @@ RPC_SCOPES: Mapping[str, Scope] = {
     "/millrace.compiler.v1.CompilerService/ListEngines": "build",
     "/millrace.compiler.v1.CompilerService/GetEngine": "build",
     "/millrace.compiler.v1.CompilerService/DeleteEngine": "admin",
+    "/millrace.compiler.v1.CompilerService/SignEngine": "build",
     "/millrace.artifact.v1.ArtifactService/FindEngine": "build",
     "/millrace.artifact.v1.ArtifactService/ReadBlob": "build",
 }

@@ -130,6 +130,14 @@ class EngineDraft:
     format_version: int = FORMAT_VERSION
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Signature:
+    """An Ed25519 signature of an engine's manifest, and the signer's public key; raw bytes."""
+
+    public_key: bytes
+    signature: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class EngineManifest:
     """A finished engine as the store gives it.
@@ -139,6 +147,7 @@ class EngineManifest:
         layers: graph, weight index, weight blobs, files (tokenizer, ...), kernels; in this order.
         manifest: descriptor of the OCI manifest itself.
         created_s: Unix time of publication: from the store's index, never from a hashed blob.
+        signatures: by whom, whoever that is; nobody has verified them.
     """
 
     key: EngineKey
@@ -147,6 +156,7 @@ class EngineManifest:
     layers: tuple[Blob, ...]
     manifest: Blob
     created_s: float
+    signatures: tuple[Signature, ...] = ()
 
     @property
     def name(self) -> str:

@@ -32,7 +32,7 @@ from tests.clients.scripted_daemon import (
 COMMAND = (sys.executable, "-m", "millrace.cli")
 COMMANDS = (
     "up", "build", "builds", "cancel", "engines", "inspect", "load", "generate", "chat", "bench",
-    "doctor", "health", "certs", "keys", "demo",
+    "doctor", "health", "certs", "keys", "sign", "demo",
 )  # fmt: skip
 GRAPH = {
     "inputs": {"token_ids": {"dims": ["T"], "dtype": "int32"}},

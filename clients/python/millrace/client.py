@@ -174,6 +174,12 @@ class Client:
         request = compiler_pb2.DeleteEngineRequest(name=name)
         self._ask_compiler(self._compiler.DeleteEngine, request)
 
+    def sign_engine(self, name: str, public_key: bytes, signature: bytes) -> engine_pb2.Engine:
+        """The engine, with a signature of its manifest; `Signature` says what is signed."""
+        signed = engine_pb2.Signature(public_key=public_key, signature=signature)
+        request = compiler_pb2.SignEngineRequest(name=name, signature=signed)
+        return self._ask_compiler(self._compiler.SignEngine, request).engine
+
     def read_blob(self, digest: str) -> bytes:
         """A whole blob of the store, verified.
 

@@ -379,13 +379,39 @@ def certs(
     client: Annotated[str, typer.Option("--client", help="The client's name.")] = "client",
     days: Annotated[int, typer.Option("--days", min=1, help="How long they are valid.")] = 90,
 ) -> None:
-    """Make a development CA, a server's and a client's certificate; a CA in DIR is used again."""
+    """Make a development CA, certificates of it, and a key to sign engines with.
+
+    A CA and a signing key that are in DIR are used again.
+    """
     from millrace.cli.certs import make_certs
 
     make_certs(folder.expanduser(), host or (), client, days)
 
 
-keys = typer.Typer(cls=_Commands, no_args_is_help=True, help="API keys: create, list, revoke.")
+@app.command(epilog="Example: millrace sign smollm2-135m --key tls/signing.key")
+def sign(
+    engine: Annotated[
+        str, typer.Argument(metavar="ENGINE", help="Model name, engine name, or its first digits.")
+    ],
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Ed25519 private key, PEM.")],
+    quant: Quant = "",
+    compiler: Compiler = _COMPILER,
+    as_json: AsJson = False,
+) -> None:
+    """Sign an engine, for runtimes that load only engines of trusted keys."""
+    from millrace.cli.connecting import client as connect
+    from millrace.cli.signing import sign as run
+
+    with connect(compiler) as client:
+        run(client, engine, quant, key.expanduser(), as_json=as_json)
+
+
+keys = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    help="API keys: create, list, revoke.",
+    epilog="Example: millrace keys create acme --scope generate",
+)
 app.add_typer(keys, name="keys")
 KeyFile = Annotated[
     Path,

@@ -1,4 +1,4 @@
-"""`millrace certs`: a development CA, and a server's and a client's certificate of it.
+"""`millrace certs`: a development CA, a server's and a client's certificate, a signing key.
 
 For trying things out and for closed networks: in production the certificates come from your own CA.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from millrace.cli import output
@@ -49,7 +50,22 @@ def make_certs(folder: Path, hosts: Sequence[str], client: str, days: int) -> No
             )
         )
         _write(folder / name, builder.sign(ca_key, hashes.SHA256()), key)
-    output.say(f"wrote ca, server and client (.crt, .key) to {folder}; keep ca.key apart from them")
+    _signing_key(folder)
+    output.say(
+        f"wrote ca, server, client (.crt, .key) and signing (.key, .pub) to {folder}; keep ca.key "
+        "and signing.key where no daemon is"
+    )
+
+
+def _signing_key(folder: Path) -> None:
+    if (folder / "signing.key").exists():
+        return
+    key = Ed25519PrivateKey.generate()
+    write_private(folder / "signing.key", _private_pem(key))
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    (folder / "signing.pub").write_bytes(public)
 
 
 def _authority(folder: Path, days: int) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
@@ -107,10 +123,17 @@ def _host(host: str) -> x509.GeneralName:
 
 
 def _write(path: Path, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
-    pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    write_private(path.with_name(f"{path.name}.key"), secret)
-    path.with_name(f"{path.name}.crt").write_bytes(certificate.public_bytes(pem))
+    write_private(path.with_name(f"{path.name}.key"), _private_pem(key))
+    content = certificate.public_bytes(serialization.Encoding.PEM)
+    path.with_name(f"{path.name}.crt").write_bytes(content)
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
 
 
 def write_private(path: Path, content: bytes) -> None:
