@@ -64,6 +64,7 @@ async def serve(settings: RuntimeSettings, loader: str = LOADER) -> None:
     """
     security, peers = ServerSecurity.load(settings), peer_security(settings)
     trusted = None if settings.trusted_keys is None else TrustedKeys.load(settings.trusted_keys)
+    peers.check(settings.compiler)
     store = open_store(settings.store, peers)
     local = store if isinstance(store, LocalStore) else LocalStore(settings.cache)
     remote = None if store is local else store

@@ -142,7 +142,7 @@ class ApiKeys:
             file = self._file
         stored = file.keys.get(key_id)
         expected = stored.sha256 if stored else _NOBODY
-        found = hashlib.sha256(secret.encode()).hexdigest()
+        found = hashlib.sha256(secret.encode(errors="replace")).hexdigest()
         is_right = hmac.compare_digest(found, expected)
         if stored is None or not is_right or stored.is_revoked:
             raise Unauthenticated(problem="This API key is not valid")

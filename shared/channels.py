@@ -1,5 +1,6 @@
 """Channels from a daemon to others: in plaintext or TLS, with an API key or without."""
 
+import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,13 +22,15 @@ class PeerSecurity:
 
     Args:
         tls: `ca` turns TLS on and says whose servers are trusted.
+        is_insecure: lets the key cross a network in plaintext.
     """
 
     tls: TlsFiles = field(default_factory=TlsFiles)
     api_key: str = field(default="", repr=False)
+    is_insecure: bool = False
 
     @staticmethod
-    def load(tls: TlsFiles, api_key_file: Path | None) -> "PeerSecurity":
+    def load(tls: TlsFiles, api_key_file: Path | None, is_insecure: bool = False) -> "PeerSecurity":
         """What the settings name.
 
         Raises:
@@ -37,14 +40,24 @@ class PeerSecurity:
         if tls.cert is not None and tls.ca is None:
             raise SettingsError("a client certificate needs --peer-tls-ca, the servers' CA")
         if api_key_file is None:
-            return PeerSecurity(tls)
+            return PeerSecurity(tls, is_insecure=is_insecure)
         try:
-            return PeerSecurity(tls, api_key_file.read_text().strip())
+            return PeerSecurity(tls, api_key_file.read_text().strip(), is_insecure)
         except OSError as error:
             raise SettingsError(f"cannot read the API key: {error}") from None
 
+    def check(self, address: str) -> None:
+        """Raises SettingsError where calling the daemon at `address` would give the key away."""
+        is_private = self.tls.ca is not None or is_loopback(address.rpartition(":")[0])
+        if self.api_key and not is_private and not self.is_insecure:
+            raise SettingsError(
+                f"the API key is sent to {address} over TLS alone: give --peer-tls-ca, or say "
+                "--insecure"
+            )
+
     def channel(self, address: str, options: Options = ()) -> grpc.Channel:
-        """A blocking channel to the daemon at `address`."""
+        """A blocking channel to the daemon at `address`; raises as `check`."""
+        self.check(address)
         credentials = self._credentials()
         if credentials is None:
             channel = grpc.insecure_channel(address, options=options)
@@ -53,7 +66,8 @@ class PeerSecurity:
         return self._keyed(channel)
 
     def aio_channel(self, address: str, options: Options = ()) -> grpc.aio.Channel:
-        """An asyncio channel to the daemon at `address`."""
+        """An asyncio channel to the daemon at `address`; raises as `check`."""
+        self.check(address)
         credentials = self._credentials()
         if credentials is None:
             channel = grpc.aio.insecure_channel(address, options=options)
@@ -93,3 +107,13 @@ class _KeyedChannel:
             return partial(make_method(*arguments, **named), metadata=self._metadata)
 
         return make
+
+
+def is_loopback(host: str) -> bool:
+    """Claims that only this machine reaches `host`."""
+    if host == "localhost" or host.startswith("unix:"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name, which may mean any address
+        return False

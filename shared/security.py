@@ -4,13 +4,12 @@ Off loopback a daemon listens only with TLS and a way to know who calls (API key
 of a CA), unless it is told `--insecure`.
 """
 
-import ipaddress
 from dataclasses import dataclass, field
 
 import grpc
 
 from shared.auth import ApiKeys
-from shared.channels import PeerSecurity
+from shared.channels import PeerSecurity, is_loopback
 from shared.settings import Settings, SettingsError
 from shared.tls import TlsFiles, server_credentials
 
@@ -74,14 +73,4 @@ def peer_security(settings: Settings) -> PeerSecurity:
         SettingsError: a file is missing or wrong.
     """
     tls = TlsFiles(settings.peer_tls_cert, settings.peer_tls_key, settings.peer_tls_ca)
-    return PeerSecurity.load(tls, settings.peer_api_key_file)
-
-
-def is_loopback(host: str) -> bool:
-    """Claims that only this machine reaches `host`."""
-    if host == "localhost" or host.startswith("unix:"):
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:  # a name, which may mean any address
-        return False
+    return PeerSecurity.load(tls, settings.peer_api_key_file, settings.insecure)

@@ -22,8 +22,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
+from shared.channels import is_loopback
 from shared.edge import EdgeInterceptor
-from shared.security import ServerSecurity, is_loopback
+from shared.security import ServerSecurity
 from shared.settings import SettingsError
 from shared.tls import TlsFiles
 

@@ -1,6 +1,5 @@
 """API keys at the edge: who is let in, to which rpc, and what nobody is told."""
 
-import asyncio
 import json
 import logging
 import stat
@@ -11,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 from google.protobuf.descriptor import FileDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -24,12 +24,14 @@ from millrace.runtime.v1 import runtime_pb2, runtime_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from shared.auth import RPC_SCOPES, ApiKeys, caller
+from shared.channels import PeerSecurity
 from shared.errors import MillraceError as DaemonError
 from shared.errors import PermissionDenied, Unauthenticated
 from shared.log import configure_logging
 from shared.security import ServerSecurity
 from shared.server import DaemonServer
 from shared.settings import SettingsError
+from shared.tls import TlsFiles
 from tests.shared.key_files import new_key
 
 FILES: tuple[FileDescriptor, ...] = (
@@ -108,6 +110,20 @@ async def test_call_is_made_by_the_tenant_of_its_key(
         for key, tenant in ((first, "acme"), (second, "globex"), (first, "acme")):
             async with client(address, key) as asking:
                 assert (await asking.get_status()).runtime_id == tenant
+
+
+async def test_daemons_call_each_other_with_a_key_and_not_over_a_network_in_plaintext(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fleet.key").write_text(new_key(capsys, tmp_path / "keys", "fleet") + "\n")
+    peers = PeerSecurity.load(TlsFiles(), tmp_path / "fleet.key")
+    async with serving(tmp_path / "keys") as address, peers.aio_channel(address) as channel:
+        stub: Any = runtime_pb2_grpc.RuntimeServiceStub(channel)
+        assert (await stub.GetStatus(runtime_pb2.GetStatusRequest())).runtime_id == "fleet"
+    with pytest.raises(SettingsError, match="over TLS alone"):
+        peers.channel("compiler.example.org:7601")
+    PeerSecurity(api_key=peers.api_key, is_insecure=True).check("compiler.example.org:7601")
+    assert peers.api_key not in repr(peers)
 
 
 async def test_wrong_unknown_and_missing_keys_are_refused_in_the_same_words(
@@ -249,16 +265,18 @@ async def test_requests_beyond_the_tenants_rate_are_refused_until_the_time_told(
 async def test_keys_never_reach_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = new_key(capsys, tmp_path / "keys", "acme")
     wrong = f"mr_{'0' * 12}_wrongsecret"
-    handlers = logging.getLogger().handlers[:]
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     configure_logging("debug", "json", "test")
     try:
         async with serving(tmp_path / "keys") as address:
             async with client(address, key) as asking:
                 await asking.get_status()
             await refused(address, wrong)
-            await asyncio.sleep(0)
     finally:
-        logging.getLogger().handlers[:] = handlers
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        structlog.reset_defaults()
     logged = capsys.readouterr().err
     assert '"tenant": "acme"' in logged
     assert "UNAUTHENTICATED" in logged

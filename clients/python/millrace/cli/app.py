@@ -86,7 +86,6 @@ _HOME = Path("~/.millrace")
 
 @app.callback()
 def connection(
-    context: typer.Context,
     tls_ca: Annotated[
         str,
         typer.Option(
@@ -113,17 +112,11 @@ def connection(
     ] = "",
 ) -> None:
     """Builds engines from language models, and generates with them."""
-    # The API key comes from its variable alone: other users of a machine read command lines.
-    context.obj = {
-        name: value
-        for name, value in (
-            ("api_key", os.environ.get("MILLRACE_CLI_API_KEY", "")),
-            ("tls_ca", tls_ca),
-            ("tls_cert", tls_cert),
-            ("tls_key", tls_key),
-        )
-        if value
-    }  # fmt: skip
+    # Kept in the variables, where `connecting` finds them. The API key has no option: other users
+    # of a machine can read command lines.
+    for name, path in (("CA", tls_ca), ("CERT", tls_cert), ("KEY", tls_key)):
+        if path:
+            os.environ[f"MILLRACE_CLI_TLS_{name}"] = path
 
 
 @app.command(epilog="Example: millrace up --model sample:smollm2-135m --quant int8")

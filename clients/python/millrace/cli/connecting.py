@@ -1,8 +1,7 @@
 """How commands reach daemons: the connection's options and variables, read in one place."""
 
+import os
 from typing import TypedDict
-
-import click
 
 from millrace.aio import AsyncClient
 from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, Security
@@ -11,7 +10,7 @@ from millrace.client import Client
 from millrace.retries import Retries
 
 
-class ConnectionOptions(TypedDict, total=False):
+class ConnectionOptions(TypedDict):
     """What clients take to prove themselves; see `Client`."""
 
     api_key: str
@@ -21,14 +20,22 @@ class ConnectionOptions(TypedDict, total=False):
 
 
 def connection() -> ConnectionOptions:
-    """API key and TLS files of this invocation, as `Client` and `Security` take them."""
-    context = click.get_current_context(silent=True)
-    found: ConnectionOptions | None = None if context is None else context.find_root().obj
+    """API key and TLS files of this invocation, as `Client` and `Security` take them.
+
+    Raises:
+        CommandFailed: a file cannot be used.
+    """
+    options = ConnectionOptions(
+        api_key=os.environ.get("MILLRACE_CLI_API_KEY", ""),
+        tls_ca=os.environ.get("MILLRACE_CLI_TLS_CA", ""),
+        tls_cert=os.environ.get("MILLRACE_CLI_TLS_CERT", ""),
+        tls_key=os.environ.get("MILLRACE_CLI_TLS_KEY", ""),
+    )
     try:
-        Security(**(found or {}))
+        Security(**options)
     except ValueError as error:
         raise CommandFailed(str(error), USAGE) from None
-    return found or {}
+    return options
 
 
 def security() -> Security:
