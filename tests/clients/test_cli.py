@@ -226,7 +226,7 @@ def test_inspect_shows_key_layers_graph_kernels_and_times(
     assert done.returncode == 0
     for part in ("cd" * 32, "llama: 30 layers", "91 nodes -> 91 nodes", "30 attention",
                  "2 for sm_90, 4.0 kB, driver for CUDA 12.0", "quantize 4.00 s", "before (",
-                 "30 times:", "1 plain"):  # fmt: skip
+                 "30 times:", "1 plain", "signed by     nobody"):  # fmt: skip
         assert part in done.stdout, part
 
 

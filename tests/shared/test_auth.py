@@ -14,6 +14,8 @@ import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from hypothesis import given
+from hypothesis import strategies as st
 from millrace.aio import AsyncClient
 from millrace.cli.keys import list_keys, revoke_key
 from millrace.errors import MillraceError
@@ -140,6 +142,18 @@ async def test_wrong_unknown_and_missing_keys_are_refused_in_the_same_words(
         missing = await refused(address, "")
         assert (missing.reason, missing.retry_after_s) == ("UNAUTHENTICATED", None)
         assert all("acme" not in str(answer) for answer in (*answers, missing))
+
+
+@given(
+    shown_key=st.text(max_size=80), scheme=st.sampled_from(["Bearer ", "bearer mr_", "", "Basic "])
+)
+def test_whatever_is_shown_is_a_valid_key_or_unauthenticated(
+    tmp_path_factory: pytest.TempPathFactory, shown_key: str, scheme: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "keys.json"
+    path.write_text('{"keys": {}}')
+    with pytest.raises(Unauthenticated):
+        ApiKeys(path).authenticate((("authorization", scheme + shown_key),))
 
 
 async def test_scope_is_asked_per_rpc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import grpc
 import pytest
 from millrace.aio import AsyncClient
 from millrace.channels import Security
@@ -111,6 +112,20 @@ async def test_changed_certificates_count_at_the_next_handshake(
         shutil.copy(others / "server.key", folder / "server.key")
         assert await tenant(address, **client_options(others)) == "nobody"
         assert "not signed" in await refusal(address, **client_options(certs))
+
+
+async def test_certificate_that_ran_out_under_a_running_server_is_told_of(tmp_path: Path) -> None:
+    certs = made_in(tmp_path)
+    let_expire(certs / "server.crt", certs)
+    _, key, cert = server_files(certs).read()
+    assert key is not None
+    assert cert is not None
+    server = grpc.aio.server()  # ours does not start with it
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, cert)]))
+    await server.start()
+    said = await refusal(f"127.0.0.1:{port}", **client_options(certs))
+    assert "its certificate has expired" in said
+    await server.stop(0)
 
 
 def test_unusable_files_are_one_line_at_start(certs: Path, others: Path, tmp_path: Path) -> None:
