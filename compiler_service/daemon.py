@@ -22,6 +22,7 @@ from compiler_service.settings import CompilerSettings
 from compiler_service.worker import Worker
 from shared.errors import MillraceError, RedisUnreachable
 from shared.redis import connect, public_url
+from shared.security import ServerSecurity
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.store import LocalStore
 
@@ -72,12 +73,13 @@ async def _start_server(
     service: CompilerService,
     store: LocalStore,
 ) -> tuple[DaemonServer, str]:
-    server = DaemonServer(settings.listen, settings.max_message_bytes, registry)
+    security = ServerSecurity.load(settings)
+    server = DaemonServer(settings.listen, settings.max_message_bytes, registry, security)
     compiler_pb2_grpc.add_CompilerServiceServicer_to_server(service, server.grpc)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(ArtifactService(store), server.grpc)
     metrics_address = ""
     if settings.metrics_listen:
-        metrics_address = start_metrics(settings.metrics_listen, registry)
+        metrics_address = start_metrics(settings.metrics_listen, registry, security)
     await server.start(*SERVICES)
     return server, metrics_address
 

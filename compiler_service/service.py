@@ -11,8 +11,9 @@ from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from compiler_service.build_queue import KEPT, BuildQueue
 from compiler_service.build_wire import build_to_proto, operation_to_proto
 from compiler_service.compiler import Compiler
-from shared.engine import EngineManifest
+from shared.engine import EngineManifest, Signature
 from shared.errors import BuildNotFound, Draining, EngineNotFound, InvalidField, RedisUnreachable
+from shared.signing import MAX_SIGNATURES, is_signature_of
 from shared.store import LocalStore
 from shared.wire import engine_to_proto
 
@@ -117,6 +118,22 @@ class CompilerService(compiler_pb2_grpc.CompilerServiceServicer):
             raise EngineNotFound(engine=request.name)  # no prefixes where something is lost
         await asyncio.to_thread(self._store.delete, request.name)
         return compiler_pb2.DeleteEngineResponse()
+
+    async def SignEngine(
+        self, request: compiler_pb2.SignEngineRequest, context: Context
+    ) -> compiler_pb2.SignEngineResponse:
+        """The engine with the signature that was added."""
+        signature = Signature(request.signature.public_key, request.signature.signature)
+        engine = await asyncio.to_thread(self._sign, request.name, signature)
+        return compiler_pb2.SignEngineResponse(engine=engine_to_proto(engine))
+
+    def _sign(self, name: str, signature: Signature) -> EngineManifest:
+        engine = self._store.get(name)
+        if not is_signature_of(signature, engine.manifest.digest):
+            raise InvalidField(field="signature", problem=f"does not sign {engine.name}")
+        if len(engine.signatures) >= MAX_SIGNATURES and signature not in engine.signatures:
+            raise InvalidField(field="signature", problem=f"would be one of over {MAX_SIGNATURES}")
+        return self._store.add_signature(engine, signature)
 
     async def _until_draining(self, items: AsyncIterator[Item]) -> AsyncIterator[Item]:
         """`items`, until the daemon drains: then DRAINING sends the watcher to another one."""

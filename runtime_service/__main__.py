@@ -23,8 +23,10 @@ from runtime_service.settings import RuntimeSettings, quant_named
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import MillraceError
 from shared.log import configure_logging
+from shared.security import ServerSecurity, peer_security
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
+from shared.signing import TrustedKeys
 from shared.store import GrpcStore, LocalStore, open_store
 
 if TYPE_CHECKING:
@@ -60,39 +62,44 @@ async def serve(settings: RuntimeSettings, loader: str = LOADER) -> None:
     Raises:
         MillraceError: the first engine cannot be served, and trying again will not help.
     """
-    store = open_store(settings.store)
+    security, peers = ServerSecurity.load(settings), peer_security(settings)
+    trusted = None if settings.trusted_keys is None else TrustedKeys.load(settings.trusted_keys)
+    peers.check(settings.compiler)
+    store = open_store(settings.store, peers)
     local = store if isinstance(store, LocalStore) else LocalStore(settings.cache)
     remote = None if store is local else store
     if remote is None and settings.compiler:
-        remote = GrpcStore(settings.compiler)
+        remote = GrpcStore(settings.compiler, peers)
     metrics = RuntimeMetrics()
     changed = asyncio.Event()
     changed.set()
     runtime = Runtime(
         arch=settings.arch or own_arch(),
-        source=EngineSource(local, remote, settings.compiler),
+        source=EngineSource(local, remote, settings.compiler, peers, trusted),
         read_text=lambda engine: EngineText.read(local, engine),
         start_client=_client_starter(settings, local, loader, metrics),
         metrics=metrics,
         on_change=changed.set,
     )
     try:
-        await _serve(settings, runtime, changed)
+        await _serve(settings, security, runtime, changed)
     finally:
         await runtime.close()
 
 
-async def _serve(settings: RuntimeSettings, runtime: Runtime, changed: asyncio.Event) -> None:
+async def _serve(
+    settings: RuntimeSettings, security: ServerSecurity, runtime: Runtime, changed: asyncio.Event
+) -> None:
     loading = asyncio.create_task(_load_first(settings, runtime))
     await asyncio.sleep(0)  # the engine process starts while this one goes on importing
     registry = daemon_registry()
     registry.register(runtime.metrics)
-    server = DaemonServer(settings.listen, settings.max_message_bytes, registry)
+    server = DaemonServer(settings.listen, settings.max_message_bytes, registry, security)
     service = RuntimeService(runtime)
     runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(service, server.grpc)
     await server.start(SERVICE, is_serving=False)
     if settings.metrics_listen:
-        start_metrics(settings.metrics_listen, registry)
+        start_metrics(settings.metrics_listen, registry, security)
     registration = _registration(settings, service, settings.advertise or server.address)
     if registration is not None:
         registration.start()

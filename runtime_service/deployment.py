@@ -8,23 +8,23 @@ from collections.abc import Callable
 
 import grpc
 import structlog
-from grpc_status import rpc_status
 from millrace.compiler.v1 import compiler_pb2 as pb
 from millrace.compiler.v1 import compiler_pb2_grpc
 
 from shared import wire
-from shared.engine import READABLE_FORMATS, EngineManifest, EngineSelector
+from shared.channels import PeerSecurity
+from shared.engine import READABLE_FORMATS, EngineManifest, EngineSelector, Signature
 from shared.errors import (
-    ERRORS,
     BlobNotFound,
     CompilerUnreachable,
     DigestMismatch,
     EngineNotFound,
+    EngineNotTrusted,
     FormatMismatch,
-    MillraceError,
     from_status,
-    reason_of,
+    of_compiler,
 )
+from shared.signing import TrustedKeys
 from shared.store import ArtifactStore, LocalStore, pull
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.5, 10.0
@@ -39,12 +39,23 @@ class EngineSource:
         local: where engines are kept and read from.
         remote: where they are pulled from when `local` lacks them; None where there is no such.
         compiler: `host:port` of a compile daemon that builds what is missing; "" for none.
+        peers: how it is called.
+        trusted: whose engines may be loaded; None: anybody's.
     """
 
-    def __init__(self, local: LocalStore, remote: ArtifactStore | None, compiler: str) -> None:
+    def __init__(
+        self,
+        local: LocalStore,
+        remote: ArtifactStore | None,
+        compiler: str,
+        peers: PeerSecurity | None = None,
+        trusted: TrustedKeys | None = None,
+    ) -> None:
         self._local = local
         self._remote = remote
         self._compiler = compiler
+        self._peers = peers or PeerSecurity()
+        self._trusted = trusted
 
     async def find(
         self, selector: EngineSelector, model_uri: str, on_build: Callable[[], None]
@@ -57,6 +68,7 @@ class EngineSource:
         Raises:
             EngineNotFound: there is none and it cannot be built.
             FormatMismatch: there are only ones that this runtime cannot read.
+            EngineNotTrusted: nobody who is trusted signed it.
             CompilerUnreachable: the compile daemon does not answer.
             MillraceError: the build failed, or the pull; as the compile daemon says.
         """
@@ -67,7 +79,7 @@ class EngineSource:
             engine = await asyncio.to_thread(self._find_here_or_there, selector, False)
         if engine is None:
             raise EngineNotFound(engine=selector)
-        return engine
+        return await asyncio.to_thread(self._checked, engine)
 
     async def repair(
         self,
@@ -83,8 +95,8 @@ class EngineSource:
         """
         if self._remote is not None:
             try:
-                await asyncio.to_thread(pull, self._remote, engine, self._local)
-                return engine
+                repaired = await asyncio.to_thread(pull, self._remote, engine, self._local)
+                return await asyncio.to_thread(self._checked, repaired)
             except (BlobNotFound, DigestMismatch) as error:
                 # The other store is the same one, or as damaged.
                 _log.warning("repair_needs_a_build", engine=engine.name, problem=str(error))
@@ -98,6 +110,7 @@ class EngineSource:
         if engine is None and self._remote is not None:
             found = self._remote.find(selector, newest_format)
             if found is not None:
+                self._check(found)  # before it is downloaded; and when it is here, once more
                 engine = pull(self._remote, found, self._local)
         if engine is None and not will_build:
             unreadable = self._local.find(selector)
@@ -108,6 +121,36 @@ class EngineSource:
                 )
         return engine
 
+    def _check(self, engine: EngineManifest) -> None:
+        if self._trusted is not None:
+            self._trusted.check(engine)
+
+    def _checked(self, engine: EngineManifest) -> EngineManifest:
+        """`engine`, which lies in the local store, unless it is not to be trusted.
+
+        Raises:
+            EngineNotTrusted: nobody who is trusted signed it, here or in the other store.
+        """
+        try:
+            self._check(engine)
+        except EngineNotTrusted:
+            if self._remote is None:
+                raise
+            # It may have been signed after it was pulled.
+            for signature in self._signed_there(engine):
+                engine = self._local.add_signature(engine, signature)
+            self._check(engine)
+        return engine
+
+    def _signed_there(self, engine: EngineManifest) -> tuple[Signature, ...]:
+        assert self._remote is not None, "there is no other store"
+        try:
+            other = self._remote.get(engine.name)
+        except (EngineNotFound, CompilerUnreachable) as error:
+            _log.warning("signatures_not_found", engine=engine.name, problem=str(error))
+            return ()
+        return other.signatures if other.manifest == engine.manifest else ()
+
     async def _build(self, selector: EngineSelector, model_uri: str) -> None:
         request = pb.BuildEngineRequest(
             model_uri=model_uri,
@@ -115,13 +158,13 @@ class EngineSource:
             quant=wire.quant_to_proto(selector.quant),
             model=selector.model,
         )
-        async with grpc.aio.insecure_channel(self._compiler) as channel:
+        async with self._peers.aio_channel(self._compiler) as channel:
             stub: compiler_pb2_grpc.CompilerServiceAsyncStub
             stub = compiler_pb2_grpc.CompilerServiceStub(channel)
             try:
                 operation = (await stub.BuildEngine(request)).operation
             except grpc.aio.AioRpcError as error:
-                raise self._error(error) from error
+                raise of_compiler(error, self._compiler) from error
             _log.info("build_requested", operation=operation.name, engine=str(selector))
             operation = await self._watch(stub, operation)
         if operation.HasField("error"):
@@ -149,19 +192,12 @@ class EngineSource:
                         _log.info("build_progressed", operation=operation.name, stage=stage)
             except grpc.aio.AioRpcError as error:
                 if error.code() != grpc.StatusCode.UNAVAILABLE:
-                    raise self._error(error) from error
+                    raise of_compiler(error, self._compiler) from error
                 _log.warning("build_watch_lost", operation=operation.name, retry_s=delay_s)
             if not _has_ended(operation):
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, _LAST_RETRY_S)
         return operation
-
-    def _error(self, error: grpc.aio.AioRpcError) -> MillraceError:
-        status = rpc_status.from_call(error)
-        if status is not None and reason_of(status) in ERRORS:
-            return from_status(status)
-        problem = f"{error.code().name}: {error.details()}"
-        return CompilerUnreachable(address=self._compiler, problem=problem)
 
 
 def _has_ended(operation: pb.Operation) -> bool:

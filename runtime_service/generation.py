@@ -26,6 +26,7 @@ from runtime_service.sample import Sample
 from runtime_service.sample_text import SampleText
 from runtime_service.scheduling.request import Request
 from shared.errors import MillraceError, to_status
+from shared.quotas import GenerationQuota, TenantQuota
 
 _log = structlog.get_logger()
 
@@ -47,6 +48,7 @@ class Generation:
         request_id: the client's name for it; may name another one, elsewhere.
         on_news: called when there are events to take.
         on_end: called once, when the terminal event is there to take.
+        quota: what it holds of its tenant's; given back at its end.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Generation:
         metrics: RuntimeMetrics,
         on_news: Callable[["Generation"], None],
         on_end: Callable[["Generation"], None],
+        quota: GenerationQuota | None = None,
     ) -> None:
         self.request_id = request_id
+        self.quota = quota or TenantQuota().open_generation()
         self.error: MillraceError | None = None
         self.is_ended = self._is_told = False
         self.num_unread_tokens = 0
@@ -257,6 +261,8 @@ class Generation:
             self.deadline.cancel()
         if self._engine is not None:
             self._engine.forget(self._engine_id)
+        num_generated_tokens = sum(s.num_tokens for s in self._samples)
+        self.quota.close(self._num_prompt_tokens + num_generated_tokens)
         self._total_s = total_s = time.monotonic() - self._started_s
         self._metrics.ended(reason, total_s)
         first_s = self._first_token_s - self._started_s if self._first_token_s else None
@@ -268,7 +274,7 @@ class Generation:
             num_samples=len(self._samples),
             prompt_tokens=self._num_prompt_tokens,
             cached_prompt_tokens=self._num_cached_tokens,
-            generated_tokens=sum(s.num_tokens for s in self._samples),
+            generated_tokens=num_generated_tokens,
             queued_s=round(self._queued_s, 6),
             first_token_s=first_s and round(first_s, 6),
             duration_s=round(total_s, 6),

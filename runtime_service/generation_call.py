@@ -16,6 +16,7 @@ from runtime_service.generation import Generation
 from runtime_service.metrics import RuntimeMetrics
 from shared.edge import refuse_unknown_fields
 from shared.errors import DeadlineExceeded, Draining, InvalidField, MillraceError, to_status
+from shared.quotas import TenantQuota
 
 # Tokens in a message, and tokens of what has ended that may wait to be read. Events without tokens
 # count as some in their message, an end as more while it waits, and the bytes of a name as well: a
@@ -39,10 +40,14 @@ class GenerationCall:
 
     Args:
         cache_salt: separates the prefix cache of this client's tenant.
+        quota: the tenant's.
     """
 
-    def __init__(self, starter: Starter, metrics: RuntimeMetrics, cache_salt: str) -> None:
+    def __init__(
+        self, starter: Starter, metrics: RuntimeMetrics, cache_salt: str, quota: TenantQuota
+    ) -> None:
         self._starter = starter
+        self._quota = quota
         self._metrics = metrics
         self._cache_salt = cache_salt
         self._running: dict[str, Generation] = {}
@@ -129,10 +134,16 @@ class GenerationCall:
 
         Raises:
             InvalidField: the timeout makes no sense.
+            QuotaExceeded: the tenant has too many requests in this second, or running.
         """
         timeout_s = validation.timeout_of(start)
+        self._quota.count_request()
         generation = Generation(
-            start.request_id, self._metrics, on_news=self._on_news, on_end=self._on_end
+            start.request_id,
+            self._metrics,
+            on_news=self._on_news,
+            on_end=self._on_end,
+            quota=self._quota.open_generation(),
         )
         self._running[start.request_id] = generation
         if timeout_s is not None:

@@ -21,6 +21,7 @@ from runtime_service.generation import Generation
 from runtime_service.generation_call import GenerationCall
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.served_engine import EngineText, ServedEngine
+from shared.auth import ANYBODY, Principal
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import (
     ArchMismatch,
@@ -109,9 +110,9 @@ class Runtime:
 
     # Calls and starts.
 
-    def open_call(self, cache_salt: str) -> GenerationCall:
-        """A call whose generations run here; give it back with `close_call`."""
-        call = GenerationCall(self, self.metrics, cache_salt)
+    def open_call(self, caller: Principal = ANYBODY) -> GenerationCall:
+        """A call of `caller` whose generations run here; give it back with `close_call`."""
+        call = GenerationCall(self, self.metrics, caller.tenant, caller.quota)
         self._calls.add(call)
         if self._state == pb.RUNTIME_STATE_DRAINING:
             call.drain()

@@ -77,6 +77,7 @@ class ServedEngine:
         Raises:
             InvalidField, PromptTooLong: the prompt's length is wrong.
             QueueFull, EngineLost: the engine does not take it now.
+            QuotaExceeded: its tenant has too few tokens left in this minute.
         """
         client, model = self.client, self.text.model
         request = to_request(
@@ -93,6 +94,8 @@ class ServedEngine:
             if finish is not None:
                 generation.resumed_at_end(len(prompt_token_ids), finish)
                 return
+        num_new_tokens = start.num_samples * request.stop.max_new_tokens
+        generation.quota.reserve(len(prompt_token_ids) + num_new_tokens)
         client.submit(request, generation, texts, start.sends_logprobs)
 
 

@@ -14,6 +14,7 @@ from millrace.runtime.v1 import runtime_pb2_grpc
 from runtime_service.engine_client import EngineClient
 from runtime_service.runtime import Runtime
 from shared import wire
+from shared.auth import caller
 
 
 class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
@@ -28,7 +29,7 @@ class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Any
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Many generations on one call."""
-        call = self._runtime.open_call(_cache_salt(context))
+        call = self._runtime.open_call(caller())
         reading = asyncio.create_task(call.read(request_iterator))
         try:
             async for events in call.messages():
@@ -42,7 +43,7 @@ class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
         self, request: pb.GenerateStreamRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """One generation on one call; its error is the call's."""
-        call = self._runtime.open_call(_cache_salt(context))
+        call = self._runtime.open_call(caller())
         try:
             generation = call.start(request.start)
             call.half_close()
@@ -109,11 +110,6 @@ class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
                 "free_blocks": load.free_blocks,
             }
         return record
-
-
-def _cache_salt(context: Any) -> str:
-    """Who the client is, as far as its transport proves; prefixes are shared under one salt."""
-    return b"\0".join(context.peer_identities() or ()).hex()
 
 
 def _limits(client: EngineClient) -> pb.RuntimeLimits:

@@ -30,6 +30,10 @@ class RuntimeSettings(Settings):
         Path("~/.millrace/cache"), description="where engines are kept when the store is remote"
     )
 
+    trusted_keys: Path | None = Field(
+        None, description="public keys (PEM): engines that none of them signed are not loaded"
+    )
+
     model: str = Field(
         "", description="model to serve, by name or digest; empty: wait for LoadEngine"
     )

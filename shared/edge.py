@@ -1,13 +1,15 @@
 """The edge of a gRPC server: every call passes here, in and out.
 
-Errors become statuses, nothing unforeseen leaks, log context is bound, and each call leaves one
-canonical log line and its metrics. Servicers behind it raise `MillraceError`s and know none of it.
+Callers are authenticated, errors become statuses, nothing unforeseen leaks, log context is bound,
+and each call leaves one canonical log line and its metrics. Servicers behind it raise
+`MillraceError`s and know none of it; `shared.auth.caller()` tells them who calls.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -17,10 +19,17 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import status_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from shared.auth import ANYBODY, RPC_SCOPES, ApiKeys, set_caller
 from shared.errors import Draining, Internal, InvalidField, MillraceError, reason_of, to_status
 from shared.log import canonical_line
 
-_OURS = "/millrace."
+_HEALTH = "/grpc.health."
+_REFLECTION = "/grpc.reflection."
+# Each start is a request of its own, which the runtime counts: such a call may carry many.
+_COUNTED_PER_START = {
+    "/millrace.runtime.v1.RuntimeService/Generate",
+    "/millrace.runtime.v1.RuntimeService/GenerateStream",
+}
 _STATUS_DETAILS = "grpc-status-details-bin"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DURATION_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
@@ -36,13 +45,17 @@ Behaviour = Callable[[Any, Any], Any]
 
 
 class EdgeInterceptor(grpc.aio.ServerInterceptor):
-    """Guards the calls of `millrace.*` services; health and reflection pass untouched.
+    """Guards all calls but health's, which are open; reflection's need any key, and no more.
 
     Set `is_draining` to refuse new calls with DRAINING.
+
+    Args:
+        api_keys: who may call; None asks nobody.
     """
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, api_keys: ApiKeys | None = None) -> None:
         self.is_draining = False
+        self._api_keys = api_keys
         self._num_running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -68,18 +81,18 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         """The handler of a call, guarded."""
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
-        if handler is None or not method.startswith(_OURS):
+        if handler is None or method.startswith(_HEALTH):
             return handler
-        rpc = method.rpartition("/")[2]
         kind, make_handler = _KINDS[handler.request_streaming, handler.response_streaming]
         behaviour: Behaviour = getattr(handler, kind)
 
         async def guarded(request: Any, context: Any) -> Any:
-            return await self._guard(rpc, behaviour, request, context)
+            return await self._guard(method, behaviour, request, context)
 
         return make_handler(guarded, handler.request_deserializer, handler.response_serializer)
 
-    async def _guard(self, rpc: str, behaviour: Behaviour, request: Any, context: Any) -> Any:
+    async def _guard(self, method: str, behaviour: Behaviour, request: Any, context: Any) -> Any:
+        rpc = method.rpartition("/")[2]
         structlog.contextvars.bind_contextvars(rpc=rpc, peer=context.peer())
         start = time.monotonic()
         self._num_running += 1
@@ -88,7 +101,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         code = "CANCELLED"
         try:
             with canonical_line("rpc_finished") as line:
-                result, status = await self._outcome(behaviour, request, context)
+                result, status = await self._outcome(method, behaviour, request, context)
                 code = line["code"] = _CODES[status.code].name
                 if status.code:
                     line["reason"] = reason_of(status)
@@ -104,9 +117,10 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
                 self._idle.set()
 
     async def _outcome(
-        self, behaviour: Behaviour, request: Any, context: Any
+        self, method: str, behaviour: Behaviour, request: Any, context: Any
     ) -> tuple[Any, status_pb2.Status]:
         try:
+            self._admit(method, context)
             if self.is_draining:
                 raise Draining()
             if isinstance(request, Message):
@@ -117,6 +131,24 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         except Exception:
             structlog.get_logger().exception("rpc_failed_unforeseen")
             return None, to_status(Internal())
+
+    def _admit(self, method: str, context: Any) -> None:
+        """Makes the caller known to what runs in this call.
+
+        Raises:
+            Unauthenticated, PermissionDenied, QuotaExceeded: the caller may not make it.
+        """
+        if self._api_keys is None:
+            identity = b"\0".join(context.peer_identities() or ()).decode("latin-1")
+            set_caller(replace(ANYBODY, tenant=identity))
+            return
+        principal = self._api_keys.authenticate(context.invocation_metadata() or ())
+        structlog.contextvars.bind_contextvars(tenant=principal.tenant, key=principal.key_id)
+        if not method.startswith(_REFLECTION):
+            principal.require(method.rpartition("/")[2], RPC_SCOPES.get(method, "admin"))
+        if method not in _COUNTED_PER_START:
+            principal.quota.count_request()
+        set_caller(principal)
 
 
 async def _run(behaviour: Behaviour, request: Any, context: Any) -> Any:

@@ -174,6 +174,14 @@ class EngineDraft:
     format_version: int = FORMAT_VERSION
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Signature:
+    """An Ed25519 signature of an engine's manifest, and the signer's public key; raw bytes."""
+
+    public_key: bytes
+    signature: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class EngineManifest:
     """A finished engine as the store gives it.
@@ -184,6 +192,7 @@ class EngineManifest:
             in this order.
         manifest: descriptor of the OCI manifest itself.
         created_s: Unix time of publication: from the store's index, never from a hashed blob.
+        signatures: by whom, whoever that is; nobody has verified them.
     """
 
     key: EngineKey
@@ -192,6 +201,7 @@ class EngineManifest:
     layers: tuple[Blob, ...]
     manifest: Blob
     created_s: float
+    signatures: tuple[Signature, ...] = ()
 
     @property
     def name(self) -> str:

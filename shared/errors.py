@@ -11,6 +11,7 @@ from typing import ClassVar
 import grpc
 from google.protobuf.any_pb2 import Any
 from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 DOMAIN = "millrace"
 
@@ -230,6 +231,34 @@ class DeadlineExceeded(MillraceError):
     template = "The generation did not end within {timeout_s} s."
 
 
+class Unauthenticated(MillraceError):
+    """The caller showed no API key, or none that is valid."""
+
+    reason, code = "UNAUTHENTICATED", _S.UNAUTHENTICATED
+    template = "{problem}; send a valid one as the metadata `authorization: Bearer mr_...`."
+
+
+class PermissionDenied(MillraceError):
+    """The caller's API key does not allow this."""
+
+    reason, code = "PERMISSION_DENIED", _S.PERMISSION_DENIED
+    template = "{rpc} needs the scope {scope!r} and this API key has: {scopes}."
+
+
+class QuotaExceeded(MillraceError):
+    """The tenant used up one of its limits."""
+
+    reason, code = "QUOTA_EXCEEDED", _S.RESOURCE_EXHAUSTED
+    template = "The tenant's limit of {allowed} {limit} is used up; try again later."
+
+
+class EngineNotTrusted(MillraceError):
+    """No trusted key signed the engine."""
+
+    reason, code = "ENGINE_NOT_TRUSTED", _S.FAILED_PRECONDITION
+    template = "{engine} was not loaded: {problem}; sign it with `millrace sign`, or trust its signer's key."
+
+
 class WorkerLost(MillraceError):
     """A build lost its worker too often."""
 
@@ -262,7 +291,8 @@ ERRORS: dict[str, type[MillraceError]] = {
         InvalidField, PromptTooLong, ModelNotFound, EngineNotFound, BuildNotFound, BlobNotFound,
         ArchMismatch, FormatMismatch, DriverTooOld, QualityGate, NoEngine, BuildQueueFull,
         QueueFull, DiskFull, Draining, EngineLost, RedisUnreachable, CompilerUnreachable,
-        DeadlineExceeded, WorkerLost, ModelChanged, DigestMismatch, Internal,
+        DeadlineExceeded, Unauthenticated, PermissionDenied, QuotaExceeded, EngineNotTrusted,
+        WorkerLost, ModelChanged, DigestMismatch, Internal,
     )
 }  # fmt: skip
 
@@ -316,3 +346,18 @@ def from_status(status: status_pb2.Status) -> MillraceError:
     if row is None:
         return Internal()
     return row(retry_after_s=retry_after_s, **dict(info.metadata))
+
+
+def of_compiler(error: grpc.RpcError, address: str) -> MillraceError:
+    """What a failed call of the compile daemon at `address` means to whoever asked this daemon.
+
+    What that daemon says of a model, an engine or a build is passed on. That it does not answer,
+    or does not know this daemon, is no fault of the one who asked.
+    """
+    status = rpc_status.from_call(error)
+    reason = "" if status is None else reason_of(status)
+    ours = (Unauthenticated.reason, PermissionDenied.reason, QuotaExceeded.reason)
+    if status is not None and reason in ERRORS and reason not in ours:
+        return from_status(status)
+    problem = f"{error.code().name}: {error.details()}"
+    return CompilerUnreachable(address=address, problem=problem)

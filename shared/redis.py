@@ -31,6 +31,8 @@ MAX_BLOCK_S = 10.0
 _TIMEOUT_S = MAX_BLOCK_S + 5.0
 _CONNECT_TIMEOUT_S = 3.0
 
+# A wrong password and a user without rights: the server is there, and not for us.
+_REFUSED = (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)
 _UNREACHABLE = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, TimeoutError)
 
 
@@ -60,6 +62,9 @@ async def reachable(url: str) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             yield
+    except _REFUSED as error:
+        where = f"{public_url(url)} refuses the user or password in the URL and"
+        raise RedisUnreachable(url=where) from error
     except _UNREACHABLE as error:
         raise RedisUnreachable(url=public_url(url)) from error
 

@@ -2,7 +2,8 @@
 
 Both daemons use it the same way:
 
-    server = DaemonServer(settings.listen, settings.max_message_bytes, registry)
+    security = ServerSecurity.load(settings)
+    server = DaemonServer(settings.listen, settings.max_message_bytes, registry, security)
     add_CompilerServiceServicer_to_server(servicer, server.grpc)
     await server.start("millrace.compiler.v1.CompilerService")
     await server.serve_until_signal(drain, settings.drain_s)
@@ -12,6 +13,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import grpc
 import prometheus_client
@@ -20,8 +22,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
+from shared.channels import is_loopback
 from shared.edge import EdgeInterceptor
+from shared.security import ServerSecurity
 from shared.settings import SettingsError
+from shared.tls import TlsFiles
+
+# Asks nobody, and therefore listens on loopback alone.
+OPEN = ServerSecurity()
 
 # What remains after draining (health watchers, refused calls) is given this long.
 _LAST_GRACE_S = 0.5
@@ -33,10 +41,21 @@ class DaemonServer:
     Args:
         listen: `host:port`; port 0 takes a free one (see `address`).
         registry: gets the metrics of every call.
+        security: what is asked of callers; by default nothing, on loopback alone.
+    Raises:
+        SettingsError: `listen` is malformed, or needs more security.
     """
 
-    def __init__(self, listen: str, max_message_bytes: int, registry: CollectorRegistry) -> None:
-        self.edge = EdgeInterceptor(registry)
+    def __init__(
+        self,
+        listen: str,
+        max_message_bytes: int,
+        registry: CollectorRegistry,
+        security: ServerSecurity = OPEN,
+    ) -> None:
+        security.check_listen(split_listen(listen)[0])
+        self._security = security
+        self.edge = EdgeInterceptor(registry, security.api_keys)
         self.grpc = grpc.aio.server(
             interceptors=(self.edge,),
             options=(
@@ -71,14 +90,23 @@ class DaemonServer:
             (*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc
         )
         host, _ = split_listen(self._listen)
+        credentials = self._security.credentials()
         try:
-            port = self.grpc.add_insecure_port(self._listen)
+            if credentials is None:
+                port = self.grpc.add_insecure_port(self._listen)
+            else:
+                port = self.grpc.add_secure_port(self._listen, credentials)
         except RuntimeError as error:
             raise SettingsError(f"cannot listen on {self._listen}: {error}") from None
         self.address = f"{host}:{port}"
         await self.set_serving(is_serving)
         await self.grpc.start()
-        structlog.get_logger().info("server_started", address=self.address)
+        structlog.get_logger().info(
+            "server_started",
+            address=self.address,
+            tls=credentials is not None,
+            api_keys=self._security.api_keys is not None,
+        )
 
     async def set_serving(self, is_serving: bool) -> None:
         """Tells health checks whether calls are welcome; ignored once draining has begun."""
@@ -121,15 +149,28 @@ class DaemonServer:
         await self.edge.wait_idle()
 
 
-def start_metrics(listen: str, registry: CollectorRegistry) -> str:
+def start_metrics(listen: str, registry: CollectorRegistry, security: ServerSecurity = OPEN) -> str:
     """Serves `registry` to Prometheus over HTTP from a thread; returns the bound `host:port`.
 
+    Off loopback it is HTTPS with the server's certificate where there is one, and asks for clients'
+    ones where the server does. The files are read once.
+
     Raises:
-        SettingsError: the address cannot be bound.
+        SettingsError: the address cannot be bound, or needs more security.
     """
     host, port = split_listen(listen)
+    security.check_metrics_listen(host)
+    tls = TlsFiles() if is_loopback(host) else security.tls
     try:
-        server, _ = prometheus_client.start_http_server(port, host.strip("[]"), registry)
+        server, _ = prometheus_client.start_http_server(
+            port,
+            host.strip("[]"),
+            registry,
+            certfile=_text(tls.cert),
+            keyfile=_text(tls.key),
+            client_cafile=_text(tls.ca),
+            client_auth_required=tls.ca is not None,
+        )
     except OSError as error:
         raise SettingsError(f"cannot serve metrics on {listen}: {error}") from None
     return f"{host}:{server.server_port}"
@@ -154,6 +195,10 @@ def split_listen(listen: str) -> tuple[str, int]:
     if not (colon and host and port.isdigit() and int(port) < 1 << 16):
         raise SettingsError(f"{listen!r} is not of the form host:port")
     return host, int(port)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 async def _run_until(work: Awaitable[None], stop: asyncio.Event, limit_s: float) -> bool:

@@ -53,6 +53,34 @@ class Settings(BaseModel):
         16 << 20, ge=1 << 16, le=1 << 30, description="largest gRPC message taken or sent"
     )
 
+    tls_cert: Path | None = Field(
+        None, description="certificate (PEM, with its chain) that this daemon shows; empty: no TLS"
+    )
+    tls_key: Path | None = Field(None, description="private key of --tls-cert")
+    tls_ca: Path | None = Field(
+        None, description="CA that must have signed clients' certificates; empty: any client"
+    )
+    api_keys: Path | None = Field(
+        None, description="file of `millrace keys`: every call needs a key of it; empty: none does"
+    )
+    insecure: bool = Field(
+        False, description="listen on other than loopback even without TLS and authentication"
+    )
+    peer_tls_ca: Path | None = Field(
+        None, description="CA of the daemons that this one calls; empty: they have no TLS"
+    )
+    peer_tls_cert: Path | None = Field(None, description="certificate shown to those daemons")
+    peer_tls_key: Path | None = Field(None, description="private key of --peer-tls-cert")
+    peer_api_key_file: Path | None = Field(
+        None, description="file that holds the API key for calling those daemons"
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any, info: Any) -> Any:
+        is_optional = cls.model_fields[info.field_name].annotation == Path | None
+        return None if is_optional and value == "" else value
+
     @field_validator("*", mode="before")
     @classmethod
     def _split_commas(cls, value: Any, info: Any) -> Any:
@@ -145,6 +173,8 @@ def _metavar(field: FieldInfo) -> str:
         return "{" + ",".join(map(str, field.annotation.__args__)) + "}"  # type: ignore[union-attr]
     if get_origin(field.annotation) is tuple:
         return "A,B"
+    if field.annotation == Path | None:
+        return "FILE"
     return getattr(field.annotation, "__name__", "value").upper()
 
 

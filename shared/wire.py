@@ -14,6 +14,7 @@ from shared.engine import (
     EngineManifest,
     EngineSelector,
     QuantConfig,
+    Signature,
     is_digest,
 )
 from shared.errors import InvalidField
@@ -129,6 +130,8 @@ def engine_to_proto(engine: EngineManifest) -> engine_pb2.Engine:
         layers=[blob_to_proto(blob) for blob in engine.layers],
     )
     message.create_time.FromMicroseconds(round(engine.created_s * 1_000_000))
+    for signature in engine.signatures:
+        message.signatures.add(public_key=signature.public_key, signature=signature.signature)
     return message
 
 
@@ -141,4 +144,5 @@ def engine_from_proto(message: engine_pb2.Engine) -> EngineManifest:
         layers=tuple(blob_from_proto(blob) for blob in message.layers),
         manifest=blob_from_proto(message.manifest),
         created_s=message.create_time.ToMicroseconds() / 1_000_000,
+        signatures=tuple(Signature(s.public_key, s.signature) for s in message.signatures),
     )

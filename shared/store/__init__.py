@@ -6,6 +6,7 @@ What is inside a blob is not known here, except in `weights.py` (which needs tor
 
 from collections.abc import Callable
 
+from shared.channels import PeerSecurity
 from shared.errors import InvalidField
 from shared.store.artifact_store import ArtifactStore
 from shared.store.local import LocalStore
@@ -15,15 +16,17 @@ from shared.store.remote import GrpcStore
 __all__ = ["STORES", "ArtifactStore", "GrpcStore", "LocalStore", "open_store", "pull"]
 
 # URL scheme to backend; a URL without a scheme is a path.
-STORES: dict[str, Callable[[str], ArtifactStore]] = {
-    "file": LocalStore.from_url,
+STORES: dict[str, Callable[[str, PeerSecurity], ArtifactStore]] = {
+    "file": lambda url, _: LocalStore.from_url(url),
     "grpc": GrpcStore.from_url,
 }
 
 
-def open_store(url: str) -> ArtifactStore:
+def open_store(url: str, peers: PeerSecurity | None = None) -> ArtifactStore:
     """The store at `url`: a path, `file:///path`, or `grpc://host:port`.
 
+    Args:
+        peers: how another daemon is called.
     Raises:
         InvalidField: no backend has the URL's scheme.
     """
@@ -33,4 +36,4 @@ def open_store(url: str) -> ArtifactStore:
     if scheme not in STORES:
         known = ", ".join(f"{name}://" for name in STORES)
         raise InvalidField(field="store", problem=f"{url!r} is neither a path nor one of {known}")
-    return STORES[scheme](url)
+    return STORES[scheme](url, peers or PeerSecurity())

@@ -8,6 +8,7 @@ else (`index.json`, the selectors) follows from the names.
     blobs/ and others               blobs.py
     engines/<key digest>            the engine's manifest descriptor and its time of publication
     selectors/<selector digest>/    a name `<key digest>` for every engine that was named so
+    signatures/<key digest>/        descriptors of the artifacts that sign the engine
     locks/names                     held while names and index.json change
 """
 
@@ -16,9 +17,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -28,6 +31,7 @@ from shared.engine import (
     EngineKey,
     EngineManifest,
     EngineSelector,
+    Signature,
     canonical_json,
 )
 from shared.errors import BlobNotFound, DigestMismatch, EngineNotFound, InvalidField
@@ -51,8 +55,9 @@ class LocalStore:
         self.root = Path(root).absolute()
         self._engines = self.root / "engines"
         self._selectors = self.root / "selectors"
+        self._signatures = self.root / "signatures"
         self.blobs = BlobFolder(self.root)
-        for folder in (self._engines, self._selectors):
+        for folder in (self._engines, self._selectors, self._signatures):
             folder.mkdir(exist_ok=True)
         if not (self.root / "oci-layout").exists():
             sync_folder(self.root / "blobs")
@@ -180,6 +185,27 @@ class LocalStore:
         with self._naming():
             self._select(EngineSelector(model, key.arch, key.quant), key.digest)
 
+    def add_signature(self, engine: EngineManifest, signature: Signature) -> EngineManifest:
+        """Keeps a signature with the engine, once; gives it with all that it has.
+
+        Raises:
+            EngineNotFound: it has gone.
+        """
+        with self.pin(), self._naming():
+            engine = self.get(engine.name)
+            if signature in engine.signatures:
+                return engine
+            self.blobs.write([oci.EMPTY_CONTENT], oci.EMPTY.media_type)
+            content = oci.signature_json(signature, engine.manifest)
+            manifest = self.blobs.write([content], oci.MANIFEST_TYPE)
+            folder = self._signatures / engine.key.digest
+            folder.mkdir(exist_ok=True)
+            record = self._write_beside(canonical_json(oci.descriptor(manifest)))
+            os.replace(record, folder / manifest.digest.removeprefix("sha256:"))
+            sync_folder(folder)
+            self._write_index()
+            return self.get(engine.name)
+
     def delete(self, name: str) -> EngineManifest:
         """Removes the engine's name; its blobs go with a later sweep.
 
@@ -191,6 +217,7 @@ class LocalStore:
             (self._engines / engine.key.digest).unlink()
             for path in self._selectors.glob(f"*/{engine.key.digest}"):
                 path.unlink()
+            shutil.rmtree(self._signatures / engine.key.digest, ignore_errors=True)
             self._write_index()
         return engine
 
@@ -227,7 +254,8 @@ class LocalStore:
         # An engine that misses a blob is as good as absent: it is built or pulled again.
         try:
             record = json.loads((self._engines / name).read_bytes())
-            return self._require(oci.blob_of(record["manifest"]), record["created_s"])
+            engine = self._require(oci.blob_of(record["manifest"]), record["created_s"])
+            return replace(engine, signatures=self._signatures_of(name))
         except (FileNotFoundError, BlobNotFound, DigestMismatch):
             return None
 
@@ -239,6 +267,20 @@ class LocalStore:
             if not self.blobs.has(blob):
                 raise BlobNotFound(digest=blob.digest)
         return engine
+
+    def _signature_blobs(self, name: str) -> Iterator[Blob]:
+        folder = self._signatures / name
+        for path in sorted(folder.iterdir()) if folder.exists() else ():
+            yield oci.blob_of(json.loads(path.read_bytes()))
+
+    def _signatures_of(self, name: str) -> tuple[Signature, ...]:
+        found = []
+        for blob in self._signature_blobs(name):
+            try:
+                found.append(oci.signature_of(self.blobs.read_all(blob.digest)))
+            except (BlobNotFound, DigestMismatch):  # one that is lost signs nothing
+                continue
+        return tuple(found)
 
     def _selector_folder(self, selector: EngineSelector) -> Path:
         quant = selector.quant.resolved
@@ -270,6 +312,10 @@ class LocalStore:
         for ref, group in oci.group_by_index(engines).items():
             refs.append((ref, self.blobs.write([oci.index_json(group)], oci.INDEX_TYPE)))
         refs += [(engine.key.digest, engine.manifest) for engine in engines]
+        for engine in engines:
+            if signatures := tuple(self._signature_blobs(engine.key.digest)):
+                index = self.blobs.write([oci.referrers_json(signatures)], oci.INDEX_TYPE)
+                refs.append((oci.referrers_ref(engine.manifest), index))
         self._replace(self.root / "index.json", oci.layout_index_json(refs))
 
     def _referenced(self) -> set[str]:
@@ -287,7 +333,10 @@ class LocalStore:
         except (BlobNotFound, DigestMismatch):  # it no longer says what it names
             return set()
         layers = [oci.blob_of(raw).digest for raw in json.loads(text)["layers"]]
-        return {manifest.digest, oci.config_of(text).digest, *layers}
+        signatures = [blob.digest for blob in self._signature_blobs(record.name)]
+        if signatures:
+            signatures.append(oci.EMPTY.digest)
+        return {manifest.digest, oci.config_of(text).digest, *layers, *signatures}
 
     def _write_beside(self, content: bytes) -> Path:
         path = self.blobs.partial / f"{os.getpid()}-{uuid.uuid4().hex}"

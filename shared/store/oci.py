@@ -4,9 +4,12 @@ An engine is a valid OCI image manifest, so that any registry and tool can carry
 configuration is an image configuration whose labels hold our data; the kind is in `artifactType`.
 Nothing here knows a clock or a path: equal drafts give equal bytes.
 
-Source: OCI image-spec 1.1: manifest.md, config.md, image-index.md, annotations.md.
+Source: OCI image-spec 1.1: manifest.md, config.md, image-index.md, annotations.md;
+distribution-spec 1.1, "Referrers Tag Schema".
 """
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -18,6 +21,7 @@ from shared.engine import (
     EngineDraft,
     EngineKey,
     EngineManifest,
+    Signature,
     canonical_json,
     is_digest,
 )
@@ -26,6 +30,15 @@ from shared.errors import InvalidField
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+SIGNATURE_TYPE = "application/vnd.millrace.signature.v1"
+EMPTY_CONTENT = b"{}"
+EMPTY = Blob(
+    "application/vnd.oci.empty.v1+json",
+    f"sha256:{hashlib.sha256(EMPTY_CONTENT).hexdigest()}",
+    len(EMPTY_CONTENT),
+)
+PUBLIC_KEY = "vnd.millrace.signature.public-key"
+SIGNATURE = "vnd.millrace.signature.ed25519"
 LAYOUT = {"imageLayoutVersion": "1.0.0"}
 
 TITLE = "org.opencontainers.image.title"
@@ -72,6 +85,42 @@ def manifest_json(draft: EngineDraft, config: Blob) -> bytes:
             "layers": [descriptor(blob) for blob in draft.layers],
         }
     )
+
+
+def signature_json(signature: Signature, subject: Blob) -> bytes:
+    """The manifest of a signature's artifact, which refers to the manifest that is signed."""
+    encoded = {
+        PUBLIC_KEY: base64.b64encode(signature.public_key).decode(),
+        SIGNATURE: base64.b64encode(signature.signature).decode(),
+    }
+    return canonical_json(
+        {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST_TYPE,
+            "artifactType": SIGNATURE_TYPE,
+            "config": descriptor(EMPTY),
+            "layers": [descriptor(EMPTY)],
+            "subject": descriptor(subject),
+            "annotations": encoded,
+        }
+    )
+
+
+def signature_of(manifest_text: bytes) -> Signature:
+    """The signature in an artifact that `signature_json` wrote."""
+    annotations = json.loads(manifest_text)["annotations"]
+    key, signature = (base64.b64decode(annotations[name]) for name in (PUBLIC_KEY, SIGNATURE))
+    return Signature(key, signature)
+
+
+def referrers_json(signatures: Iterable[Blob]) -> bytes:
+    """The index of what refers to one manifest, as registries without a referrers API keep it."""
+    return _index({**descriptor(blob), "artifactType": SIGNATURE_TYPE} for blob in signatures)
+
+
+def referrers_ref(subject: Blob) -> str:
+    """Under which reference that index is found: the digest, as a tag."""
+    return subject.digest.replace(":", "-")
 
 
 def descriptor(blob: Blob) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def pull(
     into: LocalStore,
     report: Report | None = None,
 ) -> EngineManifest:
-    """The engine, complete and verified in `into`.
+    """The engine, complete and verified in `into`, with its signatures.
 
     What is there and good is kept, what is corrupt is fetched again, what was fetched in part is
     resumed. Concurrent pulls on one machine fetch a blob once.
@@ -56,7 +56,10 @@ def pull(
             raise DigestMismatch(digest=engine.name, found=pulled.name)
         for blob in pulled.layers:
             _fetch(source, blob, into.blobs, count)
-        return into.commit(pulled.manifest, pulled.key, pulled.model, pulled.created_s)
+        pulled = into.commit(pulled.manifest, pulled.key, pulled.model, pulled.created_s)
+        for signature in engine.signatures:
+            pulled = into.add_signature(pulled, signature)
+        return pulled
 
 
 def _fetch(

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import grpc
-from grpc_status import rpc_status
 from millrace.artifact.v1 import artifact_pb2, artifact_pb2_grpc
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 
 from shared import errors, wire
+from shared.channels import PeerSecurity
 from shared.engine import EngineManifest, EngineSelector
-from shared.errors import CompilerUnreachable, EngineNotFound, InvalidField
+from shared.errors import EngineNotFound, InvalidField
 
 Value = TypeVar("Value")
 
@@ -28,19 +28,22 @@ class GrpcStore:
     Args:
         timeout_s: how long a lookup may take; reading a blob has no limit in all, only a dead
             connection ends it.
+        peers: how the compile daemon is called.
     """
 
-    def __init__(self, address: str, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, address: str, peers: PeerSecurity | None = None, timeout_s: float = 30.0
+    ) -> None:
         self.address = address
         self._timeout_s = timeout_s
         # A reader that hears nothing for this long asks whether the other end still lives.
         options = [("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 10_000)]
-        self._channel = grpc.insecure_channel(address, options=options)
+        self._channel = (peers or PeerSecurity()).channel(address, options)
         self._artifacts = artifact_pb2_grpc.ArtifactServiceStub(self._channel)
         self._compiler = compiler_pb2_grpc.CompilerServiceStub(self._channel)
 
     @staticmethod
-    def from_url(url: str) -> "GrpcStore":
+    def from_url(url: str, peers: PeerSecurity | None = None) -> "GrpcStore":
         """The store at a `grpc://host:port` URL.
 
         Raises:
@@ -49,7 +52,7 @@ class GrpcStore:
         parts = urlsplit(url)
         if not parts.netloc or parts.path.strip("/") or parts.query:
             raise InvalidField(field="store", problem=f"{url!r} is not grpc://host:port")
-        return GrpcStore(parts.netloc)
+        return GrpcStore(parts.netloc, peers)
 
     def close(self) -> None:
         """Closes the connection."""
@@ -107,8 +110,4 @@ class GrpcStore:
             raise self._error(error) from error
 
     def _error(self, error: grpc.RpcError) -> errors.MillraceError:
-        status = rpc_status.from_call(error)
-        if status is not None and errors.reason_of(status) in errors.ERRORS:
-            return errors.from_status(status)
-        problem = f"{error.code().name}: {error.details()}"
-        return CompilerUnreachable(address=self.address, problem=problem)
+        return errors.of_compiler(error, self.address)

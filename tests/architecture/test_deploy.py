@@ -11,6 +11,7 @@ import pytest
 
 from compiler_service.settings import CompilerSettings
 from runtime_service.settings import RuntimeSettings
+from shared.security import ServerSecurity
 from shared.settings import Settings, variable_of
 from tests.architecture.test_imports import ROOT
 
@@ -66,7 +67,9 @@ def test_containers_are_given_settings_that_exist(name: str, services: dict[str,
     environ = {**_dockerfile_env(name.partition("-")[0]), **services[name]["environment"]}
     settings = DAEMONS[name].parse((), environ)
     assert settings.redis_url == "redis://redis:6379/0"
-    assert str(getattr(settings, "listen", "")).startswith("0.0.0.0:")
+    listen = str(getattr(settings, "listen", ""))
+    assert listen.startswith("0.0.0.0:")
+    ServerSecurity.load(settings).check_listen("0.0.0.0")
 
 
 def _dockerfile_env(target: str) -> dict[str, str]:

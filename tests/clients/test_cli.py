@@ -34,7 +34,7 @@ from tests.clients.scripted_daemon import (
 COMMAND = (sys.executable, "-m", "millrace.cli")
 COMMANDS = (
     "up", "build", "builds", "cancel", "engines", "inspect", "load", "generate", "chat", "bench",
-    "doctor", "health", "demo",
+    "doctor", "health", "certs", "keys", "sign", "demo",
 )  # fmt: skip
 GRAPH = {
     "inputs": {"token_ids": {"dims": ["T"], "dtype": "int32"}},
@@ -229,7 +229,8 @@ def test_inspect_shows_key_layers_graph_kernels_and_times(
     assert done.returncode == 0
     for part in ("cd" * 32, "llama: 30 layers", "91 nodes -> 91 nodes", "30 attention",
                  "2 for sm_90, 4.0 kB, driver for CUDA 12.0", "quantize 4.00 s", "before (",
-                 "30 times:", "1 plain", "Q4_1: 210 tensors kept exactly"):  # fmt: skip
+                 "30 times:", "1 plain", "Q4_1: 210 tensors kept exactly",
+                 "signed by     nobody"):  # fmt: skip
         assert part in done.stdout, part
 
 

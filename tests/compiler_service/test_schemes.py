@@ -210,7 +210,9 @@ def test_only_quantized_linears_inside_the_layers_round_their_inputs(tmp_path: P
     assert rounding == {f"layers.1.{role}" for role in ("qkv", "o", "gate_up", "down")}
 
 
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ("fp8", "fp32")])
+@pytest.mark.parametrize(
+    "scheme", [name for name in SCHEMES if name not in ("as-is", "fp8", "fp32")]
+)
 def test_bad_weight_is_named_whatever_the_scheme(scheme: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "tiny")
     tensors = load_file(folder / "model.safetensors")

@@ -31,7 +31,8 @@ from shared.engine import (
     EngineSelector,
     QuantConfig,
 )
-from shared.server import DaemonServer, daemon_registry
+from shared.security import ServerSecurity
+from shared.server import OPEN, DaemonServer, daemon_registry
 from shared.store import LocalStore
 from tests.runtime_service.echo_engine import LOADER, VOCAB_SIZE
 
@@ -106,6 +107,7 @@ async def running_daemon(
     max_message_bytes: int = 1 << 20,
     loader: str = LOADER,
     publish: Callable[[LocalStore], EngineManifest] = publish_echo,
+    security: ServerSecurity = OPEN,
     **arguments: Any,
 ) -> AsyncIterator[Daemon]:
     """A daemon that serves the echo engine, or what `publish` and `loader` make of one.
@@ -143,7 +145,7 @@ async def running_daemon(
     )
     registry = daemon_registry()
     registry.register(metrics)
-    server = DaemonServer("127.0.0.1:0", max_message_bytes, registry)
+    server = DaemonServer("127.0.0.1:0", max_message_bytes, registry, security)
     runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(RuntimeService(runtime), server.grpc)
     await server.start("millrace.runtime.v1.RuntimeService", is_serving=False)
     telling = asyncio.create_task(tell_changes(server, runtime, None, changed))

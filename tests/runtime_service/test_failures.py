@@ -34,6 +34,7 @@ from shared.errors import (
     from_status,
     reason_of,
 )
+from shared.quotas import TenantQuota
 from tests.runtime_service.daemon import (
     FP32,
     Daemon,
@@ -197,7 +198,7 @@ async def test_another_engine_is_served_while_the_lost_one_cannot_be(tmp_path: P
 async def test_starts_that_wait_for_their_tokens_are_bounded(tmp_path: Path) -> None:
     """What no engine has queued yet counts too: more is refused, and told when to come back."""
     async with running_daemon(tmp_path, step_s=0.01) as daemon:
-        call = daemon.runtime.open_call("")
+        call = daemon.runtime.open_call()
         most = MAX_PREPARED_TOKENS // MIN_PREPARED_TOKENS
         generations = [
             call.start(start_of("hello", request_id=str(number), max_new_tokens=1))
@@ -279,7 +280,7 @@ async def test_refused_commands_of_a_client_that_never_reads_cost_a_bounded_buff
             start = start_of([40], request_id="")
             yield pb.GenerateRequest(start=start) if num_sent % 2 else pb.GenerateRequest()
 
-    call = GenerationCall(_NoStarter(), RuntimeMetrics(), "")
+    call = GenerationCall(_NoStarter(), RuntimeMetrics(), "", TenantQuota())
     reading = asyncio.create_task(call.read(flood()))
     await asyncio.wait({reading}, timeout=0.5)
     assert not reading.done()

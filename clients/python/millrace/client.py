@@ -14,7 +14,7 @@ import grpc
 
 from millrace.artifact.v1 import artifact_pb2, artifact_pb2_grpc
 from millrace.builds import RecipeOptions, build_request, has_ended, raise_if_failed
-from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, open_channel
+from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, Security, open_channel
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
 from millrace.errors import MillraceError, corrupt_blob, from_rpc_error
@@ -34,6 +34,11 @@ class Client:
         compiler: `host:port` of a compile daemon.
         runtime: `host:port` of a runtime daemon.
         timeout_s: for calls that answer at once; builds, loads and generations take their time.
+        api_key: `mr_...`, where the daemons ask for one.
+        tls_ca: path of the CA that signed the daemons' certificates; "" speaks plaintext.
+        tls_cert: path of the client's own certificate, where daemons ask for one; with `tls_key`.
+    Raises:
+        ValueError: a file cannot be used, or the key would cross a network in plaintext.
     """
 
     def __init__(
@@ -43,12 +48,17 @@ class Client:
         *,
         timeout_s: float = 30.0,
         retries: Retries | None = None,
+        api_key: str = "",
+        tls_ca: str = "",
+        tls_cert: str = "",
+        tls_key: str = "",
     ) -> None:
+        security = Security(api_key, tls_ca, tls_cert, tls_key)
         self._compiler_address, self._runtime_address = compiler, runtime
         self._timeout_s = timeout_s
         self._retries = retries or Retries()
-        self._compiler_channel = open_channel(compiler)
-        self._runtime_channel = open_channel(runtime)
+        self._compiler_channel = open_channel(compiler, security)
+        self._runtime_channel = open_channel(runtime, security)
         self._compiler = compiler_pb2_grpc.CompilerServiceStub(self._compiler_channel)
         self._artifacts = artifact_pb2_grpc.ArtifactServiceStub(self._compiler_channel)
         self._runtime = runtime_pb2_grpc.RuntimeServiceStub(self._runtime_channel)
@@ -168,6 +178,12 @@ class Client:
         """Removes an engine's name; its blobs go when nothing else names them."""
         request = compiler_pb2.DeleteEngineRequest(name=name)
         self._ask_compiler(self._compiler.DeleteEngine, request)
+
+    def sign_engine(self, name: str, public_key: bytes, signature: bytes) -> engine_pb2.Engine:
+        """The engine, with a signature of its manifest; `Signature` says what is signed."""
+        signed = engine_pb2.Signature(public_key=public_key, signature=signature)
+        request = compiler_pb2.SignEngineRequest(name=name, signature=signed)
+        return self._ask_compiler(self._compiler.SignEngine, request).engine
 
     def read_blob(self, digest: str) -> bytes:
         """A whole blob of the store, verified.

@@ -14,6 +14,16 @@ UNREACHABLE = "UNREACHABLE"
 _DETAILS_KEY = "grpc-status-details-bin"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
+# Marks in what gRPC and BoringSSL say of a connection that did not come about, first match first.
+_TLS_PROBLEMS = (
+    ("certificate has expired", "its certificate has expired"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not signed by the given CA"),
+    ("Hostname Verification", "its certificate is for another host"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS; leave the CA out"),
+    ("Socket closed", "it ends connections; it may ask for TLS, or a client certificate of its CA"),
+    ("handshake failed", "the TLS handshake failed"),
+)
+
 
 @dataclass(eq=False)
 class MillraceError(Exception):
@@ -61,10 +71,19 @@ def from_rpc_error(raised: grpc.RpcError, address: str) -> MillraceError:
     code, details = raised.code(), raised.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE:
         message = f"No daemon answers at {address}; start one with: millrace up"
+        if problem := _tls_problem(details):
+            message = f"{address} cannot be spoken to: {problem}"
         return MillraceError(message, UNREACHABLE, code, {"address": address, "details": details})
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         details = f"The daemon at {address} did not answer in time."
     return MillraceError(details or code.name, code.name, code, {"address": address})
+
+
+def _tls_problem(details: str) -> str:
+    """What gRPC's words about a connection say of TLS; "" where they say nothing."""
+    if "failed to connect" not in details:
+        return ""
+    return next((problem for mark, problem in _TLS_PROBLEMS if mark in details), "")
 
 
 def build_cancelled(name: str) -> MillraceError:

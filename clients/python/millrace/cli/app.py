@@ -90,6 +90,41 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends i
 _HOME = Path("~/.millrace")
 
 
+@app.callback()
+def connection(
+    tls_ca: Annotated[
+        str,
+        typer.Option(
+            "--tls-ca",
+            metavar="FILE",
+            envvar="MILLRACE_CLI_TLS_CA",
+            help="CA of the daemons' certificates; turns TLS on.",
+        ),
+    ] = "",
+    tls_cert: Annotated[
+        str,
+        typer.Option(
+            "--tls-cert",
+            metavar="FILE",
+            envvar="MILLRACE_CLI_TLS_CERT",
+            help="Certificate to show, where daemons ask for one.",
+        ),
+    ] = "",
+    tls_key: Annotated[
+        str,
+        typer.Option(
+            "--tls-key", metavar="FILE", envvar="MILLRACE_CLI_TLS_KEY", help="Its private key."
+        ),
+    ] = "",
+) -> None:
+    """Builds engines from language models, and generates with them."""
+    # Kept in the variables, where `connecting` finds them. The API key has no option: other users
+    # of a machine can read command lines.
+    for name, path in (("CA", tls_ca), ("CERT", tls_cert), ("KEY", tls_key)):
+        if path:
+            os.environ[f"MILLRACE_CLI_TLS_{name}"] = path
+
+
 @app.command(epilog="Example: millrace up --model sample:smollm2-135m --quant int8")
 def up(
     model: Annotated[
@@ -175,8 +210,8 @@ def build(
     """Build a model into engines, one per arch, and watch. Asking twice builds once."""
     from millrace.cli.building import build as run
     from millrace.cli.building import parse_keep, parse_quant
+    from millrace.cli.connecting import client as connect
     from millrace.cli.machine import local_arch
-    from millrace.client import Client
 
     archs = [local_arch()] if arch == "auto" else [a.strip() for a in arch.split(",") if a.strip()]
     model = _daemon_path(model)
@@ -190,17 +225,17 @@ def build(
         "auto_keep": auto_keep,
         "skip_quality": skip_quality,
     }
-    with Client(compiler) as client:
+    with connect(compiler) as client:
         run(client, model, archs, scheme, group_size, name, recipe, detach=detach, as_json=as_json)
 
 
 @app.command(epilog="Example: millrace builds --json | jq .builds[0].state")
 def builds(limit: Limit = 20, compiler: Compiler = _COMPILER, as_json: AsJson = False) -> None:
     """List builds, newest first."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.listing import show_builds
-    from millrace.client import Client
 
-    with Client(compiler) as client:
+    with connect(compiler) as client:
         show_builds(client, limit, as_json)
 
 
@@ -210,20 +245,20 @@ def cancel(
     compiler: Compiler = _COMPILER,
 ) -> None:
     """Cancel a build that has not ended."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.listing import cancel_build
-    from millrace.client import Client
 
-    with Client(compiler) as client:
+    with connect(compiler) as client:
         cancel_build(client, build)
 
 
 @app.command(epilog="Example: millrace engines")
 def engines(limit: Limit = 50, compiler: Compiler = _COMPILER, as_json: AsJson = False) -> None:
     """List the engines in the store, newest first."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.listing import show_engines
-    from millrace.client import Client
 
-    with Client(compiler) as client:
+    with connect(compiler) as client:
         show_engines(client, limit, as_json)
 
 
@@ -242,11 +277,11 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show an engine: key, sizes, layers, graph, kernels, build times; or its quality report."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.inspecting import inspect as run
     from millrace.cli.quality import show_quality
-    from millrace.client import Client
 
-    with Client(compiler) as client:
+    with connect(compiler) as client:
         if quality:
             show_quality(client, engine, as_json=as_json)
         else:
@@ -264,10 +299,10 @@ def load(
     as_json: AsJson = False,
 ) -> None:
     """Have the runtime serve an engine; what it is generating is finished first."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.loading import load as run
-    from millrace.client import Client
 
-    with Client(compiler, runtime) as client:
+    with connect(compiler, runtime) as client:
         run(client, engine, quant, as_json=as_json)
 
 
@@ -290,8 +325,8 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, streamed; its speed is told on stderr."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.generating import generate as run
-    from millrace.client import Client
 
     text = sys.stdin.read() if prompt == "-" else prompt
     options = _options(max_tokens, temperature, top_p, top_k, seed, stop)
@@ -301,7 +336,7 @@ def generate(
         options["ignore_end_tokens"] = True
     if timeout_s:
         options["timeout_s"] = timeout_s
-    with Client(runtime=runtime) as client:
+    with connect(runtime=runtime) as client:
         asked = [{"role": "user", "content": text}] if is_chat else text
         run(client, asked, options, as_json=as_json)  # type: ignore[arg-type]
 
@@ -317,10 +352,10 @@ def chat(
     runtime: Runtime = _RUNTIME,
 ) -> None:
     """Talk with the model, through its own chat template."""
+    from millrace.cli.connecting import client as connect
     from millrace.cli.generating import chat as run
-    from millrace.client import Client
 
-    with Client(runtime=runtime) as client:
+    with connect(runtime=runtime) as client:
         run(client, system, _options(max_tokens, temperature, top_p, top_k, seed, None))
 
 
@@ -372,10 +407,113 @@ def health(
 ) -> None:
     """Ask a daemon whether it serves: for container health checks."""
     from millrace.channels import is_serving
+    from millrace.cli.connecting import security
     from millrace.cli.failures import UNAVAILABLE
 
-    if not is_serving(address, timeout_s=5.0) and not answering:
+    if not is_serving(address, 5.0, security()) and not answering:
         raise CommandFailed(f"{address} answers and does not serve now", UNAVAILABLE)
+
+
+@app.command(epilog="Example: millrace certs deploy/tls --host runtime.example.org")
+def certs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Gets *.crt and *.key.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option("--host", help="Name or address of a server beside loopback; repeatable."),
+    ] = None,
+    client: Annotated[str, typer.Option("--client", help="The client's name.")] = "client",
+    days: Annotated[int, typer.Option("--days", min=1, help="How long they are valid.")] = 90,
+) -> None:
+    """Make a development CA, certificates of it, and a key to sign engines with.
+
+    A CA and a signing key that are in DIR are used again.
+    """
+    from millrace.cli.certs import make_certs
+
+    make_certs(folder.expanduser(), host or (), client, days)
+
+
+@app.command(epilog="Example: millrace sign smollm2-135m --key tls/signing.key")
+def sign(
+    engine: Annotated[
+        str, typer.Argument(metavar="ENGINE", help="Model name, engine name, or its first digits.")
+    ],
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Ed25519 private key, PEM.")],
+    quant: Quant = "",
+    compiler: Compiler = _COMPILER,
+    as_json: AsJson = False,
+) -> None:
+    """Sign an engine, for runtimes that load only engines of trusted keys."""
+    from millrace.cli.connecting import client as connect
+    from millrace.cli.signing import sign as run
+
+    with connect(compiler) as client:
+        run(client, engine, quant, key.expanduser(), as_json=as_json)
+
+
+keys = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    help="API keys: create, list, revoke.",
+    epilog="Example: millrace keys create acme --scope generate",
+)
+app.add_typer(keys, name="keys")
+KeyFile = Annotated[
+    Path,
+    typer.Option(
+        "--file", metavar="FILE", envvar="MILLRACE_API_KEYS", help="What daemons' --api-keys names."
+    ),
+]
+_KEY_FILE = Path("~/.millrace/keys.json")
+
+
+@keys.command("create", epilog="Example: millrace keys create acme --scope generate")
+def create_key(
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Who will use it.")],
+    scope: Annotated[
+        list[str] | None,
+        typer.Option("--scope", help="generate, build, admin or delegate; repeatable."),
+    ] = None,
+    requests_per_s: Annotated[
+        float | None, typer.Option("--requests-per-s", min=0, help="The tenant's limit; 0: none.")
+    ] = None,
+    tokens_per_min: Annotated[
+        int | None, typer.Option("--tokens-per-min", min=0, help="The tenant's limit; 0: none.")
+    ] = None,
+    concurrent: Annotated[
+        int | None, typer.Option("--concurrent", min=0, help="Generations at once; 0: no limit.")
+    ] = None,
+    file: KeyFile = _KEY_FILE,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key and show it, this once. Limits are the tenant's, over all of its keys."""
+    from millrace.cli.keys import create_key as run
+
+    asked = {
+        "requests_per_s": requests_per_s, "tokens_per_min": tokens_per_min,
+        "concurrent": concurrent,
+    }  # fmt: skip
+    limits = {name: value for name, value in asked.items() if value is not None}
+    run(file.expanduser(), tenant, scope or ["generate"], limits, as_json=as_json)
+
+
+@keys.command("list")
+def list_keys(file: KeyFile = _KEY_FILE, as_json: AsJson = False) -> None:
+    """List keys, their tenants, scopes and limits."""
+    from millrace.cli.keys import list_keys as run
+
+    run(file.expanduser(), as_json=as_json)
+
+
+@keys.command("revoke", epilog="Example: millrace keys revoke 3f9a52c01b7d")
+def revoke_key(
+    key: Annotated[str, typer.Argument(metavar="ID", help="As `millrace keys list` shows it.")],
+    file: KeyFile = _KEY_FILE,
+) -> None:
+    """Make a key invalid, within a second in every daemon that reads the file."""
+    from millrace.cli.keys import revoke_key as run
+
+    run(file.expanduser(), key)
 
 
 @app.command(epilog="Example: millrace demo --state .millrace")

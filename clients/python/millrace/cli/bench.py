@@ -12,8 +12,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from millrace.aio import AsyncClient
 from millrace.cli import output
+from millrace.cli.connecting import async_client
 from millrace.retries import Retries
 from millrace.session import Session
 
@@ -137,9 +137,7 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
 async def _run(address: str, load: Load) -> tuple[str, list[Timeline], float]:
     async with AsyncExitStack() as stack:
         # A request that waits for another try would not be a measurement.
-        client = await stack.enter_async_context(
-            AsyncClient(runtime=address, retries=Retries(max_attempts=1))
-        )
+        client = await stack.enter_async_context(async_client(address, Retries(max_attempts=1)))
         model = (await client.get_status()).engine.model
         sessions = [await stack.enter_async_context(client.session()) for _ in range(load.calls)]
         on_calls = [sessions[index % load.calls] for index in range(load.streams)]

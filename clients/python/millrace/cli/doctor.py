@@ -3,15 +3,17 @@
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from millrace.channels import is_serving
 from millrace.cli import machine, output
+from millrace.cli.connecting import security
 from millrace.cli.failures import FAILED, OK
 from millrace.errors import MillraceError
 
@@ -127,6 +129,10 @@ def _ask_redis(url: str) -> Finding:
         else:
             address = (parts.hostname or "127.0.0.1", parts.port or 6379)
             client = socket.create_connection(address, 2)
+            if parts.scheme == "rediss":
+                ca = parse_qs(parts.query).get("ssl_ca_certs", [None])[0]
+                context = ssl.create_default_context(cafile=ca)
+                client = context.wrap_socket(client, server_hostname=address[0])
         with client:
             client.sendall(b"PING\r\n")
             answer = client.recv(64)
@@ -157,7 +163,7 @@ def _check_store(state: Path) -> Iterator[Finding]:
 
 def _check_daemon(name: str, address: str) -> Iterator[Finding]:
     try:
-        serves = is_serving(address, timeout_s=2.0)
+        serves = is_serving(address, 2.0, security())
     except MillraceError:
         yield Finding(name, "note", f"none answers at {address}", "millrace up")
         return

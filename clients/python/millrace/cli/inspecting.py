@@ -1,5 +1,6 @@
 """`millrace inspect`: what an engine is made of, and what became of the model's graph."""
 
+import hashlib
 import json
 from collections import Counter
 from typing import Any
@@ -121,9 +122,16 @@ def _show_key(engine: engine_pb2.Engine, graph: dict[str, Any]) -> None:
             ("model digest", engine.key.model_digest),
             ("builder", engine.key.builder),
             ("manifest", engine.manifest.digest),
+            ("signed by", _signers(engine)),
             ("published", output.age_text(engine.create_time.seconds)),
         )
     )
+
+
+def _signers(engine: engine_pb2.Engine) -> str:
+    """The signers' keys as daemons name them; nobody has verified that they did."""
+    keys = {hashlib.sha256(s.public_key).hexdigest()[:12] for s in engine.signatures}
+    return ", ".join(sorted(keys)) or "nobody"
 
 
 def _show_layers(engine: engine_pb2.Engine) -> None:

@@ -25,6 +25,7 @@ from millrace.channels import wait_until_answering
 from millrace.cli.failures import UNAVAILABLE, CommandFailed
 
 _PR_SET_PDEATHSIG = 1
+_SECURITY = ("MILLRACE_TLS_", "MILLRACE_API_KEYS", "MILLRACE_PEER_", "MILLRACE_INSECURE")
 _LIBC = ctypes.CDLL(None)
 _START_S = 60.0
 # Both daemons drain for up to 30 s; what is left after that is killed.
@@ -173,9 +174,18 @@ class Stack:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env=_without_security(),
                 preexec_fn=partial(_end_with_parent, os.getpid()),
             )
         self.children.append(Child(name, process, log))
+
+
+def _without_security() -> dict[str, str]:
+    """The environment, without what would have loopback daemons ask for TLS and keys.
+
+    Those settings are for daemons that others reach; this stack calls its own without.
+    """
+    return {name: v for name, v in os.environ.items() if not name.startswith(_SECURITY)}
 
 
 def _end_with_parent(parent: int) -> None:

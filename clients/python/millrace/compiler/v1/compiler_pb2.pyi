@@ -743,3 +743,55 @@ class DeleteEngineResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteEngineResponse: _TypeAlias = DeleteEngineResponse  # noqa: Y015
+
+@_typing.final
+class SignEngineRequest(_message.Message):
+    """Request message for CompilerService.SignEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name, `engines/{key digest}`."""
+    @_builtins.property
+    def signature(self) -> _engine_pb2.Signature:
+        """The signature, made where the private key is."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        signature: _engine_pb2.Signature | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignEngineRequest: _TypeAlias = SignEngineRequest  # noqa: Y015
+
+@_typing.final
+class SignEngineResponse(_message.Message):
+    """Response message for CompilerService.SignEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENGINE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def engine(self) -> _engine_pb2.Engine:
+        """The engine with all of its signatures."""
+
+    def __init__(
+        self,
+        *,
+        engine: _engine_pb2.Engine | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignEngineResponse: _TypeAlias = SignEngineResponse  # noqa: Y015

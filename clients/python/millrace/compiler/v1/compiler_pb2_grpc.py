@@ -81,6 +81,11 @@ class CompilerServiceStub(object):
                 request_serializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.DeleteEngineRequest.SerializeToString,
                 response_deserializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.DeleteEngineResponse.FromString,
                 _registered_method=True)
+        self.SignEngine = channel.unary_unary(
+                '/millrace.compiler.v1.CompilerService/SignEngine',
+                request_serializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.SignEngineRequest.SerializeToString,
+                response_deserializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.SignEngineResponse.FromString,
+                _registered_method=True)
 
 
 class CompilerServiceServicer(object):
@@ -176,6 +181,16 @@ class CompilerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SignEngine(self, request, context):
+        """Keeps a signature with an engine; one that it has already changes nothing.
+
+        Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
+        (`INVALID_FIELD`: not a signature of this engine, or it has too many).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CompilerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -223,6 +238,11 @@ def add_CompilerServiceServicer_to_server(servicer, server):
                     servicer.DeleteEngine,
                     request_deserializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.DeleteEngineRequest.FromString,
                     response_serializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.DeleteEngineResponse.SerializeToString,
+            ),
+            'SignEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignEngine,
+                    request_deserializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.SignEngineRequest.FromString,
+                    response_serializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.SignEngineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -470,6 +490,33 @@ class CompilerService(object):
             '/millrace.compiler.v1.CompilerService/DeleteEngine',
             millrace_dot_compiler_dot_v1_dot_compiler__pb2.DeleteEngineRequest.SerializeToString,
             millrace_dot_compiler_dot_v1_dot_compiler__pb2.DeleteEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SignEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/millrace.compiler.v1.CompilerService/SignEngine',
+            millrace_dot_compiler_dot_v1_dot_compiler__pb2.SignEngineRequest.SerializeToString,
+            millrace_dot_compiler_dot_v1_dot_compiler__pb2.SignEngineResponse.FromString,
             options,
             channel_credentials,
             insecure,

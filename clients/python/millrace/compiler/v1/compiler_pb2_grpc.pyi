@@ -85,6 +85,12 @@ class CompilerServiceStub:
 
     Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`).
     """
+    SignEngine: _grpc.UnaryUnaryMultiCallable[_compiler_pb2.SignEngineRequest, _compiler_pb2.SignEngineResponse]
+    """Keeps a signature with an engine; one that it has already changes nothing.
+
+    Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
+    (`INVALID_FIELD`: not a signature of this engine, or it has too many).
+    """
 
 @_typing.type_check_only
 class CompilerServiceAsyncStub(CompilerServiceStub):
@@ -142,6 +148,12 @@ class CompilerServiceAsyncStub(CompilerServiceStub):
     """Removes an engine's name; its blobs go when nothing else names them.
 
     Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`).
+    """
+    SignEngine: _aio.UnaryUnaryMultiCallable[_compiler_pb2.SignEngineRequest, _compiler_pb2.SignEngineResponse]  # type: ignore[assignment]
+    """Keeps a signature with an engine; one that it has already changes nothing.
+
+    Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
+    (`INVALID_FIELD`: not a signature of this engine, or it has too many).
     """
 
 class CompilerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -251,6 +263,18 @@ class CompilerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Removes an engine's name; its blobs go when nothing else names them.
 
         Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`).
+        """
+
+    @_abc_1.abstractmethod
+    def SignEngine(
+        self,
+        request: _compiler_pb2.SignEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_compiler_pb2.SignEngineResponse, _abc.Awaitable[_compiler_pb2.SignEngineResponse]]:
+        """Keeps a signature with an engine; one that it has already changes nothing.
+
+        Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
+        (`INVALID_FIELD`: not a signature of this engine, or it has too many).
         """
 
 def add_CompilerServiceServicer_to_server(servicer: CompilerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -219,6 +219,7 @@ class Engine(_message.Message):
     MANIFEST_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    SIGNATURES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `engines/{key digest}`."""
     model: _builtins.str
@@ -241,6 +242,10 @@ class Engine(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the engine was published."""
 
+    @_builtins.property
+    def signatures(self) -> _containers.RepeatedCompositeFieldContainer[Global___Signature]:
+        """Who vouches for it. The reader decides whom it trusts, and verifies."""
+
     def __init__(
         self,
         *,
@@ -251,11 +256,41 @@ class Engine(_message.Message):
         manifest: Global___Blob | None = ...,
         layers: _abc.Iterable[Global___Blob] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        signatures: _abc.Iterable[Global___Signature] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "key", b"key", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "format_version", b"format_version", "key", b"key", "layers", b"layers", "manifest", b"manifest", "model", b"model", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "format_version", b"format_version", "key", b"key", "layers", b"layers", "manifest", b"manifest", "model", b"model", "name", b"name", "signatures", b"signatures"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Engine: _TypeAlias = Engine  # noqa: Y015
+
+@_typing.final
+class Signature(_message.Message):
+    """An Ed25519 signature (RFC 8032) of an engine's manifest, and thereby of all
+    that it names. Signed are the bytes of `millrace engine signature v1`, a
+    line feed, and the manifest's digest with its `sha256:`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    public_key: _builtins.bytes
+    """The signer's public key, 32 bytes."""
+    signature: _builtins.bytes
+    """The signature, 64 bytes."""
+    def __init__(
+        self,
+        *,
+        public_key: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["public_key", b"public_key", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Signature: _TypeAlias = Signature  # noqa: Y015
