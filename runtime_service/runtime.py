@@ -18,7 +18,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from runtime_service.deployment import EngineSource
 from runtime_service.engine_client import EngineClient
 from runtime_service.generation import Generation
-from runtime_service.generation_call import GenerationCall
+from runtime_service.generation_call import GenerationCall, OnMember
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.served_engine import EngineText, ServedEngine
 from shared.engine import EngineManifest, EngineSelector
@@ -29,6 +29,7 @@ from shared.errors import (
     Draining,
     EngineLost,
     EngineNotFound,
+    GenerationNotFound,
     Internal,
     MillraceError,
     NoEngine,
@@ -85,8 +86,10 @@ class Runtime:
         self._read_text = read_text
         self._start_client = start_client
         self._on_change = on_change
-        self._refusal: MillraceError = NoEngine()
-        self._calls: set[GenerationCall] = set()
+        # The deployment that it belongs to, and the version of it that it serves.
+        self.deployment, self.deployment_version = "", 0
+        self._refusal: MillraceError = NoEngine(wanted="any model")
+        self._calls: set[GenerationCall[Generation]] = set()
         self._text_threads = ThreadPoolExecutor(_NUM_TEXT_THREADS, "text")
         self._tasks: set[asyncio.Task[Any]] = set()
         # Held while the engine is exchanged, by whoever does it.
@@ -99,8 +102,9 @@ class Runtime:
 
     @property
     def state(self) -> pb.RuntimeState.ValueType:
-        """Where the daemon stands."""
-        return self._state
+        """Where the daemon stands; while its engine is exchanged it is not the place for more."""
+        is_exchanging = self._is_holding and self._state == pb.RUNTIME_STATE_SERVING
+        return pb.RUNTIME_STATE_LOADING if is_exchanging else self._state
 
     @property
     def is_serving(self) -> bool:
@@ -109,23 +113,31 @@ class Runtime:
 
     # Calls and starts.
 
-    def open_call(self, cache_salt: str) -> GenerationCall:
+    def open_call(self, cache_salt: str) -> GenerationCall[Generation]:
         """A call whose generations run here; give it back with `close_call`."""
-        call = GenerationCall(self, self.metrics, cache_salt)
+        call = GenerationCall(self, cache_salt)
         self._calls.add(call)
         if self._state == pb.RUNTIME_STATE_DRAINING:
             call.drain()
         return call
 
-    def close_call(self, call: GenerationCall) -> None:
+    def close_call(self, call: GenerationCall[Generation]) -> None:
         """Ends what still runs on `call`: nobody reads it."""
         self._calls.discard(call)
         call.close()
 
+    def new_generation(self, request_id: str, on_news: OnMember, on_end: OnMember) -> Generation:
+        """A generation that is not started yet."""
+        return Generation(request_id, self.metrics, on_news, on_end)
+
+    def resume(self, generation: Generation, resume: pb.ResumeGeneration, cache_salt: str) -> None:
+        """Ends it with an error: a runtime forgets the generations of a lost call."""
+        generation.fail(GenerationNotFound(generation=resume.generation_id))
+
     def start(self, generation: Generation, start: pb.StartGeneration, cache_salt: str) -> None:
         """Sees to it that `generation` runs, or ends it with an error; never raises."""
         try:
-            served = self._served_now()
+            served = self._served_now(start.model)
             if served is not None and start.WhichOneof("prompt") in ("token_ids", None):
                 parsed = served.parse(start)
                 served.submit(generation, parsed, served.encode(start), cache_salt)
@@ -161,7 +173,7 @@ class Runtime:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                served = await self._served_soon()
+                served = await self._served_soon(start.model)
                 if generation.is_ended:
                     return
                 parsed = served.parse(start)
@@ -172,8 +184,8 @@ class Runtime:
         except MillraceError as error:
             generation.fail(error)
 
-    def _served_now(self) -> ServedEngine | None:
-        """The engine that takes starts now; None while they are held.
+    def _served_now(self, model: str) -> ServedEngine | None:
+        """The engine that takes starts of `model` now; None while they are held.
 
         Raises:
             Draining, NoEngine, EngineLost: none does, and none will soon.
@@ -184,10 +196,12 @@ class Runtime:
             return None
         if self.served is None:
             raise self._refusal
+        if not self.served.answers_to(model, self.deployment):
+            raise NoEngine(wanted=model)
         return self.served
 
-    async def _served_soon(self) -> ServedEngine:
-        while (served := self._served_now()) is None:
+    async def _served_soon(self, model: str) -> ServedEngine:
+        while (served := self._served_now(model)) is None:
             await self._released.wait()
         return served
 
@@ -227,7 +241,7 @@ class Runtime:
         """Finishes what runs and releases the engine; starts are refused from now on."""
         async with self._exchange:
             served, self.served = self.served, None
-            self._wanted, self._refusal = None, NoEngine()
+            self._wanted, self._refusal = None, NoEngine(wanted="any model")
             self._become(pb.RUNTIME_STATE_IDLE)
             if served is not None:
                 await _to_the_end(self._run(_release(served.client)))
@@ -385,6 +399,7 @@ class Runtime:
         """While an engine is served and exchanged, starts wait instead of being refused."""
         self._is_holding = self.served is not None
         self._released.clear()
+        self._on_change()
         try:
             yield
         finally:

@@ -264,6 +264,12 @@ async def test_client_that_never_reads_costs_a_bounded_buffer(tmp_path: Path) ->
 
 
 class _NoStarter:
+    def new_generation(self, *_: object) -> Generation:
+        raise AssertionError("a refused start was started")
+
+    def resume(self, *_: object) -> None:
+        raise AssertionError("nothing is resumed")
+
     def start(self, generation: Generation, start: pb.StartGeneration, cache_salt: str) -> None:
         raise AssertionError("a refused start was started")
 
@@ -279,7 +285,7 @@ async def test_refused_commands_of_a_client_that_never_reads_cost_a_bounded_buff
             start = start_of([40], request_id="")
             yield pb.GenerateRequest(start=start) if num_sent % 2 else pb.GenerateRequest()
 
-    call = GenerationCall(_NoStarter(), RuntimeMetrics(), "")
+    call = GenerationCall(_NoStarter(), "")
     reading = asyncio.create_task(call.read(flood()))
     await asyncio.wait({reading}, timeout=0.5)
     assert not reading.done()
