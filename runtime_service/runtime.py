@@ -15,8 +15,8 @@ from typing import Any
 import structlog
 from millrace.runtime.v1 import runtime_pb2 as pb
 
-from runtime_service.deployment import EngineSource
 from runtime_service.engine_client import EngineClient
+from runtime_service.engine_source import EngineSource
 from runtime_service.generation import Generation
 from runtime_service.generation_call import GenerationCall, OnMember
 from runtime_service.metrics import RuntimeMetrics
@@ -207,11 +207,14 @@ class Runtime:
 
     # Engines.
 
-    async def load(self, selector: EngineSelector, model_uri: str) -> EngineManifest:
+    async def load(
+        self, selector: EngineSelector, model_uri: str, *, anew: bool = True
+    ) -> EngineManifest:
         """Serves the newest engine that fits, from now on; what runs finishes first.
 
         Args:
             model_uri: where the checkpoint is, in case it has to be built; "" = do not build.
+            anew: loads it even where it is served already.
         Raises:
             ArchMismatch: this machine does not run engines of that arch.
             Draining: the daemon is stopping.
@@ -227,6 +230,8 @@ class Runtime:
         try:
             engine = await self._source.find(selector, model_uri, self._on_build)
             found = ("find_engine", time.monotonic() - started)
+            if not anew and self.served is not None and self.served.engine.name == engine.name:
+                return engine
             wanted = Wanted(selector, model_uri, engine)
             async with self._exchange:
                 await self._exchange_for(wanted, found)

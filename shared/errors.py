@@ -165,11 +165,18 @@ class GenerationNotFound(MillraceError):
     template = "No generation {generation!r} to go on with; a gateway keeps them for a while."
 
 
+class DeploymentNotFound(MillraceError):
+    """No deployment of that name."""
+
+    reason, code = "DEPLOYMENT_NOT_FOUND", _S.NOT_FOUND
+    template = "No deployment {deployment!r}; `millrace status` lists what there is."
+
+
 class NotARuntime(MillraceError):
     """A gateway was asked to load an engine."""
 
     reason, code = "NOT_A_RUNTIME", _S.UNIMPLEMENTED
-    template = "A gateway runs no engine; ask a runtime."
+    template = "A gateway runs no engine; ask a runtime, or use `millrace deploy`."
 
 
 class NoEngine(MillraceError):
@@ -272,7 +279,7 @@ class Internal(MillraceError):
 ERRORS: dict[str, type[MillraceError]] = {
     row.reason: row
     for row in (
-        GenerationNotFound, NotARuntime,
+        GenerationNotFound, DeploymentNotFound, NotARuntime,
         UnsupportedModel, InvalidModel, UnsupportedArch, UnsupportedQuant, UnsupportedTp,
         InvalidField, PromptTooLong, ModelNotFound, EngineNotFound, BuildNotFound, BlobNotFound,
         ArchMismatch, FormatMismatch, DriverTooOld, QualityGate, NoEngine, BuildQueueFull,

@@ -2,9 +2,12 @@
 
 import asyncio
 
+from millrace.fleet.v1 import fleet_pb2_grpc
 from millrace.runtime.v1 import runtime_pb2_grpc
 
+from runtime_service.deployments import Deployments
 from runtime_service.gateway.fleet import Fleet
+from runtime_service.gateway.fleet_service import FleetService
 from runtime_service.gateway.gateway import Gateway
 from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
@@ -16,7 +19,7 @@ from shared.redis import connect
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
 
-SERVICES = ("millrace.runtime.v1.RuntimeService",)
+SERVICES = ("millrace.runtime.v1.RuntimeService", "millrace.fleet.v1.FleetService")
 
 # After the drain's own grace: for last events to reach their readers.
 _LAST_EVENTS_S = 2.0
@@ -43,6 +46,10 @@ async def serve(settings: GatewaySettings) -> None:
     server = DaemonServer(settings.listen, settings.max_message_bytes, registry)
     runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(
         GatewayRuntimeService(gateway, fleet), server.grpc
+    )
+    deployments = Deployments(redis) if redis is not None else None
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(
+        FleetService(fleet, deployments, settings.redis_url), server.grpc
     )
     changed = asyncio.Event()
     fleet.on_change(changed.set)

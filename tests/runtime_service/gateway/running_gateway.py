@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from millrace.fleet.v1 import fleet_pb2_grpc
 from millrace.runtime.v1 import runtime_pb2_grpc
 from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
 
+from runtime_service.deployments import Deployments
 from runtime_service.gateway.fleet import Fleet
+from runtime_service.gateway.fleet_service import FleetService
 from runtime_service.gateway.gateway import Gateway
 from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
@@ -30,6 +34,7 @@ class RunningGateway:
     registry: CollectorRegistry
     server: DaemonServer
     stub: Any
+    fleet_stub: Any
     daemons: list[Daemon]
 
     def call(self) -> Call:
@@ -55,21 +60,31 @@ class RunningGateway:
 
 @asynccontextmanager
 async def running_gateway(
-    addresses: list[str], daemons: list[Daemon], *, wait_s: float = 20.0, keep_s: float = 60.0
+    addresses: list[str],
+    daemons: list[Daemon],
+    *,
+    wait_s: float = 20.0,
+    keep_s: float = 60.0,
+    redis: Redis | None = None,
 ) -> AsyncIterator[RunningGateway]:
     """A gateway in front of these runtimes, which it has met."""
-    fleet = Fleet(None, tuple(addresses), LinkOptions(0.05, 5.0, 4 << 20))
+    fleet = Fleet(redis, tuple(addresses), LinkOptions(0.05, 5.0, 4 << 20))
     registry = CollectorRegistry()
     gateway = Gateway(fleet, GatewayMetrics(registry), wait_s, KeptGenerations(keep_s))
     server = DaemonServer("127.0.0.1:0", 4 << 20, registry)
     runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(
         GatewayRuntimeService(gateway, fleet), server.grpc
     )
+    deployments = Deployments(redis) if redis is not None else None
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(
+        FleetService(fleet, deployments, ""), server.grpc
+    )
     await server.start("millrace.runtime.v1.RuntimeService")
     following = asyncio.create_task(fleet.run())
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
-        running = RunningGateway(gateway, fleet, registry, server, stub, daemons)
+        fleet_stub = fleet_pb2_grpc.FleetServiceStub(channel)
+        running = RunningGateway(gateway, fleet, registry, server, stub, fleet_stub, daemons)
         try:
             await running.usable(len(addresses))
             yield running
@@ -81,7 +96,12 @@ async def running_gateway(
 
 @asynccontextmanager
 async def running_fleet(
-    folder: Path, num_runtimes: int = 2, *, wait_s: float = 20.0, **options: Any
+    folder: Path,
+    num_runtimes: int = 2,
+    *,
+    wait_s: float = 20.0,
+    redis: Redis | None = None,
+    **options: Any,
 ) -> AsyncIterator[RunningGateway]:
     """A gateway in front of so many new runtimes."""
     async with AsyncExitStack() as stack:
@@ -90,7 +110,9 @@ async def running_fleet(
             for number in range(num_runtimes)
         ]
         addresses = [daemon.server.address for daemon in daemons]
-        yield await stack.enter_async_context(running_gateway(addresses, daemons, wait_s=wait_s))
+        yield await stack.enter_async_context(
+            running_gateway(addresses, daemons, wait_s=wait_s, redis=redis)
+        )
 
 
 async def kill(daemon: Daemon) -> None:
