@@ -6,13 +6,13 @@ canonical log line and its metrics. Servicers behind it raise `MillraceError`s a
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 import structlog
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import status_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -78,9 +78,12 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         behaviour: Behaviour = getattr(handler, kind)
 
         async def guarded(request: Any, context: Any) -> Any:
+            if handler.request_streaming:
+                request = _well_formed(request)
             return await self._guard(rpc, behaviour, request, context)
 
-        return make_handler(guarded, handler.request_deserializer, handler.response_serializer)
+        parse = _lenient(handler.request_deserializer)
+        return make_handler(guarded, parse, handler.response_serializer)
 
     async def _guard(self, rpc: str, behaviour: Behaviour, request: Any, context: Any) -> Any:
         structlog.contextvars.bind_contextvars(rpc=rpc, peer=context.peer())
@@ -112,6 +115,8 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         try:
             if self.is_draining:
                 raise Draining()
+            if isinstance(request, _Malformed):
+                raise _not_a_message()
             if isinstance(request, Message):
                 refuse_unknown_fields(request)
             return await _run(behaviour, request, context), status_pb2.Status()
@@ -120,6 +125,31 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         except Exception:
             structlog.get_logger().exception("rpc_failed_unforeseen")
             return None, to_status(Internal())
+
+
+class _Malformed:
+    """Stands for a request that is no message of its type; gRPC would call that our failure."""
+
+
+def _not_a_message() -> InvalidField:
+    return InvalidField(field="message", problem="its bytes are no message of this method")
+
+
+def _lenient(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Malformed]:
+    def parse_or_stand_in(data: bytes) -> Message | _Malformed:
+        try:
+            return parse(data)
+        except DecodeError:
+            return _Malformed()
+
+    return parse_or_stand_in
+
+
+async def _well_formed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        if isinstance(request, _Malformed):
+            raise _not_a_message()
+        yield request
 
 
 async def _run(behaviour: Behaviour, request: Any, context: Any) -> Any:

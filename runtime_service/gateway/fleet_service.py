@@ -1,5 +1,6 @@
 """millrace.fleet.v1 as gRPC sees it: the runtimes that there are, and what they are to serve."""
 
+import re
 from typing import Any
 
 from millrace.fleet.v1 import fleet_pb2 as pb
@@ -14,6 +15,8 @@ from shared.errors import DeploymentNotFound, InvalidField, RedisUnreachable
 from shared.redis import public_url, reachable
 
 MAX_REPLICAS = 1000
+# Whether there is such a scheme is the compile daemon's to know.
+_SCHEME = re.compile(r"[a-z0-9_]{1,32}")
 
 
 class FleetService(fleet_pb2_grpc.FleetServiceServicer):
@@ -100,8 +103,9 @@ def _deployment_from(message: pb.Deployment) -> Deployment:
         raise InvalidField(field="deployment.name", problem=f"{problem}, found {message.name!r}")
     if not message.model:
         raise InvalidField(field="deployment.model", problem="must be a model's name or digest")
-    if not message.quant.scheme:
-        raise InvalidField(field="deployment.quant.scheme", problem="must be set, such as int8")
+    if not _SCHEME.fullmatch(message.quant.scheme):
+        problem = f"must be a scheme, such as int8, found {message.quant.scheme!r}"
+        raise InvalidField(field="deployment.quant.scheme", problem=problem)
     if not 1 <= message.replicas <= MAX_REPLICAS:
         problem = f"must be from 1 to {MAX_REPLICAS}, found {message.replicas}"
         raise InvalidField(field="deployment.replicas", problem=problem)

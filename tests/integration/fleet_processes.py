@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -28,8 +29,15 @@ READY_S = 60.0
 class FleetProcesses:
     """What runs, under `root`; a context manager that ends all of it."""
 
-    def __init__(self, root: Path, num_runtimes: int = 3, num_compilers: int = 2) -> None:
+    def __init__(
+        self,
+        root: Path,
+        num_runtimes: int = 3,
+        num_compilers: int = 2,
+        runtime_flags: Sequence[str] = ("--max-sequences", "128"),
+    ) -> None:
         self._root = root
+        self._runtime_flags = runtime_flags
         self._num_runtimes, self._num_compilers = num_runtimes, num_compilers
         self._stack = ExitStack()
         self.checkpoint = write_checkpoint(root / "tiny", "llama")
@@ -68,8 +76,8 @@ class FleetProcesses:
                 "--listen", "127.0.0.1:0", "--metrics-listen", "", "--arch", "cpu",
                 "--redis-url", self.redis.url, "--store", str(self._root / "store"),
                 "--compiler", self.compilers[0].address, "--deployment", "chat",
-                "--heartbeat-s", "1", "--num-threads", "1", "--max-sequences", "128",
-                "--kv-bytes", str(24 << 20),
+                "--heartbeat-s", "1", "--num-threads", "1",
+                "--kv-bytes", str(24 << 20), *self._runtime_flags,
             )
         )  # fmt: skip
 

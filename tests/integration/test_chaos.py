@@ -15,6 +15,7 @@ import pytest
 from millrace.compiler.v1 import compiler_pb2
 from millrace.runtime.v1 import runtime_pb2 as pb
 
+from bench.fuzz import fuzz
 from tests.checkpoints import write_checkpoint
 from tests.integration.compiler_daemon import Client, client_of
 from tests.integration.fleet_processes import (
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.redis
 NUM_STREAMS = 200
 NUM_TOKENS = (60, 120)
 NUM_CANCELLED = 300
+NUM_MESSAGES = 2000
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,13 @@ async def test_storm_of_cancels_frees_every_block_within_a_second(
         assert len(seen) == NUM_CANCELLED
         # The gateway looks at each runtime three times a second.
         await client.freed(1.0)
+
+
+async def test_random_and_mutated_messages_get_documented_answers(fleet: FleetProcesses) -> None:
+    """The last one: it deploys what makes no sense. bench/fuzz.py sends more of them."""
+    lines = await fuzz(fleet, NUM_MESSAGES, seed=0)
+    assert {line["service"].split(".")[1] for line in lines} == {
+        "runtime", "fleet", "compiler", "artifact",
+    }  # fmt: skip
+    for line in lines:
+        assert line["answers"]["INVALID_FIELD"] > line["messages"] / 10

@@ -165,10 +165,12 @@ async def test_fleet_is_shown_as_it_is(tmp_path: Path, redis: Redis) -> None:
         ({"name": "Chat"}, "deployment.name"),
         ({"model": ""}, "deployment.model"),
         ({"quant": {}}, "deployment.quant.scheme"),
+        ({"quant": {"scheme": "int4-gx"}}, "deployment.quant.scheme"),
+        ({"quant": {"scheme": "int4", "group_size": -1}}, "quant.group_size"),
         ({"replicas": 0}, "deployment.replicas"),
         ({"replicas": 1001}, "deployment.replicas"),
     ],
-    ids=["name", "model", "quant", "none", "many"],
+    ids=["name", "model", "no quant", "quant", "group", "none", "many"],
 )
 async def test_deployment_that_makes_no_sense_is_refused(
     tmp_path: Path, redis: Redis, fields: dict[str, object], field: str
