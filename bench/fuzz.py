@@ -135,7 +135,9 @@ async def answer(channel: grpc.aio.Channel, method: MethodDescriptor, draw: rand
         else:
             await channel.unary_unary(path)(messages[0], timeout=CALL_S)
     except grpc.aio.AioRpcError as error:
-        if error.code() in BY_GRPC or error.details() == WRITE_AFTER_END:
+        if error.details() == WRITE_AFTER_END:
+            return "CALL_ENDED"
+        if error.code() in BY_GRPC:
             return error.code().name
         return documented_reason(error, path, messages)
     return "OK"

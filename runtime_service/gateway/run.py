@@ -43,7 +43,7 @@ class Run:
         self.avoids: set[str] = before.avoids if before else set()
         self.refusal: MillraceError | None = before.refusal if before else None
         self.gives_up_s: float = before.gives_up_s if before else 0.0
-        self.is_over = False
+        self.is_started = self.is_over = False
         self._link: RuntimeLink | None = None
         self._name = ""
         self._num_tokens = 0
@@ -100,6 +100,9 @@ class Run:
             self._num_tokens += len(event.tokens.token_ids)
             self.generation.run_gained(self, event)
         elif kind == "started":
+            # Who refused it before, and how long it waited, is over with.
+            self.is_started = True
+            self.avoids, self.refusal, self.gives_up_s = set(), None, 0.0
             self.generation.run_started(self, event.started)
         elif kind == "finished":
             self.is_over = True
@@ -109,19 +112,24 @@ class Run:
 
     def on_lost(self, error: MillraceError) -> None:
         """The runtime is gone."""
-        self._leave(error)
-        self.generation.run_lost(self, error)
+        self._lose(error)
 
     def _on_error(self, error: MillraceError) -> None:
         if isinstance(error, EngineLost):
-            self._leave(error)
-            self.generation.run_lost(self, error)
+            self._lose(error)
         elif error.reason in ("DRAINING", "NO_ENGINE", "QUEUE_FULL"):
             self._leave(error)
             self.generation.run_moved(self)
         else:
             self.is_over = True
             self.generation.fail(error)
+
+    def _lose(self, error: MillraceError) -> None:
+        self._leave(error)
+        if self.is_started:
+            self.generation.run_lost(self, error)
+        else:  # it never came to run there, and did no harm
+            self.generation.run_moved(self)
 
     def _leave(self, error: MillraceError) -> None:
         """Gives its runtime up, which it will not try again soon."""

@@ -3,11 +3,14 @@
 import asyncio
 import os
 import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from millrace.runtime.v1 import runtime_pb2 as pb
+from millrace.runtime.v1 import runtime_pb2_grpc
 
 from shared.errors import from_status, reason_of
 from tests.runtime_service.daemon import TOKENIZER, Call, Seen, start_of, until
@@ -215,6 +218,65 @@ async def test_draining_runtime_gets_nothing_new_and_finishes_what_it_has(tmp_pa
     for number in range(20):
         is_whole(seen[str(number)], [40, number + 41], 100)
     assert not fleet.sample("moved_generations_total", reason="DRAINING")
+
+
+class _Mute(runtime_pb2_grpc.RuntimeServiceServicer):
+    """A runtime that says it serves, begins, and is not heard of again."""
+
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
+        self.is_mute = asyncio.Event()
+        self.was_broken_off = asyncio.Event()
+
+    async def GetStatus(self, request: Any, context: Any) -> pb.GetStatusResponse:
+        if self.is_mute.is_set():
+            await asyncio.Event().wait()
+        status = pb.GetStatusResponse(state=pb.RUNTIME_STATE_SERVING)
+        status.engine.name = self._engine
+        return status
+
+    async def Generate(self, requests: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        try:
+            async for request in requests:
+                name = request.start.request_id
+                started = pb.GenerationStarted(seed=1, prompt_tokens=2, engine=self._engine)
+                tokens = pb.TokenChunk(token_ids=[40, 41, 40])
+                events = [pb.Event(request_id=name, started=started),
+                          pb.Event(request_id=name, tokens=tokens)]  # fmt: skip
+                self.is_mute.set()
+                yield pb.GenerateResponse(events=events)
+        finally:
+            self.was_broken_off.set()
+
+
+async def test_silent_runtime_is_lost_and_gets_nothing_new(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, num_runtimes=1) as fleet:
+        daemon = fleet.daemons[0]
+        assert daemon.runtime.served is not None
+        mute = _Mute(daemon.runtime.served.engine.name)
+        server = grpc.aio.server()
+        runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(mute, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        addresses = [daemon.server.address, address]
+        async with running_gateway(addresses, [daemon], silent_s=0.6) as gateway:
+            call = gateway.call()
+            for number in range(20):
+                await call.start(str(number), [40, number + 41], max_new_tokens=9)
+            await call.start("moves", [40, 41], max_new_tokens=9)
+            await mute.is_mute.wait()
+            await gateway.usable(1)
+            for number in range(20, 30):
+                await call.start(str(number), [40, number + 41], max_new_tokens=9)
+            await call.read_until(lambda: all(call.num_tokens(str(n)) for n in range(20, 30)))
+            seen = await call.finish()
+            await mute.was_broken_off.wait()
+            assert gateway.sample("moved_generations_total", reason="ENGINE_LOST") >= 1
+        await server.stop(0)
+    is_whole(seen["moves"], [40, 41], 9)
+    assert all(one.finished is not None for one in seen.values())
+    for number in range(20, 30):
+        is_whole(seen[str(number)], [40, number + 41], 9)
 
 
 async def test_cancelled_generations_free_their_blocks_and_end_once(tmp_path: Path) -> None:
