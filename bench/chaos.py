@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("storm", "overload"))
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--warm-up", type=int, default=10, help="rounds before those")
     parser.add_argument("--streams", type=int, default=300)
     parser.add_argument("--factor", type=int, default=10)
     arguments = parser.parse_args()
@@ -60,7 +61,7 @@ async def with_client(fleet: FleetProcesses, work: Any, arguments: argparse.Name
 async def storm(fleet: FleetProcesses, client: FleetClient, arguments: argparse.Namespace) -> None:
     """Cancels every stream of every round, and looks at what is left."""
     settled = []
-    for number in range(arguments.rounds):
+    for number in range(-arguments.warm_up, arguments.rounds):
         draw = random.Random(number)
         call = Call(client.stub.Generate())
         for index in range(arguments.streams):
@@ -75,21 +76,23 @@ async def storm(fleet: FleetProcesses, client: FleetClient, arguments: argparse.
         assert {one.reason for one in seen.values()} == {"CANCELLED"}
         ended_s = time.monotonic()
         await client.freed(1.0)
-        rss = [rss_mb(daemon.process.pid) for daemon in (fleet.gateway, *fleet.runtimes)]
+        rss = rss_mb(fleet)
         settled.append(rss)
         freed_ms = round((time.monotonic() - ended_s) * 1000)
         print(json.dumps({"round": number, "freed_ms": freed_ms, "rss_mb": rss}), flush=True)
-    # The first rounds fill caches and arenas; growth is what goes on after them.
-    growth = [
-        round(last / first - 1, 4) for first, last in zip(settled[1], settled[-1], strict=True)
-    ]
-    print(json.dumps({"growth_after_second_round": growth}))
+    # The first rounds fill the KV cache and the allocators' arenas; growth is what goes on then.
+    first, last = settled[arguments.warm_up], settled[-1]
+    growth = [round(after / before - 1, 4) for before, after in zip(first, last, strict=True)]
+    print(json.dumps({"growth": growth}))
 
 
-def rss_mb(pid: int) -> float:
-    """Resident memory of a daemon and its children."""
-    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return round(sum(process.memory_info().rss for process in processes) / 1e6, 1)
+def rss_mb(fleet: FleetProcesses) -> list[float]:
+    """Resident memory of the gateway, and of each runtime's front and engine process."""
+    processes = [psutil.Process(fleet.gateway.process.pid)]
+    for runtime in fleet.runtimes:
+        front = psutil.Process(runtime.process.pid)
+        processes += [front, *front.children()]
+    return [round(process.memory_info().rss / 1e6, 1) for process in processes]
 
 
 async def overload(
@@ -99,15 +102,17 @@ async def overload(
     admitted = NUM_RUNTIMES * (16 + 1500 // 12)
     for factor in (1, arguments.factor):
         call = Call(client.stub.Generate())
+        sent_s: dict[str, float] = {}
         first_s: dict[str, float] = {}
-        began_s = time.monotonic()
         for index in range(factor * admitted):
+            sent_s[str(index)] = time.monotonic()
             await call.send(start=random_start(index, (20, 40)))
         await call.done()
         while await call.read():
             for event in call.messages[-1].events:
                 if event.HasField("tokens"):
-                    first_s.setdefault(event.request_id, time.monotonic() - began_s)
+                    waited_s = time.monotonic() - sent_s[event.request_id]
+                    first_s.setdefault(event.request_id, waited_s)
         print(
             json.dumps({"sent": factor * admitted, **described(call.seen, list(first_s.values()))})
         )

@@ -175,10 +175,10 @@ class Gateway:
         self._running.discard(generation)
         self._metrics.running.dec()
         self._metrics.ended.labels(reason).inc()
-        if generation.generation_id:
+        if reason == "cancelled":
+            self._kept.forget(generation)
+        elif generation.generation_id:
             self._kept.ended(generation)
-            if reason == "cancelled":
-                self._kept.forget(generation)
         if generation is self._on_trial:
             self._on_trial = None
         if not self._running:
