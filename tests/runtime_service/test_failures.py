@@ -376,8 +376,10 @@ async def test_drain_ends_what_outlives_its_grace(tmp_path: Path) -> None:
         await call.start("long", [40], max_new_tokens=400)
         await call.start("waits", [40], credit_tokens=0)
         await call.read_until(lambda: call.num_tokens("long") > 0)
+        # Before: a call that may still bring commands ends with DRAINING itself.
+        await call.done()
         await daemon.runtime.drain(0.1)
-        seen = await call.finish()
+        seen = await call.read_rest()
         await daemon.freed()
     for one in seen.values():
         assert reason_of(one.error) == "DRAINING"
