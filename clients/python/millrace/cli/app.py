@@ -97,6 +97,9 @@ def up(
     state: State = _HOME,
     compiler: Compiler = _COMPILER,
     runtime: Runtime = _RUNTIME,
+    runtimes: Annotated[
+        int, typer.Option("--runtimes", min=1, help="Several: a fleet, its gateway at --runtime.")
+    ] = 1,
     metrics: Annotated[
         bool, typer.Option(help="Serve Prometheus metrics at ports 7611 and 7612.")
     ] = True,
@@ -110,7 +113,7 @@ def up(
     from millrace.cli.stack import Stack
     from millrace.cli.up import up as run
 
-    stack = Stack(state.expanduser().resolve(), compiler, runtime, with_metrics=metrics)
+    stack = Stack(state.expanduser().resolve(), compiler, runtime, metrics, runtimes)
     run(stack, model, quant, as_json=as_json)
 
 
@@ -314,10 +317,12 @@ def deploy(
 ) -> None:
     """Say what a number of runtimes are to serve; they follow without losing a generation."""
     from millrace.cli.fleet import deploy as run
+    from millrace.cli.fleet import show_deployment
     from millrace.fleet_client import FleetClient
 
     with FleetClient(gateway) as fleet:
-        run(fleet, name, model, quant, model_uri, replicas, wait_s=wait_s, as_json=as_json)
+        deployment = run(fleet, name, model, quant, model_uri, replicas, wait_s=wait_s)
+    show_deployment(deployment, as_json=as_json)
 
 
 @app.command(epilog="Example: millrace undeploy chat")

@@ -35,8 +35,7 @@ def deploy(
     replicas: int,
     *,
     wait_s: float,
-    as_json: bool,
-) -> None:
+) -> fleet_pb2.Deployment:
     """Writes a deployment down, and waits until all of its replicas serve it.
 
     Args:
@@ -58,11 +57,16 @@ def deploy(
         now = {d.name: d for d in fleet.get_fleet().deployments}
         # Redis may be away for a moment.
         deployment = now.get(name, deployment)
+    return deployment
+
+
+def show_deployment(deployment: fleet_pb2.Deployment, *, as_json: bool) -> None:
+    """Prints a deployment as it stands."""
     if as_json:
         output.print_json(output.to_dict(deployment))
     else:
         output.print_line(
-            f"{name}  version {deployment.version}  "
+            f"{deployment.name}  version {deployment.version}  "
             f"{deployment.ready_replicas} of {deployment.replicas} ready"
         )
 
