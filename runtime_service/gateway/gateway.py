@@ -159,13 +159,13 @@ class Gateway:
         if run.refusal is not None and not run.gives_up_s:
             self._metrics.moved.labels(run.refusal.reason).inc()
         link = self._choose(run) if self._may_run(run.generation) else None
-        if link is not None:
+        try:
+            if link is None:
+                self._wait(run)
+                return
             if run.generation.is_suspect:
                 self._on_trial = run.generation
             run.place(link)
-            return
-        try:
-            self._wait(run)
         except MillraceError as error:
             run.is_over = True
             run.generation.fail(error)

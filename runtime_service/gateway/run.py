@@ -54,10 +54,14 @@ class Run:
         return None if self.credit is None else max(self.credit - self._num_tokens, 0)
 
     def place(self, link: RuntimeLink) -> None:
-        """Runs on `link` from now on."""
+        """Runs on `link` from now on.
+
+        Raises:
+            InvalidField: it is too large to get there.
+        """
         self.placed_s = time.monotonic()
-        self._link = link
         self._name = link.submit(self, self.generation.start_of(self))
+        self._link = link
 
     # What its generation says.
 

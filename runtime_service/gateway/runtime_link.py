@@ -19,9 +19,18 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
 from runtime_service.gateway.routing import RUNNING_TOKENS, Candidate
-from shared.errors import Draining, EngineLost, MillraceError, from_status, reason_of
+from shared.errors import (
+    Draining,
+    EngineLost,
+    InvalidField,
+    MillraceError,
+    from_status,
+    reason_of,
+)
 
 _LEAST_SILENT_S = 0.5
+# What a start's message has beside it.
+_ENVELOPE_BYTES = 64
 _RATE_SMOOTHING = 0.3
 
 _log = structlog.get_logger()
@@ -48,6 +57,7 @@ class LinkOptions:
     Args:
         poll_s: between looks at one.
         silent_s: after which it is lost.
+        max_message_bytes: that runtimes take.
     """
 
     poll_s: float
@@ -75,6 +85,7 @@ class RuntimeLink:
         self.is_fixed = is_fixed
         self.status = pb.GetStatusResponse()
         self.tokens_per_s = 0.0
+        self._max_start_bytes = options.max_message_bytes - _ENVELOPE_BYTES
         self._poll_s, self._silent_s = options.poll_s, options.silent_s
         self._on_change = on_change
         self._channel = grpc.aio.insecure_channel(
@@ -156,7 +167,15 @@ class RuntimeLink:
         return Candidate(self.address, tokens)
 
     def submit(self, run: UpstreamRun, start: pb.StartGeneration) -> str:
-        """Has the runtime start `run`; gives the name that its commands need."""
+        """Has the runtime start `run`; gives the name that its commands need.
+
+        Raises:
+            InvalidField: it is larger than the runtime takes, which would break the call of all.
+        """
+        size, limit = start.ByteSize(), self._max_start_bytes
+        if size > limit:
+            problem = f"has {size} bytes, and may have {limit} on its way to a runtime"
+            raise InvalidField(field="start", problem=problem)
         self._num_runs += 1
         name = start.request_id = str(self._num_runs)
         self._runs[name] = run
@@ -195,7 +214,8 @@ class RuntimeLink:
     async def _write(self, call: _GenerateCall) -> None:
         try:
             while self._call is call:
-                while self._outbox:
+                # After each message: another call may have come, whose messages these are.
+                while self._outbox and self._call is call:
                     await call.write(self._outbox.popleft())
                 self._has_outbox.clear()
                 await self._has_outbox.wait()

@@ -69,7 +69,7 @@ async def running_gateway(
     redis: Redis | None = None,
 ) -> AsyncIterator[RunningGateway]:
     """A gateway in front of these runtimes, which it has met."""
-    fleet = Fleet(redis, tuple(addresses), LinkOptions(0.05, silent_s, 4 << 20))
+    fleet = Fleet(redis, tuple(addresses), LinkOptions(0.05, silent_s, 1 << 20))
     registry = CollectorRegistry()
     gateway = Gateway(fleet, GatewayMetrics(registry), wait_s, KeptGenerations(keep_s))
     server = DaemonServer("127.0.0.1:0", 4 << 20, registry)

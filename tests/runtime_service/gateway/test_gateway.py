@@ -182,6 +182,19 @@ async def test_model_that_nobody_serves_is_refused_at_once(tmp_path: Path) -> No
     is_whole(seen["named"], [40], 2)
 
 
+async def test_start_that_no_runtime_takes_disturbs_no_other(tmp_path: Path) -> None:
+    """Runtimes break the call of a message that is too large, with all that is on it."""
+    async with running_fleet(tmp_path, num_runtimes=1, step_s=0.004) as fleet:
+        call = fleet.call()
+        await call.start("other", [40, 41], max_new_tokens=60)
+        await call.read_until(lambda: call.num_tokens("other") > 2)
+        await call.start("large", "a" * ((1 << 20) - 50))
+        seen = await call.finish()
+        assert reason_of(seen["large"].error) == "INVALID_FIELD"
+        is_whole(seen["other"], [40, 41], 60)
+        assert not fleet.sample("moved_generations_total", reason="ENGINE_LOST")
+
+
 async def test_what_every_runtime_refuses_is_refused_with_a_delay(tmp_path: Path) -> None:
     """A full queue is not the end: the others are asked first."""
     options = {"max_waiting_tokens": 8, "max_sequences": 1, "step_s": 0.02}
