@@ -32,7 +32,7 @@ pytestmark = pytest.mark.redis
 NUM_STREAMS = 200
 NUM_TOKENS = (60, 120)
 NUM_CANCELLED = 300
-NUM_MESSAGES = 2000
+NUM_MESSAGES = 1000
 
 
 @pytest.fixture(scope="module")
