@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import structlog
 from millrace.runtime.v1 import runtime_pb2_grpc
 
-from runtime_service.deployment import EngineSource
 from runtime_service.device import own_arch
 from runtime_service.engine_client import EngineClient
 from runtime_service.engine_process import EngineSpec
+from runtime_service.engine_source import EngineSource
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.runtime import OnLost, Runtime
 from runtime_service.served_engine import EngineText
@@ -30,6 +30,7 @@ from shared.signing import TrustedKeys
 from shared.store import GrpcStore, LocalStore, open_store
 
 if TYPE_CHECKING:
+    from runtime_service.reconciler import Reconciler
     from runtime_service.registration import Registration
 
 SERVICE = "millrace.runtime.v1.RuntimeService"
@@ -38,6 +39,8 @@ LOADER = "runtime_service.execution.loading:load_engine"
 # After the drain's own grace: for last events to reach their readers.
 _LAST_EVENTS_S = 2.0
 _MOST_RETRY_S = 30.0
+# Between looks at the deployment.
+_MOST_LOOK_S = 1.0
 
 _log = structlog.get_logger()
 
@@ -104,11 +107,16 @@ async def _serve(
     if registration is not None:
         registration.start()
     telling = asyncio.create_task(tell_changes(server, runtime, registration, changed))
+    reconciler = _reconciler(settings, runtime, service.runtime_id)
+    following = asyncio.create_task(reconciler.run() if reconciler else asyncio.sleep(0))
 
     async def drain() -> None:
         loading.cancel()
+        following.cancel()
         # Starts are refused from here on; Redis, slow or gone, does not put that off.
         draining = asyncio.create_task(runtime.drain(settings.drain_s))
+        if reconciler is not None:
+            await reconciler.leave()
         if registration is not None:
             await registration.withdraw()
         await draining
@@ -118,7 +126,7 @@ async def _serve(
     )
     try:
         # Serving ends in its own time; the others end it only when they fail.
-        running = {serving, loading, telling}
+        running = {serving, loading, telling, following}
         while serving in running:
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -126,6 +134,7 @@ async def _serve(
                     task.result()
     finally:
         telling.cancel()
+        following.cancel()
         loading.cancel()
         serving.cancel()
         await server.grpc.stop(0)
@@ -180,6 +189,25 @@ def _registration(
         service.runtime_id,
         lambda: service.describe(address),
         settings.heartbeat_s,
+    )
+
+
+def _reconciler(
+    settings: RuntimeSettings, runtime: Runtime, runtime_id: str
+) -> "Reconciler | None":
+    if not settings.redis_url or settings.model:
+        return None
+    from runtime_service.deployments import Deployments
+    from runtime_service.reconciler import Reconciler
+    from shared.redis import connect
+
+    return Reconciler(
+        runtime,
+        Deployments(connect(settings.redis_url)),
+        runtime_id,
+        settings.deployment,
+        min(settings.heartbeat_s, _MOST_LOOK_S),
+        3 * settings.heartbeat_s,
     )
 
 

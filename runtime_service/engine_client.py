@@ -226,7 +226,9 @@ class EngineClient:
         self.stats = step.stats
         self._metrics.stepped(step.stats)
         took_s = max(now_s - self._last_sign_s, 1e-4)
-        self._tokens_per_s += 0.1 * (step.stats.step_tokens / took_s - self._tokens_per_s)
+        rate = step.stats.step_tokens / took_s
+        self._tokens_per_s = self._tokens_per_s or rate
+        self._tokens_per_s += 0.1 * (rate - self._tokens_per_s)
         self._last_sign_s = now_s
         self._num_obeyed = step.num_commands
 

@@ -64,6 +64,8 @@ class Generation:
         self.error: MillraceError | None = None
         self.is_ended = self._is_told = False
         self.num_unread_tokens = 0
+        # The engine that runs it; set before it is submitted.
+        self.engine_name = ""
         # A timer that ends it, or None; cancelled with it.
         self.deadline: TimerHandle | None = None
         self._metrics = metrics
@@ -164,6 +166,7 @@ class Generation:
         if sample.finish is not None:
             return
         token_ids = output.token_ids
+        sample.make_room()
         if output.num_cached_tokens is not None:
             self._on_first_output(sample, output)
         num_taken, stop_string = sample.text.feed(token_ids, output.finish == "stop_token")
@@ -201,7 +204,9 @@ class Generation:
         name = self.request_id
         if self._sends_started:
             self._sends_started = False
-            started = pb.GenerationStarted(seed=self._seed, prompt_tokens=self._num_prompt_tokens)
+            started = pb.GenerationStarted(
+                seed=self._seed, prompt_tokens=self._num_prompt_tokens, engine=self.engine_name
+            )
             yield pb.Event(request_id=name, started=started)
         for index, sample in enumerate(self._samples):
             if sample.has_news:
@@ -229,7 +234,7 @@ class Generation:
             metrics.inter_token_seconds.observe((now_s - self._last_token_s) / num_tokens)
         else:
             self._first_token_s = now_s
-            metrics.first_token_seconds.observe(now_s - self._started_s)
+            metrics.first_token(now_s - self._started_s)
         self._last_token_s = now_s
 
     def _finish_cancelled(self) -> None:

@@ -6,17 +6,16 @@ much unread: what a call can cost stays bounded. Knows the protocol's commands, 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service import validation
-from runtime_service.generation import Generation
-from runtime_service.metrics import RuntimeMetrics
+from shared.auth import ANYBODY, Principal
 from shared.edge import refuse_unknown_fields
 from shared.errors import DeadlineExceeded, Draining, InvalidField, MillraceError, to_status
-from shared.quotas import TenantQuota
+from shared.quotas import GenerationQuota
 
 # Tokens in a message, and tokens of what has ended that may wait to be read. Events without tokens
 # count as some in their message, an end as more while it waits, and the bytes of a name as well: a
@@ -28,31 +27,75 @@ _EVENT_TOKENS = 4
 _TOKEN_BYTES = 16
 
 
-class Starter(Protocol):
+class CallMember(Protocol):
+    """A generation, as its call knows it: it takes commands, and events are taken from it.
+
+    `deadline` ends it, and is cancelled with it. `num_unread_tokens` wait to be taken.
+    """
+
+    request_id: str
+    error: MillraceError | None
+    deadline: asyncio.TimerHandle | None
+    num_unread_tokens: int
+
+    def cancel(self) -> None:
+        """Ends it with FINISH_REASON_CANCELLED."""
+
+    def update(self, update: pb.UpdateGeneration) -> None:
+        """Follows a checked update."""
+
+    def credit(self, credit: pb.AddCredit) -> None:
+        """Takes checked credit."""
+
+    def fail(self, error: MillraceError) -> None:
+        """Ends it with `error`; means nothing once it has ended."""
+
+    def abandon(self) -> None:
+        """Ends it without an event: nobody is there to read it."""
+
+    def take_events(self) -> Iterator[pb.Event]:
+        """Everything that happened since the last time, oldest first; may be taken slowly."""
+
+
+Member = TypeVar("Member", bound=CallMember)
+OnMember = Callable[[CallMember], None]
+
+
+class Starter(Protocol[Member]):
     """Where generations are started."""
 
-    def start(self, generation: Generation, start: pb.StartGeneration, cache_salt: str) -> None:
+    def new_generation(
+        self, request_id: str, on_news: OnMember, on_end: OnMember, quota: GenerationQuota
+    ) -> Member:
+        """A generation that is not started yet.
+
+        Args:
+            quota: what it holds of its tenant's; it gives that back at its end.
+            on_news: called when there are events to take.
+            on_end: called once, when the terminal event is there to take.
+        """
+
+    def start(self, generation: Member, start: pb.StartGeneration, cache_salt: str) -> None:
         """Sees to it that `generation` runs, or ends it with an error; never raises."""
 
+    def resume(self, generation: Member, resume: pb.ResumeGeneration, cache_salt: str) -> None:
+        """Likewise, where a generation of a lost call had come to."""
 
-class GenerationCall:
+
+class GenerationCall(Generic[Member]):
     """The generations of one call.
 
     Args:
-        cache_salt: separates the prefix cache of this client's tenant.
-        quota: the tenant's.
+        caller: whose tenant has its own prefix cache and quota.
     """
 
-    def __init__(
-        self, starter: Starter, metrics: RuntimeMetrics, cache_salt: str, quota: TenantQuota
-    ) -> None:
+    def __init__(self, starter: Starter[Member], caller: Principal = ANYBODY) -> None:
         self._starter = starter
-        self._quota = quota
-        self._metrics = metrics
-        self._cache_salt = cache_salt
-        self._running: dict[str, Generation] = {}
+        self._quota = caller.quota
+        self._cache_salt = caller.tenant
+        self._running: dict[str, Member] = {}
         # What there is to read, in the order in which it came, and what of it counts as owed.
-        self._unread: dict[Generation | _Refusal, int] = {}
+        self._unread: dict[CallMember | _Refusal, int] = {}
         self._num_owed_tokens = 0
         self._news = asyncio.Event()
         self._room = asyncio.Event()
@@ -112,24 +155,27 @@ class GenerationCall:
         """Does what `command` says; what is wrong with it ends the generation that it names."""
         kind = command.WhichOneof("command")
         if kind is None:
-            problem = "must be set: start, cancel, update or credit"
+            problem = "must be set: start, cancel, update, credit or resume"
             self._refuse("", InvalidField(field="command", problem=problem))
             return
         request_id: str = getattr(command, kind).request_id
         try:
             refuse_unknown_fields(command)
+            if kind in ("start", "resume"):
+                self._check_new(request_id, kind)
             if kind == "start":
-                self._check_new(request_id)
                 self.start(command.start)
+            elif kind == "resume":
+                self.resume(command.resume)
             elif request_id in self._running:
                 self._change(self._running[request_id], command)
         except MillraceError as error:
-            if kind == "start" or request_id not in self._running:
+            if kind in ("start", "resume") or request_id not in self._running:
                 self._refuse(request_id, error)
             else:
                 self._running[request_id].fail(error)
 
-    def start(self, start: pb.StartGeneration) -> Generation:
+    def start(self, start: pb.StartGeneration) -> Member:
         """A generation that runs now, or has ended with an error.
 
         Raises:
@@ -138,14 +184,7 @@ class GenerationCall:
         """
         timeout_s = validation.timeout_of(start)
         self._quota.count_request()
-        generation = Generation(
-            start.request_id,
-            self._metrics,
-            on_news=self._on_news,
-            on_end=self._on_end,
-            quota=self._quota.open_generation(),
-        )
-        self._running[start.request_id] = generation
+        generation = self._open(start.request_id)
         if timeout_s is not None:
             generation.deadline = asyncio.get_running_loop().call_later(
                 timeout_s, generation.fail, DeadlineExceeded(timeout_s=timeout_s)
@@ -153,14 +192,32 @@ class GenerationCall:
         self._starter.start(generation, start, self._cache_salt)
         return generation
 
-    def _check_new(self, request_id: str) -> None:
-        validation.check_request_id(request_id)
+    def resume(self, resume: pb.ResumeGeneration) -> Member:
+        """A generation that goes on now, or has ended with an error.
+
+        Raises:
+            QuotaExceeded: as `start`.
+        """
+        self._quota.count_request()
+        generation = self._open(resume.request_id)
+        self._starter.resume(generation, resume, self._cache_salt)
+        return generation
+
+    def _open(self, request_id: str) -> Member:
+        quota = self._quota.open_generation()
+        generation = self._starter.new_generation(request_id, self._on_news, self._on_end, quota)
+        self._running[request_id] = generation
+        return generation
+
+    def _check_new(self, request_id: str, kind: str) -> None:
+        field = f"{kind}.request_id"
+        validation.check_request_id(request_id, field)
         if request_id in self._running:
             problem = "a generation of this call has this id and still runs"
-            raise InvalidField(field="start.request_id", problem=problem)
+            raise InvalidField(field=field, problem=problem)
 
     @staticmethod
-    def _change(generation: Generation, command: pb.GenerateRequest) -> None:
+    def _change(generation: CallMember, command: pb.GenerateRequest) -> None:
         if command.HasField("cancel"):
             generation.cancel()
         elif command.HasField("update"):
@@ -174,15 +231,15 @@ class GenerationCall:
         """Tells of a command that no generation of its own stands for."""
         self._owe(_Refusal(request_id, error), 0)
 
-    def _on_news(self, generation: Generation) -> None:
+    def _on_news(self, generation: CallMember) -> None:
         self._unread.setdefault(generation, 0)
         self._news.set()
 
-    def _on_end(self, generation: Generation) -> None:
+    def _on_end(self, generation: CallMember) -> None:
         del self._running[generation.request_id]
         self._owe(generation, generation.num_unread_tokens)
 
-    def _owe(self, ended: "Generation | _Refusal", num_tokens: int) -> None:
+    def _owe(self, ended: "CallMember | _Refusal", num_tokens: int) -> None:
         """Counts what waits to be read of something that nothing but its reader bounds any more."""
         num_tokens += END_TOKENS + len(ended.request_id) // _TOKEN_BYTES
         self._unread[ended] = num_tokens

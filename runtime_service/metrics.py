@@ -55,6 +55,8 @@ class RuntimeMetrics(Collector):
         self.first_token_seconds = Distribution(_WAIT_BUCKETS_S)
         self.inter_token_seconds = Distribution(_STEP_BUCKETS_S)
         self.generation_seconds = Distribution(_WHOLE_BUCKETS_S)
+        # Smoothed over about the last ten generations; 0 before the first.
+        self.recent_first_token_s = 0.0
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.engine_restarts = 0
@@ -62,6 +64,12 @@ class RuntimeMetrics(Collector):
         self._stats: EngineStats | None = None
         # Sums over the engine processes that have ended; each counts from 0.
         self._steps = self._preemptions = self._hit_tokens = self._query_tokens = 0
+
+    def first_token(self, seconds: float) -> None:
+        """Counts how long a generation waited for its first token."""
+        self.first_token_seconds.observe(seconds)
+        recent_s = self.recent_first_token_s or seconds
+        self.recent_first_token_s = recent_s + 0.1 * (seconds - recent_s)
 
     def ended(self, reason: str, total_s: float) -> None:
         """Counts a generation that has ended."""

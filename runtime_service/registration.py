@@ -1,9 +1,9 @@
 """Tells the fleet who serves what, through Redis; whether Redis answers never matters here.
 
 Redis keys:
-    runtime:{id}    hash    address, state, engine, model, arch, quant, running_sequences,
-                            waiting_sequences, waiting_tokens, free_blocks, seen_at (Unix seconds);
-                            expires three heartbeats after the last one, removed when draining
+    runtime:{id}    hash    address, state, engine, model, arch, quant, deployment,
+                            running_sequences, waiting_sequences, waiting_tokens, free_blocks,
+                            seen_at (Unix seconds); expires three heartbeats after the last one, removed when draining
 """
 
 import asyncio

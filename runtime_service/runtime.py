@@ -15,10 +15,10 @@ from typing import Any
 import structlog
 from millrace.runtime.v1 import runtime_pb2 as pb
 
-from runtime_service.deployment import EngineSource
 from runtime_service.engine_client import EngineClient
+from runtime_service.engine_source import EngineSource
 from runtime_service.generation import Generation
-from runtime_service.generation_call import GenerationCall
+from runtime_service.generation_call import GenerationCall, OnMember
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.served_engine import EngineText, ServedEngine
 from shared.auth import ANYBODY, Principal
@@ -30,11 +30,13 @@ from shared.errors import (
     Draining,
     EngineLost,
     EngineNotFound,
+    GenerationNotFound,
     Internal,
     MillraceError,
     NoEngine,
     QueueFull,
 )
+from shared.quotas import GenerationQuota
 
 # Of starts that wait for a swap or for their tokens: a byte of a start counts as a token, which it
 # is at most, and a start as at least some. Threads that tokenize.
@@ -86,8 +88,10 @@ class Runtime:
         self._read_text = read_text
         self._start_client = start_client
         self._on_change = on_change
-        self._refusal: MillraceError = NoEngine()
-        self._calls: set[GenerationCall] = set()
+        # The deployment that it belongs to, and the version of it that it serves.
+        self.deployment, self.deployment_version = "", 0
+        self._refusal: MillraceError = NoEngine(wanted="any model")
+        self._calls: set[GenerationCall[Generation]] = set()
         self._text_threads = ThreadPoolExecutor(_NUM_TEXT_THREADS, "text")
         self._tasks: set[asyncio.Task[Any]] = set()
         # Held while the engine is exchanged, by whoever does it.
@@ -100,8 +104,9 @@ class Runtime:
 
     @property
     def state(self) -> pb.RuntimeState.ValueType:
-        """Where the daemon stands."""
-        return self._state
+        """Where the daemon stands; while its engine is exchanged it is not the place for more."""
+        is_exchanging = self._is_holding and self._state == pb.RUNTIME_STATE_SERVING
+        return pb.RUNTIME_STATE_LOADING if is_exchanging else self._state
 
     @property
     def is_serving(self) -> bool:
@@ -110,23 +115,33 @@ class Runtime:
 
     # Calls and starts.
 
-    def open_call(self, caller: Principal = ANYBODY) -> GenerationCall:
+    def open_call(self, caller: Principal = ANYBODY) -> GenerationCall[Generation]:
         """A call of `caller` whose generations run here; give it back with `close_call`."""
-        call = GenerationCall(self, self.metrics, caller.tenant, caller.quota)
+        call = GenerationCall(self, caller)
         self._calls.add(call)
         if self._state == pb.RUNTIME_STATE_DRAINING:
             call.drain()
         return call
 
-    def close_call(self, call: GenerationCall) -> None:
+    def close_call(self, call: GenerationCall[Generation]) -> None:
         """Ends what still runs on `call`: nobody reads it."""
         self._calls.discard(call)
         call.close()
 
+    def new_generation(
+        self, request_id: str, on_news: OnMember, on_end: OnMember, quota: GenerationQuota
+    ) -> Generation:
+        """A generation that is not started yet."""
+        return Generation(request_id, self.metrics, on_news, on_end, quota)
+
+    def resume(self, generation: Generation, resume: pb.ResumeGeneration, cache_salt: str) -> None:
+        """Ends it with an error: a runtime forgets the generations of a lost call."""
+        generation.fail(GenerationNotFound(generation=resume.generation_id))
+
     def start(self, generation: Generation, start: pb.StartGeneration, cache_salt: str) -> None:
         """Sees to it that `generation` runs, or ends it with an error; never raises."""
         try:
-            served = self._served_now()
+            served = self._served_now(start.model)
             if served is not None and start.WhichOneof("prompt") in ("token_ids", None):
                 parsed = served.parse(start)
                 served.submit(generation, parsed, served.encode(start), cache_salt)
@@ -162,7 +177,7 @@ class Runtime:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                served = await self._served_soon()
+                served = await self._served_soon(start.model)
                 if generation.is_ended:
                     return
                 parsed = served.parse(start)
@@ -173,8 +188,8 @@ class Runtime:
         except MillraceError as error:
             generation.fail(error)
 
-    def _served_now(self) -> ServedEngine | None:
-        """The engine that takes starts now; None while they are held.
+    def _served_now(self, model: str) -> ServedEngine | None:
+        """The engine that takes starts of `model` now; None while they are held.
 
         Raises:
             Draining, NoEngine, EngineLost: none does, and none will soon.
@@ -185,20 +200,25 @@ class Runtime:
             return None
         if self.served is None:
             raise self._refusal
+        if not self.served.answers_to(model, self.deployment):
+            raise NoEngine(wanted=model)
         return self.served
 
-    async def _served_soon(self) -> ServedEngine:
-        while (served := self._served_now()) is None:
+    async def _served_soon(self, model: str) -> ServedEngine:
+        while (served := self._served_now(model)) is None:
             await self._released.wait()
         return served
 
     # Engines.
 
-    async def load(self, selector: EngineSelector, model_uri: str) -> EngineManifest:
+    async def load(
+        self, selector: EngineSelector, model_uri: str, *, anew: bool = True
+    ) -> EngineManifest:
         """Serves the newest engine that fits, from now on; what runs finishes first.
 
         Args:
             model_uri: where the checkpoint is, in case it has to be built; "" = do not build.
+            anew: loads it even where it is served already.
         Raises:
             ArchMismatch: this machine does not run engines of that arch.
             Draining: the daemon is stopping.
@@ -214,6 +234,8 @@ class Runtime:
         try:
             engine = await self._source.find(selector, model_uri, self._on_build)
             found = ("find_engine", time.monotonic() - started)
+            if not anew and self.served is not None and self.served.engine.name == engine.name:
+                return engine
             wanted = Wanted(selector, model_uri, engine)
             async with self._exchange:
                 await self._exchange_for(wanted, found)
@@ -228,7 +250,7 @@ class Runtime:
         """Finishes what runs and releases the engine; starts are refused from now on."""
         async with self._exchange:
             served, self.served = self.served, None
-            self._wanted, self._refusal = None, NoEngine()
+            self._wanted, self._refusal = None, NoEngine(wanted="any model")
             self._become(pb.RUNTIME_STATE_IDLE)
             if served is not None:
                 await _to_the_end(self._run(_release(served.client)))
@@ -386,6 +408,7 @@ class Runtime:
         """While an engine is served and exchanged, starts wait instead of being refused."""
         self._is_holding = self.served is not None
         self._released.clear()
+        self._on_change()
         try:
             yield
         finally:

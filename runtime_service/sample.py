@@ -15,7 +15,9 @@ MAX_EVENT_LOGPROBS = 512
 class Sample:
     """Filled by its generation, emptied by `take_events`."""
 
-    __slots__ = ("finish", "logprobs", "num_tokens", "prompt_logprobs", "text", "token_ids")
+    __slots__ = (
+        "_sealed", "finish", "logprobs", "num_tokens", "prompt_logprobs", "text", "token_ids"
+    )  # fmt: skip
 
     def __init__(self, text: SampleText) -> None:
         self.text = text
@@ -25,25 +27,38 @@ class Sample:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
+        # Whole pieces of it, oldest first: token ids, text, logprobs.
+        self._sealed: list[tuple[list[int], str, list[TokenLogprobs]]] = []
 
     @property
     def has_news(self) -> bool:
         """Claims that something waits to be read."""
-        return bool(self.token_ids or self.text.is_ready or self.prompt_logprobs)
+        return bool(self.token_ids or self._sealed or self.text.is_ready or self.prompt_logprobs)
+
+    def make_room(self) -> None:
+        """Call before tokens are added: closes a piece that is large enough for a message.
+
+        A piece has the text of its own tokens, so that who has read up to there can go on from
+        there, elsewhere.
+        """
+        if len(self.token_ids) >= (MAX_EVENT_LOGPROBS if self.logprobs else MAX_EVENT_TOKENS):
+            self._sealed.append(self._cut())
 
     def take_events(self, request_id: str, index: int) -> Iterator[pb.Event]:
         """What waits, in pieces small enough for any message; may be taken slowly."""
-        token_ids, logprobs, prompt = self.token_ids, self.logprobs, self.prompt_logprobs
-        self.token_ids, self.logprobs, self.prompt_logprobs = [], [], []
-        text = self.text.take()
-        size = MAX_EVENT_LOGPROBS if logprobs or prompt else MAX_EVENT_TOKENS
-        while len(prompt) > size:
-            yield _event(request_id, index, (), "", (), prompt[:size])
-            prompt = prompt[size:]
-        while len(token_ids) > size:
-            yield _event(request_id, index, token_ids[:size], text, logprobs[:size], prompt)
-            token_ids, text, logprobs, prompt = token_ids[size:], "", logprobs[size:], []
-        yield _event(request_id, index, token_ids, text, logprobs, prompt)
+        prompt, self.prompt_logprobs = self.prompt_logprobs, []
+        pieces, self._sealed = [*self._sealed, self._cut()], []
+        while len(prompt) > MAX_EVENT_LOGPROBS:
+            yield _event(request_id, index, (), "", (), prompt[:MAX_EVENT_LOGPROBS])
+            prompt = prompt[MAX_EVENT_LOGPROBS:]
+        for token_ids, text, logprobs in pieces:
+            yield _event(request_id, index, token_ids, text, logprobs, prompt)
+            prompt = []
+
+    def _cut(self) -> tuple[list[int], str, list[TokenLogprobs]]:
+        piece = self.token_ids, self.text.take(), self.logprobs
+        self.token_ids, self.logprobs = [], []
+        return piece
 
 
 def _event(

@@ -47,6 +47,12 @@ class ServedEngine:
     text: EngineText
     client: EngineClient
 
+    def answers_to(self, model: str, deployment: str) -> bool:
+        """Claims that `model` of a start names this engine, its model or its `deployment`."""
+        engine = self.engine
+        names = (engine.name, engine.model, engine.key.model_digest, deployment)
+        return not model or model in names
+
     def parse(self, start: pb.StartGeneration) -> Start:
         """What `start` asks of this engine.
 
@@ -80,6 +86,7 @@ class ServedEngine:
             QuotaExceeded: its tenant has too few tokens left in this minute.
         """
         client, model = self.client, self.text.model
+        generation.engine_name = self.engine.name
         request = to_request(
             start, client.new_request_id(), prompt_token_ids, client.limits, cache_salt
         )

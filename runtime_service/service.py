@@ -1,6 +1,5 @@
 """millrace.runtime.v1 as gRPC sees it: decode, one call into the runtime, encode."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -12,6 +11,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
 from runtime_service.engine_client import EngineClient
+from runtime_service.generate_calls import generate, generate_stream
 from runtime_service.runtime import Runtime
 from shared import wire
 from shared.auth import caller
@@ -25,36 +25,17 @@ class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
         self._runtime = runtime
         self._started_s = time.time()
 
-    async def Generate(
+    def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Any
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Many generations on one call."""
-        call = self._runtime.open_call(caller())
-        reading = asyncio.create_task(call.read(request_iterator))
-        try:
-            async for events in call.messages():
-                yield pb.GenerateResponse(events=events)
-            await reading
-        finally:
-            self._runtime.close_call(call)
-            reading.cancel()
+        return generate(self._runtime, request_iterator, caller())
 
-    async def GenerateStream(
+    def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """One generation on one call; its error is the call's."""
-        call = self._runtime.open_call(caller())
-        try:
-            generation = call.start(request.start)
-            call.half_close()
-            async for events in call.messages():
-                if generation.error is not None and events[-1].HasField("error"):
-                    if events[:-1]:
-                        yield pb.GenerateStreamResponse(events=events[:-1])
-                    raise generation.error
-                yield pb.GenerateStreamResponse(events=events)
-        finally:
-            self._runtime.close_call(call)
+        return generate_stream(self._runtime, request, caller())
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
         """What is served and how busy it is."""
@@ -62,6 +43,8 @@ class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
         response = pb.GetStatusResponse(
             state=runtime.state,
             runtime_id=self.runtime_id,
+            deployment=runtime.deployment,
+            deployment_version=runtime.deployment_version,
             startup=[
                 pb.StartupPhase(name=name, duration=_duration(seconds))
                 for name, seconds in runtime.startup
@@ -72,6 +55,9 @@ class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
             response.engine.CopyFrom(wire.engine_to_proto(served.engine))
             response.limits.CopyFrom(_limits(served.client))
             response.load.CopyFrom(_load(served.client))
+        response.load.generated_tokens = runtime.metrics.generated_tokens
+        first_s = runtime.metrics.recent_first_token_s
+        response.load.time_to_first_token.CopyFrom(_duration(first_s))
         return response
 
     async def LoadEngine(
@@ -96,6 +82,7 @@ class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
         record: dict[str, str | int] = {
             "address": address,
             "arch": runtime.arch,
+            "deployment": runtime.deployment,
             "state": pb.RuntimeState.Name(runtime.state).removeprefix("RUNTIME_STATE_").lower(),
         }
         if served is not None:

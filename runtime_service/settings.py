@@ -43,6 +43,10 @@ class RuntimeSettings(Settings):
         "", description="checkpoint to build from when the store lacks the engine; empty: do not"
     )
 
+    deployment: str = Field(
+        "", description="deployment to be a replica of; empty: while idle, of any that lacks one"
+    )
+
     max_sequence_tokens: int = Field(
         0, ge=0, description="prompt and generated tokens of a sequence; 0: as the model allows"
     )
@@ -74,6 +78,8 @@ class RuntimeSettings(Settings):
             raise ValueError("--model-uri needs --model: the name that the engine gets")
         if self.model_uri and not self.compiler:
             raise ValueError("--model-uri needs --compiler: the daemon that builds the engine")
+        if self.deployment and (self.model or not self.redis_url):
+            raise ValueError("--deployment says what to serve: it needs --redis-url, no --model")
         quant_named(self.quant)
         return self
 

@@ -31,6 +31,7 @@ class Start:
     Args:
         max_new_tokens: 0 means up to the engine's limit.
         end_token_ids: all that may end it, sorted; empty where they are ignored.
+        sample_index: of the first sample, in the randomness key.
         sends_logprobs: of generated tokens; the engine also reports them for prompts' sake.
         credit_tokens: None = no limit.
     """
@@ -44,13 +45,14 @@ class Start:
     stop_strings: tuple[str, ...]
     priority: int
     resumed_token_ids: list[int]
+    sample_index: int
     credit_tokens: int | None
 
 
-def check_request_id(request_id: str) -> None:
+def check_request_id(request_id: str, field: str = "start.request_id") -> None:
     """Raises InvalidField unless `request_id` may name a generation of a call."""
     size = len(request_id.encode())
-    _check(0 < size <= MAX_REQUEST_ID_BYTES, "start.request_id", size, "must have 1 to 256 bytes")
+    _check(0 < size <= MAX_REQUEST_ID_BYTES, field, size, "must have 1 to 256 bytes")
 
 
 def timeout_of(start: pb.StartGeneration) -> float | None:
@@ -64,6 +66,17 @@ def timeout_of(start: pb.StartGeneration) -> float | None:
     seconds = start.timeout.seconds + start.timeout.nanos / 1e9
     _check(seconds > 0, "start.timeout", f"{seconds} s", "must be over 0")
     return seconds
+
+
+def credit_of(command: pb.StartGeneration | pb.ResumeGeneration, field: str) -> int | None:
+    """Tokens that the client takes at first, None = without limit.
+
+    Raises:
+        InvalidField: it is negative.
+    """
+    credit = command.credit_tokens if command.HasField("credit_tokens") else None
+    _check(credit is None or credit >= 0, field, credit, "must not be negative")
+    return credit
 
 
 def parse_start(
@@ -84,6 +97,9 @@ def parse_start(
     _check_range(num_samples, 1, MAX_SAMPLES, "start.sampling.n")
     if start.resumed_token_ids:
         _check(num_samples == 1, "start.resumed_token_ids", f"n = {num_samples}", "needs n of 1")
+    _check_range(start.sample_index, 0, MAX_SAMPLES - 1, "start.sample_index")
+    if start.sample_index:
+        _check(num_samples == 1, "start.sample_index", f"n = {num_samples}", "needs n of 1")
     stop = start.stop
     _check(stop.max_new_tokens >= 0, "start.stop.max_new_tokens", stop.max_new_tokens, "negative")
     _check(stop.min_new_tokens >= 0, "start.stop.min_new_tokens", stop.min_new_tokens, "negative")
@@ -96,8 +112,6 @@ def parse_start(
         )
     _check_token_ids(stop.token_ids, vocab_size, "start.stop.token_ids")
     _check_range(start.priority, -MAX_PRIORITY, MAX_PRIORITY, "start.priority")
-    credit = start.credit_tokens if start.HasField("credit_tokens") else None
-    _check(credit is None or credit >= 0, "start.credit_tokens", credit, "must not be negative")
     model_ends = () if stop.ignore_end_tokens else model_end_token_ids
     return Start(
         sampling=_parse_sampling(sampling, vocab_size),
@@ -109,7 +123,8 @@ def parse_start(
         stop_strings=_parse_stop_strings(stop.strings),
         priority=start.priority,
         resumed_token_ids=list(start.resumed_token_ids),
-        credit_tokens=credit,
+        sample_index=start.sample_index,
+        credit_tokens=credit_of(start, "start.credit_tokens"),
     )
 
 
@@ -153,6 +168,7 @@ def to_request(
         ),
         resumed_token_ids=start.resumed_token_ids,
         num_samples=start.num_samples,
+        first_sample_index=start.sample_index,
         priority=start.priority,
         cache_salt=salt,
         credit_tokens=start.credit_tokens,

@@ -46,6 +46,9 @@ RPC_SCOPES: Mapping[str, Scope] = {
     "/millrace.compiler.v1.CompilerService/GetEngine": "build",
     "/millrace.compiler.v1.CompilerService/DeleteEngine": "admin",
     "/millrace.compiler.v1.CompilerService/SignEngine": "build",
+    "/millrace.fleet.v1.FleetService/GetFleet": "generate",
+    "/millrace.fleet.v1.FleetService/ApplyDeployment": "admin",
+    "/millrace.fleet.v1.FleetService/DeleteDeployment": "admin",
     "/millrace.artifact.v1.ArtifactService/FindEngine": "build",
     "/millrace.artifact.v1.ArtifactService/ReadBlob": "build",
 }

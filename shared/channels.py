@@ -3,7 +3,6 @@
 import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
@@ -14,6 +13,7 @@ from shared.tls import TlsFiles
 
 Channel = TypeVar("Channel")
 Options = Sequence[tuple[str, int]]
+Metadata = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,12 @@ class _KeyedChannel:
 
     def _with_key(self, make_method: Callable[..., Any]) -> Callable[..., Any]:
         def make(*arguments: Any, **named: Any) -> Any:
-            return partial(make_method(*arguments, **named), metadata=self._metadata)
+            method = make_method(*arguments, **named)
+
+            def call(*requests: Any, metadata: Metadata = (), **options: Any) -> Any:
+                return method(*requests, metadata=(*self._metadata, *metadata), **options)
+
+            return call
 
         return make
 

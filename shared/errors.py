@@ -159,11 +159,32 @@ class QualityGate(MillraceError):
     template = "The quantized model fails its quality gate: {problem}."
 
 
+class GenerationNotFound(MillraceError):
+    """No such generation to go on with."""
+
+    reason, code = "GENERATION_NOT_FOUND", _S.NOT_FOUND
+    template = "No generation {generation!r} to go on with; a gateway keeps them for a while."
+
+
+class DeploymentNotFound(MillraceError):
+    """No deployment of that name."""
+
+    reason, code = "DEPLOYMENT_NOT_FOUND", _S.NOT_FOUND
+    template = "No deployment {deployment!r}; `millrace status` lists what there is."
+
+
+class NotARuntime(MillraceError):
+    """A gateway was asked to load an engine."""
+
+    reason, code = "NOT_A_RUNTIME", _S.UNIMPLEMENTED
+    template = "A gateway runs no engine; ask a runtime, or use `millrace deploy`."
+
+
 class NoEngine(MillraceError):
-    """The runtime has no engine loaded."""
+    """Nothing that was asked for is served."""
 
     reason, code = "NO_ENGINE", _S.UNAVAILABLE
-    template = "This runtime serves no engine now."
+    template = "No engine is served here now for {wanted}."
     default_retry_after_s = 1.0
 
 
@@ -287,6 +308,7 @@ class Internal(MillraceError):
 ERRORS: dict[str, type[MillraceError]] = {
     row.reason: row
     for row in (
+        GenerationNotFound, DeploymentNotFound, NotARuntime,
         UnsupportedModel, InvalidModel, UnsupportedArch, UnsupportedQuant, UnsupportedTp,
         InvalidField, PromptTooLong, ModelNotFound, EngineNotFound, BuildNotFound, BlobNotFound,
         ArchMismatch, FormatMismatch, DriverTooOld, QualityGate, NoEngine, BuildQueueFull,

@@ -74,16 +74,21 @@ def configure_logging(level: str, log_format: LogFormat, component: str) -> None
 
 
 @contextmanager
-def canonical_line(event: str, **fields: object) -> Iterator[dict[str, Any]]:
+def canonical_line(
+    event: str, *, is_quiet: bool = False, **fields: object
+) -> Iterator[dict[str, Any]]:
     """One log line when the block ends, with `duration_s` and all that the block put in the dict.
 
     An exception that leaves the block is named in `error`, at WARNING, and goes on: its traceback
     is for whoever handles it to log.
+
+    Args:
+        is_quiet: the line is at DEBUG, unless it is a warning.
     """
     line: dict[str, Any] = dict(fields)
     start = time.monotonic()
     log = structlog.get_logger()
-    emit = log.info
+    emit = log.debug if is_quiet else log.info
     try:
         yield line
     except BaseException as error:

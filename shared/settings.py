@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, NoReturn, Self, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-COMPONENTS = ("compiler", "runtime", "cli")
+COMPONENTS = ("compiler", "runtime", "gateway", "cli")
 _PREFIX = "MILLRACE_"
 
 

@@ -8,6 +8,7 @@
 | `random:<config.json>?seed=N` | random weights of that config |
 """
 
+import errno
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,9 @@ from compiler_service.checkpoints.random_model import RandomModel
 from compiler_service.checkpoints.sample import open_sample
 from shared.errors import InvalidField, ModelNotFound
 
+# What asking for a path that cannot be one gives.
+_NO_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.ENOTDIR}
+
 
 def open_checkpoint(model_uri: str) -> Checkpoint:
     """The checkpoint at `model_uri`, opened and its head read; no weights yet.
@@ -30,9 +34,19 @@ def open_checkpoint(model_uri: str) -> Checkpoint:
         InvalidModel, UnsupportedModel: what is there cannot be used.
         InvalidField: the URI is empty or of an unknown scheme.
     """
-    scheme, colon, rest = model_uri.partition(":")
     if not model_uri.strip():
         raise InvalidField(field="model_uri", problem="it is empty; give a path or a URI")
+    try:
+        return _open(model_uri)
+    except OSError as error:
+        if error.errno not in _NO_PATH:
+            raise
+        problem = f"that is no path here ({error.strerror})"
+        raise ModelNotFound(model_uri=model_uri, problem=problem) from error
+
+
+def _open(model_uri: str) -> Checkpoint:
+    scheme, colon, rest = model_uri.partition(":")
     if colon and scheme in SOURCES:
         return SOURCES[scheme](rest)
     if colon and re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme) and not Path(model_uri).exists():
@@ -40,7 +54,7 @@ def open_checkpoint(model_uri: str) -> Checkpoint:
             f"{scheme}: is no known scheme; known: a path, {', '.join(f'{s}:' for s in SOURCES)}"
         )
         raise InvalidField(field="model_uri", problem=problem)
-    return open_path(Path(model_uri).expanduser())
+    return open_path(_expanded(model_uri))
 
 
 def open_path(path: Path) -> Checkpoint:
@@ -54,8 +68,19 @@ def open_path(path: Path) -> Checkpoint:
     raise ModelNotFound(model_uri=path, problem="no such file or folder on the compile daemon")
 
 
+def _expanded(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user: a folder may still be called so
+        return Path(text)
+
+
 def _open_file_uri(rest: str) -> Checkpoint:
-    return open_path(Path(unquote(urlsplit(f"file:{rest}").path)))
+    try:
+        path = unquote(urlsplit(f"file:{rest}").path)
+    except ValueError as error:
+        raise InvalidField(field="model_uri", problem=f"it is no URI: {error}") from None
+    return open_path(Path(path))
 
 
 def _open_random(rest: str) -> Checkpoint:
@@ -63,7 +88,7 @@ def _open_random(rest: str) -> Checkpoint:
     seed = re.fullmatch(r"(?:seed=(\d{1,18}))?", query)
     if seed is None:
         raise InvalidField(field="model_uri", problem=f"{query!r} should be seed=<number>")
-    path = Path(path_text).expanduser()
+    path = _expanded(path_text)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ModelNotFound(model_uri=f"random:{rest}", problem=f"no file {path}")

@@ -56,6 +56,8 @@ class Request:
         prompt_token_ids: at least one.
         resumed_token_ids: generated elsewhere before; positions go on after them.
         num_samples: the `n` of the request; more than one needs no resumed tokens.
+        first_sample_index: of its first sample in the randomness key: 0 unless it goes on with one
+            sample of many.
         priority: higher first, then arrival.
         cache_salt: separates prefix caches of tenants.
         credit_tokens: tokens that may still be drawn, over all samples; None = no limit.
@@ -67,6 +69,7 @@ class Request:
     stop: StopParams
     resumed_token_ids: list[int] = field(default_factory=list)
     num_samples: int = 1
+    first_sample_index: int = 0
     priority: int = 0
     cache_salt: str = ""
     credit_tokens: int | None = None

@@ -344,7 +344,7 @@ class Scheduler:
                 group.num_prompt_tokens,
                 group.request.sampling,
                 group.request.stop,
-                sequence.sample_index,
+                group.request.first_sample_index + sequence.sample_index,
                 num_cached,
                 list(blocks),
             )

@@ -10,6 +10,7 @@ import compose
 import pytest
 
 from compiler_service.settings import CompilerSettings
+from runtime_service.gateway.settings import GatewaySettings
 from runtime_service.settings import RuntimeSettings
 from shared.security import ServerSecurity
 from shared.settings import Settings, variable_of
@@ -21,13 +22,15 @@ DOCKERFILE = ROOT / "deploy/docker/Dockerfile"
 HADOLINT = Path(sys.executable).parent / "hadolint"
 DAEMONS: dict[str, type[Settings]] = {
     "compiler": CompilerSettings, "runtime": RuntimeSettings, "runtime-gpu": RuntimeSettings,
+    "gateway": GatewaySettings,
 }  # fmt: skip
 
 
 def compose_config(*flags: str) -> "subprocess.CompletedProcess[str]":
     """What docker-compose makes of the file; needs no engine."""
     return subprocess.run(
-        [COMPOSE, "-f", "docker-compose.yml", "--profile", "gpu", "config", *flags],
+        [COMPOSE, "-f", "docker-compose.yml", "--profile", "gpu", "--profile", "gateway",
+         "config", *flags],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
@@ -47,7 +50,8 @@ def test_compose_file_is_valid() -> None:
 
 
 def test_compose_describes_the_stack(services: dict[str, Any]) -> None:
-    assert set(services) == {"redis", "compiler", "runtime", "runtime-gpu"}
+    assert set(services) == {"redis", "compiler", "runtime", "runtime-gpu", "gateway"}
+    assert services["gateway"]["profiles"] == ["gateway"]
     assert services["runtime-gpu"]["profiles"] == ["gpu"]
     assert services["runtime-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert all("profiles" not in services[name] for name in ("redis", "compiler", "runtime"))

@@ -11,6 +11,8 @@ from prometheus_client import CollectorRegistry
 
 from compiler_service.metrics import CompilerMetrics
 from compiler_service.settings import CompilerSettings
+from runtime_service.gateway.metrics import GatewayMetrics
+from runtime_service.gateway.settings import GatewaySettings
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.settings import RuntimeSettings
 from shared.edge import EdgeInterceptor
@@ -40,7 +42,7 @@ def test_every_make_target_that_is_named_exists() -> None:
     assert in_pages(r"(?:^|`)make (\w+)") - targets == set()
 
 
-@pytest.mark.parametrize("daemon", [CompilerSettings, RuntimeSettings])
+@pytest.mark.parametrize("daemon", [CompilerSettings, RuntimeSettings, GatewaySettings])
 def test_every_setting_is_documented(daemon: type[Settings]) -> None:
     variables = {variable_of(daemon, field) for field in daemon.model_fields}
     assert {name for name in variables if f"`{name}`" not in OPERATIONS} == set()
@@ -49,7 +51,7 @@ def test_every_setting_is_documented(daemon: type[Settings]) -> None:
 def test_every_variable_that_is_named_exists() -> None:
     known = {
         variable_of(daemon, field)
-        for daemon in (CompilerSettings, RuntimeSettings)
+        for daemon in (CompilerSettings, RuntimeSettings, GatewaySettings)
         for field in daemon.model_fields
     }
     named = in_pages(r"`(MILLRACE_[A-Z_]+)`")
@@ -60,6 +62,7 @@ def test_metrics_are_documented_and_exist() -> None:
     registry = CollectorRegistry()
     EdgeInterceptor(registry)
     CompilerMetrics(registry)
+    GatewayMetrics(registry)
     families = {family.name for family in (*registry.collect(), *RuntimeMetrics().collect())}
     assert families == set(re.findall(r"`(millrace_[a-z_]+)`", OPERATIONS))
 

@@ -14,7 +14,9 @@ PACKAGES = {
     "runtime_service": ROOT / "runtime_service",
     "millrace": ROOT / "clients/python/millrace",
 }
-GENERATED = {f"millrace.{package}" for package in ("engine", "compiler", "artifact", "runtime")}
+GENERATED = {
+    f"millrace.{package}" for package in ("engine", "compiler", "artifact", "runtime", "fleet")
+}
 # What each package may import of the house, beside itself. `millrace` means the generated protocol
 # code alone, except for the SDK itself.
 MAY_IMPORT = {

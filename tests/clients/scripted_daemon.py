@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 from millrace.artifact.v1 import artifact_pb2, artifact_pb2_grpc
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
+from millrace.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from millrace.runtime.v1 import runtime_pb2, runtime_pb2_grpc
 
 from shared.errors import BuildNotFound, EngineNotFound, InvalidField, MillraceError, to_status
@@ -44,6 +45,7 @@ class Script:
     builds: list[compiler_pb2.Build] = field(default_factory=list)
     engines: list[engine_pb2.Engine] = field(default_factory=list)
     blobs: dict[str, bytes] = field(default_factory=dict)
+    fleet: fleet_pb2.GetFleetResponse = field(default_factory=fleet_pb2.GetFleetResponse)
     asked: list[Any] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -56,6 +58,7 @@ class ScriptedDaemon:
         compiler_pb2_grpc.add_CompilerServiceServicer_to_server(_Compiler(script), self._server)
         artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(_Artifacts(script), self._server)
         runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(_Runtime(script), self._server)
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(_Fleet(script), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
@@ -256,6 +259,33 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
         except grpc.RpcError:  # the caller broke its call
             self._script.cancelled.set()
         events.put(None)
+
+
+class _Fleet(fleet_pb2_grpc.FleetServiceServicer):
+    """A replica more is ready at each look."""
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+
+    def GetFleet(self, request: Any, context: Any) -> Any:
+        _fail_as_scripted(self._script, context)
+        for deployment in self._script.fleet.deployments:
+            ready = deployment.ready_replicas + 1
+            deployment.ready_replicas = min(ready, deployment.replicas)
+        return self._script.fleet
+
+    def ApplyDeployment(self, request: Any, context: Any) -> Any:
+        self._script.asked.append(request)
+        _fail_as_scripted(self._script, context)
+        deployment = self._script.fleet.deployments.add()
+        deployment.CopyFrom(request.deployment)
+        deployment.version = 7
+        return fleet_pb2.ApplyDeploymentResponse(deployment=deployment)
+
+    def DeleteDeployment(self, request: Any, context: Any) -> Any:
+        self._script.asked.append(request)
+        _fail_as_scripted(self._script, context)
+        return fleet_pb2.DeleteDeploymentResponse()
 
 
 def _events(script: Script, start: runtime_pb2.StartGeneration) -> list[runtime_pb2.Event]:

@@ -153,6 +153,22 @@ def test_quantization_proves_itself_from_the_command_line(tmp_path: Path) -> Non
         up.close()
 
 
+def test_several_runtimes_come_with_a_gateway(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "tiny", "llama")
+    flags = ("--model", str(checkpoint), "--quant", "fp32", "--runtimes", "2")
+    up = Up(tmp_path / "state", *flags)
+    try:
+        gateway = ("--gateway", up.addresses["runtime"])
+        (deployment,) = up.json("status", *gateway)["deployments"]
+        assert (deployment["name"], deployment["ready_replicas"]) == ("local", 2)
+        assert up.json("generate", "hello", "-m", "8", "--ignore-end")["generated_tokens"] == 8
+        refused = up.run("load", "tiny")
+        assert "millrace deploy" in refused.stderr
+        assert up.run("undeploy", "local", *gateway).returncode == 0
+    finally:
+        up.close()
+
+
 def test_a_daemon_that_dies_is_reported_and_takes_the_stack_with_it(tmp_path: Path) -> None:
     up = Up(tmp_path / "state")
     (compiler,) = (child for child in up.children if "compiler_service" in child.cmdline())

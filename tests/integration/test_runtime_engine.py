@@ -78,6 +78,31 @@ async def test_resumed_stream_is_the_stream_that_was_broken(built: Path) -> None
         assert resumed[str(cut)].token_ids[0] == token_ids[cut:]
 
 
+async def test_one_sample_of_many_is_drawn_alone_from_anywhere(built: Path) -> None:
+    """What a gateway does when a runtime with several samples of one prompt is lost."""
+    async with serving(built) as daemon:
+        many = seeded("many", max_new_tokens=20)
+        many.sampling.n = 3
+        samples = (await generate(daemon, many))["many"].token_ids
+        alone = await generate(
+            daemon,
+            *(
+                seeded(
+                    f"{index}/{cut}",
+                    max_new_tokens=20,
+                    sample_index=index,
+                    resumed_token_ids=samples[index][:cut],
+                )
+                for index in range(3)
+                for cut in (0, 1, 11)
+            ),
+        )
+    assert samples[0] != samples[1] != samples[2]
+    for index in range(3):
+        for cut in (0, 1, 11):
+            assert alone[f"{index}/{cut}"].token_ids[0] == samples[index][cut:]
+
+
 async def test_stop_string_and_end_token_cut_the_same_stream(built: Path) -> None:
     async with serving(built) as daemon:
         whole = (await generate(daemon, seeded("whole", max_new_tokens=40)))["whole"]

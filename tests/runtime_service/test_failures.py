@@ -34,7 +34,6 @@ from shared.errors import (
     from_status,
     reason_of,
 )
-from shared.quotas import TenantQuota
 from tests.runtime_service.daemon import (
     FP32,
     Daemon,
@@ -265,6 +264,12 @@ async def test_client_that_never_reads_costs_a_bounded_buffer(tmp_path: Path) ->
 
 
 class _NoStarter:
+    def new_generation(self, *_: object) -> Generation:
+        raise AssertionError("a refused start was started")
+
+    def resume(self, *_: object) -> None:
+        raise AssertionError("nothing is resumed")
+
     def start(self, generation: Generation, start: pb.StartGeneration, cache_salt: str) -> None:
         raise AssertionError("a refused start was started")
 
@@ -280,7 +285,7 @@ async def test_refused_commands_of_a_client_that_never_reads_cost_a_bounded_buff
             start = start_of([40], request_id="")
             yield pb.GenerateRequest(start=start) if num_sent % 2 else pb.GenerateRequest()
 
-    call = GenerationCall(_NoStarter(), RuntimeMetrics(), "", TenantQuota())
+    call = GenerationCall(_NoStarter())
     reading = asyncio.create_task(call.read(flood()))
     await asyncio.wait({reading}, timeout=0.5)
     assert not reading.done()
@@ -371,8 +376,10 @@ async def test_drain_ends_what_outlives_its_grace(tmp_path: Path) -> None:
         await call.start("long", [40], max_new_tokens=400)
         await call.start("waits", [40], credit_tokens=0)
         await call.read_until(lambda: call.num_tokens("long") > 0)
+        # Before: a call that may still bring commands ends with DRAINING itself.
+        await call.done()
         await daemon.runtime.drain(0.1)
-        seen = await call.finish()
+        seen = await call.read_rest()
         await daemon.freed()
     for one in seen.values():
         assert reason_of(one.error) == "DRAINING"

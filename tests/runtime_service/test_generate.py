@@ -403,7 +403,9 @@ async def test_vanished_client_leaves_nothing_running(tmp_path: Path) -> None:
             return (await daemon.stub.GetStatus(pb.GetStatusRequest())).load
 
         await daemon.freed(3.0)
-        assert (await load()) == pb.RuntimeLoad(free_blocks=256)
+        now = await load()
+        assert (now.free_blocks, now.running_sequences, now.waiting_sequences) == (256, 0, 0)
+        assert now.waiting_tokens == 0
 
 
 async def test_two_hundred_generations_share_messages(tmp_path: Path) -> None:
@@ -539,3 +541,17 @@ async def test_many_tokens_leave_no_memory_behind(tmp_path: Path) -> None:
     finally:
         structlog.reset_defaults()
     assert readings[2] - readings[0] < 8 << 20
+
+
+async def test_start_of_another_model_is_refused(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        served = daemon.runtime.served
+        assert served is not None
+        call = daemon.call()
+        for name in ("echo", served.engine.name, served.engine.key.model_digest):
+            await call.start(name, [40], max_new_tokens=1, model=name)
+        await call.start("text", "hello", max_new_tokens=1, model="other")
+        await call.start("ids", [40], max_new_tokens=1, model="other")
+        seen = await call.finish()
+    assert reason_of(seen.pop("text").error) == reason_of(seen.pop("ids").error) == "NO_ENGINE"
+    assert {one.reason for one in seen.values()} == {"LENGTH"}

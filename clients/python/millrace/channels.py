@@ -16,6 +16,7 @@ _Channel = TypeVar("_Channel")
 
 DEFAULT_COMPILER = "127.0.0.1:7601"
 DEFAULT_RUNTIME = "127.0.0.1:7602"
+DEFAULT_GATEWAY = "127.0.0.1:7600"
 _MAX_MESSAGE_BYTES = 64 << 20
 # grpc.health.v1, spoken by hand so that the SDK needs no package for it: the request for the whole
 # server is empty, and a response that says SERVING is field 1 = 1.

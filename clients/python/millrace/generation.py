@@ -31,7 +31,7 @@ class GenerateOptions(TypedDict, total=False):
     """Everything that can be asked of a generation; protos/millrace/runtime/v1 documents each.
 
     `stop` are strings and `stop_token_ids` ids that end it; `timeout_s` counts queueing. Decoding
-    is greedy unless `temperature` is set.
+    is greedy unless `temperature` is set. `model` chooses a deployment or a model of a gateway.
     """
 
     max_new_tokens: int
@@ -54,6 +54,7 @@ class GenerateOptions(TypedDict, total=False):
     ignore_end_tokens: bool
     timeout_s: float
     priority: int
+    model: str
 
 
 _STOP_FIELDS = {
@@ -75,14 +76,18 @@ def start_generation(
     """
     if unknown := options.keys() - GenerateOptions.__annotations__.keys():
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
-    start = pb.StartGeneration(request_id=request_id, priority=options.get("priority", 0))
+    start = pb.StartGeneration(
+        request_id=request_id,
+        priority=options.get("priority", 0),
+        model=options.get("model", ""),
+    )
     _set_prompt(start, prompt)
     sampling: dict[str, object] = {}
     stop: dict[str, object] = {}
     for name, value in options.items():
         if name in _STOP_FIELDS:
             stop[_STOP_FIELDS[name]] = value
-        elif name not in ("timeout_s", "priority"):
+        elif name not in ("timeout_s", "priority", "model"):
             sampling[name] = value
     start.sampling.CopyFrom(pb.SamplingParams(**sampling))  # type: ignore[arg-type]
     start.stop.CopyFrom(pb.StopConditions(**stop))  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from millrace.generation import GenerateOptions
 
 _IS_FANCY = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-_COMPILER, _RUNTIME = "127.0.0.1:7601", "127.0.0.1:7602"
+_COMPILER, _RUNTIME, _GATEWAY = "127.0.0.1:7601", "127.0.0.1:7602", "127.0.0.1:7600"
 
 
 class _Commands(TyperGroup):
@@ -56,6 +56,10 @@ Runtime = Annotated[
     typer.Option(
         "--runtime", metavar="HOST:PORT", envvar="MILLRACE_CLI_RUNTIME", help="Runtime daemon."
     ),
+]
+Gateway = Annotated[
+    str,
+    typer.Option("--gateway", metavar="HOST:PORT", envvar="MILLRACE_CLI_GATEWAY", help="Gateway."),
 ]
 State = Annotated[
     Path,
@@ -134,6 +138,9 @@ def up(
     state: State = _HOME,
     compiler: Compiler = _COMPILER,
     runtime: Runtime = _RUNTIME,
+    runtimes: Annotated[
+        int, typer.Option("--runtimes", min=1, help="Several: a fleet, its gateway at --runtime.")
+    ] = 1,
     metrics: Annotated[
         bool, typer.Option(help="Serve Prometheus metrics at ports 7611 and 7612.")
     ] = True,
@@ -147,7 +154,7 @@ def up(
     from millrace.cli.stack import Stack
     from millrace.cli.up import up as run
 
-    stack = Stack(state.expanduser().resolve(), compiler, runtime, with_metrics=metrics)
+    stack = Stack(state.expanduser().resolve(), compiler, runtime, metrics, runtimes)
     run(stack, model, quant, as_json=as_json)
 
 
@@ -378,6 +385,74 @@ def bench(
         raise CommandFailed("--calls is at most --streams: every call carries a stream", USAGE)
     load_to_send = Load(streams, calls, requests, input_tokens, output_tokens, seed)
     run(runtime, load_to_send, as_json=as_json)
+
+
+@app.command(epilog="Example: millrace deploy chat --model smollm2-135m --quant int8 --replicas 2")
+def deploy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What requests call it.")],
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="Model name or digest.")],
+    quant: Quant = "int8",
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Runtimes to serve it.")] = 1,
+    model_uri: Annotated[
+        str, typer.Option("--model-uri", metavar="URI", help="Built from, where it is missing.")
+    ] = "",
+    wait_s: Annotated[
+        float, typer.Option("--wait", min=0, help="Seconds to wait until all are ready; 0: none.")
+    ] = 0.0,
+    gateway: Gateway = _GATEWAY,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a number of runtimes are to serve; they follow without losing a generation."""
+    from millrace.cli.fleet import deploy as run
+    from millrace.cli.fleet import show_deployment
+    from millrace.fleet_client import FleetClient
+
+    with FleetClient(gateway) as fleet:
+        deployment = run(fleet, name, model, quant, model_uri, replicas, wait_s=wait_s)
+    show_deployment(deployment, as_json=as_json)
+
+
+@app.command(epilog="Example: millrace undeploy chat")
+def undeploy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `millrace status` shows it.")],
+    gateway: Gateway = _GATEWAY,
+) -> None:
+    """End a deployment; its runtimes finish what they have and become idle."""
+    from millrace.cli.output import print_line
+    from millrace.fleet_client import FleetClient
+
+    with FleetClient(gateway) as fleet:
+        fleet.undeploy(name)
+    print_line(f"{name} is undeployed")
+
+
+@app.command(epilog="Example: millrace status --watch")
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="As `millrace top`.")] = False,
+    gateway: Gateway = _GATEWAY,
+    compiler: Compiler = _COMPILER,
+    as_json: AsJson = False,
+) -> None:
+    """Show the fleet behind a gateway: runtimes, their load, deployments."""
+    if watch:
+        top(gateway, compiler)
+        return
+    from millrace.cli.fleet import show_status
+    from millrace.fleet_client import FleetClient
+
+    with FleetClient(gateway) as fleet:
+        show_status(fleet, as_json=as_json)
+
+
+@app.command(epilog="Example: millrace top")
+def top(gateway: Gateway = _GATEWAY, compiler: Compiler = _COMPILER) -> None:
+    """Watch the fleet on the whole screen: load, KV use, tokens/s, TTFT, builds."""
+    from millrace.cli.fleet import watch_status
+    from millrace.client import Client
+    from millrace.fleet_client import FleetClient
+
+    with FleetClient(gateway) as fleet, Client(compiler) as client:
+        watch_status(fleet, client)
 
 
 @app.command(epilog="Example: millrace doctor")

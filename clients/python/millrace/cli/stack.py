@@ -1,4 +1,4 @@
-"""The local stack as child processes: Valkey, a compile daemon, a runtime daemon.
+"""The local stack as child processes: Valkey, a compile daemon, one runtime or a small fleet.
 
 Each child leads a process group of its own, so that the terminal's Ctrl-C reaches only this
 process, which then stops them in order: first who asks, last who answers. Each ends with this
@@ -54,7 +54,7 @@ class Stack:
     Args:
         state: holds the engine store, Redis data and logs; one stack at a time may use it.
         compiler: `host:port` for the compile daemon; port 0 takes a free one.
-        runtime: the same for the runtime daemon.
+        runtime: the same for the runtime daemon; with several runtimes, for the gateway in front.
         with_metrics: serves metrics on the daemons' default ports.
     """
 
@@ -62,6 +62,7 @@ class Stack:
     compiler: str
     runtime: str
     with_metrics: bool = True
+    num_runtimes: int = 1
     compiler_flags: Sequence[str] = ()
     runtime_flags: Sequence[str] = ()
     children: list[Child] = field(default_factory=list)
@@ -125,16 +126,17 @@ class Stack:
             self.compiler,
             (*shared, *metrics, "--cache-dir", str(self.state / "cache"), *self.compiler_flags),
         )
-        self._start_daemon(
-            "runtime daemon",
-            "runtime",
-            self.runtime,
-            (*shared, *metrics, "--compiler", self.compiler, *self.runtime_flags),
-        )
+        runtime_flags = (*shared, "--compiler", self.compiler, *self.runtime_flags)
+        if self.num_runtimes == 1:
+            self._start_daemon(
+                "runtime daemon", "runtime", self.runtime, (*runtime_flags, *metrics)
+            )
+        else:
+            self._start_fleet((*runtime_flags, "--metrics-listen", ""), redis_url, metrics)
         for child, address, must_serve in (
             (self.children[1], self.compiler, True),
-            # A runtime serves once it has an engine.
-            (self.children[2], self.runtime, False),
+            # A runtime serves once it has an engine, a gateway once a runtime does.
+            (self.children[-1], self.runtime, False),
         ):
             if not wait_until_answering(address, _START_S, self.check, must_serve):
                 raise CommandFailed(
@@ -142,6 +144,17 @@ class Stack:
                     f"its last lines in {child.log}:\n{child.tail()}",
                     UNAVAILABLE,
                 )
+
+    def _start_fleet(
+        self, runtime_flags: Sequence[str], redis_url: str, metrics: Sequence[str]
+    ) -> None:
+        """Runtimes on free ports, which follow deployments, and a gateway in front of them."""
+        for number in range(self.num_runtimes):
+            command = [sys.executable, "-m", "runtime_service", "--listen", "127.0.0.1:0"]
+            name = f"runtime-{number + 1}"
+            self._start(f"runtime daemon {number + 1}", name, [*command, *runtime_flags])
+        command = [sys.executable, "-m", "runtime_service.gateway", "--listen", self.runtime]
+        self._start("gateway", "gateway", [*command, "--redis-url", redis_url, *metrics])
 
     def _start_daemon(self, name: str, component: str, listen: str, flags: Sequence[str]) -> None:
         command = [sys.executable, "-m", f"{component}_service", "--listen", listen, *flags]

@@ -9,14 +9,20 @@ from rich.markup import escape
 from millrace.builds import engine_names
 from millrace.cli import output
 from millrace.cli.building import build, parse_quant
+from millrace.cli.fleet import deploy
 from millrace.cli.generating import speed_text, stream_text
+from millrace.cli.listing import quant_text
 from millrace.cli.loading import serve
 from millrace.cli.machine import local_arch
 from millrace.cli.stack import Stack
 from millrace.client import Client
 from millrace.errors import MillraceError
+from millrace.fleet_client import FleetClient
 from millrace.generation import Message
 
+# What a fleet of `millrace up` serves, and how long it has to come to that.
+DEPLOYMENT = "local"
+_DEPLOY_S = 300.0
 QUESTION = "In one short paragraph: why is the sky blue?"
 
 
@@ -28,7 +34,9 @@ def up(stack: Stack, model_uri: str, quant: str, *, as_json: bool) -> None:
         MillraceError: the model cannot be built or served.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    output.say("[dim]starting Valkey, the compile daemon and the runtime daemon ...[/]")
+    runtimes = f"{stack.num_runtimes} runtimes and a gateway"
+    what = "the runtime daemon" if stack.num_runtimes == 1 else runtimes
+    output.say(f"[dim]starting Valkey, the compile daemon, {what} ...[/]")
     with stack:
         _show_addresses(stack)
         try:
@@ -81,7 +89,19 @@ def _serve(stack: Stack, client: Client, model_uri: str, quant: str) -> None:
             client, model_uri, [local_arch()], scheme, group_size, "", tell=output.say
         )
         engine = client.get_engine(engine_names(operation.builds)[0]).engine
-        serve(client, engine)
+        if stack.num_runtimes == 1:
+            serve(client, engine)
+        else:
+            with FleetClient(stack.runtime) as fleet:
+                deploy(
+                    fleet,
+                    DEPLOYMENT,
+                    engine.model,
+                    quant_text(engine.key.quant),
+                    model_uri,
+                    stack.num_runtimes,
+                    wait_s=_DEPLOY_S,
+                )
     except MillraceError:
         stack.check()  # where a daemon has ended, its last words say more
         raise
@@ -90,9 +110,14 @@ def _serve(stack: Stack, client: Client, model_uri: str, quant: str) -> None:
 
 def _show_addresses(stack: Stack) -> None:
     output.say(f"  compile daemon  [bold]{stack.compiler}[/]")
-    output.say(f"  runtime daemon  [bold]{stack.runtime}[/]")
+    is_fleet = stack.num_runtimes > 1
+    name = "gateway       " if is_fleet else "runtime daemon"
+    output.say(f"  {name}  [bold]{stack.runtime}[/]")
     if stack.with_metrics:
-        output.say("  metrics         http://127.0.0.1:7611/metrics http://127.0.0.1:7612/metrics")
+        port = 7610 if is_fleet else 7612
+        output.say(
+            f"  metrics         http://127.0.0.1:7611/metrics http://127.0.0.1:{port}/metrics"
+        )
     output.say(f"  engines         {stack.store}")
     output.say(f"  logs            {stack.logs}")
 
@@ -105,6 +130,10 @@ def _show_next(stack: Stack, has_model: bool) -> None:
     output.say("\nready; in another terminal:")
     if not has_model:
         output.say(f"  [bold]millrace build sample:smollm2-135m --quant int8{where}[/]")
-        output.say(f"  [bold]millrace load smollm2-135m{where}{at}[/]")
+        if stack.num_runtimes == 1:
+            output.say(f"  [bold]millrace load smollm2-135m{where}{at}[/]")
+        else:
+            flags = f"--replicas {stack.num_runtimes} --gateway {stack.runtime}"
+            output.say(f"  [bold]millrace deploy local --model smollm2-135m {flags}[/]")
     output.say(f"  [bold]millrace chat{at}[/]")
     output.say("Ctrl-C stops it.")

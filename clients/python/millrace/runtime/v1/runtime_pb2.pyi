@@ -101,6 +101,7 @@ class GenerateRequest(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     UPDATE_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___StartGeneration:
         """Starts a generation."""
@@ -117,6 +118,10 @@ class GenerateRequest(_message.Message):
     def credit(self) -> Global___AddCredit:
         """Lets a generation go on; unknown ones are ignored."""
 
+    @_builtins.property
+    def resume(self) -> Global___ResumeGeneration:
+        """Goes on with a generation of a call that was lost."""
+
     def __init__(
         self,
         *,
@@ -124,12 +129,13 @@ class GenerateRequest(_message.Message):
         cancel: Global___CancelGeneration | None = ...,
         update: Global___UpdateGeneration | None = ...,
         credit: Global___AddCredit | None = ...,
+        resume: Global___ResumeGeneration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "credit", b"credit", "start", b"start", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "credit", b"credit", "resume", b"resume", "start", b"start", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "credit", b"credit", "start", b"start", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "credit", b"credit", "resume", b"resume", "start", b"start", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "cancel", "update", "credit"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "cancel", "update", "credit", "resume"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -151,6 +157,8 @@ class StartGeneration(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     RESUMED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CREDIT_TOKENS_FIELD_NUMBER: _builtins.int
+    SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client, unique among the running generations of its call; at
     most 256 bytes.
@@ -164,6 +172,15 @@ class StartGeneration(_message.Message):
     credit_tokens: _builtins.int
     """Tokens that the client takes before it gives more with `AddCredit`. At 0 the
     generation waits. Unset means no limit.
+    """
+    sample_index: _builtins.int
+    """Which sample to draw, of those that a larger `n` would draw: from 0 to 63.
+    With `resumed_token_ids` it goes on with one sample of many. Needs `n` of 1.
+    """
+    model: _builtins.str
+    """What is to answer: the name of a deployment, the name or digest of a model,
+    or the name of an engine. Empty means whatever is served. Where it is not
+    served the generation ends with `NO_ENGINE`.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -207,10 +224,12 @@ class StartGeneration(_message.Message):
         priority: _builtins.int = ...,
         resumed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         credit_tokens: _builtins.int | None = ...,
+        sample_index: _builtins.int = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens", "chat", b"chat", "credit_tokens", b"credit_tokens", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens", "chat", b"chat", "credit_tokens", b"credit_tokens", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resumed_token_ids", b"resumed_token_ids", "sampling", b"sampling", "stop", b"stop", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens", "chat", b"chat", "credit_tokens", b"credit_tokens", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resumed_token_ids", b"resumed_token_ids", "sample_index", b"sample_index", "sampling", b"sampling", "stop", b"stop", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__credit_tokens: _TypeAlias = _typing.Literal["credit_tokens"]  # noqa: Y015
     _WhichOneofArgType__credit_tokens: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens"]  # noqa: Y015
@@ -222,6 +241,48 @@ class StartGeneration(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___StartGeneration: _TypeAlias = StartGeneration  # noqa: Y015
+
+@_typing.final
+class ResumeGeneration(_message.Message):
+    """Goes on with a generation whose call was lost, before it ended or after. A
+    gateway knows it for a while; one that is still being read elsewhere ends
+    there without a word. It begins with `started`, and goes on after the tokens
+    that the client has. Needs the same tenant.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    RECEIVED_TOKENS_FIELD_NUMBER: _builtins.int
+    CREDIT_TOKENS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As in `StartGeneration`, for this call."""
+    generation_id: _builtins.str
+    """As `GenerationStarted` said."""
+    credit_tokens: _builtins.int
+    """As in `StartGeneration`."""
+    @_builtins.property
+    def received_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that the client has, by sample; missing ones count 0."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        generation_id: _builtins.str = ...,
+        received_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        credit_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens", "credit_tokens", b"credit_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens", "credit_tokens", b"credit_tokens", "generation_id", b"generation_id", "received_tokens", b"received_tokens", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__credit_tokens: _TypeAlias = _typing.Literal["credit_tokens"]  # noqa: Y015
+    _WhichOneofArgType__credit_tokens: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__credit_tokens) -> _WhichOneofReturnType__credit_tokens | None: ...
+
+Global___ResumeGeneration: _TypeAlias = ResumeGeneration  # noqa: Y015
 
 @_typing.final
 class Chat(_message.Message):
@@ -622,19 +683,27 @@ class GenerationStarted(_message.Message):
 
     SEED_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """The seed in use."""
     prompt_tokens: _builtins.int
     """Tokens of the prompt."""
+    generation_id: _builtins.str
+    """Names it for `ResumeGeneration`; empty where that is not possible."""
+    engine: _builtins.str
+    """The engine that runs it, `engines/{key digest}`."""
     def __init__(
         self,
         *,
         seed: _builtins.int = ...,
         prompt_tokens: _builtins.int = ...,
+        generation_id: _builtins.str = ...,
+        engine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_tokens", b"prompt_tokens", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "generation_id", b"generation_id", "prompt_tokens", b"prompt_tokens", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -897,20 +966,28 @@ class GenerateStreamRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     START_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___StartGeneration:
-        """The generation; `request_id` may be empty and `credit_tokens` unset."""
+        """Starts a generation."""
+
+    @_builtins.property
+    def resume(self) -> Global___ResumeGeneration:
+        """Goes on with one whose call was lost."""
 
     def __init__(
         self,
         *,
         start: Global___StartGeneration | None = ...,
+        resume: Global___ResumeGeneration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "resume", b"resume", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "resume", b"resume", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "resume"]  # noqa: Y015
+    _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
 Global___GenerateStreamRequest: _TypeAlias = GenerateStreamRequest  # noqa: Y015
 
@@ -968,10 +1045,16 @@ class GetStatusResponse(_message.Message):
     STARTUP_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     RUNTIME_ID_FIELD_NUMBER: _builtins.int
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    DEPLOYMENT_VERSION_FIELD_NUMBER: _builtins.int
     state: Global___RuntimeState.ValueType
     """Where the daemon stands."""
     runtime_id: _builtins.str
     """Names this daemon in Redis, `runtime:{id}`."""
+    deployment: _builtins.str
+    """The deployment that it belongs to; empty where it belongs to none."""
+    deployment_version: _builtins.int
+    """The version of that deployment that it serves."""
     @_builtins.property
     def engine(self) -> _engine_pb2.Engine:
         """The engine that it runs; unset when none is loaded."""
@@ -1002,10 +1085,12 @@ class GetStatusResponse(_message.Message):
         startup: _abc.Iterable[Global___StartupPhase] | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         runtime_id: _builtins.str = ...,
+        deployment: _builtins.str = ...,
+        deployment_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "limits", b"limits", "load", b"load", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "limits", b"limits", "load", b"load", "runtime_id", b"runtime_id", "start_time", b"start_time", "startup", b"startup", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "deployment_version", b"deployment_version", "engine", b"engine", "limits", b"limits", "load", b"load", "runtime_id", b"runtime_id", "start_time", b"start_time", "startup", b"startup", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1075,6 +1160,8 @@ class RuntimeLoad(_message.Message):
     RUNNING_SEQUENCES_FIELD_NUMBER: _builtins.int
     FREE_BLOCKS_FIELD_NUMBER: _builtins.int
     WAITING_TOKENS_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     waiting_sequences: _builtins.int
     """Sequences that wait for their first step."""
     running_sequences: _builtins.int
@@ -1083,6 +1170,12 @@ class RuntimeLoad(_message.Message):
     """KV blocks that are free or can be evicted."""
     waiting_tokens: _builtins.int
     """Tokens that wait to be computed."""
+    generated_tokens: _builtins.int
+    """Tokens generated since the daemon started."""
+    @_builtins.property
+    def time_to_first_token(self) -> _duration_pb2.Duration:
+        """From the start command to the first token, smoothed over recent generations."""
+
     def __init__(
         self,
         *,
@@ -1090,10 +1183,12 @@ class RuntimeLoad(_message.Message):
         running_sequences: _builtins.int = ...,
         free_blocks: _builtins.int = ...,
         waiting_tokens: _builtins.int = ...,
+        generated_tokens: _builtins.int = ...,
+        time_to_first_token: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_blocks", b"free_blocks", "running_sequences", b"running_sequences", "waiting_sequences", b"waiting_sequences", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_blocks", b"free_blocks", "generated_tokens", b"generated_tokens", "running_sequences", b"running_sequences", "time_to_first_token", b"time_to_first_token", "waiting_sequences", b"waiting_sequences", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

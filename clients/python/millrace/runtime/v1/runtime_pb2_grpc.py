@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class RuntimeServiceStub(object):
-    """Runs one engine on one device group.
+    """Runs one engine on one device group. A gateway, which stands in front of many
+    runtimes, serves the same.
     """
 
     def __init__(self, channel):
@@ -63,7 +64,8 @@ class RuntimeServiceStub(object):
 
 
 class RuntimeServiceServicer(object):
-    """Runs one engine on one device group.
+    """Runs one engine on one device group. A gateway, which stands in front of many
+    runtimes, serves the same.
     """
 
     def Generate(self, request_iterator, context):
@@ -79,9 +81,9 @@ class RuntimeServiceServicer(object):
         (`DRAINING`, with `RetryInfo`), `INTERNAL`.
 
         Errors of one generation: `INVALID_ARGUMENT` (`INVALID_FIELD`,
-        `PROMPT_TOO_LONG`), `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE`
-        (`ENGINE_LOST`, `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED`
-        (`DEADLINE_EXCEEDED`).
+        `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`),
+        `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE` (`ENGINE_LOST`,
+        `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,7 +110,8 @@ class RuntimeServiceServicer(object):
         back. Returns when the engine serves.
 
         Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-        (`ARCH_MISMATCH`, `FORMAT_MISMATCH`), `DATA_LOSS` (`DIGEST_MISMATCH`).
+        (`ARCH_MISMATCH`, `FORMAT_MISMATCH`), `DATA_LOSS` (`DIGEST_MISMATCH`),
+        `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,6 +120,8 @@ class RuntimeServiceServicer(object):
     def UnloadEngine(self, request, context):
         """Finishes running generations and releases the engine. Starts are refused
         with `NO_ENGINE` until another one is loaded.
+
+        Errors: `UNIMPLEMENTED` (`NOT_A_RUNTIME`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,7 +164,8 @@ def add_RuntimeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RuntimeService(object):
-    """Runs one engine on one device group.
+    """Runs one engine on one device group. A gateway, which stands in front of many
+    runtimes, serves the same.
     """
 
     @staticmethod

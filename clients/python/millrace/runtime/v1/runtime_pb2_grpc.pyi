@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RuntimeServiceStub:
-    """Runs one engine on one device group."""
+    """Runs one engine on one device group. A gateway, which stands in front of many
+    runtimes, serves the same.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -46,9 +48,9 @@ class RuntimeServiceStub:
     (`DRAINING`, with `RetryInfo`), `INTERNAL`.
 
     Errors of one generation: `INVALID_ARGUMENT` (`INVALID_FIELD`,
-    `PROMPT_TOO_LONG`), `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE`
-    (`ENGINE_LOST`, `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED`
-    (`DEADLINE_EXCEEDED`).
+    `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`),
+    `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE` (`ENGINE_LOST`,
+    `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
     """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_runtime_pb2.GenerateStreamRequest, _runtime_pb2.GenerateStreamResponse]
     """One generation on one call, for simple clients. Cancelling the call cancels
@@ -62,16 +64,21 @@ class RuntimeServiceStub:
     back. Returns when the engine serves.
 
     Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-    (`ARCH_MISMATCH`, `FORMAT_MISMATCH`), `DATA_LOSS` (`DIGEST_MISMATCH`).
+    (`ARCH_MISMATCH`, `FORMAT_MISMATCH`), `DATA_LOSS` (`DIGEST_MISMATCH`),
+    `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
     """
     UnloadEngine: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.UnloadEngineRequest, _runtime_pb2.UnloadEngineResponse]
     """Finishes running generations and releases the engine. Starts are refused
     with `NO_ENGINE` until another one is loaded.
+
+    Errors: `UNIMPLEMENTED` (`NOT_A_RUNTIME`).
     """
 
 @_typing.type_check_only
 class RuntimeServiceAsyncStub(RuntimeServiceStub):
-    """Runs one engine on one device group."""
+    """Runs one engine on one device group. A gateway, which stands in front of many
+    runtimes, serves the same.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.StreamStreamMultiCallable[_runtime_pb2.GenerateRequest, _runtime_pb2.GenerateResponse]  # type: ignore[assignment]
@@ -87,9 +94,9 @@ class RuntimeServiceAsyncStub(RuntimeServiceStub):
     (`DRAINING`, with `RetryInfo`), `INTERNAL`.
 
     Errors of one generation: `INVALID_ARGUMENT` (`INVALID_FIELD`,
-    `PROMPT_TOO_LONG`), `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE`
-    (`ENGINE_LOST`, `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED`
-    (`DEADLINE_EXCEEDED`).
+    `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`),
+    `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE` (`ENGINE_LOST`,
+    `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
     """
     GenerateStream: _aio.UnaryStreamMultiCallable[_runtime_pb2.GenerateStreamRequest, _runtime_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """One generation on one call, for simple clients. Cancelling the call cancels
@@ -103,15 +110,20 @@ class RuntimeServiceAsyncStub(RuntimeServiceStub):
     back. Returns when the engine serves.
 
     Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-    (`ARCH_MISMATCH`, `FORMAT_MISMATCH`), `DATA_LOSS` (`DIGEST_MISMATCH`).
+    (`ARCH_MISMATCH`, `FORMAT_MISMATCH`), `DATA_LOSS` (`DIGEST_MISMATCH`),
+    `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
     """
     UnloadEngine: _aio.UnaryUnaryMultiCallable[_runtime_pb2.UnloadEngineRequest, _runtime_pb2.UnloadEngineResponse]  # type: ignore[assignment]
     """Finishes running generations and releases the engine. Starts are refused
     with `NO_ENGINE` until another one is loaded.
+
+    Errors: `UNIMPLEMENTED` (`NOT_A_RUNTIME`).
     """
 
 class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Runs one engine on one device group."""
+    """Runs one engine on one device group. A gateway, which stands in front of many
+    runtimes, serves the same.
+    """
 
     @_abc_1.abstractmethod
     def Generate(
@@ -131,9 +143,9 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         (`DRAINING`, with `RetryInfo`), `INTERNAL`.
 
         Errors of one generation: `INVALID_ARGUMENT` (`INVALID_FIELD`,
-        `PROMPT_TOO_LONG`), `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE`
-        (`ENGINE_LOST`, `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED`
-        (`DEADLINE_EXCEEDED`).
+        `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`),
+        `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE` (`ENGINE_LOST`,
+        `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
         """
 
     @_abc_1.abstractmethod
@@ -165,7 +177,8 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         back. Returns when the engine serves.
 
         Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-        (`ARCH_MISMATCH`, `FORMAT_MISMATCH`), `DATA_LOSS` (`DIGEST_MISMATCH`).
+        (`ARCH_MISMATCH`, `FORMAT_MISMATCH`), `DATA_LOSS` (`DIGEST_MISMATCH`),
+        `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
         """
 
     @_abc_1.abstractmethod
@@ -176,6 +189,8 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_runtime_pb2.UnloadEngineResponse, _abc.Awaitable[_runtime_pb2.UnloadEngineResponse]]:
         """Finishes running generations and releases the engine. Starts are refused
         with `NO_ENGINE` until another one is loaded.
+
+        Errors: `UNIMPLEMENTED` (`NOT_A_RUNTIME`).
         """
 
 def add_RuntimeServiceServicer_to_server(servicer: RuntimeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

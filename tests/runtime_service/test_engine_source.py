@@ -16,8 +16,8 @@ from millrace.compiler.v1 import compiler_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from compiler_service.artifact_service import ArtifactService
-from runtime_service.deployment import EngineSource
 from runtime_service.device import arch_of
+from runtime_service.engine_source import EngineSource
 from shared.engine import FORMAT_VERSION, EngineManifest, EngineSelector
 from shared.errors import (
     ArchMismatch,

@@ -1,0 +1,202 @@
+"""`millrace deploy`, `undeploy`, `status` and `top`: what the fleet is to serve, and what it does."""
+
+import time
+from typing import TYPE_CHECKING
+
+from millrace.cli import output
+from millrace.cli.building import parse_quant, state_text
+from millrace.cli.failures import CommandFailed
+from millrace.cli.listing import quant_text
+from millrace.client import Client
+from millrace.compiler.v1 import compiler_pb2
+from millrace.errors import MillraceError
+from millrace.fleet.v1 import fleet_pb2
+from millrace.fleet_client import FleetClient
+from millrace.runtime.v1 import runtime_pb2
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_POLL_S = 1.0
+_MAX_BUILDS = 8
+_RUNTIME_COLUMNS = (
+    "runtime", "state", "serves", "deployment", "running", "waiting", "KV", "tokens/s", "TTFT",
+)  # fmt: skip
+_DEPLOYMENT_COLUMNS = ("deployment", "model", "quant", "version", "ready")
+_BUILD_COLUMNS = ("build", "model", "arch", "quant", "state", "done")
+
+
+def deploy(
+    fleet: FleetClient,
+    name: str,
+    model: str,
+    quant: str,
+    model_uri: str,
+    replicas: int,
+    *,
+    wait_s: float,
+) -> fleet_pb2.Deployment:
+    """Writes a deployment down, and waits until all of its replicas serve it.
+
+    Args:
+        wait_s: at most; 0: not at all.
+
+    Raises:
+        CommandFailed: they do not, by then.
+    """
+    scheme, group_size = parse_quant(quant)
+    deployment = fleet.deploy(name, model, scheme, group_size, model_uri, replicas)
+    deadline = time.monotonic() + wait_s
+    while wait_s and deployment.ready_replicas < replicas:
+        if time.monotonic() > deadline:
+            raise CommandFailed(
+                f"{deployment.ready_replicas} of {replicas} replicas of {name} are ready after "
+                f"{output.duration_text(wait_s)}; `millrace status` shows them"
+            )
+        time.sleep(_POLL_S / 4)
+        now = {d.name: d for d in fleet.get_fleet().deployments}
+        # Redis may be away for a moment.
+        deployment = now.get(name, deployment)
+    return deployment
+
+
+def show_deployment(deployment: fleet_pb2.Deployment, *, as_json: bool) -> None:
+    """Prints a deployment as it stands."""
+    if as_json:
+        output.print_json(output.to_dict(deployment))
+    else:
+        output.print_line(
+            f"{deployment.name}  version {deployment.version}  "
+            f"{deployment.ready_replicas} of {deployment.replicas} ready"
+        )
+
+
+def show_status(fleet: FleetClient, *, as_json: bool) -> None:
+    """Prints the fleet once."""
+    found = fleet.get_fleet()
+    if as_json:
+        output.print_json(output.to_dict(found))
+        return
+    output.print_table(
+        _RUNTIME_COLUMNS, [_runtime_row(r) for r in found.runtimes], "The gateway knows no runtime."
+    )
+    if found.deployments:
+        output.print_line("")
+        output.print_table(_DEPLOYMENT_COLUMNS, [_deployment_row(d) for d in found.deployments], "")
+    if not found.redis_answers:
+        output.say("Redis does not answer the gateway: runtimes that start are not seen")
+
+
+def watch_status(fleet: FleetClient, compiler: Client) -> None:
+    """Shows the fleet and its builds on the whole screen, until Ctrl-C."""
+    from rich.live import Live
+
+    with Live(screen=True, auto_refresh=False, console=output.console()) as live:
+        try:
+            while True:
+                live.update(screen(fleet, compiler), refresh=True)
+                time.sleep(_POLL_S)
+        except KeyboardInterrupt:
+            return
+
+
+def screen(fleet: FleetClient, compiler: Client) -> "RenderableType":
+    """What the whole screen shows now; what does not answer says so in its place."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    try:
+        found = fleet.get_fleet()
+    except MillraceError as error:
+        parts.append(Text(str(error), "red"))
+    else:
+        parts += [_head(found), _table(_RUNTIME_COLUMNS, map(_runtime_row, found.runtimes))]
+        if found.deployments:
+            rows = map(_deployment_row, found.deployments)
+            parts.append(_table(_DEPLOYMENT_COLUMNS, rows))
+        if not found.redis_answers:
+            parts.append(Text("Redis does not answer the gateway", "yellow"))
+    parts.append(_builds(compiler))
+    return Group(*parts)
+
+
+def _head(found: fleet_pb2.GetFleetResponse) -> "RenderableType":
+    from rich.text import Text
+
+    running = sum(runtime.load.running_sequences for runtime in found.runtimes)
+    waiting = sum(runtime.load.waiting_sequences for runtime in found.runtimes)
+    rate = sum(runtime.tokens_per_s for runtime in found.runtimes)
+    return Text.assemble(
+        ("millrace  ", "bold"),
+        f"{time.strftime('%H:%M:%S')}  {len(found.runtimes)} runtimes  {running} running  "
+        f"{waiting} waiting  {rate:.0f} tokens/s",
+    )
+
+
+def _builds(compiler: Client) -> "RenderableType":
+    from itertools import islice
+
+    from rich.text import Text
+
+    try:
+        builds = list(islice(compiler.list_builds(), _MAX_BUILDS))
+    except MillraceError as error:
+        return Text(str(error), "dim")
+    if not builds:
+        return Text("no builds yet", "dim")
+    return _table(_BUILD_COLUMNS, map(_build_row, builds))
+
+
+def _table(columns: tuple[str, ...], rows: "map[tuple[str, ...]]") -> "RenderableType":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(*columns, box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _runtime_row(runtime: fleet_pb2.Runtime) -> tuple[str, ...]:
+    load = runtime.load
+    state = runtime_pb2.RuntimeState.Name(runtime.state).removeprefix("RUNTIME_STATE_").lower()
+    if runtime.state == runtime_pb2.RUNTIME_STATE_UNSPECIFIED:
+        state = f"silent {output.duration_text(runtime.silent_for.ToMilliseconds() / 1000)}"
+    used = 1 - load.free_blocks / runtime.num_blocks if runtime.num_blocks else 0.0
+    first_ms = load.time_to_first_token.ToNanoseconds() / 1e6
+    version = f" v{runtime.deployment_version}" if runtime.deployment_version else ""
+    return (
+        runtime.address,
+        state,
+        f"{runtime.model} {quant_text(runtime.quant)}" if runtime.engine else "-",
+        f"{runtime.deployment}{version}" or "-",
+        str(load.running_sequences),
+        f"{load.waiting_sequences} ({load.waiting_tokens} tokens)",
+        f"{used:.0%} of {runtime.num_blocks}",
+        f"{runtime.tokens_per_s:.0f}",
+        f"{first_ms:.0f} ms" if first_ms else "-",
+    )
+
+
+def _deployment_row(deployment: fleet_pb2.Deployment) -> tuple[str, ...]:
+    return (
+        deployment.name,
+        deployment.model,
+        quant_text(deployment.quant),
+        str(deployment.version),
+        f"{deployment.ready_replicas} of {deployment.replicas}",
+    )
+
+
+def _build_row(build: compiler_pb2.Build) -> tuple[str, ...]:
+    progress = build.progress
+    is_running = build.state == compiler_pb2.BUILD_STATE_RUNNING
+    return (
+        output.short_name(build.name),
+        build.model_uri,
+        build.key.arch,
+        quant_text(build.key.quant),
+        state_text(build),
+        f"{progress.fraction:.0%} {progress.stage}" if is_running else "",
+    )

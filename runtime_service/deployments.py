@@ -1,0 +1,153 @@
+"""What runtimes are to serve, as it is written down in Redis, and who of them does.
+
+Redis keys:
+    deployment:{name}           hash    model, quant, model_uri, replicas, version; written when it
+                                        is deployed. Undeployed it has 0 replicas and expires after
+                                        a day: that it is absent is no command, so a Redis that came
+                                        back empty stops nobody
+    deployment:{name}:slot:{i}  string  id of the runtime that is replica i of it; expires when that
+                                        one is silent
+    deployment:{name}:roll      string  id of the runtime that exchanges its engine now; expires
+                                        likewise
+"""
+
+import re
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from runtime_service.settings import quant_named
+from shared.engine import QuantConfig
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_UNDEPLOYED_S = 86_400
+
+# KEYS: the hash. ARGV: model, quant, model_uri, replicas. Gives the version.
+_APPLY = """
+redis.call('HSET', KEYS[1], 'model', ARGV[1], 'quant', ARGV[2], 'model_uri', ARGV[3],
+           'replicas', ARGV[4])
+redis.call('PERSIST', KEYS[1])
+return redis.call('HINCRBY', KEYS[1], 'version', 1)
+"""
+# KEYS: the hash. ARGV: seconds that it is remembered. Whether there was one.
+_DELETE = """
+if tonumber(redis.call('HGET', KEYS[1], 'replicas') or 0) == 0 then return 0 end
+redis.call('HSET', KEYS[1], 'replicas', 0)
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+return 1
+"""
+# KEYS: what may be held, best first. ARGV: holder, milliseconds. Which one it holds, from 1; 0: none.
+_HOLD = """
+local free = 0
+for i = #KEYS, 1, -1 do
+  local holder = redis.call('GET', KEYS[i])
+  if holder == ARGV[1] then
+    redis.call('PEXPIRE', KEYS[i], ARGV[2])
+    return i
+  end
+  if not holder then free = i end
+end
+if free > 0 then redis.call('SET', KEYS[free], ARGV[1], 'PX', ARGV[2]) end
+return free
+"""
+# KEYS: what may be held. ARGV: holder.
+_RELEASE = """
+for i = 1, #KEYS do
+  if redis.call('GET', KEYS[i]) == ARGV[1] then redis.call('DEL', KEYS[i]) end
+end
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What a number of runtimes are to serve; see millrace.fleet.v1."""
+
+    name: str
+    model: str
+    quant: QuantConfig
+    model_uri: str
+    replicas: int
+    version: int = 0
+
+
+def is_deployment_name(name: str) -> bool:
+    """Claims that a deployment may be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
+class Deployments:
+    """Deployments in Redis; every method raises redis-py's errors."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._apply = redis.register_script(_APPLY)
+        self._delete = redis.register_script(_DELETE)
+        self._hold = redis.register_script(_HOLD)
+        self._release = redis.register_script(_RELEASE)
+
+    async def apply(self, wanted: Deployment) -> int:
+        """Writes it down; gives its new version."""
+        values: list[str | int] = [
+            wanted.model,
+            str(wanted.quant),
+            wanted.model_uri,
+            wanted.replicas,
+        ]
+        return int(await self._apply(keys=[_key(wanted.name)], args=values))
+
+    async def delete(self, name: str) -> bool:
+        """Has nobody serve it; false where there is none."""
+        return bool(await self._delete(keys=[_key(name)], args=[_UNDEPLOYED_S]))
+
+    async def get(self, name: str) -> Deployment | None:
+        """The deployment; with 0 replicas where it was undeployed not long ago."""
+        found: dict[str, str] = await self._redis.hgetall(_key(name))  # type: ignore[assignment]
+        if not found:
+            return None
+        return Deployment(
+            name,
+            found["model"],
+            quant_named(found["quant"]),
+            found["model_uri"],
+            int(found["replicas"]),
+            int(found["version"]),
+        )
+
+    async def list(self) -> "list[Deployment]":
+        """All that somebody is to serve, by name."""
+        keys = [key async for key in self._redis.scan_iter("deployment:*", count=1000)]
+        names = sorted(key.split(":")[1] for key in keys if key.count(":") == 1)
+        found = [await self.get(name) for name in names]
+        return [deployment for deployment in found if deployment and deployment.replicas]
+
+    async def hold_slot(self, wanted: Deployment, runtime_id: str, ttl_s: float) -> bool:
+        """Makes the runtime one of its replicas, for that long; false where it has enough."""
+        keys = _slots(wanted)
+        held = await self._hold(keys=keys, args=[runtime_id, round(ttl_s * 1000)]) if keys else 0
+        return bool(held)
+
+    async def release(self, wanted: Deployment, runtime_id: str) -> None:
+        """Makes the runtime none of its replicas."""
+        keys = [*_slots(wanted), _roll(wanted.name)]
+        await self._release(keys=keys, args=[runtime_id])
+
+    async def hold_roll(self, name: str, runtime_id: str, ttl_s: float) -> bool:
+        """Lets the runtime exchange its engine, for that long; false where another one does."""
+        args: list[str | int] = [runtime_id, round(ttl_s * 1000)]
+        return bool(await self._hold(keys=[_roll(name)], args=args))
+
+    async def end_roll(self, name: str, runtime_id: str) -> None:
+        """Lets the next one exchange its engine."""
+        await self._release(keys=[_roll(name)], args=[runtime_id])
+
+
+def _key(name: str) -> str:
+    return f"deployment:{name}"
+
+
+def _slots(wanted: Deployment) -> list[str]:
+    return [f"{_key(wanted.name)}:slot:{index}" for index in range(wanted.replicas)]
+
+
+def _roll(name: str) -> str:
+    return f"{_key(name)}:roll"

@@ -1,0 +1,86 @@
+"""`millrace-gateway`: wires settings, fleet, gateway and server, and runs until a signal."""
+
+import asyncio
+
+from millrace.fleet.v1 import fleet_pb2_grpc
+from millrace.runtime.v1 import runtime_pb2_grpc
+
+from runtime_service.deployments import Deployments
+from runtime_service.gateway.fleet import Fleet
+from runtime_service.gateway.fleet_service import FleetService
+from runtime_service.gateway.gateway import Gateway
+from runtime_service.gateway.kept import KeptGenerations
+from runtime_service.gateway.metrics import GatewayMetrics
+from runtime_service.gateway.runtime_link import LinkOptions
+from runtime_service.gateway.service import GatewayRuntimeService
+from runtime_service.gateway.settings import GatewaySettings
+from shared.log import configure_logging
+from shared.redis import connect
+from shared.security import ServerSecurity, peer_security
+from shared.server import DaemonServer, daemon_registry, start_metrics
+from shared.settings import SettingsError, exit_with
+
+SERVICES = ("millrace.runtime.v1.RuntimeService", "millrace.fleet.v1.FleetService")
+
+# After the drain's own grace: for last events to reach their readers.
+_LAST_EVENTS_S = 2.0
+
+
+def main() -> None:
+    """Runs the gateway."""
+    settings = GatewaySettings.load()
+    configure_logging(settings.log_level, settings.log_format, "gateway")
+    try:
+        asyncio.run(serve(settings))
+    except SettingsError as error:
+        exit_with(f"millrace-gateway: {error}")
+
+
+async def serve(settings: GatewaySettings) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    redis = connect(settings.redis_url) if settings.redis_url else None
+    security, peers = ServerSecurity.load(settings), peer_security(settings)
+    options = LinkOptions(settings.poll_s, settings.silent_s, settings.max_message_bytes, peers)
+    fleet = Fleet(redis, settings.runtimes, options)
+    registry = daemon_registry()
+    kept = KeptGenerations(settings.keep_s)
+    gateway = Gateway(fleet, GatewayMetrics(registry), settings.wait_s, kept)
+    server = DaemonServer(settings.listen, settings.max_message_bytes, registry, security)
+    runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(
+        GatewayRuntimeService(gateway, fleet), server.grpc
+    )
+    deployments = Deployments(redis) if redis is not None else None
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(
+        FleetService(fleet, deployments, settings.redis_url), server.grpc
+    )
+    changed = asyncio.Event()
+    fleet.on_change(changed.set)
+    working = [
+        asyncio.create_task(fleet.run()),
+        asyncio.create_task(_tell_health(server, gateway, changed)),
+    ]
+    try:
+        await server.start(*SERVICES, is_serving=False)
+        if settings.metrics_listen:
+            start_metrics(settings.metrics_listen, registry, security)
+        await server.serve_until_signal(
+            lambda: gateway.drain(settings.drain_s), settings.drain_s + _LAST_EVENTS_S
+        )
+    finally:
+        for task in working:
+            task.cancel()
+        await server.grpc.stop(0)
+        await fleet.close()
+        if redis is not None:
+            await redis.aclose()
+
+
+async def _tell_health(server: DaemonServer, gateway: Gateway, changed: asyncio.Event) -> None:
+    while True:
+        await changed.wait()
+        changed.clear()
+        await server.set_serving(gateway.is_serving)
+
+
+if __name__ == "__main__":
+    main()

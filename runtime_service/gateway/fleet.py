@@ -1,0 +1,103 @@
+"""The runtimes that there are: those that Redis knows, and those that were named.
+
+Redis only introduces them; what a runtime serves and how busy it is it says itself. So a fleet that
+has lost Redis goes on with the runtimes it knows, and sees only new ones too late. A runtime is
+forgotten when Redis has no record of it, it does not answer, and nothing runs there.
+
+Reads `runtime:{id}`, which runtime_service/registration.py owns.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from runtime_service.gateway.runtime_link import LinkOptions, RuntimeLink
+
+_log = structlog.get_logger()
+
+
+class Fleet:
+    """Links to all runtimes, kept up to date by `run`.
+
+    Args:
+        redis: None where only `fixed` ones are known.
+    """
+
+    def __init__(self, redis: Redis | None, fixed: tuple[str, ...], options: LinkOptions) -> None:
+        self.redis_answers = False
+        self._redis = redis
+        self._options = options
+        self._links: dict[str, RuntimeLink] = {}
+        self._listeners: list[Callable[[], None]] = []
+        for address in fixed:
+            self._add(address, is_fixed=True)
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Has `listener` called when a runtime came, went, or changed in what it takes."""
+        self._listeners.append(listener)
+
+    def __iter__(self) -> Iterator[RuntimeLink]:
+        return iter(self._links.values())
+
+    async def run(self) -> None:
+        """Follows Redis until it is cancelled."""
+        while True:
+            began_s = time.monotonic()
+            addresses = await self._registered()
+            if addresses is not None:
+                await self._meet(addresses)
+            await asyncio.sleep(max(self._options.poll_s - (time.monotonic() - began_s), 0))
+
+    async def close(self) -> None:
+        """Leaves every runtime."""
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+
+    async def _registered(self) -> set[str] | None:
+        """Addresses that Redis knows; None while it does not answer."""
+        if self._redis is None:
+            return None
+        try:
+            async with asyncio.timeout(max(5 * self._options.poll_s, 2.0)):
+                keys = [key async for key in self._redis.scan_iter("runtime:*", count=1000)]
+                async with self._redis.pipeline(transaction=False) as pipeline:
+                    for key in keys:
+                        pipeline.hget(key, "address")
+                    found = await pipeline.execute()
+        # Redis remembers who is working and nothing else: generations go on without it.
+        except (RedisError, OSError, TimeoutError) as error:
+            if self.redis_answers:
+                _log.warning("redis_lost", error=type(error).__name__)
+            self.redis_answers = False
+            return None
+        self.redis_answers = True
+        return {address for address in found if address}
+
+    async def _meet(self, addresses: set[str]) -> None:
+        for address in addresses - self._links.keys():
+            self._add(address)
+        gone = [
+            link
+            for link in self._links.values()
+            if not (link.is_fixed or link.answers or link.num_runs)
+            and link.address not in addresses
+        ]
+        for link in gone:
+            _log.info("runtime_forgotten", runtime=link.address)
+            del self._links[link.address]
+            await link.close()
+        if gone:
+            self._changed()
+
+    def _add(self, address: str, *, is_fixed: bool = False) -> None:
+        link = RuntimeLink(address, self._options, self._changed, is_fixed=is_fixed)
+        self._links[address] = link
+        link.start()
+        _log.info("runtime_met", runtime=address)
+
+    def _changed(self) -> None:
+        for listener in self._listeners:
+            listener()

@@ -1,0 +1,306 @@
+"""Where the generations of all clients go: each to a runtime that can run it, and on to another.
+
+A generation that no runtime can take now waits for one, for as long as the settings say; one that
+nobody serves or that all refuse is refused. Knows no gRPC of its own.
+"""
+
+import asyncio
+import secrets
+import time
+
+import structlog
+from millrace.runtime.v1 import runtime_pb2 as pb
+
+from runtime_service import validation
+from runtime_service.gateway.fleet import Fleet
+from runtime_service.gateway.kept import KeptGenerations
+from runtime_service.gateway.metrics import GatewayMetrics
+from runtime_service.gateway.routed_generation import RoutedGeneration
+from runtime_service.gateway.routing import choose, prefix_of
+from runtime_service.gateway.run import Run, num_prompt_tokens_of
+from runtime_service.gateway.runtime_link import RuntimeLink
+from runtime_service.generation_call import GenerationCall, OnMember
+from shared.auth import ANYBODY, Principal
+from shared.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineLost,
+    InvalidField,
+    MillraceError,
+    NoEngine,
+    QueueFull,
+)
+from shared.quotas import GenerationQuota
+
+# Ids are below any vocabulary's size here; the runtime knows its own.
+_ANY_VOCABULARY = 1 << 32
+# Between tries of a generation that every runtime has refused, where they do not say.
+_RETRY_S = 0.2
+# Tokens that may wait for a runtime, over all generations, by the estimate that routing uses.
+MAX_WAITING_TOKENS = 8 << 20
+
+_log = structlog.get_logger()
+
+
+class Gateway:
+    """Routes generations over a fleet.
+
+    Args:
+        wait_s: how long a generation waits for a runtime that can run it.
+        kept: those that can be resumed.
+    """
+
+    def __init__(
+        self, fleet: Fleet, metrics: GatewayMetrics, wait_s: float, kept: KeptGenerations
+    ) -> None:
+        self._fleet = fleet
+        fleet.on_change(self._fleet_changed)
+        self._metrics = metrics
+        self._wait_s = wait_s
+        self._kept = kept
+        self._calls: set[GenerationCall[RoutedGeneration]] = set()
+        self._running: set[RoutedGeneration] = set()
+        # In the order of their coming.
+        self._waiting: dict[Run, asyncio.TimerHandle | None] = {}
+        self._waiting_tokens = 0
+        self._on_trial: RoutedGeneration | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._is_draining = False
+
+    @property
+    def is_serving(self) -> bool:
+        """Claims that there is a runtime for somebody."""
+        return any(link.is_usable for link in self._fleet)
+
+    # Calls and starts.
+
+    def open_call(self, caller: Principal = ANYBODY) -> GenerationCall[RoutedGeneration]:
+        """A call of `caller` whose generations are routed; give it back with `close_call`."""
+        call = GenerationCall(self, caller)
+        self._calls.add(call)
+        if self._is_draining:
+            call.drain()
+        return call
+
+    def close_call(self, call: GenerationCall[RoutedGeneration]) -> None:
+        """Ends what still runs on `call`: nobody reads it. It can be resumed."""
+        self._calls.discard(call)
+        call.close()
+
+    def new_generation(
+        self, request_id: str, on_news: OnMember, on_end: OnMember, quota: GenerationQuota
+    ) -> RoutedGeneration:
+        """A generation that is not started yet."""
+        generation = RoutedGeneration(request_id, self, on_news, on_end, quota)
+        self._running.add(generation)
+        self._metrics.running.inc()
+        self._idle.clear()
+        return generation
+
+    def start(
+        self, generation: RoutedGeneration, start: pb.StartGeneration, cache_salt: str
+    ) -> None:
+        """Sees to it that `generation` runs, or ends it with an error; never raises."""
+        try:
+            if self._is_draining:
+                raise Draining()
+            parsed = validation.parse_start(start, _ANY_VOCABULARY, ())
+            if not start.sampling.HasField("seed"):
+                # Drawn here, so that it is the same wherever the generation comes to run.
+                start.sampling.seed = parsed.sampling.seed
+            num_new_tokens = (start.sampling.n or 1) * start.stop.max_new_tokens
+            generation.quota.reserve(num_prompt_tokens_of(start) + num_new_tokens)
+        except MillraceError as error:
+            generation.fail(error)
+            return
+        generation.begin(start, cache_salt, secrets.token_urlsafe(16))
+        if not generation.is_ended:
+            self._kept.add(generation)
+
+    def resume(
+        self, generation: RoutedGeneration, resume: pb.ResumeGeneration, cache_salt: str
+    ) -> None:
+        """Has `generation` go on where the client has come to; never raises."""
+        try:
+            if self._is_draining:
+                raise Draining()
+            old = self._kept.find(resume.generation_id, cache_salt)
+            received = _received(resume, old)
+            credit = validation.credit_of(resume, "resume.credit_tokens")
+            timeout_s = validation.timeout_of(old.start)
+        except MillraceError as error:
+            generation.fail(error)
+            return
+        old.supersede()
+        self._metrics.resumed.inc()
+        if timeout_s is not None:
+            generation.deadline = asyncio.get_running_loop().call_later(
+                timeout_s - old.elapsed_s, generation.fail, DeadlineExceeded(timeout_s=timeout_s)
+            )
+        generation.limit_credit(credit)
+        generation.continue_from(old, received)
+        if not generation.is_ended:
+            self._kept.add(generation)
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes nothing new, lets what runs finish, and ends what is left with DRAINING."""
+        self._is_draining = True
+        for call in self._calls:
+            call.drain()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.warning("drain_grace_ended", generations=len(self._running))
+        for call in list(self._calls):
+            call.fail_all(Draining())
+
+    # What generations and runtimes say.
+
+    def place(self, run: Run) -> None:
+        """Starts `run` on a runtime, now or when there is one; or ends its generation."""
+        if run.refusal is not None and not run.gives_up_s:
+            self._metrics.moved.labels(run.refusal.reason).inc()
+        link = self._choose(run) if self._may_run(run.generation) else None
+        try:
+            if link is None:
+                self._wait(run)
+                return
+            if run.generation.is_suspect:
+                self._on_trial = run.generation
+            run.place(link)
+        except MillraceError as error:
+            run.is_over = True
+            run.generation.fail(error)
+
+    def ended(self, generation: RoutedGeneration, reason: str) -> None:
+        """Takes note of the end of a generation."""
+        self._running.discard(generation)
+        self._metrics.running.dec()
+        self._metrics.ended.labels(reason).inc()
+        if reason == "cancelled":
+            self._kept.forget(generation)
+        elif generation.generation_id:
+            self._kept.ended(generation)
+        if generation is self._on_trial:
+            self._on_trial = None
+        if not self._running:
+            self._idle.set()
+        _log.info(
+            "generation_finished",
+            request_id=generation.request_id,
+            reason=reason,
+            num_samples=len(generation.samples),
+            generated_tokens=sum(len(sample.token_ids) for sample in generation.samples),
+            duration_s=round(generation.elapsed_s, 6),
+        )
+
+    def recovered(self, generation: RoutedGeneration) -> None:
+        """The next suspect may be tried."""
+        if generation is self._on_trial:
+            self._on_trial = None
+            self._try_all_again()
+
+    def first_token(self, seconds: float) -> None:
+        """Takes note of how long a generation waited for its first token."""
+        self._metrics.first_token_seconds.observe(seconds)
+
+    def _fleet_changed(self) -> None:
+        """Who waits for a runtime looks again."""
+        usable = [link.is_usable for link in self._fleet]
+        self._metrics.runtimes.labels("yes").set(sum(usable))
+        self._metrics.runtimes.labels("no").set(len(usable) - sum(usable))
+        self._try_all_again()
+
+    # Placing.
+
+    def _choose(self, run: Run) -> RuntimeLink | None:
+        generation = run.generation
+        model = generation.start.model
+        links = {
+            link.address: link
+            for link in self._fleet
+            if link.is_usable
+            and link.address not in run.avoids
+            and link.serves(model if generation.started is None else generation.started.engine)
+        }
+        if not links:
+            return None
+        prefix = prefix_of(generation.start, generation.cache_salt)
+        return links[choose([link.candidate() for link in links.values()], prefix)]
+
+    def _wait(self, run: Run) -> None:
+        """Has `run` wait for a runtime.
+
+        Raises:
+            NoEngine: nobody serves what it wants, or is about to; or it has waited long enough.
+            QueueFull: it is new, and every runtime has more than enough to do.
+            EngineLost: it has run before, and has waited long enough to go on.
+        """
+        generation, refusal, now_s = run.generation, run.refusal, time.monotonic()
+        is_new = generation.started is None
+        model = generation.start.model
+        if is_new and isinstance(refusal, QueueFull):
+            raise refusal
+        if is_new and not any(link.serves(model) for link in self._fleet):
+            raise NoEngine(wanted=model or "any model")
+        run.gives_up_s = run.gives_up_s or now_s + self._wait_s
+        if now_s >= run.gives_up_s:
+            if is_new:
+                raise refusal or NoEngine(wanted=model or "any model")
+            raise EngineLost(problem=f"no runtime can go on with it after {self._wait_s:.0f} s")
+        if self._waiting and self._waiting_tokens + run.num_waiting_tokens > MAX_WAITING_TOKENS:
+            raise QueueFull(
+                waiting_tokens=self._waiting_tokens, max_waiting_tokens=MAX_WAITING_TOKENS
+            )
+        delay_s = refusal.retry_after_s if isinstance(refusal, QueueFull) else None
+        delay_s = min(delay_s or _RETRY_S, run.gives_up_s - now_s)
+        timer = asyncio.get_running_loop().call_later(delay_s, self._try_again, run)
+        self._waiting[run] = timer
+        self._waiting_tokens += run.num_waiting_tokens
+        self._metrics.waiting.set(len(self._waiting))
+
+    def _may_run(self, generation: RoutedGeneration) -> bool:
+        """Claims that it puts no others in danger beyond those that it meets by chance.
+
+        Of those that were lost with their engines again and again only one is tried at a time: the
+        others get their next token without it, and are no suspects any more.
+        """
+        tried = self._on_trial
+        is_free = tried is None or tried is generation or not tried.is_suspect
+        return is_free or not generation.is_suspect
+
+    def _try_all_again(self) -> None:
+        for run in list(self._waiting):
+            self._try_again(run)
+
+    def _try_again(self, run: Run) -> None:
+        """Has `run` ask every runtime again, refusals forgotten."""
+        run.avoids.clear()
+        timer = self._waiting.pop(run, None)
+        if timer is None:
+            return
+        timer.cancel()
+        self._waiting_tokens -= run.num_waiting_tokens
+        self._metrics.waiting.set(len(self._waiting))
+        if not run.is_over:
+            self.place(run)
+
+
+def _received(resume: pb.ResumeGeneration, old: RoutedGeneration) -> list[int]:
+    """Tokens that the client has, one number a sample.
+
+    Raises:
+        InvalidField: more than there were.
+    """
+    field = "resume.received_tokens"
+    received = list(resume.received_tokens)
+    if len(received) > len(old.samples):
+        raise InvalidField(field=field, problem=f"there are {len(old.samples)} samples")
+    received += [0] * (len(old.samples) - len(received))
+    for num_tokens, sample in zip(received, old.samples, strict=True):
+        if not 0 <= num_tokens <= len(sample.token_ids):
+            problem = f"must be from 0 to {len(sample.token_ids)}, found {num_tokens}"
+            raise InvalidField(field=field, problem=problem)
+    return received

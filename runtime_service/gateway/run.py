@@ -1,0 +1,161 @@
+"""A generation, or one sample of it, on one runtime, from where it is placed to where it ends."""
+
+import time
+from typing import TYPE_CHECKING
+
+from millrace.runtime.v1 import runtime_pb2 as pb
+
+from runtime_service.gateway.runtime_link import RuntimeLink
+from shared.errors import EngineLost, MillraceError, from_status
+
+if TYPE_CHECKING:
+    from runtime_service.gateway.routed_generation import RoutedGeneration
+
+# Bytes of text in a token at least, on average, for an estimate of what a prompt costs.
+_TOKEN_BYTES = 4
+
+
+class Run:
+    """`num_samples` samples of `generation` from `first_sample` on, together on one runtime.
+
+    Args:
+        credit: tokens that it may draw; None: no limit.
+        before: the one in whose place it comes: it knows who refused.
+    """
+
+    def __init__(
+        self,
+        generation: "RoutedGeneration",
+        first_sample: int,
+        num_samples: int,
+        credit: int | None,
+        before: "Run | None" = None,
+    ) -> None:
+        self.generation = generation
+        self.first_sample, self.num_samples = first_sample, num_samples
+        self.credit = credit
+        # Claims that no token of the generation was drawn before it.
+        self.is_first = not any(sample.token_ids for sample in generation.samples)
+        self.num_waiting_tokens = num_prompt_tokens_of(generation.start)
+        self.num_prompt_logprobs = 0
+        self.placed_s = 0.0
+        # Runtimes that have refused it, why the last one did, and when it gives up waiting.
+        self.avoids: set[str] = before.avoids if before else set()
+        self.refusal: MillraceError | None = before.refusal if before else None
+        self.gives_up_s: float = before.gives_up_s if before else 0.0
+        self.is_started = self.is_over = False
+        self._link: RuntimeLink | None = None
+        self._name = ""
+        self._num_tokens = 0
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return self.generation.cache_salt
+
+    @property
+    def credit_left(self) -> int | None:
+        """Tokens that it may still draw."""
+        return None if self.credit is None else max(self.credit - self._num_tokens, 0)
+
+    def place(self, link: RuntimeLink) -> None:
+        """Runs on `link` from now on.
+
+        Raises:
+            InvalidField: it is too large to get there.
+        """
+        self.placed_s = time.monotonic()
+        self._name = link.submit(self, self.generation.start_of(self))
+        self._link = link
+
+    # What its generation says.
+
+    def cancel(self) -> bool:
+        """Has the runtime end it and say so; false where no runtime has it."""
+        if self._link is None:
+            self.is_over = True
+            return False
+        self._send(cancel=pb.CancelGeneration(request_id=self._name))
+        return True
+
+    def forget(self) -> None:
+        """Ends it; nothing more is wanted of it."""
+        self.is_over = True
+        if self._link is not None:
+            self._link.forget(self._name)
+
+    def update(self, update: pb.UpdateGeneration) -> None:
+        """Passes an update on; a run that is still to be placed takes it along."""
+        if self._link is not None:
+            mine = pb.UpdateGeneration()
+            mine.CopyFrom(update)
+            mine.request_id = self._name
+            self._send(update=mine)
+
+    def add_credit(self, tokens: int) -> None:
+        """Lets it draw so many tokens more."""
+        if self.credit is None or not tokens:
+            return
+        self.credit += tokens
+        if self._link is not None:
+            self._send(credit=pb.AddCredit(request_id=self._name, tokens=tokens))
+
+    # What its runtime says.
+
+    def on_event(self, event: pb.Event) -> None:
+        """Takes an event of it."""
+        kind = event.WhichOneof("event")
+        if kind == "tokens":
+            self._num_tokens += len(event.tokens.token_ids)
+            self.generation.run_gained(self, event)
+        elif kind == "started":
+            # Who refused it before, and how long it waited, is over with.
+            self.is_started = True
+            self.avoids, self.refusal, self.gives_up_s = set(), None, 0.0
+            self.generation.run_started(self, event.started)
+        elif kind == "finished":
+            self.is_over = True
+            self.generation.run_finished(self, event.finished)
+        else:
+            self._on_error(from_status(event.error))
+
+    def on_lost(self, error: MillraceError) -> None:
+        """The runtime is gone."""
+        self._lose(error)
+
+    def _on_error(self, error: MillraceError) -> None:
+        if isinstance(error, EngineLost):
+            self._lose(error)
+        elif error.reason in ("DRAINING", "NO_ENGINE", "QUEUE_FULL"):
+            self._leave(error)
+            self.generation.run_moved(self)
+        else:
+            self.is_over = True
+            self.generation.fail(error)
+
+    def _lose(self, error: MillraceError) -> None:
+        self._leave(error)
+        if self.is_started:
+            self.generation.run_lost(self, error)
+        else:  # it never came to run there, and did no harm
+            self.generation.run_moved(self)
+
+    def _leave(self, error: MillraceError) -> None:
+        """Gives its runtime up, which it will not try again soon."""
+        assert self._link is not None, "a run that was not placed has no runtime to leave"
+        self.is_over = True
+        self.refusal = error
+        self.avoids.add(self._link.address)
+        if error.reason != "QUEUE_FULL":
+            self._link.turn_away(error)
+
+    def _send(self, **command: object) -> None:
+        assert self._link is not None, "commands are for a run that was placed"
+        self._link.send(self, pb.GenerateRequest(**command))  # type: ignore[arg-type]
+
+
+def num_prompt_tokens_of(start: pb.StartGeneration) -> int:
+    """How long a prompt is about, before anybody has tokenized it."""
+    if start.WhichOneof("prompt") == "token_ids":
+        return len(start.token_ids.ids)
+    return start.ByteSize() // _TOKEN_BYTES

@@ -1,0 +1,344 @@
+"""The gateway's side of one runtime: what it says of itself, and a call a tenant that carries everything.
+
+Generations of any number of a tenant's clients share one Generate call. A runtime that is silent for too long
+counts as lost, and its call is broken off: what ran there ends there, and goes on elsewhere. Knows
+runs by name, and neither clients nor where runs go next.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc
+import structlog
+from grpc_status import rpc_status
+from millrace.runtime.v1 import runtime_pb2 as pb
+from millrace.runtime.v1 import runtime_pb2_grpc
+
+from runtime_service.gateway.routing import RUNNING_TOKENS, Candidate
+from shared.channels import PeerSecurity
+from shared.errors import (
+    Draining,
+    EngineLost,
+    InvalidField,
+    MillraceError,
+    from_status,
+    reason_of,
+)
+
+_LEAST_SILENT_S = 0.5
+# What a start's message has beside it.
+_ENVELOPE_BYTES = 64
+_RATE_SMOOTHING = 0.3
+
+_log = structlog.get_logger()
+
+_GenerateCall = grpc.aio.StreamStreamCall[pb.GenerateRequest, pb.GenerateResponse]
+
+
+class UpstreamRun(Protocol):
+    """What runs on a link: a generation, or one sample of it. `tenant` is whose it is."""
+
+    num_waiting_tokens: int
+
+    @property
+    def tenant(self) -> str: ...
+
+    def on_event(self, event: pb.Event) -> None:
+        """Takes an event of it; may be changed and kept."""
+
+    def on_lost(self, error: MillraceError) -> None:
+        """The runtime is gone, with all that ran there."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOptions:
+    """How runtimes are dealt with.
+
+    Args:
+        poll_s: between looks at one.
+        silent_s: after which it is lost.
+        max_message_bytes: that runtimes take.
+        peers: how they know the gateway; its key must have the scope `delegate`.
+    """
+
+    poll_s: float
+    silent_s: float
+    max_message_bytes: int
+    peers: PeerSecurity = field(default_factory=PeerSecurity)
+
+
+class _TenantCall:
+    """One Generate call, for one tenant: a runtime salts its prefix cache by who calls."""
+
+    def __init__(self, tenant: str, call: _GenerateCall) -> None:
+        self.tenant, self.call = tenant, call
+        self.outbox: deque[pb.GenerateRequest] = deque()
+        self.has_outbox = asyncio.Event()
+
+
+class RuntimeLink:
+    """One runtime; `start` begins to look at it.
+
+    Args:
+        on_change: called when it may have become usable, or not.
+        is_fixed: was named in the settings: it is never forgotten.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        options: LinkOptions,
+        on_change: Callable[[], None],
+        *,
+        is_fixed: bool = False,
+    ) -> None:
+        self.address = address
+        self.is_fixed = is_fixed
+        self.status = pb.GetStatusResponse()
+        self.tokens_per_s = 0.0
+        self._max_start_bytes = options.max_message_bytes - _ENVELOPE_BYTES
+        self._poll_s, self._silent_s = options.poll_s, options.silent_s
+        self._on_change = on_change
+        self._says_tenants = bool(options.peers.api_key)
+        self._channel = options.peers.aio_channel(
+            address,
+            [
+                ("grpc.max_receive_message_length", options.max_message_bytes),
+                ("grpc.max_send_message_length", options.max_message_bytes),
+                ("grpc.enable_http_proxy", 0),
+                # A runtime that comes back is found again quickly.
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1_000),
+            ],
+        )
+        self._stub: runtime_pb2_grpc.RuntimeServiceAsyncStub
+        self._stub = runtime_pb2_grpc.RuntimeServiceStub(self._channel)
+        self._runs: dict[str, UpstreamRun] = {}
+        self._num_runs = 0
+        # Tokens of prompts that were sent after the last status, which does not know them.
+        self._sent_tokens = 0
+        self._calls: dict[str, _TenantCall] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._answers = self._is_draining = False
+        self._last_status_s = time.monotonic()
+        self._last_sign_s = time.monotonic()
+
+    def start(self) -> None:
+        """Looks at the runtime from now on, until `close`."""
+        self._run(self._watch())
+
+    async def close(self) -> None:
+        """Breaks the call off and forgets the runtime; what runs there is lost."""
+        self._break_off(EngineLost(problem="the gateway left it"))
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._channel.close()
+
+    @property
+    def is_usable(self) -> bool:
+        """Claims that it takes generations now."""
+        return self._answers and self.status.state == pb.RUNTIME_STATE_SERVING
+
+    @property
+    def state(self) -> pb.RuntimeState.ValueType:
+        """Where it stands; unspecified while it does not answer."""
+        if self._is_draining:
+            return pb.RUNTIME_STATE_DRAINING
+        return self.status.state if self._answers else pb.RUNTIME_STATE_UNSPECIFIED
+
+    @property
+    def answers(self) -> bool:
+        """Claims that it answered when it was last looked at."""
+        return self._answers or self._is_draining
+
+    @property
+    def silent_s(self) -> float:
+        """Since its last sign of life."""
+        return time.monotonic() - self._last_sign_s
+
+    @property
+    def num_runs(self) -> int:
+        """What runs there for this gateway."""
+        return len(self._runs)
+
+    def serves(self, model: str) -> bool:
+        """Claims that `model` of a start, if any, names what it serves or is to serve."""
+        engine = self.status.engine
+        names = (self.status.deployment, engine.model, engine.name, engine.key.model_digest)
+        return not model or model in names
+
+    def candidate(self) -> Candidate:
+        """As routing sees it."""
+        load = self.status.load
+        running = max(load.running_sequences, len(self._runs))
+        tokens = load.waiting_tokens + self._sent_tokens + RUNNING_TOKENS * running
+        return Candidate(self.address, tokens)
+
+    def submit(self, run: UpstreamRun, start: pb.StartGeneration) -> str:
+        """Has the runtime start `run`; gives the name that its commands need.
+
+        Raises:
+            InvalidField: it is larger than the runtime takes, which would break the call of all.
+        """
+        size, limit = start.ByteSize(), self._max_start_bytes
+        if size > limit:
+            problem = f"has {size} bytes, and may have {limit} on its way to a runtime"
+            raise InvalidField(field="start", problem=problem)
+        self._num_runs += 1
+        name = start.request_id = str(self._num_runs)
+        self._runs[name] = run
+        self._sent_tokens += run.num_waiting_tokens
+        if run.tenant not in self._calls:
+            self._open_call(run.tenant)
+        self.send(run, pb.GenerateRequest(start=start))
+        return name
+
+    def send(self, run: UpstreamRun, command: pb.GenerateRequest) -> None:
+        """Passes on a command for `run`; means nothing when its call is lost."""
+        call = self._calls.get(run.tenant)
+        if call is not None:
+            call.outbox.append(command)
+            call.has_outbox.set()
+
+    def forget(self, name: str) -> None:
+        """Ends a run of which nothing more is wanted; a no-op on one that has ended."""
+        run = self._runs.pop(name, None)
+        if run is not None:
+            self.send(run, pb.GenerateRequest(cancel=pb.CancelGeneration(request_id=name)))
+
+    def turn_away(self, error: MillraceError) -> None:
+        """A generation learned before the next look that it takes nothing now."""
+        if isinstance(error, Draining):
+            self._is_draining = True
+        if self._answers:
+            self._answers = False
+            self._on_change()
+
+    # Its calls.
+
+    def _open_call(self, tenant: str) -> None:
+        metadata = (("millrace-tenant", tenant),) if tenant and self._says_tenants else ()
+        opened = self._calls[tenant] = _TenantCall(tenant, self._stub.Generate(metadata=metadata))
+        self._run(self._write(opened))
+        self._run(self._read(opened))
+
+    def _is_open(self, opened: _TenantCall) -> bool:
+        return self._calls.get(opened.tenant) is opened
+
+    async def _write(self, opened: _TenantCall) -> None:
+        try:
+            while self._is_open(opened):
+                while opened.outbox:
+                    await opened.call.write(opened.outbox.popleft())
+                opened.has_outbox.clear()
+                await opened.has_outbox.wait()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            # The call has ended; whoever reads it says why.
+            return
+
+    async def _read(self, opened: _TenantCall) -> None:
+        error: MillraceError = EngineLost(problem="it ended the call")
+        try:
+            async for response in opened.call:
+                self._last_sign_s = time.monotonic()
+                for event in response.events:
+                    self._dispatch(event)
+        except grpc.aio.AioRpcError as raised:
+            error = _error_of(raised)
+        if self._is_open(opened):
+            self._is_draining = self._is_draining or isinstance(error, Draining)
+            self._break_off(error)
+
+    def _dispatch(self, event: pb.Event) -> None:
+        # Late events of what was forgotten have no run.
+        run = self._runs.get(event.request_id)
+        if run is None:
+            return
+        if event.HasField("finished") or event.HasField("error"):
+            del self._runs[event.request_id]
+        run.on_event(event)
+
+    def _break_off(self, error: MillraceError) -> None:
+        """Ends its calls and all that runs on them."""
+        calls, self._calls = self._calls, {}
+        if not calls:
+            return
+        for opened in calls.values():
+            opened.call.cancel()
+            opened.has_outbox.set()
+        self._answers = False
+        runs, self._runs = self._runs, {}
+        if runs:
+            _log.warning(
+                "runtime_lost", runtime=self.address, problem=str(error), generations=len(runs)
+            )
+        for run in runs.values():
+            run.on_lost(error)
+        self._on_change()
+
+    # What it says of itself.
+
+    async def _watch(self) -> None:
+        while True:
+            began_s = time.monotonic()
+            await self._look()
+            if self._calls and self.silent_s > self._silent_s:
+                self._break_off(EngineLost(problem=f"it was silent for {self.silent_s:.1f} s"))
+            await asyncio.sleep(max(self._poll_s - (time.monotonic() - began_s), 0))
+
+    async def _look(self) -> None:
+        sent_tokens = self._sent_tokens
+        try:
+            status = await self._stub.GetStatus(
+                pb.GetStatusRequest(), timeout=max(self._silent_s / 2, _LEAST_SILENT_S)
+            )
+        except grpc.aio.AioRpcError as raised:
+            # One that drains refuses this too, and finishes what it has.
+            self._is_draining = isinstance(_error_of(raised), Draining)
+            if self._is_draining:
+                self._last_sign_s = time.monotonic()
+            has_changed, self._answers = self._answers, False
+        else:
+            has_changed = self._take(status)
+            self._sent_tokens -= sent_tokens
+        if has_changed:
+            self._on_change()
+
+    def _take(self, status: pb.GetStatusResponse) -> bool:
+        """Takes what it says of itself; whether it matters to who waits for a runtime."""
+        now_s, old = time.monotonic(), self.status
+        if old.runtime_id == status.runtime_id:
+            num_tokens = status.load.generated_tokens - old.load.generated_tokens
+            rate = num_tokens / max(now_s - self._last_status_s, 1e-3)
+            self.tokens_per_s += _RATE_SMOOTHING * (rate - self.tokens_per_s)
+        else:
+            self.tokens_per_s = 0.0
+        self._last_sign_s = self._last_status_s = now_s
+        self.status, was_answering, self._answers = status, self._answers, True
+        self._is_draining = False
+        return (
+            not was_answering
+            or old.state != status.state
+            or old.engine.name != status.engine.name
+            or old.deployment != status.deployment
+        )
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _error_of(raised: grpc.aio.AioRpcError) -> MillraceError:
+    """Why a call ended, in our terms: `EngineLost` where the runtime itself did not say."""
+    status = rpc_status.from_call(raised)
+    if status is not None and reason_of(status):
+        return from_status(status)
+    problem = f"{raised.code().name}: {raised.details()}".rstrip(".")
+    return EngineLost(problem=problem)

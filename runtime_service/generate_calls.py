@@ -1,0 +1,57 @@
+"""The two generating rpcs, for whoever keeps calls: a runtime, or a gateway.
+
+Both give their calls back however they end, so that what a lost client started ends with its call.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Protocol
+
+from millrace.runtime.v1 import runtime_pb2 as pb
+
+from runtime_service.generation_call import GenerationCall, Member
+from shared.auth import Principal
+
+
+class CallKeeper(Protocol[Member]):
+    """Where calls are opened."""
+
+    def open_call(self, caller: Principal) -> GenerationCall[Member]:
+        """A new call; give it back with `close_call`."""
+
+    def close_call(self, call: GenerationCall[Member]) -> None:
+        """Ends what still runs on `call`: nobody reads it."""
+
+
+async def generate(
+    keeper: CallKeeper[Member], commands: AsyncIterator[pb.GenerateRequest], caller: Principal
+) -> AsyncGenerator[pb.GenerateResponse, None]:
+    """Many generations on one call."""
+    call = keeper.open_call(caller)
+    reading = asyncio.create_task(call.read(commands))
+    try:
+        async for events in call.messages():
+            yield pb.GenerateResponse(events=events)
+        await reading
+    finally:
+        keeper.close_call(call)
+        reading.cancel()
+
+
+async def generate_stream(
+    keeper: CallKeeper[Member], request: pb.GenerateStreamRequest, caller: Principal
+) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+    """One generation on one call; its error is the call's."""
+    call = keeper.open_call(caller)
+    try:
+        resumes = request.HasField("resume")
+        generation = call.resume(request.resume) if resumes else call.start(request.start)
+        call.half_close()
+        async for events in call.messages():
+            if generation.error is not None and events[-1].HasField("error"):
+                if events[:-1]:
+                    yield pb.GenerateStreamResponse(events=events[:-1])
+                raise generation.error
+            yield pb.GenerateStreamResponse(events=events)
+    finally:
+        keeper.close_call(call)

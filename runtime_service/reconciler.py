@@ -1,0 +1,186 @@
+"""Has a runtime serve what its deployment says, now and after every change.
+
+A runtime is a member of the deployment that it was started for, or, idle, of any that lacks a
+replica. A member that serves nothing loads at once; one that serves an older version exchanges its
+engine when no other member does: the rest takes what comes meanwhile, and what runs is finished.
+Losing Redis changes nothing: it goes on with what it serves.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+import structlog
+from millrace.runtime.v1 import runtime_pb2 as pb
+from redis.exceptions import RedisError
+
+from runtime_service.deployments import Deployment, Deployments
+from runtime_service.runtime import Runtime
+from shared.engine import EngineSelector
+from shared.errors import MillraceError
+
+_FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 30.0
+
+_log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """A version that is being loaded."""
+
+    wanted: Deployment
+    loading: asyncio.Task[None]
+
+
+class Reconciler:
+    """Follows a deployment; `run` until it is cancelled, then `leave`.
+
+    Args:
+        name: the deployment; "": one that lacks a replica, as long as the runtime is idle.
+        interval_s: between looks.
+        ttl_s: after which a silent member's place is another one's.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        deployments: Deployments,
+        runtime_id: str,
+        name: str,
+        interval_s: float,
+        ttl_s: float,
+    ) -> None:
+        self._runtime = runtime
+        self._deployments = deployments
+        self._id = runtime_id
+        self._own_name = name
+        self._interval_s, self._ttl_s = interval_s, ttl_s
+        self._member_of: Deployment | None = None
+        self._attempt: _Attempt | None = None
+        self._unloading: asyncio.Task[None] | None = None
+        # Versions that an idle runtime could not serve; the one that a member could not serve
+        # at last, and when it tries again.
+        self._unfit: set[tuple[str, int]] = set()
+        self._failed = ("", 0)
+        self._retry_at_s = 0.0
+        self._retry_s = _FIRST_RETRY_S
+
+    async def run(self) -> None:
+        """Looks again and again."""
+        is_reachable = True
+        while True:
+            try:
+                async with asyncio.timeout(self._ttl_s):
+                    await self.look()
+                is_reachable = True
+            except (RedisError, OSError, TimeoutError) as error:
+                if is_reachable:
+                    _log.warning("deployment_not_seen", error=type(error).__name__)
+                is_reachable = False
+            await asyncio.sleep(self._interval_s)
+
+    async def leave(self) -> None:
+        """Gives its place to another one."""
+        if self._attempt is not None:
+            self._attempt.loading.cancel()
+        if self._unloading is not None:
+            self._unloading.cancel()
+        if self._member_of is not None:
+            try:
+                async with asyncio.timeout(1.0):
+                    await self._deployments.release(self._member_of, self._id)
+            except (RedisError, OSError, TimeoutError):  # then it expires by itself
+                _log.warning("place_not_released", deployment=self._member_of.name)
+
+    async def look(self) -> None:
+        """Does the next step towards what is wanted."""
+        if self._unloading is not None:
+            if not self._unloading.done():
+                return
+            self._unloading.result()
+            self._unloading = None
+        wanted = await self._wanted()
+        if wanted is None:
+            return
+        if not await self._deployments.hold_slot(wanted, self._id, self._ttl_s):
+            await self._drop_out(wanted)
+            return
+        self._member_of = wanted
+        runtime = self._runtime
+        runtime.deployment = wanted.name
+        if self._attempt is not None:
+            await self._follow(self._attempt)
+        elif runtime.deployment_version != wanted.version:
+            await self._begin(wanted)
+
+    async def _wanted(self) -> Deployment | None:
+        """What it is to serve, or may be; None: nobody says."""
+        name = self._own_name or (self._member_of.name if self._member_of else "")
+        if name:
+            return await self._deployments.get(name)
+        if self._runtime.state != pb.RUNTIME_STATE_IDLE:
+            return None
+        for deployment in await self._deployments.list():
+            if (deployment.name, deployment.version) in self._unfit:
+                continue
+            if await self._deployments.hold_slot(deployment, self._id, self._ttl_s):
+                return deployment
+        return None
+
+    async def _begin(self, wanted: Deployment) -> None:
+        loop = asyncio.get_running_loop()
+        if self._failed == (wanted.name, wanted.version) and loop.time() < self._retry_at_s:
+            return
+        if self._runtime.served is not None and not await self._deployments.hold_roll(
+            wanted.name, self._id, self._ttl_s
+        ):
+            return
+        _log.info("deployment_followed", deployment=wanted.name, version=wanted.version)
+        self._attempt = _Attempt(wanted, loop.create_task(self._load(wanted)))
+
+    async def _load(self, wanted: Deployment) -> None:
+        selector = EngineSelector(wanted.model, self._runtime.arch, wanted.quant)
+        await self._runtime.load(selector, wanted.model_uri, anew=False)
+        self._runtime.deployment_version = wanted.version
+
+    async def _follow(self, attempt: _Attempt) -> None:
+        """Keeps its turn while it loads; afterwards lets the next one."""
+        name = attempt.wanted.name
+        if not attempt.loading.done():
+            await self._deployments.hold_roll(name, self._id, self._ttl_s)
+            return
+        self._attempt = None
+        await self._deployments.end_roll(name, self._id)
+        if attempt.loading.cancelled():
+            return
+        error = attempt.loading.exception()
+        if error is None:
+            self._retry_s = _FIRST_RETRY_S
+            return
+        if not isinstance(error, MillraceError):
+            raise error
+        _log.error(
+            "deployment_not_served",
+            deployment=name,
+            version=attempt.wanted.version,
+            reason=error.reason,
+            problem=str(error),
+        )
+        self._failed = (name, attempt.wanted.version)
+        self._retry_at_s = asyncio.get_running_loop().time() + self._retry_s
+        self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
+        if not self._own_name and error.retry_after_s is None and self._runtime.served is None:
+            self._unfit.add((name, attempt.wanted.version))
+            await self._drop_out(attempt.wanted)
+
+    async def _drop_out(self, deployment: Deployment) -> None:
+        """Serves nothing: there are members enough, or it does not fit."""
+        await self._deployments.release(deployment, self._id)
+        was_member, self._member_of = self._member_of is not None, None
+        if was_member:
+            _log.info("deployment_left", deployment=deployment.name)
+            if self._attempt is not None:
+                self._attempt.loading.cancel()
+                self._attempt = None
+            self._runtime.deployment, self._runtime.deployment_version = "", 0
+            # What runs is finished first, which takes its time.
+            self._unloading = asyncio.get_running_loop().create_task(self._runtime.unload())

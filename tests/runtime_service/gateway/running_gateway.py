@@ -1,0 +1,121 @@
+"""A gateway inside the test's own loop, in front of runtime daemons that echo: real gRPC."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from millrace.fleet.v1 import fleet_pb2_grpc
+from millrace.runtime.v1 import runtime_pb2_grpc
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+
+from runtime_service.deployments import Deployments
+from runtime_service.gateway.fleet import Fleet
+from runtime_service.gateway.fleet_service import FleetService
+from runtime_service.gateway.gateway import Gateway
+from runtime_service.gateway.kept import KeptGenerations
+from runtime_service.gateway.metrics import GatewayMetrics
+from runtime_service.gateway.runtime_link import LinkOptions
+from runtime_service.gateway.service import GatewayRuntimeService
+from shared.server import DaemonServer
+from tests.runtime_service.daemon import Call, Daemon, running_daemon, until
+
+
+@dataclass
+class RunningGateway:
+    """What a test holds of a gateway and the runtimes behind it."""
+
+    gateway: Gateway
+    fleet: Fleet
+    registry: CollectorRegistry
+    server: DaemonServer
+    stub: Any
+    fleet_stub: Any
+    daemons: list[Daemon]
+
+    def call(self) -> Call:
+        """A new call of Generate."""
+        return Call(self.stub.Generate())
+
+    async def usable(self, num_runtimes: int) -> None:
+        """Waits until so many runtimes take generations."""
+        await until(lambda: sum(link.is_usable for link in self.fleet) == num_runtimes)
+
+    def runs_on(self, daemon: Daemon) -> int:
+        """What the gateway has there."""
+        return next(link.num_runs for link in self.fleet if link.address == daemon.server.address)
+
+    def busiest(self) -> Daemon:
+        """The daemon that runs most."""
+        return max(self.daemons, key=self.runs_on)
+
+    def sample(self, name: str, **labels: str) -> float:
+        """A metric's value."""
+        return self.registry.get_sample_value(f"millrace_gateway_{name}", labels) or 0.0
+
+
+@asynccontextmanager
+async def running_gateway(
+    addresses: list[str],
+    daemons: list[Daemon],
+    *,
+    wait_s: float = 20.0,
+    keep_s: float = 60.0,
+    silent_s: float = 5.0,
+    redis: Redis | None = None,
+) -> AsyncIterator[RunningGateway]:
+    """A gateway in front of these runtimes, which it has met."""
+    fleet = Fleet(redis, tuple(addresses), LinkOptions(0.05, silent_s, 1 << 20))
+    registry = CollectorRegistry()
+    gateway = Gateway(fleet, GatewayMetrics(registry), wait_s, KeptGenerations(keep_s))
+    server = DaemonServer("127.0.0.1:0", 4 << 20, registry)
+    runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(
+        GatewayRuntimeService(gateway, fleet), server.grpc
+    )
+    deployments = Deployments(redis) if redis is not None else None
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(
+        FleetService(fleet, deployments, ""), server.grpc
+    )
+    await server.start("millrace.runtime.v1.RuntimeService")
+    following = asyncio.create_task(fleet.run())
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
+        fleet_stub = fleet_pb2_grpc.FleetServiceStub(channel)
+        running = RunningGateway(gateway, fleet, registry, server, stub, fleet_stub, daemons)
+        try:
+            await running.usable(len(addresses))
+            yield running
+        finally:
+            following.cancel()
+            await server.grpc.stop(0)
+            await fleet.close()
+
+
+@asynccontextmanager
+async def running_fleet(
+    folder: Path,
+    num_runtimes: int = 2,
+    *,
+    wait_s: float = 20.0,
+    redis: Redis | None = None,
+    **options: Any,
+) -> AsyncIterator[RunningGateway]:
+    """A gateway in front of so many new runtimes."""
+    async with AsyncExitStack() as stack:
+        daemons = [
+            await stack.enter_async_context(running_daemon(folder / str(number), **options))
+            for number in range(num_runtimes)
+        ]
+        addresses = [daemon.server.address for daemon in daemons]
+        yield await stack.enter_async_context(
+            running_gateway(addresses, daemons, wait_s=wait_s, redis=redis)
+        )
+
+
+async def kill(daemon: Daemon) -> None:
+    """Breaks every call of a runtime off, as the death of its process does."""
+    await daemon.server.grpc.stop(0)

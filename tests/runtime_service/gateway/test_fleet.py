@@ -1,0 +1,193 @@
+"""The fleet as Redis introduces it, and as a gateway shows and directs it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from millrace.fleet.v1 import fleet_pb2
+from millrace.runtime.v1 import runtime_pb2 as pb
+from redis.asyncio import Redis
+
+from runtime_service.deployments import Deployments
+from runtime_service.reconciler import Reconciler
+from runtime_service.registration import Registration
+from shared.errors import reason_of
+from shared.redis import EmbeddedRedis, connect
+from tests.integration.compiler_daemon import refusal
+from tests.runtime_service.daemon import Daemon, publish_echo, running_daemon, until
+from tests.runtime_service.gateway.running_gateway import (
+    RunningGateway,
+    running_fleet,
+    running_gateway,
+)
+
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    client = connect(redis_url)
+    yield client
+    await client.aclose()
+
+
+def registration(daemon: Daemon, redis_url: str) -> Registration:
+    address = daemon.server.address
+    return Registration(connect(redis_url), address, lambda: {"address": address}, 0.1)
+
+
+async def test_gateway_meets_registered_runtimes_and_goes_on_without_redis(
+    tmp_path: Path, embedded_redis: EmbeddedRedis, redis: Redis
+) -> None:
+    async with AsyncExitStack() as stack:
+        daemons = [
+            await stack.enter_async_context(running_daemon(tmp_path / str(n), step_s=0.004))
+            for n in range(2)
+        ]
+        gateway = await stack.enter_async_context(running_gateway([], daemons, redis=redis))
+        assert await refusal_of_start(gateway) == "NO_ENGINE"
+        registrations = [registration(daemon, embedded_redis.url) for daemon in daemons]
+        for one in registrations:
+            one.start()
+        await gateway.usable(2)
+        await asyncio.to_thread(embedded_redis.kill)
+        await until(lambda: not gateway.fleet.redis_answers)
+        call = gateway.call()
+        for number in range(20):
+            await call.start(str(number), [40, number + 41], max_new_tokens=20)
+        seen = await call.finish()
+        assert {one.reason for one in seen.values()} == {"LENGTH"}
+        await asyncio.to_thread(embedded_redis.start)
+        await until(lambda: gateway.fleet.redis_answers)
+        # One that is gone from Redis is known as long as it answers.
+        await registrations[0].withdraw()
+        await daemons[0].server.grpc.stop(0)
+        await until(lambda: sum(1 for _ in gateway.fleet) == 1)
+        await registrations[1].withdraw()
+
+
+async def refusal_of_start(gateway: RunningGateway) -> str:
+    call = gateway.call()
+    await call.start("a", [40])
+    error = (await call.finish())["a"].error
+    return reason_of(error)
+
+
+async def test_new_version_rolls_without_a_lost_generation(tmp_path: Path, redis: Redis) -> None:
+    """Streams come and go all the time, by the deployment's name, while both runtimes change."""
+    async with running_fleet(tmp_path, step_s=0.002, redis=redis) as gateway:
+        following = []
+        for number, daemon in enumerate(gateway.daemons):
+            publish_echo(daemon.store, "second")
+            reconciler = Reconciler(
+                daemon.runtime, Deployments(redis), str(number), "chat", 0.02, 5.0
+            )
+            following.append(asyncio.create_task(reconciler.run()))
+        await deploy(gateway, "echo")
+        first = await ready(gateway)
+
+        call = gateway.call()
+        is_rolled = asyncio.Event()
+        num_started = 0
+
+        async def keep_starting() -> None:
+            nonlocal num_started
+            while not is_rolled.is_set():
+                for _ in range(3):
+                    await call.start(str(num_started), [40, 41], max_new_tokens=40, model="chat")
+                    num_started += 1
+                await asyncio.sleep(0.01)
+
+        starting = asyncio.create_task(keep_starting())
+        reading = asyncio.create_task(call.read_rest())
+        await until(lambda: len(call.seen) > 20)
+        await deploy(gateway, "second")
+        second = await ready(gateway)
+        is_rolled.set()
+        await starting
+        await call.done()
+        seen = await reading
+        for task in following:
+            task.cancel()
+        assert second.version == first.version + 1
+        assert [d.runtime.served.engine.model for d in gateway.daemons if d.runtime.served] == [
+            "second", "second",
+        ]  # fmt: skip
+        assert len(seen) == num_started
+        assert {one.reason for one in seen.values()} == {"LENGTH"}
+        assert all(one.token_ids[0] == [40, 41] * 20 for one in seen.values())
+
+
+async def deploy(gateway: RunningGateway, model: str) -> fleet_pb2.Deployment:
+    wanted = fleet_pb2.Deployment(name="chat", model=model, replicas=2)
+    wanted.quant.scheme = "fp32"
+    request = fleet_pb2.ApplyDeploymentRequest(deployment=wanted)
+    applied: fleet_pb2.Deployment = (await gateway.fleet_stub.ApplyDeployment(request)).deployment
+    return applied
+
+
+async def ready(gateway: RunningGateway) -> fleet_pb2.Deployment:
+    """The deployment, once all of its replicas are ready."""
+    async with asyncio.timeout(20):
+        while True:
+            found = await gateway.fleet_stub.GetFleet(fleet_pb2.GetFleetRequest())
+            for deployment in found.deployments:
+                if deployment.ready_replicas == deployment.replicas:
+                    return deployment  # type: ignore[no-any-return]
+            await asyncio.sleep(0.02)
+
+
+async def test_fleet_is_shown_as_it_is(tmp_path: Path, redis: Redis) -> None:
+    async with running_fleet(tmp_path, redis=redis) as gateway:
+        call = gateway.call()
+        await call.start("a", [40, 41], max_new_tokens=20, credit_tokens=10)
+        await call.read_until(lambda: call.num_tokens("a") == 10)
+        found = await gateway.fleet_stub.GetFleet(fleet_pb2.GetFleetRequest())
+        assert [r.address for r in found.runtimes] == sorted(
+            daemon.server.address for daemon in gateway.daemons
+        )
+        assert {r.state for r in found.runtimes} == {pb.RUNTIME_STATE_SERVING}
+        assert {(r.model, r.arch, r.num_blocks) for r in found.runtimes} == {("echo", "cpu", 256)}
+        assert sum(runtime.generations for runtime in found.runtimes) == 1
+        await gateway.daemons[0].server.grpc.stop(0)
+        await gateway.usable(1)
+        found = await gateway.fleet_stub.GetFleet(fleet_pb2.GetFleetRequest())
+        assert {r.state for r in found.runtimes} == {
+            pb.RUNTIME_STATE_SERVING, pb.RUNTIME_STATE_UNSPECIFIED,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"name": "Chat"}, "deployment.name"),
+        ({"model": ""}, "deployment.model"),
+        ({"quant": {}}, "deployment.quant.scheme"),
+        ({"quant": {"scheme": "int4-gx"}}, "deployment.quant.scheme"),
+        ({"quant": {"scheme": "int4", "group_size": -1}}, "quant.group_size"),
+        ({"replicas": 0}, "deployment.replicas"),
+        ({"replicas": 1001}, "deployment.replicas"),
+    ],
+    ids=["name", "model", "no quant", "quant", "group", "none", "many"],
+)
+async def test_deployment_that_makes_no_sense_is_refused(
+    tmp_path: Path, redis: Redis, fields: dict[str, object], field: str
+) -> None:
+    whole = {"name": "chat", "model": "echo", "quant": {"scheme": "fp32"}, "replicas": 1, **fields}
+    async with running_gateway([], [], redis=redis) as gateway:
+        request = fleet_pb2.ApplyDeploymentRequest(deployment=whole)
+        _, reason, sentence = await refusal(gateway.fleet_stub.ApplyDeployment(request))
+        assert (reason, sentence.partition(":")[0]) == ("INVALID_FIELD", field)
+        delete = fleet_pb2.DeleteDeploymentRequest(name="chat")
+        _, reason, _ = await refusal(gateway.fleet_stub.DeleteDeployment(delete))
+        assert reason == "DEPLOYMENT_NOT_FOUND"
+
+
+async def test_nothing_is_deployed_without_redis() -> None:
+    async with running_gateway([], []) as gateway:
+        whole = {"name": "chat", "model": "echo", "quant": {"scheme": "fp32"}, "replicas": 1}
+        request = fleet_pb2.ApplyDeploymentRequest(deployment=whole)
+        _, reason, _ = await refusal(gateway.fleet_stub.ApplyDeployment(request))
+    assert reason == "REDIS_UNREACHABLE"

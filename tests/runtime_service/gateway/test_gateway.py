@@ -1,0 +1,478 @@
+"""Many runtimes look like one, and the loss of one is not seen."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from millrace.runtime.v1 import runtime_pb2 as pb
+from millrace.runtime.v1 import runtime_pb2_grpc
+
+from shared.errors import from_status, reason_of
+from tests.runtime_service.daemon import TOKENIZER, Call, Seen, start_of, until
+from tests.runtime_service.echo_engine import CRASH
+from tests.runtime_service.gateway.running_gateway import (
+    RunningGateway,
+    kill,
+    running_fleet,
+    running_gateway,
+)
+
+TEXT = "Zwölf Boxkämpfer 🙂 jagen STO Viktor; "
+
+
+def is_whole(seen: Seen, prompt: list[int], num_tokens: int) -> None:
+    """Asserts that nothing is missing and nothing came twice."""
+    assert seen.finished is not None, seen.error
+    expected = (prompt * (num_tokens // len(prompt) + 1))[:num_tokens]
+    assert seen.token_ids[0] == expected
+    assert seen.finished.usage.generated_tokens == num_tokens
+    assert seen.finished.usage.prompt_tokens == seen.prompt_tokens == len(prompt)
+
+
+async def test_generations_run_over_the_fleet_as_on_one_runtime(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path) as fleet:
+        call = fleet.call()
+        for number in range(40):
+            await call.start(str(number), [40, number + 41], max_new_tokens=20)
+        seen = await call.finish()
+        for number in range(40):
+            is_whole(seen[str(number)], [40, number + 41], 20)
+        engine = fleet.daemons[0].runtime.served
+        assert engine is not None
+        for message in call.messages:
+            for event in message.events:
+                if event.HasField("started"):
+                    assert event.started.generation_id
+                    assert event.started.engine == engine.engine.name
+        served = [daemon.runtime.metrics.generated_tokens for daemon in fleet.daemons]
+        assert sum(served) == 800
+        assert min(served) > 0
+        timings = seen["0"].finished.timings  # type: ignore[union-attr]
+        first_ns = timings.time_to_first_token.ToNanoseconds()
+        assert 0 < timings.queued.ToNanoseconds() <= first_ns <= timings.total.ToNanoseconds()
+
+
+@pytest.mark.parametrize("how", ["process", "engine"])
+async def test_streams_survive_the_loss_of_their_runtime(tmp_path: Path, how: str) -> None:
+    async with running_fleet(tmp_path, step_s=0.004) as fleet:
+        call = fleet.call()
+        for number in range(30):
+            await call.start(str(number), [40, number + 41], max_new_tokens=200)
+        await call.read_until(
+            lambda: min((call.num_tokens(str(n)) for n in range(30)), default=0) > 5
+        )
+        lost = fleet.busiest()
+        num_moved = fleet.runs_on(lost)
+        assert num_moved > 0
+        if how == "process":
+            await kill(lost)
+        else:
+            os.kill(lost.client.pid, signal.SIGKILL)
+        seen = await call.finish()
+        for number in range(30):
+            is_whole(seen[str(number)], [40, number + 41], 200)
+        events = [event for message in call.messages for event in message.events]
+        assert sum(event.HasField("started") for event in events) == 30
+        moved = sum(
+            sample.value
+            for family in fleet.registry.collect()
+            for sample in family.samples
+            if sample.name == "millrace_gateway_moved_generations_total"
+        )
+        assert moved == num_moved
+        (other,) = (daemon for daemon in fleet.daemons if daemon is not lost)
+        await other.freed()
+
+
+@pytest.mark.parametrize("cut", range(3, 40, 4))
+async def test_text_goes_on_where_it_broke_off(tmp_path: Path, cut: int) -> None:
+    """Inside a character of several bytes, and inside what may become a stop string."""
+    prompt = TOKENIZER.encode(TEXT).ids
+    async with running_fleet(tmp_path, step_s=0.002) as fleet:
+        call = fleet.call()
+        await call.start("a", TEXT, max_new_tokens=2 * len(prompt), credit_tokens=cut)
+        await call.start("b", TEXT, max_new_tokens=300, strings=["STOP", "r; Zwölf"])
+        await call.read_until(lambda: call.num_tokens("a") == cut)
+        await kill(next(d for d in fleet.daemons if fleet.runs_on(d)))
+        await call.send(credit=pb.AddCredit(request_id="a", tokens=1000))
+        seen = await call.finish()
+    is_whole(seen["a"], prompt, 2 * len(prompt))
+    assert seen["a"].text[0] == TEXT * 2
+    assert seen["b"].reason == "STOP_STRING"
+    assert seen["b"].text[0] == TEXT.removesuffix("r; ")
+
+
+async def test_samples_logprobs_and_credit_survive(tmp_path: Path) -> None:
+    prompt = [40, 41, 42]
+    async with running_fleet(tmp_path, step_s=0.004) as fleet:
+        call = fleet.call()
+        sampling = pb.SamplingParams(n=3, top_logprobs=1, prompt_logprobs=True, seed=1)
+        await call.start("a", prompt, max_new_tokens=60, sampling=sampling, credit_tokens=30)
+        await call.read_until(lambda: call.num_tokens("a") == 30)
+        await kill(fleet.busiest())
+        await call.send(credit=pb.AddCredit(request_id="a", tokens=61))
+        await call.read_until(lambda: call.num_tokens("a") == 91)
+        await call.send(credit=pb.AddCredit(request_id="a", tokens=1000))
+        seen = (await call.finish())["a"]
+    assert seen.finished is not None, seen.error
+    assert [sample.sample_index for sample in seen.finished.samples] == [0, 1, 2]
+    assert seen.finished.usage.generated_tokens == 180
+    for index in range(3):
+        assert seen.token_ids[index] == prompt * 20
+        rows = [r for c in seen.chunks if c.sample_index == index for r in c.logprobs]
+        assert [row.token_id for row in rows] == prompt * 20
+    scored = [row.token_id for chunk in seen.chunks for row in chunk.prompt_logprobs]
+    assert scored == prompt[1:]
+
+
+async def test_generation_that_kills_its_engine_is_given_up(tmp_path: Path) -> None:
+    """It takes three engine processes with it, and not the fleet; bystanders go on."""
+    async with running_fleet(tmp_path, step_s=0.004) as fleet:
+        call = fleet.call()
+        for number in range(8):
+            await call.start(str(number), [40, number + 41], max_new_tokens=100)
+        await call.start("culprit", [40, CRASH])
+        seen = await call.finish()
+        assert reason_of(seen["culprit"].error) == "ENGINE_LOST"
+        assert sum(daemon.runtime.metrics.engine_restarts for daemon in fleet.daemons) == 3
+        for number in range(8):
+            is_whole(seen[str(number)], [40, number + 41], 100)
+
+
+async def test_generation_waits_for_the_only_runtime_to_come_back(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, num_runtimes=1, step_s=0.004) as fleet:
+        call = fleet.call()
+        await call.start("running", [40, 41], max_new_tokens=80)
+        await call.read_until(lambda: call.num_tokens("running") > 5)
+        os.kill(fleet.daemons[0].client.pid, signal.SIGKILL)
+        await fleet.usable(0)
+        await call.start("new", [50, 51], max_new_tokens=10)
+        seen = await call.finish()
+    is_whole(seen["running"], [40, 41], 80)
+    is_whole(seen["new"], [50, 51], 10)
+
+
+async def test_generation_that_no_runtime_can_go_on_with_ends_once(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, num_runtimes=1, step_s=0.004, wait_s=0.3) as fleet:
+        call = fleet.call()
+        await call.start("a", [40, 41], max_new_tokens=400)
+        await call.read_until(lambda: call.num_tokens("a") > 5)
+        await kill(fleet.daemons[0])
+        seen = (await call.finish())["a"]
+    error = from_status(seen.error)
+    assert (error.reason, seen.num_terminal) == ("ENGINE_LOST", 1)
+    assert error.retry_after_s
+
+
+async def test_model_that_nobody_serves_is_refused_at_once(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, num_runtimes=1) as fleet:
+        call = fleet.call()
+        await call.start("unknown", [40], model="nothing")
+        await call.start("named", [40], max_new_tokens=2, model="echo")
+        await call.start("empty", [])
+        seen = await call.finish()
+    assert reason_of(seen["unknown"].error) == "NO_ENGINE"
+    assert "nothing" in seen["unknown"].error.message
+    assert reason_of(seen["empty"].error) == "INVALID_FIELD"
+    is_whole(seen["named"], [40], 2)
+
+
+async def test_start_that_no_runtime_takes_disturbs_no_other(tmp_path: Path) -> None:
+    """Runtimes break the call of a message that is too large, with all that is on it."""
+    async with running_fleet(tmp_path, num_runtimes=1, step_s=0.004) as fleet:
+        call = fleet.call()
+        await call.start("other", [40, 41], max_new_tokens=60)
+        await call.read_until(lambda: call.num_tokens("other") > 2)
+        await call.start("large", "a" * ((1 << 20) - 50))
+        seen = await call.finish()
+        assert reason_of(seen["large"].error) == "INVALID_FIELD"
+        is_whole(seen["other"], [40, 41], 60)
+        assert not fleet.sample("moved_generations_total", reason="ENGINE_LOST")
+
+
+async def test_what_every_runtime_refuses_is_refused_with_a_delay(tmp_path: Path) -> None:
+    """A full queue is not the end: the others are asked first."""
+    options = {"max_waiting_tokens": 8, "max_sequences": 1, "step_s": 0.02}
+    async with running_fleet(tmp_path, **options) as fleet:  # type: ignore[arg-type]
+        call = fleet.call()
+        for number in range(24):
+            await call.start(str(number), [40, 41, 42, 43], max_new_tokens=8)
+        seen = await call.finish()
+        finished = [one for one in seen.values() if one.finished is not None]
+        errors = [from_status(one.error) for one in seen.values() if one.finished is None]
+        assert len(finished) >= 4
+        assert all(daemon.runtime.metrics.generated_tokens for daemon in fleet.daemons)
+        assert {error.reason for error in errors} == {"QUEUE_FULL"}
+        assert all(error.retry_after_s for error in errors)
+
+
+async def test_draining_runtime_gets_nothing_new_and_finishes_what_it_has(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, step_s=0.004) as fleet:
+        call = fleet.call()
+        for number in range(20):
+            await call.start(str(number), [40, number + 41], max_new_tokens=100)
+        await call.read_until(lambda: all(call.num_tokens(str(n)) for n in range(20)))
+        draining = fleet.daemons[0]
+        num_before = fleet.runs_on(draining)
+        task = asyncio.create_task(draining.runtime.drain(30))
+        await fleet.usable(1)
+        assert fleet.runs_on(draining) == num_before
+        for number in range(20, 30):
+            await call.start(str(number), [40, number + 41], max_new_tokens=5)
+        await call.read_until(lambda: all(call.num_tokens(str(n)) for n in range(20, 30)))
+        assert fleet.runs_on(draining) <= num_before
+        seen = await call.finish()
+        await task
+    for number in range(20):
+        is_whole(seen[str(number)], [40, number + 41], 100)
+    assert not fleet.sample("moved_generations_total", reason="DRAINING")
+
+
+class _Mute(runtime_pb2_grpc.RuntimeServiceServicer):
+    """A runtime that says it serves, begins, and is not heard of again."""
+
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
+        self.is_mute = asyncio.Event()
+        self.was_broken_off = asyncio.Event()
+
+    async def GetStatus(self, request: Any, context: Any) -> pb.GetStatusResponse:
+        if self.is_mute.is_set():
+            await asyncio.Event().wait()
+        status = pb.GetStatusResponse(state=pb.RUNTIME_STATE_SERVING)
+        status.engine.name = self._engine
+        return status
+
+    async def Generate(self, requests: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        try:
+            async for request in requests:
+                name = request.start.request_id
+                started = pb.GenerationStarted(seed=1, prompt_tokens=2, engine=self._engine)
+                tokens = pb.TokenChunk(token_ids=[40, 41, 40])
+                events = [pb.Event(request_id=name, started=started),
+                          pb.Event(request_id=name, tokens=tokens)]  # fmt: skip
+                self.is_mute.set()
+                yield pb.GenerateResponse(events=events)
+        finally:
+            self.was_broken_off.set()
+
+
+async def test_silent_runtime_is_lost_and_gets_nothing_new(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, num_runtimes=1) as fleet:
+        daemon = fleet.daemons[0]
+        assert daemon.runtime.served is not None
+        mute = _Mute(daemon.runtime.served.engine.name)
+        server = grpc.aio.server()
+        runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(mute, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        addresses = [daemon.server.address, address]
+        async with running_gateway(addresses, [daemon], silent_s=0.6) as gateway:
+            call = gateway.call()
+            for number in range(20):
+                await call.start(str(number), [40, number + 41], max_new_tokens=9)
+            await call.start("moves", [40, 41], max_new_tokens=9)
+            await mute.is_mute.wait()
+            await gateway.usable(1)
+            for number in range(20, 30):
+                await call.start(str(number), [40, number + 41], max_new_tokens=9)
+            await call.read_until(lambda: all(call.num_tokens(str(n)) for n in range(20, 30)))
+            seen = await call.finish()
+            await mute.was_broken_off.wait()
+            assert gateway.sample("moved_generations_total", reason="ENGINE_LOST") >= 1
+        await server.stop(0)
+    is_whole(seen["moves"], [40, 41], 9)
+    assert all(one.finished is not None for one in seen.values())
+    for number in range(20, 30):
+        is_whole(seen[str(number)], [40, number + 41], 9)
+
+
+async def test_cancelled_generations_free_their_blocks_and_end_once(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, step_s=0.002) as fleet:
+        call = fleet.call()
+        for number in range(40):
+            await call.start(str(number), [40, number + 41], max_new_tokens=450)
+        await call.read_until(lambda: call.num_tokens("39") > 2)
+        for number in range(40):
+            await call.send(cancel=pb.CancelGeneration(request_id=str(number)))
+        seen = await call.finish()
+        assert {one.reason for one in seen.values()} == {"CANCELLED"}
+        for daemon in fleet.daemons:
+            await daemon.freed()
+
+
+async def test_lost_call_frees_its_blocks(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, step_s=0.002) as fleet:
+        call = fleet.call()
+        for number in range(20):
+            await call.start(str(number), [40, number + 41], max_new_tokens=450)
+        await call.read_until(lambda: call.num_tokens("19") > 2)
+        call.raw.cancel()
+        for daemon in fleet.daemons:
+            await daemon.freed()
+        assert fleet.sample("running_generations") == 0
+
+
+async def test_deadline_counts_from_the_start_wherever_it_runs(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, step_s=0.01) as fleet:
+        call = fleet.call()
+        start = start_of([40, 41], request_id="a", max_new_tokens=450)
+        start.timeout.FromMilliseconds(600)
+        await call.send(start=start)
+        await call.read_until(lambda: call.num_tokens("a") > 5)
+        await kill(fleet.busiest())
+        seen = (await call.finish())["a"]
+    assert reason_of(seen.error) == "DEADLINE_EXCEEDED"
+
+
+async def drained(call: Call) -> dict[str, Seen]:
+    """What a call sees to its end, which is an error."""
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await call.read_rest()
+    assert ended.value.code() == grpc.StatusCode.UNAVAILABLE
+    return call.seen
+
+
+async def test_gateway_drains(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, step_s=0.004) as fleet:
+        call = fleet.call()
+        await call.start("short", [40, 41], max_new_tokens=20)
+        await call.start("long", [40, 41], max_new_tokens=500)
+        await call.read_until(lambda: call.num_tokens("long") > 2)
+        draining = asyncio.create_task(fleet.gateway.drain(0.5))
+        await asyncio.sleep(0)
+        await call.start("late", [40, 41])
+        seen = await drained(call)
+        await draining
+    is_whole(seen["short"], [40, 41], 20)
+    assert reason_of(seen["long"].error) == "DRAINING"
+    assert reason_of(seen["late"].error) == "DRAINING"
+
+
+async def test_status_is_that_of_one_runtime_and_loading_is_refused(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path) as fleet:
+        status = await fleet.stub.GetStatus(pb.GetStatusRequest())
+        assert status.state == pb.RUNTIME_STATE_SERVING
+        assert status.engine.model == "echo"
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await fleet.stub.UnloadEngine(pb.UnloadEngineRequest())
+        assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+# A client that lost its connection.
+
+
+async def resumed(
+    fleet: RunningGateway, generation_id: str, *received: int, **fields: int
+) -> tuple[Call, Seen]:
+    """What a new call sees of that generation."""
+    call = fleet.call()
+    await call.send(
+        resume=pb.ResumeGeneration(
+            request_id="again", generation_id=generation_id, received_tokens=received, **fields
+        )
+    )
+    return call, (await call.finish())["again"]
+
+
+def generation_id_of(call: Call) -> str:
+    events = [event for message in call.messages for event in message.events]
+    return next(event.started.generation_id for event in events if event.HasField("started"))
+
+
+@pytest.mark.parametrize("num_read", [0, 1, 7, 33])
+async def test_lost_client_goes_on_after_the_last_token_that_it_has(
+    tmp_path: Path, num_read: int
+) -> None:
+    prompt = TOKENIZER.encode(TEXT).ids
+    total = 2 * len(prompt)
+    async with running_fleet(tmp_path, step_s=0.002) as fleet:
+        call = fleet.call()
+        await call.start("a", TEXT, max_new_tokens=total)
+        await call.read_until(lambda: call.num_tokens("a") > 40)
+        chunks = call.seen["a"].chunks
+        num_chunks = next(
+            n for n in range(len(chunks) + 1)
+            if sum(len(c.token_ids) for c in chunks[:n]) >= num_read
+        )  # fmt: skip
+        had = sum(len(chunk.token_ids) for chunk in chunks[:num_chunks])
+        text = "".join(chunk.text for chunk in chunks[:num_chunks])
+        call.raw.cancel()
+        _, seen = await resumed(fleet, generation_id_of(call), had)
+    assert seen.finished is not None, seen.error
+    assert seen.token_ids[0] == (prompt * 2)[had:]
+    assert text + seen.text[0] == TEXT * 2
+    assert seen.finished.usage.generated_tokens == total
+    assert seen.seed == call.seen["a"].seed
+    assert fleet.sample("resumed_generations_total") == 1
+
+
+async def test_resumed_generation_leaves_the_call_that_nobody_reads(tmp_path: Path) -> None:
+    """A half-open connection: the old call has not noticed yet."""
+    async with running_fleet(tmp_path, step_s=0.004) as fleet:
+        old = fleet.call()
+        await old.start("a", [40, 41], max_new_tokens=100)
+        await old.read_until(lambda: old.num_tokens("a") > 4)
+        had = old.num_tokens("a")
+        _, seen = await resumed(fleet, generation_id_of(old), had)
+        assert seen.token_ids[0] == ([40, 41] * 50)[had:]
+        await old.done()
+        await old.read_rest()
+        assert old.seen["a"].num_terminal == 0
+
+
+async def test_finished_generation_can_be_read_again_and_samples_go_on_apart(
+    tmp_path: Path,
+) -> None:
+    async with running_fleet(tmp_path) as fleet:
+        call = fleet.call()
+        sampling = pb.SamplingParams(n=2, seed=3)
+        await call.start("a", [40, 41, 42], max_new_tokens=9, sampling=sampling)
+        await call.finish()
+        _, seen = await resumed(fleet, generation_id_of(call), 9, 4)
+    assert seen.token_ids == {1: ([40, 41, 42] * 3)[4:]}
+    assert seen.finished is not None, seen.error
+    assert [sample.reason for sample in seen.finished.samples] == [pb.FINISH_REASON_LENGTH] * 2
+    assert seen.finished.usage.generated_tokens == 18
+
+
+async def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, num_runtimes=1, step_s=0.004) as fleet:
+        call = fleet.call()
+        await call.start("a", [40, 41], max_new_tokens=300)
+        await call.read_until(lambda: call.num_tokens("a") > 4)
+        known = generation_id_of(call)
+        for generation_id, received, reason in (
+            ("nothing", (), "GENERATION_NOT_FOUND"),
+            (known, (400,), "INVALID_FIELD"),
+            (known, (1, 1), "INVALID_FIELD"),
+            (known, (-1,), "INVALID_FIELD"),
+        ):
+            _, seen = await resumed(fleet, generation_id, *received)
+            assert reason_of(seen.error) == reason
+        await call.send(cancel=pb.CancelGeneration(request_id="a"))
+        assert (await call.finish())["a"].reason == "CANCELLED"
+        _, seen = await resumed(fleet, known)
+        assert reason_of(seen.error) == "GENERATION_NOT_FOUND"
+        runtime = fleet.daemons[0].call()
+        await runtime.send(resume=pb.ResumeGeneration(request_id="r", generation_id=known))
+        seen = (await runtime.finish())["r"]
+        assert reason_of(seen.error) == "GENERATION_NOT_FOUND"
+
+
+async def test_generation_is_forgotten_after_a_while(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, num_runtimes=1) as fleet:
+        addresses = [fleet.daemons[0].server.address]
+        async with running_gateway(addresses, fleet.daemons, keep_s=0.05) as forgetful:
+            call = forgetful.call()
+            await call.start("a", [40, 41], max_new_tokens=3)
+            await call.finish()
+            kept = forgetful.gateway._kept._generations
+            await until(lambda: not kept)
+            _, seen = await resumed(forgetful, generation_id_of(call), 1)
+    assert reason_of(seen.error) == "GENERATION_NOT_FOUND"

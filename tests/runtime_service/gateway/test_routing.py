@@ -1,0 +1,54 @@
+"""Where prompts go: alike to one place, unless that place has too much to do."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+from millrace.runtime.v1 import runtime_pb2 as pb
+
+from runtime_service.gateway.routing import BOUND_TOKENS, Candidate, choose, prefix_of
+
+ADDRESSES = [f"10.0.0.{number}:7602" for number in range(5)]
+
+
+def candidates(*loads: float) -> list[Candidate]:
+    return [Candidate(address, load) for address, load in zip(ADDRESSES, loads, strict=False)]
+
+
+@given(st.lists(st.integers(0, 100_000), min_size=1, max_size=5), st.binary(max_size=40))
+def test_chosen_runtime_has_no_more_to_do_than_the_bound_allows(
+    loads: list[int], prefix: bytes
+) -> None:
+    address = choose(candidates(*loads), prefix)
+    load = loads[ADDRESSES.index(address)]
+    assert load <= 1.25 * sum(loads) / len(loads) + BOUND_TOKENS
+
+
+@given(st.binary(max_size=40), st.integers(0, 4))
+def test_loss_of_a_runtime_moves_only_the_prompts_that_went_there(prefix: bytes, lost: int) -> None:
+    before = choose(candidates(0, 0, 0, 0, 0), prefix)
+    rest = [c for c in candidates(0, 0, 0, 0, 0) if c.address != ADDRESSES[lost]]
+    assert choose(rest, prefix) == before or before == ADDRESSES[lost]
+
+
+def test_prompts_spread_over_idle_runtimes() -> None:
+    counts = Counter(choose(candidates(0, 0, 0), str(n).encode()) for n in range(300))
+    assert min(counts.values()) > 60
+
+
+def test_prompts_that_begin_alike_have_one_prefix() -> None:
+    system = "You are a careful assistant. " * 20
+    for make in (
+        lambda end: pb.StartGeneration(text=system + end),
+        lambda end: pb.StartGeneration(token_ids=pb.TokenIds(ids=[*range(64), len(end)])),
+        lambda end: pb.StartGeneration(
+            chat=pb.Chat(
+                messages=[
+                    pb.ChatMessage(role="system", content=system),
+                    pb.ChatMessage(role="user", content=end),
+                ]
+            )
+        ),
+    ):
+        assert prefix_of(make("one"), "") == prefix_of(make("three"), "")
+        assert prefix_of(make("one"), "tenant") != prefix_of(make("one"), "")

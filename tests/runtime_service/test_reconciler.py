@@ -1,0 +1,203 @@
+"""Runtimes serve what their deployment says, one after the other, and lose nothing on the way."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from runtime_service.deployments import Deployment, Deployments, is_deployment_name
+from runtime_service.reconciler import Reconciler
+from shared.redis import connect
+from tests.runtime_service.daemon import FP32, Daemon, publish_echo, running_daemon
+
+pytestmark = pytest.mark.redis
+
+
+@dataclass
+class Member:
+    """An idle runtime and what has it follow deployments."""
+
+    daemon: Daemon
+    reconciler: Reconciler
+
+    @property
+    def serves(self) -> str:
+        """Model that it serves."""
+        served = self.daemon.runtime.served
+        return served.engine.model if served else ""
+
+    async def settle(self) -> None:
+        """Looks until it has loaded what it began to load."""
+        await self.reconciler.look()
+        attempt = self.reconciler._attempt
+        if attempt is not None:
+            await asyncio.wait({attempt.loading})
+        if self.reconciler._unloading is not None:
+            await self.reconciler._unloading
+        await self.reconciler.look()
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    client = connect(redis_url)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def deployments(redis: Redis) -> Deployments:
+    return Deployments(redis)
+
+
+class Members:
+    """Makes members that share nothing but Redis."""
+
+    def __init__(self, folder: Path, deployments: Deployments, stack: AsyncExitStack) -> None:
+        self._folder, self._deployments, self._stack = folder, deployments, stack
+        self._num = 0
+
+    async def new(self, name: str = "chat") -> Member:
+        """A member of that deployment, or of any that lacks one."""
+        self._num += 1
+        running = running_daemon(self._folder / str(self._num), step_s=0.004)
+        daemon = await self._stack.enter_async_context(running)
+        publish_echo(daemon.store, "second")
+        await daemon.runtime.unload()
+        reconciler = Reconciler(
+            daemon.runtime, self._deployments, f"runtime{self._num}", name, 0.02, 5.0
+        )
+        return Member(daemon, reconciler)
+
+
+@pytest.fixture
+async def members(tmp_path: Path, deployments: Deployments) -> AsyncIterator[Members]:
+    async with AsyncExitStack() as stack:
+        yield Members(tmp_path, deployments, stack)
+
+
+def chat(model: str = "echo", replicas: int = 2) -> Deployment:
+    return Deployment("chat", model, FP32, "", replicas)
+
+
+async def test_members_serve_and_a_spare_takes_the_place_of_one_that_leaves(
+    members: Members, deployments: Deployments
+) -> None:
+    first, second = await members.new(), await members.new("")
+    await first.settle()
+    assert first.serves == "", "nothing is deployed yet"
+    version = await deployments.apply(chat(replicas=1))
+    await first.settle()
+    await second.settle()
+    assert (first.serves, second.serves) == ("echo", "")
+    runtime = first.daemon.runtime
+    assert (runtime.deployment, runtime.deployment_version) == ("chat", version)
+    await first.reconciler.leave()
+    await second.settle()
+    assert second.serves == "echo"
+
+
+async def test_versions_are_exchanged_one_at_a_time_and_what_runs_finishes(
+    members: Members, deployments: Deployments
+) -> None:
+    first, second = await members.new(), await members.new()
+    await deployments.apply(chat())
+    await first.settle()
+    await second.settle()
+    call = first.daemon.call()
+    await call.start("a", [40, 41], max_new_tokens=100, model="chat")
+    await call.read_until(lambda: call.num_tokens("a") > 2)
+    await deployments.apply(chat("second"))
+    await first.reconciler.look()
+    await second.settle()
+    assert second.serves == "echo", "the first one is being exchanged"
+    assert (await call.finish())["a"].reason == "LENGTH"
+    await first.settle()
+    assert (first.serves, second.serves) == ("second", "echo")
+    await second.settle()
+    assert second.serves == "second"
+
+
+async def test_version_that_cannot_be_loaded_leaves_the_old_one_serving(
+    members: Members, deployments: Deployments
+) -> None:
+    first, second = await members.new(), await members.new()
+    await deployments.apply(chat())
+    await first.settle()
+    await second.settle()
+    await deployments.apply(chat("nothing"))
+    await first.settle()
+    await second.settle()
+    assert (first.serves, second.serves) == ("echo", "echo")
+    await deployments.apply(chat("second"))
+    await first.settle()
+    assert first.serves == "second"
+
+
+async def test_unchanged_engine_is_not_loaded_again(
+    members: Members, deployments: Deployments
+) -> None:
+    member = await members.new()
+    await deployments.apply(chat())
+    await member.settle()
+    pid = member.daemon.client.pid
+    version = await deployments.apply(chat())
+    await member.settle()
+    assert member.daemon.client.pid == pid
+    assert member.daemon.runtime.deployment_version == version
+
+
+async def test_undeployed_runtime_finishes_what_it_has_and_becomes_idle(
+    members: Members, deployments: Deployments
+) -> None:
+    member = await members.new("")
+    await deployments.apply(chat())
+    await member.settle()
+    call = member.daemon.call()
+    await call.start("a", [40, 41], max_new_tokens=60)
+    await call.read_until(lambda: call.num_tokens("a") > 2)
+    assert await deployments.delete("chat")
+    assert not await deployments.delete("chat")
+    assert await deployments.list() == []
+    await member.reconciler.look()
+    assert (await call.finish())["a"].reason == "LENGTH"
+    await member.settle()
+    assert (member.serves, member.daemon.runtime.deployment) == ("", "")
+    await deployments.apply(chat("second"))
+    await member.settle()
+    assert member.serves == "second"
+
+
+async def test_redis_that_came_back_empty_stops_nobody(
+    members: Members, deployments: Deployments, redis: Redis
+) -> None:
+    member = await members.new()
+    await deployments.apply(chat())
+    await member.settle()
+    await redis.flushall()
+    await member.settle()
+    assert member.serves == "echo"
+
+
+async def test_idle_runtime_gives_up_what_it_cannot_serve(
+    members: Members, deployments: Deployments
+) -> None:
+    member = await members.new("")
+    await deployments.apply(Deployment("broken", "nothing", FP32, "", 1))
+    await member.settle()
+    await deployments.apply(chat())
+    await member.settle()
+    await member.settle()
+    assert member.serves == "echo"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_valid"),
+    [("chat", True), ("a", True), ("a-1", True), ("-a", False), ("A", False), ("a:b", False),
+     ("", False), ("a" * 63, True), ("a" * 64, False), ("a\n", False)],
+)  # fmt: skip
+def test_deployments_have_names_that_are_safe_in_keys(name: str, is_valid: bool) -> None:
+    assert is_deployment_name(name) == is_valid
