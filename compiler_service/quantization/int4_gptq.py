@@ -50,6 +50,7 @@ def _inverse_factor(inputs_TK: torch.Tensor, mean: float) -> torch.Tensor:
         # Two matrices, used in turns: for wide layers they are most of a build's memory.
         hessian_KK = inputs_TK.T @ inputs_TK
         hessian_KK.diagonal().add_(damping)
+        factor_KK: torch.Tensor
         factor_KK, is_not = torch.linalg.cholesky_ex(hessian_KK)
         if not is_not:
             torch.cholesky_inverse(factor_KK, out=hessian_KK)
