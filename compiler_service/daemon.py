@@ -27,7 +27,12 @@ from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.store import LocalStore
 
 SERVICES = ("millrace.compiler.v1.CompilerService", "millrace.artifact.v1.ArtifactService")
-BUILD_CHILD = (sys.executable, "-m", "compiler_service.build_child")
+# OpenMP's threads that wait must not spin: beside other work they would keep each other from a core,
+# and a build on a busy machine takes several times as long.
+BUILD_CHILD = (
+    *("env", "OMP_WAIT_POLICY=PASSIVE", "GOMP_SPINCOUNT=0"),
+    *(sys.executable, "-m", "compiler_service.build_child"),
+)
 
 _SAMPLE_S = 5.0
 _SWEEP_S = 3600.0
