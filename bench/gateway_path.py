@@ -42,7 +42,7 @@ async def measure(num_streams: int, num_steps: int) -> float:
     link = DeafLink("127.0.0.1:1", options, lambda: None)
     fleet._links[link.address] = link
     gateway = Gateway(fleet, GatewayMetrics(CollectorRegistry()), 30.0, KeptGenerations(60.0))
-    call = gateway.open_call("")
+    call = gateway.open_call()
     for number in range(num_streams):
         start = pb.StartGeneration(request_id=str(number), token_ids=pb.TokenIds(ids=[1, 2, 3]))
         call.follow(pb.GenerateRequest(start=start))

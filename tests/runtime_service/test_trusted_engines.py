@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from runtime_service.deployment import EngineSource
+from runtime_service.engine_source import EngineSource
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import EngineNotTrusted
 from shared.signing import TrustedKeys

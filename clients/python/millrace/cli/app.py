@@ -12,13 +12,30 @@ import typer
 from typer.core import TyperGroup
 
 from millrace.cli.failures import EXIT_CODES_HELP, USAGE, CommandFailed, report
+from millrace.cli.fleet_commands import commands as fleet_commands
+from millrace.cli.options import (
+    COMPILER,
+    RUNTIME,
+    AsJson,
+    Compiler,
+    Limit,
+    MaxTokens,
+    Quant,
+    Runtime,
+    Seed,
+    State,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
+from millrace.cli.security_commands import commands as security_commands
 
 if TYPE_CHECKING:
     from millrace.builds import RecipeOptions
     from millrace.generation import GenerateOptions
 
 _IS_FANCY = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-_COMPILER, _RUNTIME, _GATEWAY = "127.0.0.1:7601", "127.0.0.1:7602", "127.0.0.1:7600"
 
 
 class _Commands(TyperGroup):
@@ -45,52 +62,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Compiler = Annotated[
-    str,
-    typer.Option(
-        "--compiler", metavar="HOST:PORT", envvar="MILLRACE_CLI_COMPILER", help="Compile daemon."
-    ),
-]
-Runtime = Annotated[
-    str,
-    typer.Option(
-        "--runtime", metavar="HOST:PORT", envvar="MILLRACE_CLI_RUNTIME", help="Runtime daemon."
-    ),
-]
-Gateway = Annotated[
-    str,
-    typer.Option("--gateway", metavar="HOST:PORT", envvar="MILLRACE_CLI_GATEWAY", help="Gateway."),
-]
-State = Annotated[
-    Path,
-    typer.Option(
-        "--state",
-        metavar="FOLDER",
-        envvar="MILLRACE_CLI_STATE",
-        help="Where the local stack keeps engines, its queue and logs.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Quant = Annotated[
-    str,
-    typer.Option(
-        "--quant",
-        "-q",
-        metavar="SCHEME",
-        help="bf16, fp32, int8, int4-awq, int4-g128, fp8, as-is ...",
-    ),
-]
-Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many.")]
-MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "-m", min=0, help="Tokens to generate at most; 0: no limit.")
-]
-Temperature = Annotated[
-    float, typer.Option("--temperature", "-t", min=0, help="0 picks the likeliest token.")
-]
-TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest up to this probability.")]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="Keep the k likeliest; 0: all.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes the answer repeatable.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends it; repeatable.")]
 _HOME = Path("~/.millrace")
 
 
@@ -136,8 +107,8 @@ def up(
     ] = "",
     quant: Quant = "int8",
     state: State = _HOME,
-    compiler: Compiler = _COMPILER,
-    runtime: Runtime = _RUNTIME,
+    compiler: Compiler = COMPILER,
+    runtime: Runtime = RUNTIME,
     runtimes: Annotated[
         int, typer.Option("--runtimes", min=1, help="Several: a fleet, its gateway at --runtime.")
     ] = 1,
@@ -211,7 +182,7 @@ def build(
         bool, typer.Option("--no-quality", help="Measure nothing, promise nothing.")
     ] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for it.")] = False,
-    compiler: Compiler = _COMPILER,
+    compiler: Compiler = COMPILER,
     as_json: AsJson = False,
 ) -> None:
     """Build a model into engines, one per arch, and watch. Asking twice builds once."""
@@ -237,7 +208,7 @@ def build(
 
 
 @app.command(epilog="Example: millrace builds --json | jq .builds[0].state")
-def builds(limit: Limit = 20, compiler: Compiler = _COMPILER, as_json: AsJson = False) -> None:
+def builds(limit: Limit = 20, compiler: Compiler = COMPILER, as_json: AsJson = False) -> None:
     """List builds, newest first."""
     from millrace.cli.connecting import client as connect
     from millrace.cli.listing import show_builds
@@ -249,7 +220,7 @@ def builds(limit: Limit = 20, compiler: Compiler = _COMPILER, as_json: AsJson = 
 @app.command(epilog="Example: millrace cancel 3f9a52c01b7d")
 def cancel(
     build: Annotated[str, typer.Argument(metavar="BUILD", help="As `millrace builds` shows it.")],
-    compiler: Compiler = _COMPILER,
+    compiler: Compiler = COMPILER,
 ) -> None:
     """Cancel a build that has not ended."""
     from millrace.cli.connecting import client as connect
@@ -260,7 +231,7 @@ def cancel(
 
 
 @app.command(epilog="Example: millrace engines")
-def engines(limit: Limit = 50, compiler: Compiler = _COMPILER, as_json: AsJson = False) -> None:
+def engines(limit: Limit = 50, compiler: Compiler = COMPILER, as_json: AsJson = False) -> None:
     """List the engines in the store, newest first."""
     from millrace.cli.connecting import client as connect
     from millrace.cli.listing import show_engines
@@ -280,7 +251,7 @@ def inspect(
     quality: Annotated[
         bool, typer.Option("--quality", help="Show what quantizing cost, layer by layer.")
     ] = False,
-    compiler: Compiler = _COMPILER,
+    compiler: Compiler = COMPILER,
     as_json: AsJson = False,
 ) -> None:
     """Show an engine: key, sizes, layers, graph, kernels, build times; or its quality report."""
@@ -301,8 +272,8 @@ def load(
         str, typer.Argument(metavar="ENGINE", help="Model name, engine name, or its first digits.")
     ],
     quant: Quant = "",
-    compiler: Compiler = _COMPILER,
-    runtime: Runtime = _RUNTIME,
+    compiler: Compiler = COMPILER,
+    runtime: Runtime = RUNTIME,
     as_json: AsJson = False,
 ) -> None:
     """Have the runtime serve an engine; what it is generating is finished first."""
@@ -328,7 +299,7 @@ def generate(
     stop: Stop = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on past the end.")] = False,
     timeout_s: Annotated[float, typer.Option("--timeout", min=0, help="Seconds; 0: none.")] = 0.0,
-    runtime: Runtime = _RUNTIME,
+    runtime: Runtime = RUNTIME,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, streamed; its speed is told on stderr."""
@@ -356,7 +327,7 @@ def chat(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
-    runtime: Runtime = _RUNTIME,
+    runtime: Runtime = RUNTIME,
 ) -> None:
     """Talk with the model, through its own chat template."""
     from millrace.cli.connecting import client as connect
@@ -374,7 +345,7 @@ def bench(
     input_tokens: Annotated[int, typer.Option("--in", min=1, help="Prompt tokens.")] = 64,
     output_tokens: Annotated[int, typer.Option("--out", min=1, help="Answer tokens.")] = 128,
     seed: Annotated[int, typer.Option("--seed", help="Of the random prompts.")] = 0,
-    runtime: Runtime = _RUNTIME,
+    runtime: Runtime = RUNTIME,
     as_json: AsJson = False,
 ) -> None:
     """Measure a runtime under a constant number of streams."""
@@ -387,72 +358,7 @@ def bench(
     run(runtime, load_to_send, as_json=as_json)
 
 
-@app.command(epilog="Example: millrace deploy chat --model smollm2-135m --quant int8 --replicas 2")
-def deploy(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What requests call it.")],
-    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="Model name or digest.")],
-    quant: Quant = "int8",
-    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Runtimes to serve it.")] = 1,
-    model_uri: Annotated[
-        str, typer.Option("--model-uri", metavar="URI", help="Built from, where it is missing.")
-    ] = "",
-    wait_s: Annotated[
-        float, typer.Option("--wait", min=0, help="Seconds to wait until all are ready; 0: none.")
-    ] = 0.0,
-    gateway: Gateway = _GATEWAY,
-    as_json: AsJson = False,
-) -> None:
-    """Say what a number of runtimes are to serve; they follow without losing a generation."""
-    from millrace.cli.fleet import deploy as run
-    from millrace.cli.fleet import show_deployment
-    from millrace.fleet_client import FleetClient
-
-    with FleetClient(gateway) as fleet:
-        deployment = run(fleet, name, model, quant, model_uri, replicas, wait_s=wait_s)
-    show_deployment(deployment, as_json=as_json)
-
-
-@app.command(epilog="Example: millrace undeploy chat")
-def undeploy(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As `millrace status` shows it.")],
-    gateway: Gateway = _GATEWAY,
-) -> None:
-    """End a deployment; its runtimes finish what they have and become idle."""
-    from millrace.cli.output import print_line
-    from millrace.fleet_client import FleetClient
-
-    with FleetClient(gateway) as fleet:
-        fleet.undeploy(name)
-    print_line(f"{name} is undeployed")
-
-
-@app.command(epilog="Example: millrace status --watch")
-def status(
-    watch: Annotated[bool, typer.Option("--watch", help="As `millrace top`.")] = False,
-    gateway: Gateway = _GATEWAY,
-    compiler: Compiler = _COMPILER,
-    as_json: AsJson = False,
-) -> None:
-    """Show the fleet behind a gateway: runtimes, their load, deployments."""
-    if watch:
-        top(gateway, compiler)
-        return
-    from millrace.cli.fleet import show_status
-    from millrace.fleet_client import FleetClient
-
-    with FleetClient(gateway) as fleet:
-        show_status(fleet, as_json=as_json)
-
-
-@app.command(epilog="Example: millrace top")
-def top(gateway: Gateway = _GATEWAY, compiler: Compiler = _COMPILER) -> None:
-    """Watch the fleet on the whole screen: load, KV use, tokens/s, TTFT, builds."""
-    from millrace.cli.fleet import watch_status
-    from millrace.client import Client
-    from millrace.fleet_client import FleetClient
-
-    with FleetClient(gateway) as fleet, Client(compiler) as client:
-        watch_status(fleet, client)
+app.add_typer(fleet_commands)
 
 
 @app.command(epilog="Example: millrace doctor")
@@ -461,8 +367,8 @@ def doctor(
     redis_url: Annotated[
         str, typer.Option("--redis-url", envvar="MILLRACE_REDIS_URL", help="Empty: embedded.")
     ] = "",
-    compiler: Compiler = _COMPILER,
-    runtime: Runtime = _RUNTIME,
+    compiler: Compiler = COMPILER,
+    runtime: Runtime = RUNTIME,
     as_json: AsJson = False,
 ) -> None:
     """Look at this machine, a line each, with the fix for what lacks."""
@@ -475,7 +381,7 @@ def doctor(
 
 @app.command(epilog="Example: millrace health 127.0.0.1:7602")
 def health(
-    address: Annotated[str, typer.Argument(metavar="HOST:PORT")] = _RUNTIME,
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT")] = RUNTIME,
     answering: Annotated[
         bool, typer.Option("--answering", help="Do not ask that it serves already.")
     ] = False,
@@ -489,106 +395,7 @@ def health(
         raise CommandFailed(f"{address} answers and does not serve now", UNAVAILABLE)
 
 
-@app.command(epilog="Example: millrace certs deploy/tls --host runtime.example.org")
-def certs(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Gets *.crt and *.key.")],
-    host: Annotated[
-        list[str] | None,
-        typer.Option("--host", help="Name or address of a server beside loopback; repeatable."),
-    ] = None,
-    client: Annotated[str, typer.Option("--client", help="The client's name.")] = "client",
-    days: Annotated[int, typer.Option("--days", min=1, help="How long they are valid.")] = 90,
-) -> None:
-    """Make a development CA, certificates of it, and a key to sign engines with.
-
-    A CA and a signing key that are in DIR are used again.
-    """
-    from millrace.cli.certs import make_certs
-
-    make_certs(folder.expanduser(), host or (), client, days)
-
-
-@app.command(epilog="Example: millrace sign smollm2-135m --key tls/signing.key")
-def sign(
-    engine: Annotated[
-        str, typer.Argument(metavar="ENGINE", help="Model name, engine name, or its first digits.")
-    ],
-    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Ed25519 private key, PEM.")],
-    quant: Quant = "",
-    compiler: Compiler = _COMPILER,
-    as_json: AsJson = False,
-) -> None:
-    """Sign an engine, for runtimes that load only engines of trusted keys."""
-    from millrace.cli.connecting import client as connect
-    from millrace.cli.signing import sign as run
-
-    with connect(compiler) as client:
-        run(client, engine, quant, key.expanduser(), as_json=as_json)
-
-
-keys = typer.Typer(
-    cls=_Commands,
-    no_args_is_help=True,
-    help="API keys: create, list, revoke.",
-    epilog="Example: millrace keys create acme --scope generate",
-)
-app.add_typer(keys, name="keys")
-KeyFile = Annotated[
-    Path,
-    typer.Option(
-        "--file", metavar="FILE", envvar="MILLRACE_API_KEYS", help="What daemons' --api-keys names."
-    ),
-]
-_KEY_FILE = Path("~/.millrace/keys.json")
-
-
-@keys.command("create", epilog="Example: millrace keys create acme --scope generate")
-def create_key(
-    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Who will use it.")],
-    scope: Annotated[
-        list[str] | None,
-        typer.Option("--scope", help="generate, build, admin or delegate; repeatable."),
-    ] = None,
-    requests_per_s: Annotated[
-        float | None, typer.Option("--requests-per-s", min=0, help="The tenant's limit; 0: none.")
-    ] = None,
-    tokens_per_min: Annotated[
-        int | None, typer.Option("--tokens-per-min", min=0, help="The tenant's limit; 0: none.")
-    ] = None,
-    concurrent: Annotated[
-        int | None, typer.Option("--concurrent", min=0, help="Generations at once; 0: no limit.")
-    ] = None,
-    file: KeyFile = _KEY_FILE,
-    as_json: AsJson = False,
-) -> None:
-    """Make a key and show it, this once. Limits are the tenant's, over all of its keys."""
-    from millrace.cli.keys import create_key as run
-
-    asked = {
-        "requests_per_s": requests_per_s, "tokens_per_min": tokens_per_min,
-        "concurrent": concurrent,
-    }  # fmt: skip
-    limits = {name: value for name, value in asked.items() if value is not None}
-    run(file.expanduser(), tenant, scope or ["generate"], limits, as_json=as_json)
-
-
-@keys.command("list")
-def list_keys(file: KeyFile = _KEY_FILE, as_json: AsJson = False) -> None:
-    """List keys, their tenants, scopes and limits."""
-    from millrace.cli.keys import list_keys as run
-
-    run(file.expanduser(), as_json=as_json)
-
-
-@keys.command("revoke", epilog="Example: millrace keys revoke 3f9a52c01b7d")
-def revoke_key(
-    key: Annotated[str, typer.Argument(metavar="ID", help="As `millrace keys list` shows it.")],
-    file: KeyFile = _KEY_FILE,
-) -> None:
-    """Make a key invalid, within a second in every daemon that reads the file."""
-    from millrace.cli.keys import revoke_key as run
-
-    run(file.expanduser(), key)
+app.add_typer(security_commands)
 
 
 @app.command(epilog="Example: millrace demo --state .millrace")

@@ -1,0 +1,55 @@
+"""Options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+COMPILER, RUNTIME, GATEWAY = "127.0.0.1:7601", "127.0.0.1:7602", "127.0.0.1:7600"
+
+Compiler = Annotated[
+    str,
+    typer.Option(
+        "--compiler", metavar="HOST:PORT", envvar="MILLRACE_CLI_COMPILER", help="Compile daemon."
+    ),
+]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        "--runtime", metavar="HOST:PORT", envvar="MILLRACE_CLI_RUNTIME", help="Runtime daemon."
+    ),
+]
+Gateway = Annotated[
+    str,
+    typer.Option("--gateway", metavar="HOST:PORT", envvar="MILLRACE_CLI_GATEWAY", help="Gateway."),
+]
+State = Annotated[
+    Path,
+    typer.Option(
+        "--state",
+        metavar="FOLDER",
+        envvar="MILLRACE_CLI_STATE",
+        help="Where the local stack keeps engines, its queue and logs.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Quant = Annotated[
+    str,
+    typer.Option(
+        "--quant",
+        "-q",
+        metavar="SCHEME",
+        help="bf16, fp32, int8, int4-awq, int4-g128, fp8, as-is ...",
+    ),
+]
+Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many.")]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-m", min=0, help="Tokens to generate at most; 0: no limit.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", min=0, help="0 picks the likeliest token.")
+]
+TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest up to this probability.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Keep the k likeliest; 0: all.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes the answer repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends it; repeatable.")]
