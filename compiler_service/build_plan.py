@@ -126,13 +126,15 @@ def _require_layouts(graph: Graph, key: EngineKey) -> None:
     Raises:
         UnsupportedQuant: it has not; names what the checkpoint has and what to ask for.
     """
-    if not arch_named(key.arch).is_gpu:
+    arch = arch_named(key.arch)
+    if not arch.is_gpu:
         return
+    linears = {name for name in GPU_LAYOUTS if name != "fp8_channel" or arch.has_fp8}
     tables = {node.weights["weight"] for node in graph.nodes if node.op == "embedding"}
     lacking = {
         weight.layout
         for name, weight in graph.weights.items()
-        if weight.layout not in (_GPU_TABLES if name in tables else GPU_LAYOUTS)
+        if weight.layout not in (_GPU_TABLES if name in tables else linears)
     }
     if lacking:
         problem = (

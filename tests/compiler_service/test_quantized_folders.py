@@ -302,6 +302,14 @@ def test_as_is_is_refused_where_an_arch_lacks_the_layout(tmp_path: Path) -> None
         resolve(str(tmp_path / "m"), ["sm_90"], QUANT, "", tmp_path)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
+def test_fp8_checkpoint_is_refused_where_a_gpu_has_no_fp8(arch: str, tmp_path: Path) -> None:
+    """While planning, with what to do; not when a kernel is compiled."""
+    _write("compressed FP8, channels", tmp_path / "m")
+    with pytest.raises(UnsupportedQuant, match=f"{arch} has no kernel for fp8_channel.*or int8"):
+        resolve(str(tmp_path / "m"), [arch], QUANT, "", tmp_path)
+
+
 def test_fp8_checkpoint_is_kept_for_a_gpu(tmp_path: Path) -> None:
     _write("compressed FP8, channels", tmp_path / "m")
     assert set(resolve(str(tmp_path / "m"), ["sm_90", "cpu"], QUANT, "", tmp_path).keys) == {
