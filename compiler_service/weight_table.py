@@ -59,10 +59,7 @@ def pack_weight(checkpoint: Checkpoint, weight: WeightSpec) -> dict[str, torch.T
     Raises:
         InvalidModel: a part holds NaN or infinity.
     """
-    packed = [_pack_part(checkpoint, weight, part) for part in weight.parts]
-    if len(packed) == 1:
-        return packed[0]
-    return {role: torch.cat([tensors[role] for tensors in packed]) for role in packed[0]}
+    return _joined([_pack_part(checkpoint, weight, part) for part in weight.parts])
 
 
 def import_weight(checkpoint: Checkpoint, weight: WeightSpec) -> dict[str, torch.Tensor]:
@@ -75,8 +72,16 @@ def import_weight(checkpoint: Checkpoint, weight: WeightSpec) -> dict[str, torch
     for part in weight.parts:
         tensors = checkpoint.read_packed(part)
         for tensor in tensors.values():
-            _require_finite(part, tensor)
+            if tensor.is_floating_point():  # codes are integers, most often
+                _require_finite(part, tensor)
         packed.append(tensors)
+    return _joined(packed)
+
+
+def _joined(packed: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The parts' rows, one after another; a single part as it is."""
+    if len(packed) == 1:
+        return packed[0]
     return {role: torch.cat([tensors[role] for tensors in packed]) for role in packed[0]}
 
 
