@@ -8,10 +8,10 @@ import torch
 
 from compiler_service.checkpoints.checkpoint import Checkpoint
 from compiler_service.engine_files import engine_files
+from compiler_service.engine_graph import engine_graph, imported_weights
 from compiler_service.models import lower_model
-from compiler_service.passes import run_passes
 from compiler_service.quantization import scheme_named
-from compiler_service.quantization.as_is import AS_IS, keep_as_stored, note_requantized, notes_of
+from compiler_service.quantization.as_is import notes_of
 from compiler_service.weight_table import require_tensors, stored_tensors, weights_in_order
 from kernels.linear.launch import LAYOUTS as GPU_LAYOUTS
 from kernels.ops import OPS
@@ -89,14 +89,10 @@ def plan(
     require_tensors(source, checkpoint.tensors)
     files = engine_files(checkpoint)
     on_pass()
-    graph = run_passes(source, OPS)
-    is_as_is = key.quant.scheme == AS_IS
-    if is_as_is:
-        graph = keep_as_stored(graph, checkpoint.tensors, key.quant)
+    graph = engine_graph(source, checkpoint.tensors, key.quant, OPS)
+    imported = imported_weights(graph, key.quant)
+    if imported:
         _require_layouts(graph, key)
-    else:
-        graph = scheme.apply(graph, key.quant)
-        graph = note_requantized(graph, checkpoint.tensors, key.quant)
     graph.verify(OPS)
     stored = [t for weight in graph.weights.values() for t in stored_tensors(weight).values()]
     return BuildPlan(
@@ -106,9 +102,7 @@ def plan(
         graph=graph,
         weight_names=tuple(weights_in_order(graph)),
         files=files,
-        imported=frozenset(
-            name for name, weight in graph.weights.items() if is_as_is and weight.layout != "plain"
-        ),
+        imported=imported,
         read_bytes=sum(
             checkpoint.tensors[part].num_bytes
             for weight in graph.weights.values()
@@ -126,13 +120,15 @@ def _require_layouts(graph: Graph, key: EngineKey) -> None:
     Raises:
         UnsupportedQuant: it has not; names what the checkpoint has and what to ask for.
     """
-    if not arch_named(key.arch).is_gpu:
+    arch = arch_named(key.arch)
+    if not arch.is_gpu:
         return
+    linears = {name for name in GPU_LAYOUTS if name != "fp8_channel" or arch.has_fp8}
     tables = {node.weights["weight"] for node in graph.nodes if node.op == "embedding"}
     lacking = {
         weight.layout
         for name, weight in graph.weights.items()
-        if weight.layout not in (_GPU_TABLES if name in tables else GPU_LAYOUTS)
+        if weight.layout not in (_GPU_TABLES if name in tables else linears)
     }
     if lacking:
         problem = (

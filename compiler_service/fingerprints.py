@@ -21,6 +21,7 @@ _DIGITS = 16
 _WEIGHT_MODULES = (
     "compiler_service.checkpoints.sources",
     "compiler_service.engine_files",
+    "compiler_service.engine_graph",
     "compiler_service.models",
     "compiler_service.passes",
     "compiler_service.quantization",

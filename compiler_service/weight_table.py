@@ -89,9 +89,7 @@ def pack_weight(
         if weight.layout == "plain":
             part = part.to(getattr(torch, weight.dtype))
         packed.append(layout.pack(part, weight.group_size) if pack is None else pack(part.float()))
-    if len(packed) == 1:
-        return packed[0]
-    return {role: torch.cat([tensors[role] for tensors in packed]) for role in packed[0]}
+    return _joined(packed)
 
 
 def import_weight(checkpoint: Checkpoint, weight: WeightSpec) -> dict[str, torch.Tensor]:
@@ -104,8 +102,16 @@ def import_weight(checkpoint: Checkpoint, weight: WeightSpec) -> dict[str, torch
     for part in weight.parts:
         tensors = checkpoint.read_packed(part)
         for tensor in tensors.values():
-            _require_finite(part, tensor)
+            if tensor.is_floating_point():  # codes are integers, most often
+                _require_finite(part, tensor)
         packed.append(tensors)
+    return _joined(packed)
+
+
+def _joined(packed: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The parts' rows, one after another; a single part as it is."""
+    if len(packed) == 1:
+        return packed[0]
     return {role: torch.cat([tensors[role] for tensors in packed]) for role in packed[0]}
 
 

@@ -17,9 +17,9 @@ from compiler_service.checkpoints.quantized_linear import (
     Roles,
     Tensors,
     dequantized,
-    group_for,
     group_size_of,
     groups_text,
+    int4_group_for,
     int4_roles,
     nibbles_of,
     num_groups,
@@ -56,7 +56,7 @@ def find_linears(settings: Mapping[str, Any], tensors: Tensors) -> dict[str, Qua
 def _linear(stem: str, tensors: Tensors, wanted_group: int | None) -> QuantizedLinear:
     parts = {role: f"{stem}.{role}" for role in ("qweight", "qzeros", "scales")}
     stored = tensors[parts["qweight"]].shape
-    if len(stored) != 2:
+    if len(stored) != 2 or 0 in stored:
         raise InvalidModel(problem=f"{parts['qweight']} has shape {list(stored)}, not [K, N/8]")
     num_columns, num_rows = stored[0], stored[1] * 8
     scales = tensors.get(parts["scales"])
@@ -65,12 +65,12 @@ def _linear(stem: str, tensors: Tensors, wanted_group: int | None) -> QuantizedL
     require_part(tensors, parts["scales"], (count, num_rows), FLOAT_DTYPES)
     require_part(tensors, parts["qzeros"], (count, num_rows // 8), (torch.int32,))
     group = num_groups(parts["scales"], count, num_columns, wanted_group)
-    held = group_for("int4_group", group)
+    held = int4_group_for(tensors[parts["scales"]], group, num_columns)
 
     def pack(read: Read) -> Roles:
         codes_NK = _unpacked(read(parts["qweight"]))
-        scale_NJ = spread(read(parts["scales"]).T, num_columns, held)
-        zero_NJ = spread(_unpacked(read(parts["qzeros"])), num_columns, held)
+        scale_NJ = spread(read(parts["scales"]).T, num_columns, group, held)
+        zero_NJ = spread(_unpacked(read(parts["qzeros"])), num_columns, group, held)
         return int4_roles(codes_NK[:, 0::2] | (codes_NK[:, 1::2] << 4), scale_NJ, zero_NJ)
 
     def dequantize(read: Read) -> torch.Tensor:
@@ -79,7 +79,10 @@ def _linear(stem: str, tensors: Tensors, wanted_group: int | None) -> QuantizedL
         groups_K = torch.arange(num_columns) // group
         return dequantized(_unpacked(read(parts["qweight"])), scale_NJ, zero_NJ, groups_K)
 
-    shape, name = (num_rows, num_columns), f"AWQ 4-bit, {groups_text(group, num_columns)}"
+    shape, name = (
+        (num_rows, num_columns),
+        f"AWQ 4-bit, {groups_text(tensors[parts['scales']], group, num_columns)}",
+    )
     if not held:
         return QuantizedLinear(shape, name, parts, dequantize=dequantize)
     return QuantizedLinear(shape, name, parts, "int4_group", held, pack)

@@ -4,7 +4,8 @@
     int-quantized     weight int8 [N, K],     weight_scale likewise
     pack-quantized    weight_packed int32 [N, K * bits/32], lowest bits first, q + 2^(bits-1);
                       weight_scale [N, J]; weight_shape [2];
-                      weight_zero_point int32 [N * bits/32, J] where it is asymmetric;
+                      weight_zero_point int32 [N * bits/32, J] where it is asymmetric; older
+                      releases wrote int8 [N, J], q's middle taken, and none where all are 0;
                       weight_g_idx int32 [K] where act-order chose the groups
     value = (q - zero_point) * weight_scale
 
@@ -30,6 +31,7 @@ from compiler_service.checkpoints.quantized_linear import (
     group_for,
     group_size_of,
     groups_text,
+    int4_group_for,
     int4_roles,
     nibbles_of,
     num_groups,
@@ -44,7 +46,7 @@ _FORMATS = (
 )  # fmt: skip
 LEFT_OUT = (
     ".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point",
-    ".q_scale", ".k_scale", ".v_scale",
+    ".q_scale", ".k_scale", ".v_scale", ".q_zero_point", ".k_zero_point", ".v_zero_point",
 )  # fmt: skip
 
 
@@ -69,11 +71,15 @@ def find_linears(
         found = f"compressed-tensors sparsity {pattern}"
         raise UnsupportedModel(architecture=found, known="dense")
     said = _said_by_bits(settings)
+    drops_zeros = any(
+        name.endswith(".weight_zero_point") and stored.dtype == torch.int8
+        for name, stored in tensors.items()
+    )
     linears = {}
     for name in tensors:
         stem, _, role = name.rpartition(".")
         if role == "weight_packed":
-            linears[f"{stem}.weight"] = _Packed(stem, tensors, read, said).found(read)
+            linears[f"{stem}.weight"] = _Packed(stem, tensors, read, said, drops_zeros).found(read)
         elif role == "weight_scale" and f"{stem}.weight_packed" not in tensors:
             linears[f"{stem}.weight"] = _whole_bytes(stem, tensors)
     return linears
@@ -94,7 +100,9 @@ def _said_by_bits(settings: Mapping[str, Any]) -> dict[int, _Said]:
     if not isinstance(groups, dict) or not groups:
         raise InvalidModel(problem="quantization_config has no config_groups")
     for group in groups.values():
-        weights = group.get("weights") if isinstance(group, dict) else None
+        weights = group.get("weights") if isinstance(group, dict) else group
+        if weights is None:
+            continue  # quantizes activations alone
         bits = weights.get("num_bits") if isinstance(weights, dict) else None
         if not isinstance(weights, dict) or not isinstance(bits, int):
             raise InvalidModel(problem="quantization_config has a group without bits of weights")
@@ -102,6 +110,8 @@ def _said_by_bits(settings: Mapping[str, Any]) -> dict[int, _Said]:
             str(weights.get("strategy"))
         )
         said.setdefault(bits, set()).add(_Said(not weights.get("symmetric", True), size))
+    if not said:
+        raise InvalidModel(problem="quantization_config has no group that quantizes weights")
     return {bits: answers.pop() for bits, answers in said.items() if len(answers) == 1}
 
 
@@ -116,8 +126,8 @@ def _whole_bytes(stem: str, tensors: Tensors) -> QuantizedLinear:
         problem = f"{parts['weight']} has a weight_scale and dtype {stored.dtype_name}"
         raise InvalidModel(problem=f"{problem}; F8_E4M3 or I8 belong to one")
     if f"{stem}.weight_zero_point" in tensors:
-        problem = f"{stem}.weight_zero_point: zero points of whole bytes are not supported"
-        raise InvalidModel(problem=problem)
+        found = f"compressed-tensors whole bytes with zero points, {stem}.weight,"
+        raise UnsupportedModel(architecture=found, known="symmetric")
     num_rows, num_columns = stored.shape
     scale = tensors[parts["weight_scale"]]
     per_tensor, per_channel = ((), (1,), (1, 1)), ((num_rows,), (num_rows, 1))
@@ -142,7 +152,12 @@ class _Packed:
     """A pack-quantized matrix: checked when made, then given in the form that holds it."""
 
     def __init__(
-        self, stem: str, tensors: Tensors, read: Read, said_by_bits: Mapping[int, _Said]
+        self,
+        stem: str,
+        tensors: Tensors,
+        read: Read,
+        said_by_bits: Mapping[int, _Said],
+        drops_zeros: bool,
     ) -> None:
         roles = ("weight_packed", "weight_scale", "weight_shape")
         self.parts = {role: f"{stem}.{role}" for role in roles}
@@ -150,7 +165,11 @@ class _Packed:
         num_rows, num_columns = read(self.parts["weight_shape"]).tolist()
         packed = tensors[self.parts["weight_packed"]]
         words = packed.shape[-1] if len(packed.shape) == 2 else 0
-        if num_columns < 1 or packed.shape[:1] != (num_rows,) or words * 32 % num_columns:
+        if (
+            min(num_columns, words) < 1
+            or packed.shape[:1] != (num_rows,)
+            or words * 32 % num_columns
+        ):
             problem = f"{self.parts['weight_packed']} has shape {list(packed.shape)}, which no"
             raise InvalidModel(problem=f"{problem} [{num_rows}, {num_columns}] packs into")
         self.bits, self.shape = words * 32 // num_columns, (num_rows, num_columns)
@@ -159,29 +178,33 @@ class _Packed:
             raise UnsupportedModel(architecture=found, known="4, 8")
         require_part(tensors, self.parts["weight_packed"], packed.shape, (torch.int32,))
         scale = tensors.get(self.parts["weight_scale"])
-        count = scale.shape[-1] if scale is not None and scale.shape else 0
-        require_part(tensors, self.parts["weight_scale"], (num_rows, count), FLOAT_DTYPES)
+        self.count = scale.shape[-1] if scale is not None and scale.shape else 0
+        require_part(tensors, self.parts["weight_scale"], (num_rows, self.count), FLOAT_DTYPES)
+        self.scales = tensors[self.parts["weight_scale"]]
         said = said_by_bits.get(self.bits, _Said())
-        self.group = num_groups(self.parts["weight_scale"], count, num_columns, said.group_size)
-        self.has_zeros = f"{stem}.weight_zero_point" in tensors
-        if self.has_zeros or said.is_asymmetric:
+        name = self.parts["weight_scale"]
+        self.group = num_groups(name, self.count, num_columns, said.group_size)
+        zeros = tensors.get(f"{stem}.weight_zero_point")
+        self.has_zeros = zeros is not None
+        if self.has_zeros or (said.is_asymmetric and not drops_zeros):
             self.parts["weight_zero_point"] = f"{stem}.weight_zero_point"
-            shape = (-(-num_rows * self.bits // 32), count)
-            require_part(tensors, self.parts["weight_zero_point"], shape, (torch.int32,))
+            shape, dtype = (-(-num_rows * self.bits // 32), self.count), torch.int32
+            if zeros is not None and zeros.dtype == torch.int8:
+                shape, dtype = (num_rows, self.count), torch.int8
+            require_part(tensors, self.parts["weight_zero_point"], shape, (dtype,))
         if f"{stem}.weight_g_idx" in tensors:
             self.parts["weight_g_idx"] = f"{stem}.weight_g_idx"
             dtypes = (torch.int32, torch.int64)
             require_part(tensors, self.parts["weight_g_idx"], (num_columns,), dtypes)
-        self.name = f"compressed-tensors {self.bits}-bit, {groups_text(self.group, num_columns)}"
+        groups = groups_text(self.scales, self.group, num_columns)
+        self.name = f"compressed-tensors {self.bits}-bit, {groups}"
 
     def found(self, read: Read) -> QuantizedLinear:
         """In a layout, or dequantized and said why."""
         name = f"{self.name} with zero points" if self.has_zeros else self.name
-        layout = {(4, False): "int4_group", (4, True): "int4_group", (8, False): "int8_group"}.get(
-            (self.bits, self.has_zeros), ""
-        )
-        is_reordered = self._is_reordered(read)
-        held = 0 if is_reordered or not layout else group_for(layout, self.group)
+        layout = "int4_group" if self.bits == 4 else "int8_group"
+        is_reordered = not torch.equal(self._groups(read), self._groups_in_order())
+        held = 0 if is_reordered else self._held(layout)
         if held:
             return QuantizedLinear(
                 self.shape, name, self.parts, layout, held, lambda read: self._pack(read, held)
@@ -189,41 +212,53 @@ class _Packed:
         name = f"{name} with act-order" if is_reordered else name
         return QuantizedLinear(self.shape, name, self.parts, dequantize=self._dequantize)
 
-    def _is_reordered(self, read: Read) -> bool:
+    def _held(self, layout: str) -> int:
+        """The layout's group size; 0 where it does not hold the matrix."""
+        if not self.has_zeros:
+            return group_for(layout, self.group, self.shape[1])
+        return int4_group_for(self.scales, self.group, self.shape[1]) if self.bits == 4 else 0
+
+    def _groups_in_order(self) -> torch.Tensor:
+        return torch.arange(self.shape[1]) // self.group
+
+    def _groups(self, read: Read) -> torch.Tensor:
+        """Each column's group; int64 [K].
+
+        Raises:
+            InvalidModel: there are no such groups.
+        """
         if "weight_g_idx" not in self.parts:
-            return False
+            return self._groups_in_order()
         groups_K = read(self.parts["weight_g_idx"]).long()
-        count = self.shape[1] // self.group
         if bool((groups_K == -1).all()):  # reserved and never used
-            del self.parts["weight_g_idx"]
-            return False
-        if int(groups_K.min()) < 0 or int(groups_K.max()) >= count:
-            problem = f"{self.parts['weight_g_idx']} names groups other than 0 to {count - 1}"
+            return self._groups_in_order()
+        if int(groups_K.min()) < 0 or int(groups_K.max()) >= self.count:
+            problem = f"{self.parts['weight_g_idx']} names groups other than 0 to {self.count - 1}"
             raise InvalidModel(problem=problem)
-        return not torch.equal(groups_K, torch.arange(self.shape[1]) // self.group)
+        return groups_K
 
     def _pack(self, read: Read, held: int) -> Roles:
         codes = bytes_of(read(self.parts["weight_packed"]))
-        scale_NJ = spread(read(self.parts["weight_scale"]), self.shape[1], held)
+        scale_NJ = spread(read(self.parts["weight_scale"]), self.shape[1], self.group, held)
         if self.bits == 8:
             return {"weight": (codes ^ 128).view(torch.int8), "scale": scale_NJ}
-        zero_NJ = spread(self._zeros(read), self.shape[1], held)
+        zero_NJ = spread(self._zeros(read), self.shape[1], self.group, held)
         return int4_roles(codes, scale_NJ, zero_NJ)
 
     def _dequantize(self, read: Read) -> torch.Tensor:
         codes_NK = self._unpacked(read(self.parts["weight_packed"]))
-        groups_K = torch.arange(self.shape[1]) // self.group
-        if "weight_g_idx" in self.parts:
-            groups_K = read(self.parts["weight_g_idx"]).long()
         scale_NJ = read(self.parts["weight_scale"]).float()
-        return dequantized(codes_NK, scale_NJ, self._zeros(read), groups_K)
+        return dequantized(codes_NK, scale_NJ, self._zeros(read), self._groups(read))
 
     def _zeros(self, read: Read) -> torch.Tensor:
         """Zero points as codes have them, that is with 2^(bits-1) added; fp32 [N, J]."""
-        num_rows, count = self.shape[0], self.shape[1] // self.group
+        num_rows, middle = self.shape[0], float(1 << (self.bits - 1))
         if not self.has_zeros:
-            return torch.full((num_rows, count), float(1 << (self.bits - 1)))
-        return self._unpacked(read(self.parts["weight_zero_point"]).T).T[:num_rows].float()
+            return torch.full((num_rows, self.count), middle)
+        stored = read(self.parts["weight_zero_point"])
+        if stored.dtype == torch.int8:
+            return stored.float() + middle
+        return self._unpacked(stored.T).T[:num_rows].float()
 
     def _unpacked(self, words: torch.Tensor) -> torch.Tensor:
         return nibbles_of(words) if self.bits == 4 else bytes_of(words)

@@ -96,10 +96,10 @@ class GgufFile:
         # A few rows at a time: what packing needs beside its result stays small.
         some_rows = max(_CHUNK_VALUES // place.shape[1], 1)
         packed = [BLOCK_FORMS[place.kind].pack(rows) for rows in torch.split(blocks, some_rows)]
-        return {
-            role: self._in_order(name, torch.cat([piece[role] for piece in packed]))
-            for role in packed[0]
-        }
+        joined = packed[0] if len(packed) == 1 else {
+            role: torch.cat([piece[role] for piece in packed]) for role in packed[0]
+        }  # fmt: skip
+        return {role: self._in_order(name, tensor) for role, tensor in joined.items()}
 
     def _in_order(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Rows of q and k in half-rotation order."""

@@ -48,24 +48,31 @@ class QuantizedLinear:
     def read(self, read: Read) -> torch.Tensor:
         """The values, fp32 [N, K]."""
         if self.pack is not None:
-            return LAYOUTS[self.layout].unpack(self.pack(read))
+            return _unpacked_by_rows(self.layout, self.pack(read), self.shape)
         assert self.dequantize is not None, f"{self.format} cannot be read"
         return self.dequantize(read)
 
 
-def group_for(layout: str, group_size: int) -> int:
+def group_for(layout: str, group_size: int, num_columns: int) -> int:
     """Values per scale in `layout` that hold groups of `group_size`, whose scales may be repeated.
 
-    0 where the layout has no such groups.
+    0 where the layout has no such groups. The last group may be shorter than the others.
     """
     known = {"int4_group": INT4_GROUPS, "int8_group": INT8_GROUPS}[layout]
-    return max((size for size in known if group_size % size == 0), default=0)
+    fitting = (size for size in known if group_size % size == 0 and num_columns % size == 0)
+    return max(fitting, default=0)
 
 
-def spread(scale_NJ: torch.Tensor, num_columns: int, group_size: int) -> torch.Tensor:
-    """Scales of larger groups, repeated for each group of `group_size` columns in them; fp32."""
-    repeats = num_columns // scale_NJ.shape[1] // group_size
-    return scale_NJ.float().repeat_interleave(repeats, 1)
+def int4_group_for(scales: StoredTensor, group_size: int, num_columns: int) -> int:
+    """`group_for` int4 with zero points: 0 also for fp32 scales, with which zeros are not exact."""
+    if scales.dtype == torch.float32:
+        return 0
+    return group_for("int4_group", group_size, num_columns)
+
+
+def spread(scale_NJ: torch.Tensor, num_columns: int, group_size: int, held: int) -> torch.Tensor:
+    """Scales of groups of `group_size`, repeated for each `held` columns in them; fp32."""
+    return scale_NJ.float()[:, torch.arange(0, num_columns, held) // group_size]
 
 
 def nibbles_of(packed: torch.Tensor) -> torch.Tensor:
@@ -82,7 +89,7 @@ def bytes_of(packed: torch.Tensor) -> torch.Tensor:
 def int4_roles(packed_NK: torch.Tensor, scale_NJ: torch.Tensor, zero_NJ: torch.Tensor) -> Roles:
     """`int4_group` of nibbles with zero points: (nibble - z) * s = (nibble - 8) * s + (8 - z) * s.
 
-    Exact: a scale has at most 11 significant bits and 8 - z at most 4.
+    Exact for fp16 and bf16 scales: one has at most 11 significant bits, and 8 - z at most 4.
 
     Args:
         packed_NK: uint8 [N, K/2], low nibble first.
@@ -108,6 +115,17 @@ def dequantized(
     return values_NK
 
 
+def _unpacked_by_rows(layout: str, roles: Roles, shape: tuple[int, int]) -> torch.Tensor:
+    """fp32 [N, K] of a layout's tensors, a few rows at a time: scratch stays small beside it."""
+    values_NK = torch.empty(shape)
+    num_rows = max(_CHUNK_VALUES // shape[1], 1)
+    for start in range(0, shape[0], num_rows):
+        rows = slice(start, start + num_rows)
+        chunk = {role: tensor[rows] for role, tensor in roles.items()}
+        values_NK[rows] = LAYOUTS[layout].unpack(chunk)
+    return values_NK
+
+
 def require_part(
     tensors: Tensors, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> None:
@@ -130,25 +148,32 @@ def require_part(
 def num_groups(name: str, count: int, num_columns: int, wanted: int | None) -> int:
     """Columns per group where there are `count` scales along `num_columns`.
 
+    The last group is shorter where the configured size does not divide the columns.
+
     Args:
         name: of the scales.
         wanted: what the configuration says, in columns; -1 = all of them, None = nothing.
     Raises:
-        InvalidModel: they do not divide, or not as the configuration says.
+        InvalidModel: there are none, or they do not divide, or not as the configuration says.
     """
-    if count < 1 or num_columns % count:
+    expected = num_columns if wanted is None or wanted == -1 else min(wanted, num_columns)
+    if count > 0 and num_columns > 0 and count == -(-num_columns // expected):
+        return expected
+    if count < 1 or num_columns < 1 or num_columns % count:
         raise InvalidModel(problem=f"{name} has {count} groups for {num_columns} columns")
     size = num_columns // count
-    expected = num_columns if wanted == -1 else wanted
-    if expected is not None and size != expected:
+    if wanted is not None:
         problem = f"{name} has groups of {size} columns and the configuration says {expected}"
         raise InvalidModel(problem=problem)
     return size
 
 
-def groups_text(group_size: int, num_columns: int) -> str:
-    """For people: what shares a scale."""
-    return "per channel" if group_size == num_columns else f"groups of {group_size}"
+def groups_text(scales: StoredTensor, group_size: int, num_columns: int) -> str:
+    """For people: what shares a scale, and its dtype where that is fp32."""
+    last = num_columns % group_size
+    text = "per channel" if group_size == num_columns else f"groups of {group_size}"
+    text = f"{text}, the last of {last}" if last else text
+    return f"{text}, fp32 scales" if scales.dtype == torch.float32 else text
 
 
 def group_size_of(settings: Mapping[str, Any], *names: str) -> int | None:

@@ -173,13 +173,17 @@ def _int4_product(
 def _int8_group_product(codes_NK: torch.Tensor, scale_NJ: torch.Tensor) -> Product | None:
     """torch multiplies no int8 in groups, but an int8 is two nibbles:
 
-    code = 16 * high + low = 16 * (h - 8) + (l - 8) + 8  with h, l in 0 .. 15
+    code = 16 * high + low = (16 * (h - 8) + 8) + (l - 8)  with h, l in 0 .. 15
+
+    Each product is rounded to bf16 before they are added. The 8 goes with the high one: codes are about 0 on
+    average, and so is each term then. With the low one, the terms would be large for inputs whose mean is not 0,
+    and cancel.
     """
     codes = codes_NK.int()
     # Rounded once here: a multiple of it by a power of two is then the same number in bf16.
     scale = scale_NJ.bfloat16().float()
-    high = _int4_product((codes >> 4) + 8, 16 * scale, torch.zeros_like(scale))
-    low = _int4_product(codes & 15, scale, 8 * scale)
+    high = _int4_product((codes >> 4) + 8, 16 * scale, 8 * scale)
+    low = _int4_product(codes & 15, scale, torch.zeros_like(scale))
     if high is None or low is None:
         return None
     return lambda x: high(x).add_(low(x))

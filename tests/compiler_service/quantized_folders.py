@@ -45,10 +45,11 @@ def quantize(
     if act_order_seed is not None:
         g = np.random.default_rng(act_order_seed).permutation(g)
     q = np.zeros((num_rows, num_columns), dtype=np.int64)
-    z = np.zeros((num_rows, num_columns // size), dtype=np.int64)
-    s = torch.zeros(num_rows, num_columns // size, dtype=scale_dtype)
+    num_groups = -(-num_columns // size)
+    z = np.zeros((num_rows, num_groups), dtype=np.int64)
+    s = torch.zeros(num_rows, num_groups, dtype=scale_dtype)
     top, middle = 2**bits - 1, 2 ** (bits - 1)
-    for j in range(num_columns // size):
+    for j in range(num_groups):
         part = weight[:, g == j].float()
         low, high = part.amin(1), part.amax(1)
         step = part.abs().amax(1) / (middle - 1) if symmetric else (high - low) / top
@@ -163,13 +164,13 @@ def awq(group_size: int = 32) -> tuple[dict[str, Any], Quantize]:
 
 def gptq(
     bits: int = 4, group_size: int = 32, *, symmetric: bool = True, is_v2: bool = False,
-    act_order_seed: int | None = None,
+    act_order_seed: int | None = None, scale_dtype: torch.dtype = torch.float16,
 ) -> tuple[dict[str, Any], Quantize]:  # fmt: skip
     """Settings and quantizer of a GPTQ checkpoint."""
 
     def one(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         codes = quantize(
-            weight, bits, group_size, symmetric=symmetric, scale_dtype=torch.float16,
+            weight, bits, group_size, symmetric=symmetric, scale_dtype=scale_dtype,
             act_order_seed=act_order_seed,
         )  # fmt: skip
         return gptq_tensors(codes, bits, is_v2=is_v2), codes.values
@@ -221,3 +222,23 @@ def compressed_bytes(
     kind = "float" if dtype == torch.float8_e4m3fn else "int"
     strategy = "tensor" if per_tensor else "channel"
     return compressed_settings(form, 8, type=kind, strategy=strategy), one
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Does `edit` to the folder's tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    """Sets fields of config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def edit_settings(folder: Path, **fields: Any) -> None:
+    """Sets fields of config.json's quantization_config."""
+    config = json.loads((folder / "config.json").read_text())
+    edit_config(folder, quantization_config={**config["quantization_config"], **fields})

@@ -24,8 +24,10 @@ def test_everything_that_makes_weights_counts_and_nothing_that_makes_machine_cod
     assert {
         "compiler_service.checkpoints.gguf_file",
         "compiler_service.checkpoints.gguf_tokenizer",
+        "compiler_service.checkpoints.quantized_folder",
         "compiler_service.checkpoints.random_model",
         "compiler_service.checkpoints.safetensors_folder",
+        "compiler_service.engine_graph",
         "compiler_service.models.decoder",
         "compiler_service.models.rope",
         "compiler_service.passes.join_linears",

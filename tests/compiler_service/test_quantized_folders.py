@@ -34,6 +34,9 @@ from tests.compiler_service.quantized_folders import (
     awq,
     compressed_bytes,
     compressed_packed,
+    edit_config,
+    edit_settings,
+    edit_tensors,
     gptq,
     write_quantized,
 )
@@ -194,11 +197,11 @@ def test_gptq_zero_points_of_zero_survive_the_older_format(tmp_path: Path) -> No
     values = write_quantized(tmp_path / "m", settings, with_zeros)
     zeros = load_file(tmp_path / "m" / "model.safetensors")[f"{UP}.qzeros"]
     assert bool(((zeros & 15) == 0).any())
-    _edit(
+    edit_tensors(
         tmp_path / "m",
         lambda t: [t[name].sub_(0x11111111) for name in t if name.endswith("qzeros")],
     )
-    _edit_settings(tmp_path / "m", checkpoint_format="gptq")
+    edit_settings(tmp_path / "m", checkpoint_format="gptq")
     checkpoint = open_checkpoint(str(tmp_path / "m"))
     for name, expected in values.items():
         assert torch.equal(checkpoint.read(name), expected), name
@@ -251,7 +254,7 @@ def test_parts_that_share_no_layout_are_dequantized_together(tmp_path: Path) -> 
     settings, one = awq()
     write_quantized(tmp_path / "m", settings, one)
     # v alone is stored as floats, as some recipes leave it.
-    _edit(tmp_path / "m", lambda t: _to_floats(t, "model.layers.0.self_attn.v_proj", one))
+    edit_tensors(tmp_path / "m", lambda t: _to_floats(t, "model.layers.0.self_attn.v_proj", one))
     _, _, graph = _build(tmp_path / "m", tmp_path)
     assert graph.weights["layers.0.qkv"].layout == "plain"
     assert graph.weights["layers.1.qkv"].layout == "int4_group"
@@ -302,6 +305,14 @@ def test_as_is_is_refused_where_an_arch_lacks_the_layout(tmp_path: Path) -> None
         resolve(str(tmp_path / "m"), ["sm_90"], QUANT, "", tmp_path)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
+def test_fp8_checkpoint_is_refused_where_a_gpu_has_no_fp8(arch: str, tmp_path: Path) -> None:
+    """While planning, with what to do; not when a kernel is compiled."""
+    _write("compressed FP8, channels", tmp_path / "m")
+    with pytest.raises(UnsupportedQuant, match=f"{arch} has no kernel for fp8_channel.*or int8"):
+        resolve(str(tmp_path / "m"), [arch], QUANT, "", tmp_path)
+
+
 def test_fp8_checkpoint_is_kept_for_a_gpu(tmp_path: Path) -> None:
     _write("compressed FP8, channels", tmp_path / "m")
     assert set(resolve(str(tmp_path / "m"), ["sm_90", "cpu"], QUANT, "", tmp_path).keys) == {
@@ -330,7 +341,7 @@ def test_old_folders_keep_their_settings_in_files_of_their_own(tmp_path: Path) -
 def test_key_changes_when_the_quantization_config_does(tmp_path: Path) -> None:
     _write("GPTQ", tmp_path / "m")
     before = resolve(str(tmp_path / "m"), ["cpu"], QUANT, "", tmp_path).keys["cpu"]
-    _edit_settings(tmp_path / "m", checkpoint_format="gptq_v2")
+    edit_settings(tmp_path / "m", checkpoint_format="gptq_v2")
     after = resolve(str(tmp_path / "m"), ["cpu"], QUANT, "", tmp_path).keys["cpu"]
     assert after.model_digest != before.model_digest
 
@@ -338,9 +349,9 @@ def test_key_changes_when_the_quantization_config_does(tmp_path: Path) -> None:
 def test_biases_of_zeros_that_tools_add_are_left_out(tmp_path: Path) -> None:
     _write("GPTQ", tmp_path / "m")
     bias = {f"{UP}.bias": torch.zeros(128, dtype=torch.float16)}
-    _edit(tmp_path / "m", lambda t: t.update(bias))
+    edit_tensors(tmp_path / "m", lambda t: t.update(bias))
     plan(open_checkpoint(str(tmp_path / "m")), _key(), "tiny")
-    _edit(tmp_path / "m", lambda t: t[f"{UP}.bias"].fill_(1.0))
+    edit_tensors(tmp_path / "m", lambda t: t[f"{UP}.bias"].fill_(1.0))
     with pytest.raises(InvalidModel, match=rf"tensor {UP}\.bias is left over"):
         plan(open_checkpoint(str(tmp_path / "m")), _key(), "tiny")
 
@@ -356,117 +367,117 @@ def test_biases_of_the_model_are_kept(tmp_path: Path) -> None:
 Break = Callable[[Path], object]
 BROKEN: dict[str, tuple[str, Break, type[MillraceError], str]] = {
     "method": (
-        "AWQ", lambda f: _edit_settings(f, quant_method="bitsandbytes"), UnsupportedModel,
+        "AWQ", lambda f: edit_settings(f, quant_method="bitsandbytes"), UnsupportedModel,
         "quantized by bitsandbytes",
     ),
     "AWQ packing": (
-        "AWQ", lambda f: _edit_settings(f, version="gemv"), UnsupportedModel, "AWQ version gemv",
+        "AWQ", lambda f: edit_settings(f, version="gemv"), UnsupportedModel, "AWQ version gemv",
     ),
-    "AWQ bits": ("AWQ", lambda f: _edit_settings(f, bits=3), UnsupportedModel, "AWQ with 3 bits"),
-    "GPTQ bits": ("GPTQ", lambda f: _edit_settings(f, bits=3), UnsupportedModel, "with 3 bits"),
+    "AWQ bits": ("AWQ", lambda f: edit_settings(f, bits=3), UnsupportedModel, "AWQ with 3 bits"),
+    "GPTQ bits": ("GPTQ", lambda f: edit_settings(f, bits=3), UnsupportedModel, "with 3 bits"),
     "GPTQ packing": (
-        "GPTQ", lambda f: _edit_settings(f, checkpoint_format="marlin"), UnsupportedModel, "marlin",
+        "GPTQ", lambda f: edit_settings(f, checkpoint_format="marlin"), UnsupportedModel, "marlin",
     ),
     "GPTQ group size": (
-        "GPTQ", lambda f: _edit_settings(f, group_size=64), InvalidModel,
+        "GPTQ", lambda f: edit_settings(f, group_size=64), InvalidModel,
         "scales has groups of 32 columns and the configuration says 64",
     ),
     "GPTQ that is not symmetric": (
-        "GPTQ 8-bit", lambda f: _edit(f, lambda t: t[f"{UP}.qzeros"].add_(1)), InvalidModel,
+        "GPTQ 8-bit", lambda f: edit_tensors(f, lambda t: t[f"{UP}.qzeros"].add_(1)), InvalidModel,
         f"{UP}.qzeros is not symmetric",
     ),
     "GPTQ groups beyond the last": (
-        "GPTQ", lambda f: _edit(f, lambda t: t[f"{UP}.g_idx"].fill_(9)), InvalidModel,
+        "GPTQ", lambda f: edit_tensors(f, lambda t: t[f"{UP}.g_idx"].fill_(9)), InvalidModel,
         f"{UP}.g_idx names groups other than 0 to 1",
     ),
     "scales missing": (
-        "GPTQ", lambda f: _edit(f, lambda t: t.pop(f"{UP}.scales")), InvalidModel,
+        "GPTQ", lambda f: edit_tensors(f, lambda t: t.pop(f"{UP}.scales")), InvalidModel,
         f"{UP}.scales is missing",
     ),
     "zero points missing": (
-        "AWQ", lambda f: _edit(f, lambda t: t.pop(f"{UP}.qzeros")), InvalidModel,
+        "AWQ", lambda f: edit_tensors(f, lambda t: t.pop(f"{UP}.qzeros")), InvalidModel,
         f"{UP}.qzeros is missing",
     ),
     "scales of another shape": (
-        "AWQ", lambda f: _edit(f, lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"][:, :8]})),
+        "AWQ", lambda f: edit_tensors(f, lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"][:, :8]})),
         InvalidModel, f"{UP}.scales has shape [2, 8], its weight implies [2, 128]",
     ),
     "scales of integers": (
-        "AWQ", lambda f: _edit(f, lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"].int()})),
+        "AWQ", lambda f: edit_tensors(f, lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"].int()})),
         InvalidModel, f"{UP}.scales has dtype I32",
     ),
     "scale that is not finite": (
-        "AWQ", lambda f: _edit(f, lambda t: t[f"{UP}.scales"].fill_(float("nan"))), InvalidModel,
+        "AWQ", lambda f: edit_tensors(f, lambda t: t[f"{UP}.scales"].fill_(float("nan"))), InvalidModel,
         f"{UP}.weight holds NaN",
     ),
     "quantized twice": (
-        "AWQ", lambda f: _edit(f, lambda t: t.update({f"{UP}.weight": torch.ones(128, 64)})),
+        "AWQ", lambda f: edit_tensors(f, lambda t: t.update({f"{UP}.weight": torch.ones(128, 64)})),
         InvalidModel, f"{UP}.weight is there both quantized and as floats",
     ),
     "nothing quantized": (
-        "AWQ", lambda f: _edit(f, lambda t: [_to_floats(t, s, awq()[1]) for s in _stems(t)]),
+        "AWQ", lambda f: edit_tensors(f, lambda t: [_to_floats(t, s, awq()[1]) for s in _stems(t)]),
         InvalidModel, "awq quantized it and no tensor is",
     ),
     "config of another size": (
-        "AWQ", lambda f: _edit_config(f, intermediate_size=192), InvalidModel,
+        "AWQ", lambda f: edit_config(f, intermediate_size=192), InvalidModel,
         "has shape [128, 64] and config.json implies [192, 64]",
     ),
     "settings no object": (
-        "AWQ", lambda f: _edit_config(f, quantization_config="awq"), InvalidModel, "is no object",
+        "AWQ", lambda f: edit_config(f, quantization_config="awq"), InvalidModel, "is no object",
     ),
     "compression": (
-        "compressed 4-bit", lambda f: _edit_settings(f, format="nvfp4-pack-quantized"),
+        "compressed 4-bit", lambda f: edit_settings(f, format="nvfp4-pack-quantized"),
         UnsupportedModel, "format nvfp4-pack-quantized",
     ),
     "sparsity": (
         "compressed 4-bit",
-        lambda f: _edit_settings(f, sparsity_config={"format": "sparse-24-bitmask"}),
+        lambda f: edit_settings(f, sparsity_config={"format": "sparse-24-bitmask"}),
         UnsupportedModel, "sparsity sparse-24-bitmask",
     ),
     "no groups of layers": (
-        "compressed 4-bit", lambda f: _edit_settings(f, config_groups={}), InvalidModel,
+        "compressed 4-bit", lambda f: edit_settings(f, config_groups={}), InvalidModel,
         "no config_groups",
     ),
     "asymmetric without zero points": (
         "compressed 4-bit with zero points",
-        lambda f: _edit(f, lambda t: t.pop(f"{UP}.weight_zero_point")), InvalidModel,
+        lambda f: edit_tensors(f, lambda t: t.pop(f"{UP}.weight_zero_point")), InvalidModel,
         f"{UP}.weight_zero_point is missing",
     ),
     "compressed group size": (
         "compressed 4-bit",
-        lambda f: _edit_settings(f, **compressed_packed(group_size=64)[0]), InvalidModel,
+        lambda f: edit_settings(f, **compressed_packed(group_size=64)[0]), InvalidModel,
         "weight_scale has groups of 32 columns and the configuration says 64",
     ),
     "packed shape": (
-        "compressed 4-bit", lambda f: _edit(f, lambda t: t[f"{UP}.weight_shape"].fill_(96)),
+        "compressed 4-bit", lambda f: edit_tensors(f, lambda t: t[f"{UP}.weight_shape"].fill_(96)),
         InvalidModel, f"{UP}.weight_packed has shape [128, 8]",
     ),
     "packed bits": (
         "compressed 4-bit",
-        lambda f: _edit(f, lambda t: t.update({f"{UP}.weight_shape": torch.tensor([128, 128])})),
+        lambda f: edit_tensors(f, lambda t: t.update({f"{UP}.weight_shape": torch.tensor([128, 128])})),
         UnsupportedModel, f"packed in 2 bits, {UP}.weight",
     ),
     "FP8 without a scale": (
-        "compressed FP8, channels", lambda f: _edit(f, lambda t: t.pop(f"{UP}.weight_scale")),
+        "compressed FP8, channels", lambda f: edit_tensors(f, lambda t: t.pop(f"{UP}.weight_scale")),
         InvalidModel, f"{UP}.weight has dtype F8_E4M3",
     ),
     "FP8 with a scale per block": (
         "compressed FP8, channels",
-        lambda f: _edit(f, lambda t: t.update({f"{UP}.weight_scale": torch.ones(2, 2)})),
+        lambda f: edit_tensors(f, lambda t: t.update({f"{UP}.weight_scale": torch.ones(2, 2)})),
         UnsupportedModel, f"[2, 2] scale, {UP}.weight",
     ),
     "FP8 that is NaN": (
-        "compressed FP8, channels", lambda f: _edit(f, lambda t: t.update(
+        "compressed FP8, channels", lambda f: edit_tensors(f, lambda t: t.update(
             {f"{UP}.weight": torch.full((128, 64), 127, dtype=torch.uint8).view(FP8)})),
         InvalidModel, f"{UP}.weight holds NaN",
     ),
     "scale of a float weight": (
         "compressed FP8, channels",
-        lambda f: _edit(f, lambda t: t.update({f"{UP}.weight": torch.ones(128, 64)})),
+        lambda f: edit_tensors(f, lambda t: t.update({f"{UP}.weight": torch.ones(128, 64)})),
         InvalidModel, f"{UP}.weight has a weight_scale and dtype F32",
     ),
     "scale of nothing": (
-        "compressed FP8, channels", lambda f: _edit(f, lambda t: t.pop(f"{UP}.weight")),
+        "compressed FP8, channels", lambda f: edit_tensors(f, lambda t: t.pop(f"{UP}.weight")),
         InvalidModel, f"{UP}.weight_scale has no matrix",
     ),
 }  # fmt: skip
@@ -491,23 +502,6 @@ def _told(graph: Graph, fate: str) -> int:
 
 def _key() -> EngineKey:
     return EngineKey("0" * 64, "cpu", QUANT, "1-test")
-
-
-def _edit(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors")
-
-
-def _edit_config(folder: Path, **fields: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def _edit_settings(folder: Path, **fields: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    _edit_config(folder, quantization_config={**config["quantization_config"], **fields})
 
 
 def _stems(tensors: dict[str, torch.Tensor]) -> list[str]:

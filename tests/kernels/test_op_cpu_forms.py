@@ -198,6 +198,18 @@ def test_linear_of_int8_activations_equals_its_reference(
     torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit * columns**0.5)
 
 
+def test_int8_groups_lose_nothing_when_inputs_have_a_mean() -> None:
+    """An int8 is multiplied as two nibbles, each product rounded to bf16: neither may be large where they cancel."""
+    torch.manual_seed(0)
+    target = TARGETS["bf16"]
+    weights = {"weight": packed(torch.randn(64, 1024) / 32, "int8_group", "bfloat16", 32)}
+    batch = ragged_batch([(0, 1)], target.kv_dtype, scattered=False)
+    x = (5 + torch.randn(1, 1024)).bfloat16()
+    (expected,), (found,) = run_both(Node("linear", (), ("y",)), [x], weights, target, batch)
+    error = (found.double() - expected).norm() / expected.norm()
+    assert float(error) <= 0.004  # 0.0097 where they cancel
+
+
 def test_linear_keeps_weights_that_fp16_cannot_hold() -> None:
     target = TARGETS["fp32, bf16 cache, FBGEMM"]
     weight = torch.tensor([[1e5, 1.0], [-3e7, 2.0]])
