@@ -21,11 +21,12 @@ from pathlib import Path
 
 import structlog
 
-from compiler_service.build_plan import BuildPlan, plan
+from compiler_service.build_plan import BuildPlan
 from compiler_service.checkpoints.checkpoint import Checkpoint
 from compiler_service.checkpoints.digest import FileHashes, model_digest, verify_unchanged
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.fingerprints import weights_part
+from compiler_service.planning import plan
 from compiler_service.quantization import scheme_named
 from compiler_service.quantization.as_is import AS_IS, notes_of
 from compiler_service.quantized_weights import QuantizedWeights, quantize_weights

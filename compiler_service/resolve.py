@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compiler_service.build_plan import plan
 from compiler_service.calibration.text import calibration_digest
 from compiler_service.checkpoints.checkpoint import Checkpoint
 from compiler_service.checkpoints.digest import FileHashes, known_model_digest, model_digest
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.fingerprints import builder_for
+from compiler_service.planning import plan
 from compiler_service.quantization import scheme_named
 from compiler_service.quantization.as_is import own_scheme
 from shared.arch import arch_named

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compiler_service import builder
-from compiler_service.build_plan import plan
 from compiler_service.builder import (
     STAGES,
     BuildCancelled,
@@ -21,6 +20,7 @@ from compiler_service.builder import (
     build,
 )
 from compiler_service.checkpoints.sources import open_checkpoint
+from compiler_service.planning import plan
 from compiler_service.resolve import UNSET_QUANT, resolve, resolve_cached
 from compiler_service.weight_table import pack_weight, read_parts
 from kernels.linear.layouts import LAYOUTS

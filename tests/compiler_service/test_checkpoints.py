@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compiler_service.build_plan import plan
 from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer
 from compiler_service.checkpoints.checkpoint import FILE_NAMES
 from compiler_service.checkpoints.digest import (
@@ -22,6 +21,7 @@ from compiler_service.checkpoints.digest import (
 from compiler_service.checkpoints.sample import SAMPLES
 from compiler_service.checkpoints.sources import SOURCES, open_checkpoint
 from compiler_service.models import parameter_shapes
+from compiler_service.planning import plan
 from shared.engine import EngineKey, QuantConfig
 from shared.errors import (
     InvalidField,

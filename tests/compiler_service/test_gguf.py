@@ -12,13 +12,13 @@ import torch
 from gguf.quants import dequantize
 from tokenizers import Tokenizer
 
-from compiler_service.build_plan import plan
 from compiler_service.checkpoints.gguf_file import GgufFile
 from compiler_service.checkpoints.gguf_header import read_gguf_header
 from compiler_service.checkpoints.gguf_tokenizer import PRE_TOKENIZERS
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.models import parameter_shapes
 from compiler_service.models.rope import rope_of
+from compiler_service.planning import plan
 from shared.engine import EngineKey, QuantConfig
 from shared.errors import InvalidModel, MillraceError, UnsupportedModel
 from tests.checkpoints import LLAMA3_ROPE, write_checkpoint

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from compiler_service.build_plan import plan
 from compiler_service.checkpoints.sources import open_checkpoint
+from compiler_service.planning import plan
 from shared.engine import EngineKey, QuantConfig
 from shared.errors import MillraceError
 from tests.checkpoints import ARCHITECTURES, LLAMA3_ROPE, tiny_config, write_checkpoint

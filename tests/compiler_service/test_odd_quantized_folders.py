@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compiler_service.build_plan import BuildPlan, plan
+from compiler_service.build_plan import BuildPlan
 from compiler_service.checkpoints.quantized_linear import QuantizedLinear
 from compiler_service.checkpoints.sources import open_checkpoint
+from compiler_service.planning import plan
 from compiler_service.quantization.as_is import AS_IS, notes_of
 from compiler_service.weight_table import import_weight
 from kernels.linear.layouts import LAYOUTS

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from compiler_service.build_plan import plan
 from compiler_service.builder import BuildRequest, build
 from compiler_service.checkpoints.digest import FileHashes, model_digest
 from compiler_service.checkpoints.quantized_linear import int4_roles
 from compiler_service.checkpoints.sources import open_checkpoint
+from compiler_service.planning import plan
 from compiler_service.quantization.as_is import AS_IS, notes_of
 from compiler_service.resolve import UNSET_QUANT, resolve
 from kernels.cpu_form import CpuTarget

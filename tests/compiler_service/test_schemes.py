@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compiler_service.build_plan import plan
 from compiler_service.checkpoints.sources import open_checkpoint
+from compiler_service.planning import plan
 from compiler_service.quantization import SCHEMES
 from compiler_service.quantization.int4_awq import prepare_pack as prepare_awq
 from compiler_service.quantization.int4_gptq import prepare_pack as prepare_gptq
