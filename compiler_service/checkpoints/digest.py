@@ -4,10 +4,9 @@ Never a path: a moved folder keeps its digest, one changed byte does not. File h
 (inode, size, mtime_ns), so an unchanged model of any size is named in milliseconds.
 """
 
+import fcntl
 import hashlib
 import json
-import os
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,7 +21,6 @@ class FileHashes:
 
     def __init__(self, cache_dir: Path) -> None:
         self._path = cache_dir / "file_hashes.json"
-        self._lock = threading.Lock()
 
     def known(self, path: Path) -> str | None:
         """The hash of the file as it is now, if it was hashed in this state before."""
@@ -53,11 +51,13 @@ class FileHashes:
         return table if isinstance(table, dict) else {}
 
     def _remember(self, path: Path, state: str, digest: str) -> None:
-        with self._lock:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Requests are resolved side by side: none may lose what another has just added.
+        with self._path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             table = self._load()
             table[str(path.resolve())] = {state: digest}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = self._path.with_suffix(f".{os.getpid()}.tmp")
+            scratch = self._path.with_suffix(".tmp")
             scratch.write_text(json.dumps(table))
             scratch.replace(self._path)
 

@@ -1,9 +1,11 @@
 """Every way to name a model, and one clear line for everything that can be wrong with one."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -406,3 +408,14 @@ def test_change_is_found_although_size_and_time_stay(tmp_path: Path) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(ModelChanged, match=r"model\.safetensors changed"):
         verify_unchanged(inputs, hashes, digest)
+
+
+def test_hashes_that_are_remembered_side_by_side_are_all_kept(tmp_path: Path) -> None:
+    """Each request has a cache object of its own, and all of them one file."""
+    files = [tmp_path / f"{number}.bin" for number in range(24)]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes([number]) * 100)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda file: FileHashes(tmp_path / "cache").sha256(file), files))
+    known = [FileHashes(tmp_path / "cache").known(file) for file in files]
+    assert known == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
