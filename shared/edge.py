@@ -19,7 +19,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import status_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shared.auth import ANYBODY, RPC_SCOPES, ApiKeys, set_caller
+from shared.auth import ANYBODY, RPC_SCOPES, ApiKeys, set_caller, tenant_of
 from shared.errors import Draining, Internal, InvalidField, MillraceError, reason_of, to_status
 from shared.log import canonical_line
 
@@ -148,7 +148,10 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         """
         if self._api_keys is None:
             identity = b"\0".join(context.peer_identities() or ()).decode("latin-1")
-            set_caller(replace(ANYBODY, tenant=identity))
+            # Who is asked for no key may divide its own cache, and reaches nobody else's.
+            behalf = tenant_of(context.invocation_metadata() or ())
+            tenant = f"{identity}\0\0{behalf}" if behalf else identity
+            set_caller(replace(ANYBODY, tenant=tenant))
             return
         principal = self._api_keys.authenticate(context.invocation_metadata() or ())
         structlog.contextvars.bind_contextvars(tenant=principal.tenant, key=principal.key_id)

@@ -266,6 +266,13 @@ class PermissionDenied(MillraceError):
     template = "{rpc} needs the scope {scope!r} and this API key has: {scopes}."
 
 
+class GatewayRefused(MillraceError):
+    """The runtimes do not take the gateway's own API key."""
+
+    reason, code = "GATEWAY_REFUSED", _S.FAILED_PRECONDITION
+    template = "Runtimes refuse this gateway's API key; it needs the scopes generate and delegate."
+
+
 class QuotaExceeded(MillraceError):
     """The tenant used up one of its limits."""
 
@@ -313,8 +320,8 @@ ERRORS: dict[str, type[MillraceError]] = {
         InvalidField, PromptTooLong, ModelNotFound, EngineNotFound, BuildNotFound, BlobNotFound,
         ArchMismatch, FormatMismatch, DriverTooOld, QualityGate, NoEngine, BuildQueueFull,
         QueueFull, DiskFull, Draining, EngineLost, RedisUnreachable, CompilerUnreachable,
-        DeadlineExceeded, Unauthenticated, PermissionDenied, QuotaExceeded, EngineNotTrusted,
-        WorkerLost, ModelChanged, DigestMismatch, Internal,
+        DeadlineExceeded, Unauthenticated, PermissionDenied, GatewayRefused, QuotaExceeded,
+        EngineNotTrusted, WorkerLost, ModelChanged, DigestMismatch, Internal,
     )
 }  # fmt: skip
 

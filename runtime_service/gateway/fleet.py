@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from runtime_service.gateway.runtime_link import LinkOptions, RuntimeLink
+from shared.settings import SettingsError
 
 _log = structlog.get_logger()
 
@@ -25,6 +26,8 @@ class Fleet:
 
     Args:
         redis: None where only `fixed` ones are known.
+    Raises:
+        SettingsError: calling one of `fixed` would give the gateway's key away.
     """
 
     def __init__(self, redis: Redis | None, fixed: tuple[str, ...], options: LinkOptions) -> None:
@@ -32,6 +35,7 @@ class Fleet:
         self._redis = redis
         self._options = options
         self._links: dict[str, RuntimeLink] = {}
+        self._passed_over: set[str] = set()
         self._listeners: list[Callable[[], None]] = []
         for address in fixed:
             self._add(address, is_fixed=True)
@@ -77,8 +81,14 @@ class Fleet:
         return {address for address in found if address}
 
     async def _meet(self, addresses: set[str]) -> None:
+        self._passed_over &= addresses
         for address in addresses - self._links.keys():
-            self._add(address)
+            try:
+                self._add(address)
+            except (SettingsError, OSError) as error:  # TLS files are read, and may be away
+                if address not in self._passed_over:
+                    _log.error("runtime_passed_over", runtime=address, problem=str(error))
+                self._passed_over.add(address)
         gone = [
             link
             for link in self._links.values()

@@ -18,13 +18,14 @@ from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.routed_generation import RoutedGeneration
 from runtime_service.gateway.routing import choose, prefix_of
 from runtime_service.gateway.run import Run, num_prompt_tokens_of
-from runtime_service.gateway.runtime_link import RuntimeLink
+from runtime_service.gateway.runtime_link import KEY_REFUSALS, RuntimeLink
 from runtime_service.generation_call import GenerationCall, OnMember
 from shared.auth import ANYBODY, Principal
 from shared.errors import (
     DeadlineExceeded,
     Draining,
     EngineLost,
+    GatewayRefused,
     InvalidField,
     MillraceError,
     NoEngine,
@@ -109,8 +110,7 @@ class Gateway:
             if not start.sampling.HasField("seed"):
                 # Drawn here, so that it is the same wherever the generation comes to run.
                 start.sampling.seed = parsed.sampling.seed
-            num_new_tokens = (start.sampling.n or 1) * start.stop.max_new_tokens
-            generation.quota.reserve(num_prompt_tokens_of(start) + num_new_tokens)
+            generation.quota.reserve(self._most_tokens(start))
         except MillraceError as error:
             generation.fail(error)
             return
@@ -129,10 +129,12 @@ class Gateway:
             received = _received(resume, old)
             credit = validation.credit_of(resume, "resume.credit_tokens")
             timeout_s = validation.timeout_of(old.start)
+            # What it held of its tenant's quota is what it goes on with.
+            old.supersede()
+            generation.quota.reserve(max(self._most_tokens(old.start) - old.num_used(received), 0))
         except MillraceError as error:
             generation.fail(error)
             return
-        old.supersede()
         self._metrics.resumed.inc()
         if timeout_s is not None:
             generation.deadline = asyncio.get_running_loop().call_later(
@@ -206,6 +208,16 @@ class Gateway:
         """Takes note of how long a generation waited for its first token."""
         self._metrics.first_token_seconds.observe(seconds)
 
+    def _most_tokens(self, start: pb.StartGeneration) -> int:
+        """What a generation may use at most, where engines are as long as the longest here."""
+        num_prompt_tokens = num_prompt_tokens_of(start)
+        longest = max((link.status.limits.max_sequence_tokens for link in self._fleet), default=0)
+        num_new_tokens = start.stop.max_new_tokens
+        if longest:
+            room = max(longest - num_prompt_tokens, 0)
+            num_new_tokens = min(num_new_tokens or room, room)
+        return num_prompt_tokens + (start.sampling.n or 1) * num_new_tokens
+
     def _fleet_changed(self) -> None:
         """Who waits for a runtime looks again."""
         usable = [link.is_usable for link in self._fleet]
@@ -237,12 +249,15 @@ class Gateway:
             NoEngine: nobody serves what it wants, or is about to; or it has waited long enough.
             QueueFull: it is new, and every runtime has more than enough to do.
             EngineLost: it has run before, and has waited long enough to go on.
+            GatewayRefused: runtimes refuse the gateway's key, which waiting does not change.
         """
         generation, refusal, now_s = run.generation, run.refusal, time.monotonic()
         is_new = generation.started is None
         model = generation.start.model
         if is_new and isinstance(refusal, QueueFull):
             raise refusal
+        if is_new and isinstance(refusal, KEY_REFUSALS):
+            raise GatewayRefused()
         if is_new and not any(link.serves(model) for link in self._fleet):
             raise NoEngine(wanted=model or "any model")
         run.gives_up_s = run.gives_up_s or now_s + self._wait_s

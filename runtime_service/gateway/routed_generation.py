@@ -83,6 +83,8 @@ class RoutedGeneration:
         self._queued_s = 0.0
         self._num_prompt_logprobs = 0
         self._num_losses = 0
+        # Tokens that count in the quota of the generation in whose place it comes.
+        self._num_counted = 0
         self._credit_left: int | None = None
         self._is_cancelled = False
 
@@ -101,6 +103,7 @@ class RoutedGeneration:
         self.generation_id = old.generation_id
         self.started_s, self.first_token_s = old.started_s, old.first_token_s
         self.started = old.started
+        self._num_counted = old.num_used(received)
         if self.started is not None:
             self._tell(started=self.started)
         for sample, num_tokens in zip(old.samples, received, strict=True):
@@ -159,6 +162,10 @@ class RoutedGeneration:
         """Ends it without a word: its client goes on with it elsewhere."""
         self._unread.clear()
         self.abandon()
+
+    def num_used(self, num_tokens: Iterable[int]) -> int:
+        """What it had cost when its samples had that many tokens, in tokens: the prompt too."""
+        return sum(num_tokens) + (self.started.prompt_tokens if self.started is not None else 0)
 
     @property
     def is_suspect(self) -> bool:
@@ -351,8 +358,8 @@ class RoutedGeneration:
         runs, self._runs = self._runs, []
         for run in runs:
             run.forget()
-        num_prompt_tokens = self.started.prompt_tokens if self.started is not None else 0
-        self.quota.close(num_prompt_tokens + sum(len(s.token_ids) for s in self.samples))
+        num_used = self.num_used(len(sample.token_ids) for sample in self.samples)
+        self.quota.close(num_used - self._num_counted)
         self._placer.ended(self, reason)
         self._on_end(self)
 

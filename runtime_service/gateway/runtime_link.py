@@ -1,8 +1,9 @@
-"""The gateway's side of one runtime: what it says of itself, and a call a tenant that carries everything.
+"""The gateway's side of one runtime: what it says of itself, and a call for each tenant.
 
-Generations of any number of a tenant's clients share one Generate call. A runtime that is silent for too long
-counts as lost, and its call is broken off: what ran there ends there, and goes on elsewhere. Knows
-runs by name, and neither clients nor where runs go next.
+Generations of any number of a tenant's clients share one Generate call, whose end is no other
+tenant's. A runtime that is silent for too long counts as lost, and its calls are broken off: what
+ran there ends there, and goes on elsewhere. Knows runs by name, and neither clients nor where runs
+go next.
 """
 
 import asyncio
@@ -19,15 +20,21 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
 from runtime_service.gateway.routing import RUNNING_TOKENS, Candidate
+from shared.auth import TENANT_METADATA
 from shared.channels import PeerSecurity
 from shared.errors import (
     Draining,
     EngineLost,
     InvalidField,
     MillraceError,
+    PermissionDenied,
+    Unauthenticated,
     from_status,
     reason_of,
 )
+
+# What the gateway's own key, if any, has a runtime answer.
+KEY_REFUSALS = (PermissionDenied, Unauthenticated)
 
 _LEAST_SILENT_S = 0.5
 # What a start's message has beside it.
@@ -86,6 +93,8 @@ class RuntimeLink:
     Args:
         on_change: called when it may have become usable, or not.
         is_fixed: was named in the settings: it is never forgotten.
+    Raises:
+        SettingsError: calling it would give the gateway's key away.
     """
 
     def __init__(
@@ -103,7 +112,6 @@ class RuntimeLink:
         self._max_start_bytes = options.max_message_bytes - _ENVELOPE_BYTES
         self._poll_s, self._silent_s = options.poll_s, options.silent_s
         self._on_change = on_change
-        self._says_tenants = bool(options.peers.api_key)
         self._channel = options.peers.aio_channel(
             address,
             [
@@ -123,7 +131,7 @@ class RuntimeLink:
         self._sent_tokens = 0
         self._calls: dict[str, _TenantCall] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._answers = self._is_draining = False
+        self._answers = self._is_draining = self._is_refused = False
         self._last_status_s = time.monotonic()
         self._last_sign_s = time.monotonic()
 
@@ -132,8 +140,8 @@ class RuntimeLink:
         self._run(self._watch())
 
     async def close(self) -> None:
-        """Breaks the call off and forgets the runtime; what runs there is lost."""
-        self._break_off(EngineLost(problem="the gateway left it"))
+        """Breaks its calls off and forgets the runtime; what runs there is lost."""
+        self._break_off(list(self._calls.values()), EngineLost(problem="the gateway left it"))
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -223,7 +231,7 @@ class RuntimeLink:
     # Its calls.
 
     def _open_call(self, tenant: str) -> None:
-        metadata = (("millrace-tenant", tenant),) if tenant and self._says_tenants else ()
+        metadata = ((TENANT_METADATA, tenant.encode()),) if tenant else ()
         opened = self._calls[tenant] = _TenantCall(tenant, self._stub.Generate(metadata=metadata))
         self._run(self._write(opened))
         self._run(self._read(opened))
@@ -253,7 +261,7 @@ class RuntimeLink:
             error = _error_of(raised)
         if self._is_open(opened):
             self._is_draining = self._is_draining or isinstance(error, Draining)
-            self._break_off(error)
+            self._break_off([opened], error)
 
     def _dispatch(self, event: pb.Event) -> None:
         # Late events of what was forgotten have no run.
@@ -264,21 +272,23 @@ class RuntimeLink:
             del self._runs[event.request_id]
         run.on_event(event)
 
-    def _break_off(self, error: MillraceError) -> None:
-        """Ends its calls and all that runs on them."""
-        calls, self._calls = self._calls, {}
+    def _break_off(self, calls: list[_TenantCall], error: MillraceError) -> None:
+        """Ends `calls` and all that runs on them."""
         if not calls:
             return
-        for opened in calls.values():
+        for opened in calls:
+            del self._calls[opened.tenant]
             opened.call.cancel()
             opened.has_outbox.set()
         self._answers = False
-        runs, self._runs = self._runs, {}
-        if runs:
+        tenants = {opened.tenant for opened in calls}
+        lost = {name: run for name, run in self._runs.items() if run.tenant in tenants}
+        self._runs = {name: run for name, run in self._runs.items() if name not in lost}
+        if lost:
             _log.warning(
-                "runtime_lost", runtime=self.address, problem=str(error), generations=len(runs)
+                "runtime_lost", runtime=self.address, problem=str(error), generations=len(lost)
             )
-        for run in runs.values():
+        for run in lost.values():
             run.on_lost(error)
         self._on_change()
 
@@ -289,7 +299,8 @@ class RuntimeLink:
             began_s = time.monotonic()
             await self._look()
             if self._calls and self.silent_s > self._silent_s:
-                self._break_off(EngineLost(problem=f"it was silent for {self.silent_s:.1f} s"))
+                error = EngineLost(problem=f"it was silent for {self.silent_s:.1f} s")
+                self._break_off(list(self._calls.values()), error)
             await asyncio.sleep(max(self._poll_s - (time.monotonic() - began_s), 0))
 
     async def _look(self) -> None:
@@ -300,7 +311,11 @@ class RuntimeLink:
             )
         except grpc.aio.AioRpcError as raised:
             # One that drains refuses this too, and finishes what it has.
-            self._is_draining = isinstance(_error_of(raised), Draining)
+            error = _error_of(raised)
+            self._is_draining = isinstance(error, Draining)
+            was_refused, self._is_refused = self._is_refused, isinstance(error, KEY_REFUSALS)
+            if self._is_refused and not was_refused:
+                _log.error("runtime_refuses_gateway", runtime=self.address, problem=str(error))
             if self._is_draining:
                 self._last_sign_s = time.monotonic()
             has_changed, self._answers = self._answers, False
@@ -321,7 +336,7 @@ class RuntimeLink:
             self.tokens_per_s = 0.0
         self._last_sign_s = self._last_status_s = now_s
         self.status, was_answering, self._answers = status, self._answers, True
-        self._is_draining = False
+        self._is_draining = self._is_refused = False
         return (
             not was_answering
             or old.state != status.state

@@ -23,7 +23,7 @@ from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2, runtime_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from shared.auth import RPC_SCOPES, ApiKeys, caller
+from shared.auth import RPC_SCOPES, TENANT_METADATA, ApiKeys, caller
 from shared.channels import PeerSecurity
 from shared.errors import MillraceError as DaemonError
 from shared.errors import PermissionDenied, Unauthenticated
@@ -248,8 +248,8 @@ def test_only_a_gateways_key_speaks_for_other_tenants(
     plain = new_key(capsys, path, "acme")
     gateway = new_key(capsys, path, "gateway", "generate", "delegate")
     keys = ApiKeys(path)
-    with_tenant = (("millrace-tenant", "globex"),)
-    assert keys.authenticate((*shown(gateway), *with_tenant)).tenant == "globex"
+    with_tenant = ((TENANT_METADATA, "glöbex".encode()),)
+    assert keys.authenticate((*shown(gateway), *with_tenant)).tenant == "glöbex"
     assert keys.authenticate(shown(gateway)).tenant == "gateway"
     with pytest.raises(PermissionDenied):
         keys.authenticate((*shown(plain), *with_tenant))

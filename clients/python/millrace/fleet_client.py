@@ -4,7 +4,7 @@ from typing import Self
 
 import grpc
 
-from millrace.channels import DEFAULT_GATEWAY, open_channel
+from millrace.channels import DEFAULT_GATEWAY, Security, open_channel
 from millrace.engine.v1 import engine_pb2
 from millrace.errors import from_rpc_error
 from millrace.fleet.v1 import fleet_pb2, fleet_pb2_grpc
@@ -14,12 +14,26 @@ class FleetClient:
     """The fleet behind the gateway at `gateway`; connects when it is used.
 
     Every method raises MillraceError where the gateway refuses or does not answer.
+
+    Args:
+        api_key, tls_ca, tls_cert, tls_key: as `Security`.
+    Raises:
+        ValueError: as `Security`; or the API key would cross a network in plaintext.
     """
 
-    def __init__(self, gateway: str = DEFAULT_GATEWAY, *, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        gateway: str = DEFAULT_GATEWAY,
+        *,
+        timeout_s: float = 30.0,
+        api_key: str = "",
+        tls_ca: str = "",
+        tls_cert: str = "",
+        tls_key: str = "",
+    ) -> None:
         self._address = gateway
         self._timeout_s = timeout_s
-        self._channel = open_channel(gateway)
+        self._channel = open_channel(gateway, Security(api_key, tls_ca, tls_cert, tls_key))
         self._stub = fleet_pb2_grpc.FleetServiceStub(self._channel)
 
     def close(self) -> None:

@@ -21,8 +21,12 @@ from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.runtime_link import LinkOptions
 from runtime_service.gateway.service import GatewayRuntimeService
-from shared.server import DaemonServer
+from shared.channels import PeerSecurity
+from shared.security import ServerSecurity
+from shared.server import OPEN, DaemonServer
 from tests.runtime_service.daemon import Call, Daemon, running_daemon, until
+
+PLAIN = PeerSecurity()
 
 
 @dataclass
@@ -67,12 +71,14 @@ async def running_gateway(
     keep_s: float = 60.0,
     silent_s: float = 5.0,
     redis: Redis | None = None,
+    security: ServerSecurity = OPEN,
+    peers: PeerSecurity = PLAIN,
 ) -> AsyncIterator[RunningGateway]:
     """A gateway in front of these runtimes, which it has met."""
-    fleet = Fleet(redis, tuple(addresses), LinkOptions(0.05, silent_s, 1 << 20))
+    fleet = Fleet(redis, tuple(addresses), LinkOptions(0.05, silent_s, 1 << 20, peers))
     registry = CollectorRegistry()
     gateway = Gateway(fleet, GatewayMetrics(registry), wait_s, KeptGenerations(keep_s))
-    server = DaemonServer("127.0.0.1:0", 4 << 20, registry)
+    server = DaemonServer("127.0.0.1:0", 4 << 20, registry, security)
     runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(
         GatewayRuntimeService(gateway, fleet), server.grpc
     )
@@ -102,6 +108,8 @@ async def running_fleet(
     *,
     wait_s: float = 20.0,
     redis: Redis | None = None,
+    gateway_security: ServerSecurity = OPEN,
+    peers: PeerSecurity = PLAIN,
     **options: Any,
 ) -> AsyncIterator[RunningGateway]:
     """A gateway in front of so many new runtimes."""
@@ -112,7 +120,14 @@ async def running_fleet(
         ]
         addresses = [daemon.server.address for daemon in daemons]
         yield await stack.enter_async_context(
-            running_gateway(addresses, daemons, wait_s=wait_s, redis=redis)
+            running_gateway(
+                addresses,
+                daemons,
+                wait_s=wait_s,
+                redis=redis,
+                security=gateway_security,
+                peers=peers,
+            )
         )
 
 

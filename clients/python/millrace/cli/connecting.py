@@ -7,6 +7,7 @@ from millrace.aio import AsyncClient
 from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, Security
 from millrace.cli.failures import USAGE, CommandFailed
 from millrace.client import Client
+from millrace.fleet_client import FleetClient
 from millrace.retries import Retries
 
 
@@ -48,6 +49,14 @@ def client(compiler: str = DEFAULT_COMPILER, runtime: str = DEFAULT_RUNTIME) -> 
     try:
         return Client(compiler, runtime, **connection())
     except ValueError as error:  # the key would cross a network in plaintext
+        raise CommandFailed(str(error), USAGE) from None
+
+
+def fleet_client(gateway: str) -> FleetClient:
+    """A client of the fleet behind a gateway, as this invocation's options say."""
+    try:
+        return FleetClient(gateway, **connection())
+    except ValueError as error:
         raise CommandFailed(str(error), USAGE) from None
 
 

@@ -27,11 +27,11 @@ def deploy(
     as_json: AsJson = False,
 ) -> None:
     """Say what a number of runtimes are to serve; they follow without losing a generation."""
+    from millrace.cli.connecting import fleet_client
     from millrace.cli.fleet import deploy as run
     from millrace.cli.fleet import show_deployment
-    from millrace.fleet_client import FleetClient
 
-    with FleetClient(gateway) as fleet:
+    with fleet_client(gateway) as fleet:
         deployment = run(fleet, name, model, quant, model_uri, replicas, wait_s=wait_s)
     show_deployment(deployment, as_json=as_json)
 
@@ -42,10 +42,10 @@ def undeploy(
     gateway: Gateway = GATEWAY,
 ) -> None:
     """End a deployment; its runtimes finish what they have and become idle."""
+    from millrace.cli.connecting import fleet_client
     from millrace.cli.output import print_line
-    from millrace.fleet_client import FleetClient
 
-    with FleetClient(gateway) as fleet:
+    with fleet_client(gateway) as fleet:
         fleet.undeploy(name)
     print_line(f"{name} is undeployed")
 
@@ -61,19 +61,18 @@ def status(
     if watch:
         top(gateway, compiler)
         return
+    from millrace.cli.connecting import fleet_client
     from millrace.cli.fleet import show_status
-    from millrace.fleet_client import FleetClient
 
-    with FleetClient(gateway) as fleet:
+    with fleet_client(gateway) as fleet:
         show_status(fleet, as_json=as_json)
 
 
 @commands.command(epilog="Example: millrace top")
 def top(gateway: Gateway = GATEWAY, compiler: Compiler = COMPILER) -> None:
     """Watch the fleet on the whole screen: load, KV use, tokens/s, TTFT, builds."""
+    from millrace.cli.connecting import client, fleet_client
     from millrace.cli.fleet import watch_status
-    from millrace.client import Client
-    from millrace.fleet_client import FleetClient
 
-    with FleetClient(gateway) as fleet, Client(compiler) as client:
-        watch_status(fleet, client)
+    with fleet_client(gateway) as fleet, client(compiler) as builds:
+        watch_status(fleet, builds)
