@@ -30,7 +30,11 @@ from runtime_service.scheduling.request import Request, SamplingParams, StopPara
 from runtime_service.scheduling.scheduler import Scheduler
 
 # Requests, prompt tokens and output tokens of each.
-CASES = {"b1": (1, 128, 256), "t1": (256, 512, 256), "t2": (512, 128, 128), "t3": (64, 2048, 128)}
+CASES = {
+    "b1": (1, 128, 256), "t1": (256, 512, 256), "t2": (512, 128, 128), "t3": (64, 2048, 128),
+    # TensorRT-LLM 1.0's published fp8 table, at reduced request counts.
+    "128/128": (1024, 128, 128), "1000/1000": (256, 1000, 1000), "2048/128": (256, 2048, 128),
+}  # fmt: skip
 _ITL_STREAMS, _ITL_PROMPT_TOKENS, _ITL_PERIOD_S = 32, 2000, 1.0
 
 

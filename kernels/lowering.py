@@ -256,8 +256,9 @@ class _Lowering:
         scale = None
         if layout == "fp8_channel":
             k = self.graph.weights[node.weights["weight"]].shape[1]
-            quantized = Temporary(f"{node.inputs[0]}.fp8", "float8_e4m3fn", k)
-            scale = Temporary(f"{node.inputs[0]}.scale", "float32", 1)
+            quantized, scale = _as_e4m3(node.inputs[0], k)
+        source = self.producer.get(node.inputs[0])
+        if scale is not None and not (source is not None and self._leaves_e4m3(source)):
             yield self._launch(
                 "linear",
                 [pointer("x", self.dtype), pointer("out", "fp8e4nv"), pointer("scale_out", "fp32")],
@@ -267,8 +268,20 @@ class _Lowering:
                 kernel="quantize_rows",
                 num_warps=8,
             )
-            x = quantized
+        x = x if scale is None else quantized
         yield MatMul(x, node.weights["weight"], bias, Value(node.outputs[0]), scale)
+
+    def _leaves_e4m3(self, node: Node) -> bool:
+        """Claims that every reader of the node's first output is a library product of e4m3 rows: then its kernel
+        quantizes what it has in registers, and no pass over it is needed."""
+        if self._is_few or node.op not in ("rms_norm", "silu_mul"):
+            return False
+        users = self.users.get(node.outputs[0], [])
+        return bool(users) and all(
+            user.op == "linear"
+            and self.graph.weights[user.weights["weight"]].layout == "fp8_channel"
+            for user in users
+        )
 
     def _is_selected(self, value: str) -> bool:
         source = self.producer.get(value)
@@ -438,17 +451,23 @@ class _Lowering:
         assert not per_head, "a norm over heads has no GPU form of its own; fuse it with rope"
         arguments = [pointer("x", self.dtype)]
         operands: list[Operand] = [Value(node.inputs[0])]
-        constants: dict[str, object] = {"scale_out": None}
+        constants: dict[str, object] = {}
         if has_residual:
             arguments.append(pointer("residual", self.dtype))
             operands.append(Value(node.inputs[1]))
-        arguments += [pointer("weight", self.dtype), pointer("out", self.dtype)]
-        operands += [Weight(node.weights["weight"], "weight"), Value(node.outputs[0])]
+        out, scale = self._row_output(node, row)
+        arguments += [pointer("weight", self.dtype), out[0]]
+        operands += [Weight(node.weights["weight"], "weight"), out[1]]
         if has_residual:
             arguments.append(pointer("residual_out", self.dtype))
             operands.append(Value(node.outputs[1]))
         else:
             constants |= {"residual": None, "residual_out": None}
+        if scale is not None:
+            arguments.append(pointer("scale_out", "fp32"))
+            operands.append(scale)
+        else:
+            constants |= {"scale_out": None}
         constants |= {"M": row, "EPS": _number(node.attrs["eps"]), "BLOCK": _power_of_two(row)}
         yield self._launch(
             "rms_norm", arguments, constants, _per_token, operands, num_warps=_row_warps(row)
@@ -457,14 +476,30 @@ class _Lowering:
     def _silu_mul(self, node: Node) -> Iterator[Step]:
         source = self.producer[node.inputs[0]]
         width = self.graph.weights[source.weights["weight"]].shape[0] // 2
+        (argument, out), scale = self._row_output(node, width)
+        arguments = [pointer("gate_up", self.dtype), argument]
+        operands: list[Operand] = [Value(node.inputs[0]), out]
+        if scale is not None:  # a scale needs the whole row
+            yield self._launch(
+                "silu_mul", [*arguments, pointer("scale_out", "fp32")],
+                {"F": width, "BLOCK": _power_of_two(width)}, _per_token, [*operands, scale],
+                num_warps=_row_warps(width),
+            )  # fmt: skip
+            return
         blocks = -(-width // 1024)
         yield self._launch(
-            "silu_mul",
-            [pointer("gate_up", self.dtype), pointer("out", self.dtype)],
-            {"scale_out": None, "F": width, "BLOCK": 1024},
-            lambda sizes: (sizes.tokens, blocks, 1),
-            [Value(node.inputs[0]), Value(node.outputs[0])],
-        )
+            "silu_mul", arguments, {"scale_out": None, "F": width, "BLOCK": 1024},
+            lambda sizes: (sizes.tokens, blocks, 1), operands,
+        )  # fmt: skip
+
+    def _row_output(
+        self, node: Node, width: int
+    ) -> tuple[tuple[Argument, Value | Temporary], Temporary | None]:
+        """The argument and operand of a row kernel's output, and its rows' scale where it is to be e4m3."""
+        if not self._leaves_e4m3(node):
+            return (pointer("out", self.dtype), Value(node.outputs[0])), None
+        quantized, scale = _as_e4m3(node.outputs[0], width)
+        return (pointer("out", "fp8e4nv"), quantized), scale
 
     def _select_rows(self, node: Node) -> Iterator[Step]:
         width = _integer(self.graph.config["hidden_size"])
@@ -509,6 +544,14 @@ class _Lowering:
         return Launch(variant, grid, tuple(operands))  # type: ignore[arg-type]
 
 
+def _as_e4m3(value: str, width: int) -> tuple[Temporary, Temporary]:
+    """A value's e4m3 rows and their scales."""
+    return (
+        Temporary(f"{value}.fp8", "float8_e4m3fn", width),
+        Temporary(f"{value}.scale", "float32", 1),
+    )
+
+
 def _rope_operands(layer: int) -> list[Operand]:
     return [
         Batch("positions_T"),
@@ -528,7 +571,7 @@ def _per_row(sizes: Sizes) -> Grid:
 
 
 def _row_warps(row: int) -> int:
-    return 4 if row <= 2048 else 8
+    return 4 if row <= 2048 else 8 if row <= 8192 else 16
 
 
 def _power_of_two(number: int) -> int:

@@ -122,21 +122,25 @@ def _blocks(tokens: int, block_m: int) -> int:
 
 
 def one_token_tiles(shape: LinearShape) -> Tiles:
-    """The shipped choice; measured on one H200 (docs/BENCHMARKS.md)."""
+    """The shipped choice; measured on one H100 in whole steps (docs/BENCHMARKS.md)."""
     is_wide = shape.num_outputs >= 8192
     if shape.layout == "plain":
-        if is_wide:
+        if is_wide and shape.epilogue != "plain" and shape.k <= 2048:
+            wanted = Tiles(2, 1024, num_warps=1)
+        elif is_wide:
             wanted = Tiles(2, 2048, num_warps=8)
         elif shape.epilogue != "plain":
-            wanted = Tiles(1, 1024, num_warps=2)
+            wanted = Tiles(1, 1024, num_warps=2 if shape.k <= 2048 else 1)
         elif shape.k > 8192:
-            wanted = Tiles(8, 512, num_warps=2, prefetch=2)
+            wanted = Tiles(4, 2048, num_warps=8, prefetch=2)
+        elif shape.k > 4096:
+            wanted = Tiles(4, 2048, num_warps=4)
         else:
-            wanted = Tiles(4, 1024, num_warps=2)
+            wanted = Tiles(4, 1024, num_warps=1 if shape.k <= 2048 else 2)
     elif is_wide:
         wanted = Tiles(2, 2048, num_warps=4)
     elif shape.k > 8192:
-        wanted = Tiles(4, 1024, num_warps=2, prefetch=2, vector=8)
+        wanted = Tiles(4, 2048, num_warps=8, prefetch=2, vector=8)
     else:
         wanted = Tiles(4, 512, num_warps=2, prefetch=2, vector=8)
     return replace(wanted, block_k=_block_k(shape.k, wanted.block_k))

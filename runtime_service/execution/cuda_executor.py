@@ -164,19 +164,20 @@ class CudaExecutor:
         x, out = buffers[step.x.name][:num_rows], buffers[step.out.name][:num_rows]
         packed = self._weights[step.weight]
         weight = packed["weight"].t()
-        target = None if is_logits else out
-        if step.x_scale is None:
-            result = torch.mm(x, weight, out=target)
-        else:
+        if step.x_scale is not None:
             result = torch._scaled_mm(
                 x, weight, scale_a=buffers[step.x_scale.name][:num_rows],
                 scale_b=packed["scale"].view(1, -1), out_dtype=self._dtype,
-                use_fast_accum=True, out=target,
+                use_fast_accum=True, out=None if is_logits else out,
             )  # fmt: skip
+            if is_logits:
+                out.copy_(result)
+        elif is_logits:
+            torch.mm(x, weight, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(x, weight, out=out)
         if step.bias is not None:
-            result += self._weights[step.bias]["weight"]
-        if is_logits:
-            out.copy_(result)
+            out += self._weights[step.bias]["weight"]
 
     # Memory.
 

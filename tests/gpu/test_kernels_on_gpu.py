@@ -20,6 +20,7 @@ from tests.kernels.attention_cases import (
     check_attention,
 )
 from tests.kernels.linear_cases import LINEAR_SHAPES, check_linear, in_dtype
+from tests.kernels.row_cases import KERNELS, check_row, row_launches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,8 +48,20 @@ def _attention(tiles: AttentionTiles, lengths: list[tuple[int, int]], **shape: o
     )
 
 
+def _row(layout: str, number: int) -> Case:
+    def check(run: Collector, arch: Arch) -> None:
+        if layout == "plain" or arch.has_fp8:
+            check_row(run, row_launches(layout, arch)[number], device="cuda")
+
+    return check
+
+
 def _cases() -> dict[str, Case]:
-    cases: dict[str, Case] = {}
+    cases = {
+        f"row-{layout}-{number}-{kernel}": _row(layout, number)
+        for layout, kernels in KERNELS.items()
+        for number, kernel in enumerate(kernels)
+    }
     for dtype in ("bf16", "fp16"):
         for name, shape in LINEAR_SHAPES.items():
             cases[f"one-{name}-{dtype}"] = _linear(in_dtype(shape, dtype), "one", 1, 1)

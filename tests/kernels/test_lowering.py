@@ -1,5 +1,7 @@
 """Every family and GPU scheme lowers to launches that agree with their kernels, at every size of step."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench.gpu_models import MODELS, llama_graph
@@ -75,6 +77,29 @@ def test_fp8_steps_of_more_than_16_tokens_use_torch_products() -> None:
     for regime in REGIMES:
         steps = lower(graph, ARCHES["sm_90"], regime)
         assert any(isinstance(s, MatMul) for s in steps) == (regime.max_tokens not in (1, 16))
+
+
+def test_norms_and_silu_leave_e4m3_where_only_fp8_products_read_them() -> None:
+    """The passes that are left quantize what attention leaves; a reader that is kept in bf16 wants the row itself."""
+    graph = llama_graph(MODELS["tiny"], "fp8_channel", num_layers=2)
+    many = Regime(0, 0)
+
+    def quantized(graph: Graph) -> list[str]:
+        return [
+            step.operands[0].name
+            for step in lower(graph, ARCHES["sm_90"], many)
+            if isinstance(step, Launch)
+            and step.variant.kernel == "quantize_rows"
+            and isinstance(step.operands[0], Value)
+        ]
+
+    assert quantized(graph) == ["0.a", "1.a"]
+    kept = replace(graph.weights["1.gate_up"], layout="plain")
+    mixed = replace(graph, weights={**graph.weights, "1.gate_up": kept})
+    products = {s.weight: s for s in lower(mixed, ARCHES["sm_90"], many) if isinstance(s, MatMul)}
+    assert products["1.gate_up"].x == Value("1.h2")
+    assert products["1.gate_up"].x_scale is None
+    assert quantized(mixed) == ["0.a", "1.a"]
 
 
 def test_layers_share_their_variants() -> None:
