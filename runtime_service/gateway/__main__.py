@@ -9,6 +9,9 @@ from runtime_service.deployments import Deployments
 from runtime_service.gateway.fleet import Fleet
 from runtime_service.gateway.fleet_service import FleetService
 from runtime_service.gateway.gateway import Gateway
+from runtime_service.gateway.http.openai import OpenAiApi
+from runtime_service.gateway.http.page import Builds, Page
+from runtime_service.gateway.http.server import HttpServer
 from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.runtime_link import LinkOptions
@@ -50,9 +53,18 @@ async def serve(settings: GatewaySettings) -> None:
         GatewayRuntimeService(gateway, fleet), server.grpc
     )
     deployments = Deployments(redis) if redis is not None else None
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(
-        FleetService(fleet, deployments, settings.redis_url), server.grpc
-    )
+    fleet_service = FleetService(fleet, deployments, settings.redis_url)
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet_service, server.grpc)
+    builds = Builds(settings.compiler, peers) if settings.compiler else None
+    http = None
+    if settings.http_listen:
+        routes = (
+            *OpenAiApi(gateway, fleet).routes(),
+            *Page(gateway, fleet_service, builds).routes(),
+        )
+        http = HttpServer(
+            settings.http_listen, settings.max_message_bytes, server.edge, routes, security
+        )
     changed = asyncio.Event()
     fleet.on_change(changed.set)
     working = [
@@ -61,6 +73,8 @@ async def serve(settings: GatewaySettings) -> None:
     ]
     try:
         await server.start(*SERVICES, is_serving=False)
+        if http is not None:
+            await http.start()
         if settings.metrics_listen:
             start_metrics(settings.metrics_listen, registry, security)
         await server.serve_until_signal(
@@ -70,6 +84,10 @@ async def serve(settings: GatewaySettings) -> None:
         for task in working:
             task.cancel()
         await server.grpc.stop(0)
+        if http is not None:
+            await http.stop()
+        if builds is not None:
+            await builds.close()
         await fleet.close()
         if redis is not None:
             await redis.aclose()

@@ -17,6 +17,9 @@ from runtime_service.deployments import Deployments
 from runtime_service.gateway.fleet import Fleet
 from runtime_service.gateway.fleet_service import FleetService
 from runtime_service.gateway.gateway import Gateway
+from runtime_service.gateway.http.openai import OpenAiApi
+from runtime_service.gateway.http.page import Builds, Page
+from runtime_service.gateway.http.server import HttpServer
 from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.runtime_link import LinkOptions
@@ -37,6 +40,7 @@ class RunningGateway:
     fleet: Fleet
     registry: CollectorRegistry
     server: DaemonServer
+    http: HttpServer
     stub: Any
     fleet_stub: Any
     daemons: list[Daemon]
@@ -73,6 +77,7 @@ async def running_gateway(
     redis: Redis | None = None,
     security: ServerSecurity = OPEN,
     peers: PeerSecurity = PLAIN,
+    compiler: str = "",
 ) -> AsyncIterator[RunningGateway]:
     """A gateway in front of these runtimes, which it has met."""
     fleet = Fleet(redis, tuple(addresses), LinkOptions(0.05, silent_s, 1 << 20, peers))
@@ -83,21 +88,27 @@ async def running_gateway(
         GatewayRuntimeService(gateway, fleet), server.grpc
     )
     deployments = Deployments(redis) if redis is not None else None
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(
-        FleetService(fleet, deployments, ""), server.grpc
-    )
+    fleet_service = FleetService(fleet, deployments, "")
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet_service, server.grpc)
+    builds = Builds(compiler, peers) if compiler else None
+    routes = (*OpenAiApi(gateway, fleet).routes(), *Page(gateway, fleet_service, builds).routes())
+    http = HttpServer("127.0.0.1:0", 1 << 20, server.edge, routes, security)
     await server.start("millrace.runtime.v1.RuntimeService")
+    await http.start()
     following = asyncio.create_task(fleet.run())
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
         fleet_stub = fleet_pb2_grpc.FleetServiceStub(channel)
-        running = RunningGateway(gateway, fleet, registry, server, stub, fleet_stub, daemons)
+        running = RunningGateway(gateway, fleet, registry, server, http, stub, fleet_stub, daemons)
         try:
             await running.usable(len(addresses))
             yield running
         finally:
             following.cancel()
+            await http.stop()
             await server.grpc.stop(0)
+            if builds is not None:
+                await builds.close()
             await fleet.close()
 
 
