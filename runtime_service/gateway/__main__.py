@@ -3,6 +3,7 @@
 import asyncio
 
 from millrace.fleet.v1 import fleet_pb2_grpc
+from millrace.kserve.v2 import inference_pb2_grpc
 from millrace.runtime.v1 import runtime_pb2_grpc
 
 from runtime_service.deployments import Deployments
@@ -13,6 +14,7 @@ from runtime_service.gateway.http.openai import OpenAiApi
 from runtime_service.gateway.http.page import Builds, Page
 from runtime_service.gateway.http.server import HttpServer
 from runtime_service.gateway.kept import KeptGenerations
+from runtime_service.gateway.kserve.service import InferenceService
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.runtime_link import LinkOptions
 from runtime_service.gateway.service import GatewayRuntimeService
@@ -23,7 +25,11 @@ from shared.security import ServerSecurity, peer_security
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
 
-SERVICES = ("millrace.runtime.v1.RuntimeService", "millrace.fleet.v1.FleetService")
+SERVICES = (
+    "millrace.runtime.v1.RuntimeService",
+    "millrace.fleet.v1.FleetService",
+    "inference.GRPCInferenceService",
+)
 
 # After the drain's own grace: for last events to reach their readers.
 _LAST_EVENTS_S = 2.0
@@ -51,6 +57,9 @@ async def serve(settings: GatewaySettings) -> None:
     server = DaemonServer(settings.listen, settings.max_message_bytes, registry, security)
     runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(
         GatewayRuntimeService(gateway, fleet), server.grpc
+    )
+    inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+        InferenceService(gateway, fleet), server.grpc
     )
     deployments = Deployments(redis) if redis is not None else None
     fleet_service = FleetService(fleet, deployments, settings.redis_url)

@@ -9,6 +9,7 @@ import grpc
 import msgspec
 from aiohttp import web
 
+from runtime_service.gateway.sampling_fields import renamed
 from shared.errors import InvalidField, MillraceError
 
 _S = grpc.StatusCode
@@ -33,18 +34,6 @@ _CODES = {
     "QUOTA_EXCEEDED": "rate_limit_exceeded",
     "UNAUTHENTICATED": "invalid_api_key",
 }
-# Fields of a start whose name is another one here; the others end in their own.
-_PARAMETERS = {
-    "start.prompt": "prompt",
-    "start.text": "prompt",
-    "start.token_ids.ids": "prompt",
-    "start.chat": "messages",
-    "start.chat.messages": "messages",
-    "start.stop.strings": "stop",
-    "start.stop.token_ids": "stop_token_ids",
-    "start.stop.max_new_tokens": "max_tokens",
-    "start.stop.min_new_tokens": "min_tokens",
-}
 
 
 def failure(error: MillraceError) -> web.Response:
@@ -63,11 +52,8 @@ def failure(error: MillraceError) -> web.Response:
 def error_body(error: MillraceError) -> dict[str, object]:
     """`error` as OpenAI writes errors."""
     status = _STATUSES.get(error.code, 500)
-    parameter = None
-    if isinstance(error, InvalidField):
-        field = error.fields["field"]
-        parameter = _PARAMETERS.get(field, field.removeprefix("start.").removeprefix("sampling."))
-        error = InvalidField(field=parameter, problem=error.fields["problem"])
+    error = renamed(error)
+    parameter = error.fields["field"] if isinstance(error, InvalidField) else None
     code = _CODES.get(error.reason, error.reason.lower())
     return _body(status, str(error), parameter, code)
 

@@ -1,18 +1,24 @@
 """What OpenAI's clients ask for, as starts of generations.
 
-Fields that mean something here are those of the two structs; what asks for nothing, or for what
+Fields that mean something here are those of the structs; what asks for nothing, or for what
 cannot be given, is in the tables. A field in neither is refused: an answer that passes over a part
-of the question is another question's. Values are checked where all starts are, in `validation`.
-Sources: OpenAI API reference, "Chat" and "Completions"; below the line in `Sampling`, vLLM's
-"extra parameters".
+of the question is another question's.
+Source: OpenAI API reference, "Chat" and "Completions".
 """
 
-from collections.abc import Iterable, Iterator, MutableSequence
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
 from millrace.runtime.v1 import runtime_pb2 as pb
 
+from runtime_service.gateway.sampling_fields import (
+    Sampling,
+    check_least,
+    checked,
+    extend,
+    set_sampling,
+)
 from shared.errors import InvalidField
 
 # One request, however many prompts it has, is one call.
@@ -62,29 +68,12 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool = False
 
 
-class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class Common(Sampling, kw_only=True):
     """What both kinds of requests have."""
 
     model: str = ""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    # Not OpenAI's.
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    priority: int | None = None
 
 
 class Part(msgspec.Struct):
@@ -101,7 +90,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     content: str | list[Part] | None = None
 
 
-class ChatRequest(Sampling, kw_only=True):
+class ChatRequest(Common, kw_only=True):
     """Body of /v1/chat/completions."""
 
     messages: list[Message]
@@ -110,7 +99,7 @@ class ChatRequest(Sampling, kw_only=True):
     top_logprobs: int | None = None
 
 
-class CompletionRequest(Sampling, kw_only=True):
+class CompletionRequest(Common, kw_only=True):
     """Body of /v1/completions. One prompt is a text or token ids; several are a list of such."""
 
     prompt: str | list[str | int | list[int]]
@@ -154,15 +143,15 @@ def starts_of_chat(request: ChatRequest) -> list[pb.StartGeneration]:
     Raises:
         InvalidField: fields contradict each other, or a message is not text.
     """
-    start = pb.StartGeneration(request_id="0")
-    _set_sampling(start, request, request.max_completion_tokens or request.max_tokens)
+    start = _begun(request, request.max_completion_tokens or request.max_tokens)
+    start.request_id = "0"
     if request.max_completion_tokens is not None:
-        _check_least(request.max_completion_tokens, 1, "max_completion_tokens")
+        check_least(request.max_completion_tokens, 1, "max_completion_tokens")
     start.sampling.logprobs = bool(request.logprobs)
     if request.top_logprobs:
         if not request.logprobs:
             raise InvalidField(field="top_logprobs", problem="needs logprobs")
-        start.sampling.top_logprobs = _checked(request.top_logprobs, "top_logprobs")
+        start.sampling.top_logprobs = checked(request.top_logprobs, "top_logprobs")
     start.chat.SetInParent()
     for place, message in enumerate(request.messages):
         # `developer` is what OpenAI calls the role that templates know as `system`.
@@ -177,11 +166,10 @@ def starts_of_completion(request: CompletionRequest) -> list[pb.StartGeneration]
     Raises:
         InvalidField: a prompt is neither text nor token ids, or there are none or too many.
     """
-    shared = pb.StartGeneration()
-    _set_sampling(shared, request, request.max_tokens or DEFAULT_COMPLETION_TOKENS)
+    shared = _begun(request, request.max_tokens or DEFAULT_COMPLETION_TOKENS)
     if request.logprobs is not None:
         shared.sampling.logprobs = True
-        shared.sampling.top_logprobs = _checked(request.logprobs, "logprobs")
+        shared.sampling.top_logprobs = checked(request.logprobs, "logprobs")
     starts = []
     for place, prompt in enumerate(_prompts(request.prompt)):
         start = pb.StartGeneration()
@@ -190,7 +178,7 @@ def starts_of_completion(request: CompletionRequest) -> list[pb.StartGeneration]
         if isinstance(prompt, str):
             start.text = prompt
         else:
-            _extend(start.token_ids.ids, prompt, "prompt")
+            extend(start.token_ids.ids, prompt, "prompt")
             start.token_ids.SetInParent()
         starts.append(start)
     if not 1 <= len(starts) <= MAX_PROMPTS:
@@ -223,34 +211,13 @@ def _text_of(message: Message, place: int) -> str:
     return "".join(part.text for part in message.content)
 
 
-def _set_sampling(start: pb.StartGeneration, request: Sampling, max_tokens: int | None) -> None:
-    sampling, stop = start.sampling, start.stop
-    start.model = request.model
+def _begun(request: Common, max_tokens: int | None) -> pb.StartGeneration:
+    """A start without its prompt."""
     if request.stream_options is not None and not request.stream:
         raise InvalidField(field="stream_options", problem="needs stream")
-    for name in ("max_tokens", "n"):
-        if (value := getattr(request, name)) is not None:
-            _check_least(value, 1, name)
-    # Unset it is 1 for OpenAI's clients, and 0 for ours.
-    sampling.temperature = 1.0 if request.temperature is None else request.temperature
-    for name in (
-        "top_p", "n", "presence_penalty", "frequency_penalty", "top_k", "min_p",
-        "repetition_penalty",
-    ):  # fmt: skip
-        if (value := getattr(request, name)) is not None:
-            setattr(sampling, name, _checked(value, name))
-    if request.seed is not None:
-        sampling.seed = request.seed % (1 << 64)
-    for token, bias in (request.logit_bias or {}).items():
-        if not (token.isascii() and token.isdigit()):
-            raise InvalidField(field="logit_bias", problem=f"{token!r} is no token id")
-        sampling.logit_bias[_checked(int(token), "logit_bias")] = bias
-    stop.max_new_tokens = _checked(max_tokens or 0, "max_tokens")
-    stop.min_new_tokens = _checked(request.min_tokens or 0, "min_tokens")
-    stop.ignore_end_tokens = bool(request.ignore_eos)
-    _extend(stop.token_ids, request.stop_token_ids or (), "stop_token_ids")
-    stop.strings.extend([request.stop] if isinstance(request.stop, str) else request.stop or ())
-    start.priority = _checked(request.priority or 0, "priority")
+    start = pb.StartGeneration(model=request.model)
+    set_sampling(start, request, max_tokens)
+    return start
 
 
 def _drop(
@@ -270,25 +237,3 @@ def _drop(
         value = fields.pop(name, None)
         if value is not None and value not in neutral:
             raise InvalidField(field=where + name, problem=problem)
-
-
-Number = TypeVar("Number", int, float)
-
-
-def _checked(value: Number, field: str) -> Number:
-    """`value`, which the wire can carry; whether it makes sense is checked elsewhere."""
-    if isinstance(value, int) and not -(1 << 31) <= value < 1 << 31:
-        raise InvalidField(field=field, problem=f"is out of range, found {value}")
-    return value
-
-
-def _check_least(value: int, least: int, field: str) -> None:
-    if value < least:
-        raise InvalidField(field=field, problem=f"must be at least {least}, found {value}")
-
-
-def _extend(token_ids: MutableSequence[int], found: Iterable[int], field: str) -> None:
-    try:
-        token_ids.extend(found)
-    except ValueError:
-        raise InvalidField(field=field, problem="must be token ids, from 0 on") from None

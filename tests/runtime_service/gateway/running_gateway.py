@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 from millrace.fleet.v1 import fleet_pb2_grpc
+from millrace.kserve.v2 import inference_pb2_grpc
 from millrace.runtime.v1 import runtime_pb2_grpc
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
@@ -21,6 +22,7 @@ from runtime_service.gateway.http.openai import OpenAiApi
 from runtime_service.gateway.http.page import Builds, Page
 from runtime_service.gateway.http.server import HttpServer
 from runtime_service.gateway.kept import KeptGenerations
+from runtime_service.gateway.kserve.service import InferenceService
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.runtime_link import LinkOptions
 from runtime_service.gateway.service import GatewayRuntimeService
@@ -86,6 +88,9 @@ async def running_gateway(
     server = DaemonServer("127.0.0.1:0", 4 << 20, registry, security)
     runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(
         GatewayRuntimeService(gateway, fleet), server.grpc
+    )
+    inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+        InferenceService(gateway, fleet), server.grpc
     )
     deployments = Deployments(redis) if redis is not None else None
     fleet_service = FleetService(fleet, deployments, "")
