@@ -124,6 +124,7 @@ def _policy(html: str) -> str:
     }
     return (
         f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; "
+        "require-trusted-types-for 'script'; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )

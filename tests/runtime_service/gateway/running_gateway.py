@@ -126,6 +126,7 @@ async def running_fleet(
     redis: Redis | None = None,
     gateway_security: ServerSecurity = OPEN,
     peers: PeerSecurity = PLAIN,
+    compiler: str = "",
     **options: Any,
 ) -> AsyncIterator[RunningGateway]:
     """A gateway in front of so many new runtimes."""
@@ -143,6 +144,7 @@ async def running_fleet(
                 redis=redis,
                 security=gateway_security,
                 peers=peers,
+                compiler=compiler,
             )
         )
 
