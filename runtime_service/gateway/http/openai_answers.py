@@ -5,10 +5,11 @@ Source: OpenAI API reference, "The chat completion object", "The chat completion
 "The completion object".
 """
 
+import codecs
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 
 Json = dict[str, Any]
 
+_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 # JSON has no infinity; OpenAI writes this for what cannot be.
 LEAST_LOGPROB = -9999.0
 
@@ -43,8 +45,8 @@ class Shape(Protocol):
     def whole(self, text: str) -> Json:
         """All of a choice."""
 
-    def logprobs(self, rows: Sequence[pb.TokenLogprob], offset: int) -> Json:
-        """Log probabilities; `offset` is how many characters tokens before had."""
+    def logprobs(self, rows: Sequence[pb.TokenLogprob], offsets: Sequence[int]) -> Json:
+        """Log probabilities; `offsets` say where in the choice's text each token begins."""
 
 
 class ChatShape:
@@ -64,7 +66,7 @@ class ChatShape:
         """The model's turn."""
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def logprobs(self, rows: Sequence[pb.TokenLogprob], offset: int) -> Json:
+    def logprobs(self, rows: Sequence[pb.TokenLogprob], offsets: Sequence[int]) -> Json:
         """An object a token."""
         content = [
             {**_token(row), "top_logprobs": [_token(candidate) for candidate in row.top]}
@@ -90,20 +92,20 @@ class CompletionShape:
         """The text."""
         return {"text": text}
 
-    def logprobs(self, rows: Sequence[pb.TokenLogprob], offset: int) -> Json:
+    def logprobs(self, rows: Sequence[pb.TokenLogprob], offsets: Sequence[int]) -> Json:
         """A list each for what a token has."""
-        offsets = []
-        for row in rows:
-            offsets.append(offset)
-            offset += len(_text(row.token))
         return {
             "tokens": [_text(row.token) for row in rows],
             "token_logprobs": [_finite(row.logprob) for row in rows],
             "top_logprobs": [
-                {_text(candidate.token): _finite(candidate.logprob) for candidate in row.top}
+                # The token itself is among them, also where it is none of the likeliest.
+                {
+                    _text(candidate.token): _finite(candidate.logprob)
+                    for candidate in (*row.top, row)
+                }
                 for row in rows
             ],
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
 
 
@@ -113,6 +115,15 @@ class _Choice:
     rows: list[pb.TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     num_chars: int = 0
+    decode: Callable[[bytes], str] = field(default_factory=lambda: _utf8_decoder("replace").decode)
+
+    def offsets(self, rows: Iterable[pb.TokenLogprob]) -> list[int]:
+        """Where the tokens of `rows`, which come after those before, begin in the text."""
+        offsets = []
+        for row in rows:
+            offsets.append(self.num_chars)
+            self.num_chars += len(self.decode(row.token))
+        return offsets
 
 
 class Answer:
@@ -156,8 +167,8 @@ class Answer:
         """All of it."""
         choices = []
         for index, choice in sorted(self._choices.items()):
-            logprobs = self._shape.logprobs(choice.rows, 0) if choice.rows else None
             whole = self._shape.whole("".join(choice.texts))
+            logprobs = self._logprobs(choice, choice.rows)
             choices.append(_choice(index, whole, logprobs, choice.finish_reason))
         return {**self._head, "choices": choices, "usage": self._used()}
 
@@ -197,13 +208,12 @@ class Answer:
         rows: Sequence[pb.TokenLogprob] = (),
         reason: str | None = None,
     ) -> Json:
-        logprobs = None
-        if rows:
-            choice = self._choices[index]
-            logprobs = self._shape.logprobs(rows, choice.num_chars)
-            choice.num_chars += sum(len(_text(row.token)) for row in rows)
+        logprobs = self._logprobs(self._choices[index], rows)
         chunk = self._stream_head() | {"choices": [_choice(index, content, logprobs, reason)]}
         return chunk | {"usage": None} if self._has_usage else chunk
+
+    def _logprobs(self, choice: _Choice, rows: Sequence[pb.TokenLogprob]) -> Json | None:
+        return self._shape.logprobs(rows, choice.offsets(rows)) if rows else None
 
     def _stream_head(self) -> Json:
         return self._head | {"object": self._shape.chunk_object}
@@ -244,7 +254,11 @@ def _token(row: pb.TokenLogprob | pb.TopLogprob) -> Json:
 
 
 def _text(token: bytes) -> str:
-    return token.decode(errors="replace")
+    """The token's text; of a part of a character its bytes, spelled as OpenAI spells them."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
 def _finite(logprob: float) -> float:
