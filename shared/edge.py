@@ -50,8 +50,8 @@ _KINDS = {  # (requests stream, responses stream)
     (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
 }
 
-# Asked again and again by gateways: a line for each would bury the others.
-_POLLED = {"GetStatus", "GetFleet"}
+# Asked again and again by gateways and probes: a line for each would bury the others.
+_POLLED = {"GetStatus", "GetFleet", "ServerLive", "ServerReady", "ModelReady"}
 
 Behaviour = Callable[[Any, Any], Any]
 Metadata = Iterable[tuple[str, str | bytes]]

@@ -13,6 +13,7 @@ import structlog
 from aiohttp import web
 
 from runtime_service.gateway.http.failures import failure, failure_of_http
+from shared.channels import is_loopback
 from shared.edge import EdgeInterceptor
 from shared.errors import Draining, Internal, InvalidField, MillraceError
 from shared.log import canonical_line
@@ -121,6 +122,7 @@ class HttpServer:
         self, route: Route, request: web.Request
     ) -> tuple[web.StreamResponse, MillraceError | None]:
         try:
+            self._check_host(request)
             if route.rpc:
                 shown = request.headers.get("Authorization", "")
                 self._edge.admit(route.rpc, (("authorization", shown),), _identities(request))
@@ -134,6 +136,21 @@ class HttpServer:
         except Exception:
             structlog.get_logger().exception("http_failed_unforeseen")
             return failure(Internal()), Internal()
+
+    def _check_host(self, request: web.Request) -> None:
+        """Raises InvalidField where a name leads here that could be any page's.
+
+        A server that asks nobody who calls is this machine's alone. A page whose own name resolves
+        to 127.0.0.1 would be of the same origin, and could read what the server says.
+        """
+        security = self._security
+        knows_callers = security.api_keys is not None or security.tls.ca is not None
+        if knows_callers or security.is_insecure or not is_loopback(self._host):
+            return
+        host = request.url.host or ""
+        if not is_loopback(host):
+            problem = f"must be localhost or a loopback address, found {host!r}"
+            raise InvalidField(field="Host", problem=problem)
 
 
 async def body_of(request: web.Request) -> bytes:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from millrace.kserve.v2 import inference_pb2 as kserve
 from millrace.kserve.v2 import inference_pb2_grpc
 
+from runtime_service.gateway.kserve.requests import INPUTS, parse
 from runtime_service.gateway.kserve.tensors import add_output, inputs_of
 from shared.auth import ApiKeys
 from shared.errors import InvalidField
@@ -74,12 +75,13 @@ async def connected(
 
 async def test_tritons_client_learns_what_there_is(tmp_path: Path) -> None:
     async with running_fleet(tmp_path, 1) as fleet:
-        (about,) = await triton(fleet, ("about", {}))
+        about, index = await triton(fleet, ("about", {}), ("index", {}))
     assert about["live"] is about["ready"] is about["model_ready"] is True
     assert about["other_ready"] is False
     assert about["server"] == about["platform"] == "millrace"
     assert about["inputs"]["text_input"] == about["outputs"]["text_output"] == "BYTES"
     assert about["inputs"]["stream"] == "BOOL"
+    assert "UNIMPLEMENTED" in index["status"]
 
 
 async def test_tritons_client_gets_one_answer(tmp_path: Path) -> None:
@@ -248,3 +250,27 @@ def test_contents_of_any_bytes_are_read_or_refused(content: bytes, datatype: str
     except InvalidField:
         return
     assert len(values) == 1
+
+
+def some_value() -> st.SearchStrategy[kserve.InferParameter]:
+    return st.one_of(
+        st.builds(kserve.InferParameter, bool_param=st.booleans()),
+        st.builds(kserve.InferParameter, int64_param=st.integers(-(2**63), 2**63 - 1)),
+        st.builds(kserve.InferParameter, double_param=st.floats()),
+        st.builds(kserve.InferParameter, string_param=st.text()),
+        st.just(kserve.InferParameter()),
+    )
+
+
+@given(
+    st.dictionaries(st.sampled_from((*INPUTS, "timeout", "n", "logit_bias")), some_value()),
+    st.text(),
+)
+def test_parameters_of_any_value_make_a_start_or_are_refused(
+    parameters: dict[str, kserve.InferParameter], written: str
+) -> None:
+    request = request_of(text_input="a", sampling_parameters=written)
+    for name, value in parameters.items():
+        request.parameters[name].CopyFrom(value)
+    with suppress(InvalidField):
+        assert parse(request).start.text == "a"

@@ -4,12 +4,14 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import (
     APIError,
     APIStatusError,
@@ -22,7 +24,15 @@ from openai import (
     RateLimitError,
 )
 
+from runtime_service.gateway.http.openai_requests import (
+    ChatRequest,
+    CompletionRequest,
+    parse,
+    starts_of_chat,
+    starts_of_completion,
+)
 from shared.auth import ApiKeys
+from shared.errors import InvalidField
 from shared.security import ServerSecurity
 from tests.runtime_service.daemon import TOKENIZER, until
 from tests.runtime_service.gateway.running_gateway import RunningGateway, kill, running_fleet
@@ -397,7 +407,7 @@ async def test_slow_reader_holds_its_stream_up_and_gets_everything(tmp_path: Pat
     """What it does not take waits in its generations, joined, and not in the HTTP server."""
     ask = {"prompt": [40], "n": 4, "max_tokens": 500, "stream": True, "logprobs": 1}
     body = json.dumps(ask).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     head += "Content-Type: application/json\r\nConnection: close\r\n\r\n"
     async with serving(tmp_path, num_runtimes=1) as (fleet, _):
         with socket.socket() as connection:
@@ -426,3 +436,38 @@ async def test_slow_reader_holds_its_stream_up_and_gets_everything(tmp_path: Pat
                 texts[choice["index"]] += choice["text"]
     assert texts == dict.fromkeys(range(4), TOKENIZER.decode([40]) * 500)
     assert "data: [DONE]" in answer
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = tuple({*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__, "tools", "x"})
+
+
+@given(st.dictionaries(st.sampled_from(sorted(FIELDS)), ANY_JSON))
+def test_bodies_of_any_json_make_starts_or_are_refused(fields: dict[str, Any]) -> None:
+    """Each by itself too, beside what is right: else one wrong field would hide the others."""
+    right = {"messages": HELLO}, {"prompt": "a"}
+    for some in (fields, *({name: value} for name, value in fields.items())):
+        for kind, starts_of, base in (
+            (ChatRequest, starts_of_chat, right[0]),
+            (CompletionRequest, starts_of_completion, right[1]),
+        ):
+            body = json.dumps({**base, **some}).encode()
+            with suppress(InvalidField):
+                assert starts_of(parse(body, kind))  # type: ignore[operator,type-var]
+
+
+async def test_open_server_answers_no_page_of_another_name(tmp_path: Path) -> None:
+    """A site whose name is made to lead to 127.0.0.1 would else read what this machine says."""
+    async with serving(tmp_path, num_runtimes=1) as (fleet, _), aiohttp.ClientSession() as session:
+        port = fleet.http.address.rpartition(":")[2]
+        statuses = []
+        for host in ("localhost", "127.0.0.1", "[::1]", "evil.example", "evil.example:80", ""):
+            name = f"{host}:{port}" if host and ":80" not in host else host
+            url = f"http://{fleet.http.address}/api/fleet"
+            async with session.get(url, headers={"Host": name}) as response:
+                statuses.append(response.status)
+    assert statuses == [200, 200, 200, 400, 400, 400]

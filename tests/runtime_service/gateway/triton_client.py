@@ -31,6 +31,11 @@ def about(client: triton.InferenceServerClient, model: str) -> dict[str, Any]:
     }
 
 
+def index(client: triton.InferenceServerClient, model: str) -> str:
+    """What models there are, by a call of Triton's own."""
+    return str(client.get_model_repository_index())
+
+
 def infer(
     client: triton.InferenceServerClient, model: str, inputs: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
@@ -89,7 +94,12 @@ def _outputs(result: triton.InferResult) -> dict[str, Any]:
     return found
 
 
-CALLS: dict[str, Callable[..., Any]] = {"about": about, "infer": infer, "stream": stream}
+CALLS: dict[str, Callable[..., Any]] = {
+    "about": about,
+    "index": index,
+    "infer": infer,
+    "stream": stream,
+}
 
 
 def main() -> None:
