@@ -21,7 +21,7 @@ from runtime_service.gateway.http.openai_requests import (
     starts_of_chat,
     starts_of_completion,
 )
-from runtime_service.gateway.http.server import STREAM_ERROR, Route, body_of
+from runtime_service.gateway.http.server import STREAM_ERROR, Route, body_of, open_stream
 from runtime_service.gateway.runtime_link import RuntimeLink
 from runtime_service.generate_calls import generate_all
 from shared.auth import caller
@@ -104,26 +104,19 @@ async def _stream(
 
     What fails before the first token still has a status of its own; later it is an event.
     """
-    response = web.StreamResponse(
-        headers={
-            "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-cache",
-            # Proxies that would collect the stream know this one.
-            "X-Accel-Buffering": "no",
-        }
-    )
+    response: web.StreamResponse | None = None
     try:
         async for some in events:
-            if not response.prepared:
-                await response.prepare(request)
+            response = response or await open_stream(request, "text/event-stream; charset=utf-8")
             if chunks := answer.chunks(some):
                 await response.write(_sse(chunks))
     except MillraceError as error:
-        if not response.prepared:
+        if response is None:
             raise
         request[STREAM_ERROR] = error
         await response.write(_sse([error_body(error)]))
     else:
+        assert response is not None, "a generation has ended without an event"
         await response.write(_sse(answer.last_chunks()) + b"data: [DONE]\n\n")
     await response.write_eof()
     return response

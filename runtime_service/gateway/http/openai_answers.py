@@ -97,12 +97,10 @@ class CompletionShape:
         return {
             "tokens": [_text(row.token) for row in rows],
             "token_logprobs": [_finite(row.logprob) for row in rows],
+            # The token itself is among them, also where it is none of the likeliest.
             "top_logprobs": [
-                # The token itself is among them, also where it is none of the likeliest.
-                {
-                    _text(candidate.token): _finite(candidate.logprob)
-                    for candidate in (*row.top, row)
-                }
+                {_text(top.token): _finite(top.logprob) for top in row.top}
+                | {_text(row.token): _finite(row.logprob)}
                 for row in rows
             ],
             "text_offset": list(offsets),

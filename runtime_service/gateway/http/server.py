@@ -25,9 +25,11 @@ from shared.tls import server_context
 # How long a client may take to send a body, and a stopping server for its last answers.
 BODY_TIMEOUT_S = 60.0
 _LAST_GRACE_S = 0.5
-_CANCELLED = "CANCELLED"
-# What a stream that has begun comes to, which its status cannot say any more.
+# A stream that has begun, and what it came to: its status cannot say it any more.
+_STREAM = web.RequestKey("stream", web.StreamResponse)
 STREAM_ERROR = web.RequestKey("stream_error", MillraceError)
+# What nginx logs where a client has closed its connection; nobody reads it.
+_CLIENT_GONE = 499
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -107,20 +109,20 @@ class HttpServer:
             # One task serves all requests of a connection, each with a caller of its own.
             structlog.contextvars.clear_contextvars()
             with self._edge.counted(rpc, str(request.remote)) as ended:
-                ended["code"] = _CANCELLED
                 with canonical_line("http_finished", is_quiet=route.is_quiet) as line:
-                    response, error = await self._outcome(route, request)
-                    ended["code"] = line["code"] = "OK" if error is None else error.code.name
+                    response, code, reason = await self._outcome(route, request)
+                    ended["code"] = line["code"] = code
                     line["status"] = response.status
-                    if error is not None:
-                        line["reason"] = error.reason
+                    if reason:
+                        line["reason"] = reason
                 return response
 
         return guarded
 
     async def _outcome(
         self, route: Route, request: web.Request
-    ) -> tuple[web.StreamResponse, MillraceError | None]:
+    ) -> tuple[web.StreamResponse, str, str]:
+        """The answer, and what metrics and the log call it: a code, and a reason or ""."""
         try:
             self._check_host(request)
             if route.rpc:
@@ -128,14 +130,22 @@ class HttpServer:
                 self._edge.admit(route.rpc, (("authorization", shown),), _identities(request))
             if self._edge.is_draining:
                 raise Draining()
-            return await route.handle(request), request.get(STREAM_ERROR)
+            response = await route.handle(request)
+            error = request.get(STREAM_ERROR)
+            return response, *(("OK", "") if error is None else (error.code.name, error.reason))
         except MillraceError as error:
-            return failure(error), error
-        except (web.HTTPException, ConnectionError):  # answers already, or nobody to answer
-            raise
+            return failure(error), error.code.name, error.reason
+        except web.HTTPException as error:
+            return failure_of_http(error), "INVALID_ARGUMENT", ""
+        except ConnectionError:
+            return web.Response(status=_CLIENT_GONE), "CANCELLED", ""
         except Exception:
             structlog.get_logger().exception("http_failed_unforeseen")
-            return failure(Internal()), Internal()
+            stream = request.get(_STREAM)
+            if stream is not None and request.transport is not None:
+                # Only that it breaks off can say now that it did not end well.
+                request.transport.close()
+            return stream or failure(Internal()), "INTERNAL", Internal.reason
 
     def _check_host(self, request: web.Request) -> None:
         """Raises InvalidField where a name leads here that could be any page's.
@@ -168,6 +178,18 @@ async def body_of(request: web.Request) -> bytes:
     except TimeoutError:
         problem = f"did not come within {BODY_TIMEOUT_S:.0f} s"
         raise InvalidField(field="body", problem=problem) from None
+
+
+async def open_stream(request: web.Request, content_type: str) -> web.StreamResponse:
+    """An answer that is written piece by piece; its status, which is 200, is sent now."""
+    response = web.StreamResponse()
+    response.headers["Content-Type"] = content_type
+    response.headers["Cache-Control"] = "no-cache"
+    # Proxies that would collect the stream know this one.
+    response.headers["X-Accel-Buffering"] = "no"
+    await response.prepare(request)
+    request[_STREAM] = response
+    return response
 
 
 @web.middleware

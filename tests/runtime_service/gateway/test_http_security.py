@@ -7,11 +7,12 @@ from typing import Any
 import aiohttp
 import grpc
 import pytest
+from aiohttp import web
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from runtime_service.gateway.http.server import HttpServer
+from runtime_service.gateway.http.server import HttpServer, Route, open_stream
 from shared.edge import EdgeInterceptor
 from shared.security import ServerSecurity
 from shared.settings import SettingsError
@@ -91,6 +92,33 @@ async def test_client_certificate_is_asked_for_and_names_the_tenant_as_for_grpc(
         cached.append(await _cached_over_grpc(fleet, ours))
     assert cached[0] == cached[2] == 0
     assert cached[1] == cached[3] > 0
+
+
+async def test_unforeseen_failure_tells_nothing_and_a_stream_that_has_one_breaks_off() -> None:
+    registry = CollectorRegistry()
+
+    async def fail(request: web.Request) -> web.StreamResponse:
+        if "late" in request.query:
+            await (await open_stream(request, "text/plain")).write(b"so far so good")
+        raise RuntimeError("the secret of the house")
+
+    server = HttpServer(
+        "127.0.0.1:0", 1 << 20, EdgeInterceptor(registry), [Route("GET", "/", fail)]
+    )
+    await server.start()
+    try:
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"http://{server.address}/") as early:
+                assert early.status == 500
+                assert "secret" not in await early.text()
+            async with session.get(f"http://{server.address}/?late") as late:
+                assert late.status == 200
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await late.read()
+    finally:
+        await server.stop()
+    labels = {"rpc": "GET /", "code": "INTERNAL"}
+    assert registry.get_sample_value("millrace_rpcs_total", labels) == 2
 
 
 def _as(client: Path, server: Path) -> ssl.SSLContext:

@@ -1,6 +1,7 @@
 """The web page in a real browser: it chats, shows the fleet and builds, and asks for a key."""
 
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -70,7 +71,10 @@ async def test_page_chats_and_shows_the_fleet_and_builds(tmp_path: Path) -> None
         ):
             await expect(page.locator("#state")).to_have_text("2 runtimes serve")
             await expect(page.locator("#runtimes .card")).to_have_count(2)
-            await expect(page.locator("#runtimes .name").first).to_have_text("echo · fp32 · cpu")
+            runtime = page.locator("#runtimes .card").first
+            await expect(runtime).to_contain_text("echofp32 · cpu")
+            await expect(runtime).to_contain_text(re.compile(r"KV cache\d+ % of 256 blocks"))
+            await expect(runtime).to_contain_text("serving")
             await page.fill("#prompt", "hello <i>Wörld</i>")
             await page.press("#prompt", "Enter")
             answer = page.locator(".turn.assistant")
