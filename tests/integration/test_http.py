@@ -1,5 +1,7 @@
 """A gateway's faces with real daemons: TLS, keys, a CPU engine; one question, the same tokens."""
 
+import asyncio
+import signal
 import ssl
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,15 @@ from typing import Any
 import grpc
 import pytest
 from millrace.aio import AsyncClient
+from millrace.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from millrace.kserve.v2 import inference_pb2 as kserve
 from millrace.kserve.v2 import inference_pb2_grpc
-from openai import AsyncOpenAI, AuthenticationError, DefaultAsyncHttpxClient
+from openai import (
+    AsyncOpenAI,
+    AuthenticationError,
+    DefaultAsyncHttpxClient,
+    InternalServerError,
+)
 
 from tests.checkpoints import write_checkpoint
 from tests.integration.daemon_process import DaemonProcess
@@ -64,6 +72,16 @@ async def over_kserve(channel: grpc.aio.Channel, metadata: Any) -> str:
     return str(answer[4:].decode().removeprefix(PROMPT))
 
 
+async def has_running(channel: grpc.aio.Channel, metadata: Any) -> None:
+    """Returns when the gateway has sent a generation to a runtime."""
+    stub: Any = fleet_pb2_grpc.FleetServiceStub(channel)
+    async with asyncio.timeout(10):
+        while True:
+            fleet = await stub.GetFleet(fleet_pb2.GetFleetRequest(), metadata=metadata)
+            if any(runtime.generations for runtime in fleet.runtimes):
+                return
+
+
 async def test_all_faces_of_a_secured_gateway_give_the_same_tokens(
     redis_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,3 +123,22 @@ async def test_all_faces_of_a_secured_gateway_give_the_same_tokens(
             async with openai_client(gateway, certs, "mr_no_no") as stranger:
                 with pytest.raises(AuthenticationError):
                     await stranger.models.list()
+
+            # What runs at SIGTERM is finished, what comes is refused, and the process ends.
+            runtime.send(signal.SIGSTOP)
+            asked = client.completions.create(
+                model="tiny", prompt=PROMPT, max_tokens=NUM_TOKENS, seed=SEED, temperature=1.0,
+                stream=True, extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            running = asyncio.create_task(asked)
+            await has_running(channel, metadata)
+            gateway.send(signal.SIGTERM)
+            await asyncio.to_thread(gateway.wait_for, "draining_started")
+            with pytest.raises(InternalServerError) as refused:
+                await client.models.list()
+            assert refused.value.status_code == 503
+            runtime.send(signal.SIGCONT)
+            chunks = [chunk.choices[0] async for chunk in await running]
+            assert "".join(chunk.text for chunk in chunks) == expected.text
+            assert chunks[-1].finish_reason == "length"
+            assert await asyncio.to_thread(gateway.process.wait, 20) == 0

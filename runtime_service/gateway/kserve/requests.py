@@ -19,10 +19,10 @@ from shared.errors import InvalidField
 
 VERSION = "1"
 MAX_ID_CHARS = 256
-# As both backends do where they are not told.
+# As vLLM does where it is not told.
 DEFAULT_TOKENS = 16
 
-# What it takes beside `text_input`: type, and whether there may be several.
+# What it takes, and the type of each.
 INPUTS: dict[str, str] = {
     "text_input": "BYTES",
     "stream": "BOOL",
@@ -62,7 +62,7 @@ _LISTS = ("stop", "stop_words")
 _FLAGS = ("stream", "exclude_input_in_output", *(asks for _, asks in OUTPUTS.values() if asks))
 _OTHER_NAMES = {"random_seed": "seed", "min_length": "min_tokens", "stop_words": "stop"}
 _TIMEOUT, _MAX_TIMEOUT_US = "timeout", 10**12
-# Taken where they change nothing.
+# Asks that the last answer be told, which it is anyway.
 _EMPTY_FINAL = "triton_enable_empty_final_response"
 
 
