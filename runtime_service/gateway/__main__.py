@@ -2,34 +2,22 @@
 
 import asyncio
 
-from millrace.fleet.v1 import fleet_pb2_grpc
-from millrace.kserve.v2 import inference_pb2_grpc
-from millrace.runtime.v1 import runtime_pb2_grpc
-
 from runtime_service.deployments import Deployments
+from runtime_service.gateway.faces import SERVICES, add_services, http_routes
 from runtime_service.gateway.fleet import Fleet
 from runtime_service.gateway.fleet_service import FleetService
 from runtime_service.gateway.gateway import Gateway
-from runtime_service.gateway.http.openai import OpenAiApi
-from runtime_service.gateway.http.page import Builds, Page
+from runtime_service.gateway.http.page import Builds
 from runtime_service.gateway.http.server import HttpServer
 from runtime_service.gateway.kept import KeptGenerations
-from runtime_service.gateway.kserve.service import InferenceService
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.runtime_link import LinkOptions
-from runtime_service.gateway.service import GatewayRuntimeService
 from runtime_service.gateway.settings import GatewaySettings
 from shared.log import configure_logging
 from shared.redis import connect
 from shared.security import ServerSecurity, peer_security
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
-
-SERVICES = (
-    "millrace.runtime.v1.RuntimeService",
-    "millrace.fleet.v1.FleetService",
-    "inference.GRPCInferenceService",
-)
 
 # After the drain's own grace: for last events to reach their readers.
 _LAST_EVENTS_S = 2.0
@@ -55,22 +43,13 @@ async def serve(settings: GatewaySettings) -> None:
     kept = KeptGenerations(settings.keep_s)
     gateway = Gateway(fleet, GatewayMetrics(registry), settings.wait_s, kept)
     server = DaemonServer(settings.listen, settings.max_message_bytes, registry, security)
-    runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(
-        GatewayRuntimeService(gateway, fleet), server.grpc
-    )
-    inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-        InferenceService(gateway, fleet), server.grpc
-    )
     deployments = Deployments(redis) if redis is not None else None
     fleet_service = FleetService(fleet, deployments, settings.redis_url)
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet_service, server.grpc)
+    add_services(server, gateway, fleet, fleet_service)
     builds = Builds(settings.compiler, peers) if settings.compiler else None
     http = None
     if settings.http_listen:
-        routes = (
-            *OpenAiApi(gateway, fleet).routes(),
-            *Page(gateway, fleet_service, builds).routes(),
-        )
+        routes = http_routes(gateway, fleet, fleet_service, builds)
         http = HttpServer(
             settings.http_listen, settings.max_message_bytes, server.edge, routes, security
         )

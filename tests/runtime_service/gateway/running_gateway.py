@@ -9,23 +9,20 @@ from typing import Any
 
 import grpc
 from millrace.fleet.v1 import fleet_pb2_grpc
-from millrace.kserve.v2 import inference_pb2_grpc
 from millrace.runtime.v1 import runtime_pb2_grpc
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
 from runtime_service.deployments import Deployments
+from runtime_service.gateway.faces import SERVICES, add_services, http_routes
 from runtime_service.gateway.fleet import Fleet
 from runtime_service.gateway.fleet_service import FleetService
 from runtime_service.gateway.gateway import Gateway
-from runtime_service.gateway.http.openai import OpenAiApi
-from runtime_service.gateway.http.page import Builds, Page
+from runtime_service.gateway.http.page import Builds
 from runtime_service.gateway.http.server import HttpServer
 from runtime_service.gateway.kept import KeptGenerations
-from runtime_service.gateway.kserve.service import InferenceService
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.runtime_link import LinkOptions
-from runtime_service.gateway.service import GatewayRuntimeService
 from shared.channels import PeerSecurity
 from shared.security import ServerSecurity
 from shared.server import OPEN, DaemonServer
@@ -86,19 +83,13 @@ async def running_gateway(
     registry = CollectorRegistry()
     gateway = Gateway(fleet, GatewayMetrics(registry), wait_s, KeptGenerations(keep_s))
     server = DaemonServer("127.0.0.1:0", 4 << 20, registry, security)
-    runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(
-        GatewayRuntimeService(gateway, fleet), server.grpc
-    )
-    inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-        InferenceService(gateway, fleet), server.grpc
-    )
     deployments = Deployments(redis) if redis is not None else None
     fleet_service = FleetService(fleet, deployments, "")
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(fleet_service, server.grpc)
+    add_services(server, gateway, fleet, fleet_service)
     builds = Builds(compiler, peers) if compiler else None
-    routes = (*OpenAiApi(gateway, fleet).routes(), *Page(gateway, fleet_service, builds).routes())
+    routes = http_routes(gateway, fleet, fleet_service, builds)
     http = HttpServer("127.0.0.1:0", 1 << 20, server.edge, routes, security)
-    await server.start("millrace.runtime.v1.RuntimeService")
+    await server.start(*SERVICES)
     await http.start()
     following = asyncio.create_task(fleet.run())
     async with grpc.aio.insecure_channel(server.address) as channel:
