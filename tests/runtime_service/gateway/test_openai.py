@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -321,6 +322,32 @@ async def test_client_that_leaves_ends_its_generation(tmp_path: Path) -> None:
         assert fleet.sample("generations_total", reason="client_gone") == 2
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_storm_of_leaving_clients_gives_every_block_back(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    async with serving(tmp_path, step_s=0.002, num_blocks=2048) as (fleet, client):
+
+        async def ask(number: int) -> None:
+            stream = await client.completions.create(
+                model="echo", prompt=[40, 41 + number], max_tokens=300, stream=True
+            )
+            num_chunks = draw.randrange(30)
+            async for _ in stream:
+                num_chunks -= 1
+                if num_chunks < 0:
+                    break
+            await stream.close()
+
+        await asyncio.gather(*(ask(number) for number in range(60)))
+        await until(lambda: fleet.sample("running_generations") == 0)
+        # Who is read late may have come to its end.
+        num_left = fleet.sample("generations_total", reason="client_gone")
+        assert num_left > 0
+        assert num_left + fleet.sample("generations_total", reason="finished") == 60
+        for daemon in fleet.daemons:
+            await daemon.freed()
+
+
 async def test_stream_survives_the_loss_of_its_runtime(tmp_path: Path) -> None:
     async with serving(tmp_path, step_s=0.005) as (fleet, client):
         stream = await client.completions.create(
@@ -405,11 +432,11 @@ async def test_draining_gateway_finishes_streams_and_refuses_others(tmp_path: Pa
 
 async def test_slow_reader_holds_its_stream_up_and_gets_everything(tmp_path: Path) -> None:
     """What it does not take waits in its generations, joined, and not in the HTTP server."""
-    ask = {"prompt": [40], "n": 4, "max_tokens": 500, "stream": True, "logprobs": 1}
+    ask = {"prompt": [40], "n": 16, "max_tokens": 500, "stream": True, "logprobs": 1}
     body = json.dumps(ask).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     head += "Content-Type: application/json\r\nConnection: close\r\n\r\n"
-    async with serving(tmp_path, num_runtimes=1) as (fleet, _):
+    async with serving(tmp_path, num_runtimes=1, num_blocks=2048) as (fleet, _):
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.setblocking(False)
@@ -429,12 +456,12 @@ async def test_slow_reader_holds_its_stream_up_and_gets_everything(tmp_path: Pat
             answer = (await reader.read()).decode()
             assert fleet.registry.get_sample_value("millrace_rpcs_running", rpc) == 0
             writer.close()
-    texts = dict.fromkeys(range(4), "")
+    texts = dict.fromkeys(range(16), "")
     for line in answer.splitlines():
         if line.startswith("data: {"):
             for choice in json.loads(line.removeprefix("data: "))["choices"]:
                 texts[choice["index"]] += choice["text"]
-    assert texts == dict.fromkeys(range(4), TOKENIZER.decode([40]) * 500)
+    assert texts == dict.fromkeys(range(16), TOKENIZER.decode([40]) * 500)
     assert "data: [DONE]" in answer
 
 
