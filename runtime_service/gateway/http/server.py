@@ -157,7 +157,8 @@ class HttpServer:
         knows_callers = security.api_keys is not None or security.tls.ca is not None
         if knows_callers or security.is_insecure or not is_loopback(self._host):
             return
-        host = request.url.host or ""
+        name = request.host
+        host = name if name.endswith("]") else name.rpartition(":")[0] or name
         if not is_loopback(host):
             problem = f"must be localhost or a loopback address, found {host!r}"
             raise InvalidField(field="Host", problem=problem)

@@ -109,12 +109,15 @@ def parse(request: kserve.ModelInferRequest) -> Asked:
     _set_timeout(start, parameters.pop(_TIMEOUT, None))
     parameters.pop(_EMPTY_FINAL, None)
     # Clients of the vLLM backend may have put the flags among the parameters too.
-    flags = {name: bool(given.pop(name, parameters.pop(name, False))) for name in _FLAGS}
+    flags = {name: _flag(name, given, parameters) for name in _FLAGS}
     is_stream = flags["stream"]
     excludes_prompt = flags["exclude_input_in_output"] or is_stream
     outputs = _outputs(request, flags)
     written = _json_object(given.pop("sampling_parameters", "{}"))
-    sampling = _sampling({**parameters, **written, **_without_defaults(given)})
+    if "priority" in parameters:
+        problem = "is not supported: Triton counts from the first on, and sampling_parameters up"
+        raise InvalidField(field="priority", problem=problem)
+    sampling = _sampling({**parameters, **written, **given})
     set_sampling(start, sampling, sampling.max_tokens or DEFAULT_TOKENS)
     start.sampling.logprobs = "cumulative_logprob" in outputs
     prefix = "" if excludes_prompt else text
@@ -135,24 +138,36 @@ def check_version(version: str) -> None:
 
 
 def _sampling(fields: dict[str, Any]) -> Sampling:
+    """How to generate; without what clients of the TensorRT-LLM backend say always, for nothing."""
+    fields.pop("pad_id", None)
+    if (width := fields.pop("beam_width", 1)) != 1:
+        raise InvalidField(field="beam_width", problem=f"must be 1, found {width!r}")
+    end_id = fields.pop("end_id", None)
+    if not (end_id is None or isinstance(end_id, int)):
+        raise InvalidField(field="end_id", problem=f"must be a token id, found {end_id!r}")
     fields = {_OTHER_NAMES.get(name, name): value for name, value in fields.items()}
-    if "end_id" in fields:
-        fields["stop_token_ids"] = [*fields.get("stop_token_ids", ()), fields.pop("end_id")]
+    if isinstance(stop := fields.get("stop"), list):
+        fields["stop"] = [string for string in stop if string != ""]
     try:
         # Numbers may be written as text: clients of the vLLM backend do.
-        return msgspec.convert(fields, Sampling, strict=False)
+        sampling = msgspec.convert(fields, Sampling, strict=False)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `$")
         field = path.strip("`").lstrip(".") or "sampling_parameters"
         raise InvalidField(field=field, problem=problem[0].lower() + problem[1:]) from None
+    if end_id is not None:
+        sampling.stop_token_ids = [*(sampling.stop_token_ids or ()), end_id]
+    return sampling
 
 
-def _without_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """What clients of the TensorRT-LLM backend send always, where it asks for nothing."""
-    given.pop("pad_id", None)
-    if (width := given.pop("beam_width", 1)) != 1:
-        raise InvalidField(field="beam_width", problem=f"must be 1, found {width}")
-    return given
+def _flag(name: str, given: dict[str, Any], parameters: dict[str, Value]) -> bool:
+    """A flag that is an input, or a parameter of any kind."""
+    value = given.pop(name, parameters.pop(name, False))
+    if value in ("true", "false"):
+        return bool(value == "true")
+    if isinstance(value, str):
+        raise InvalidField(field=name, problem=f"must be true or false, found {value!r}")
+    return bool(value)
 
 
 def _outputs(request: kserve.ModelInferRequest, flags: dict[str, bool]) -> tuple[str, ...]:

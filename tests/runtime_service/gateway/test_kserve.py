@@ -17,6 +17,7 @@ from millrace.kserve.v2 import inference_pb2_grpc
 
 from runtime_service.gateway.kserve.requests import INPUTS, parse
 from runtime_service.gateway.kserve.tensors import add_output, inputs_of
+from runtime_service.gateway.sampling_fields import Sampling
 from shared.auth import ApiKeys
 from shared.errors import InvalidField
 from shared.security import ServerSecurity
@@ -88,10 +89,10 @@ async def test_tritons_client_gets_one_answer(tmp_path: Path) -> None:
     """By the inputs of the TensorRT-LLM backend, and by those of the vLLM backend."""
     by_json = json.dumps({"max_tokens": "4", "temperature": "0.0", "n": 2})
     async with running_fleet(tmp_path, 1) as fleet:
-        whole, echoed, several, unknown, bad = await triton(
+        whole, echoed, several, unknown, bad, first = await triton(
             fleet,
             ("infer", {"inputs": {
-                "text_input": TEXT, "max_tokens": 200, "temperature": 0.5, "stop_words": ["STO V"],
+                "text_input": TEXT, "max_tokens": 200, "temperature": 0.5, "stop_words": ["", "STO V"],
                 "random_seed": 3, "exclude_input_in_output": True, "return_finish_reason": True,
                 "return_num_input_tokens": True, "return_num_output_tokens": True,
                 "return_cumulative_logprob": True, "beam_width": 1, "pad_id": 0,
@@ -102,6 +103,7 @@ async def test_tritons_client_gets_one_answer(tmp_path: Path) -> None:
                        "parameters": {"max_tokens": 3}, "request_id": "r"}),
             ("infer", {"model": "gpt-4", "inputs": {"text_input": TEXT}}),
             ("infer", {"inputs": {"text_input": TEXT, "top_p": 2.0}}),
+            ("infer", {"inputs": {"text_input": TEXT}, "priority": 1}),
         )  # fmt: skip
     shown = TEXT.partition("STO V")[0]
     num_tokens = len(TOKENIZER.encode(shown + "STO V").ids)
@@ -118,6 +120,7 @@ async def test_tritons_client_gets_one_answer(tmp_path: Path) -> None:
     assert "there are: echo" in unknown["error"]
     assert "INVALID_ARGUMENT" in bad["status"]
     assert bad["error"].startswith("top_p: must be over 0")
+    assert first["error"].startswith("priority: is not supported")
 
 
 async def test_tritons_client_streams_many_at_once(tmp_path: Path) -> None:
@@ -218,6 +221,12 @@ async def test_rpcs_need_a_key_with_the_scope(
         ({"text_input": "a", "sampling_parameters": '{"wings": 2}'}, "unknown field `wings`"),
         ({"text_input": "a", "max_tokens": 0}, "max_tokens: must be at least 1"),
         ({"text_input": "a", "max_tokens": "many"}, "max_tokens: expected `int"),
+        ({"text_input": "a", "exclude_input_in_output": "no"}, "exclude_input_in_output: must be"),
+        ({"text_input": "a", "end_id": "x"}, "end_id: must be a token id"),
+        (
+            {"text_input": "a", "end_id": 2, "sampling_parameters": '{"stop_token_ids": 5}'},
+            "stop_token_ids: expected `array",
+        ),
     ],
 )
 async def test_bad_inputs_are_named(tmp_path: Path, inputs: dict[str, Any], says: str) -> None:
@@ -264,7 +273,11 @@ def some_value() -> st.SearchStrategy[kserve.InferParameter]:
 
 @given(
     st.dictionaries(st.sampled_from((*INPUTS, "timeout", "n", "logit_bias")), some_value()),
-    st.text(),
+    st.text()
+    | st.dictionaries(
+        st.sampled_from(sorted(Sampling.__struct_fields__)),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text()),
+    ).map(json.dumps),
 )
 def test_parameters_of_any_value_make_a_start_or_are_refused(
     parameters: dict[str, kserve.InferParameter], written: str
