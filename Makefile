@@ -45,7 +45,7 @@ protos: $(READY_DEV)
 	  --python_out=clients/python --grpc_python_out=clients/python \
 	  --mypy_out=quiet:clients/python --mypy_grpc_out=quiet:clients/python \
 	  $$(cd protos && find millrace -name '*.proto' | sort)
-	for d in clients/python/millrace/*/v1; do touch $$d/__init__.py $$d/../__init__.py; done
+	for d in clients/python/millrace/*/v[0-9]; do touch $$d/__init__.py $$d/../__init__.py; done
 
 clean:
 	rm -rf $(VENV) $(STATE)

@@ -43,7 +43,7 @@ def main() -> None:
         ) as runtime,
         DaemonProcess(
             "runtime_service.gateway", "--listen", "127.0.0.1:0", "--metrics-listen", "",
-            "--runtimes", runtime.address,
+            "--http-listen", "", "--runtimes", runtime.address,
         ) as gateway,
     ):  # fmt: skip
         for daemon in (runtime, gateway):

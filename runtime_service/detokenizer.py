@@ -50,6 +50,12 @@ class TokenBytes(dict[int, bytes]):
         self[token_id] = value = value if isinstance(value, bytes) else value.encode()
         return value
 
+    def spelling(self, token_id: int) -> bytes:
+        """The token's bytes; a special token's name, which is no part of any text."""
+        if token_id in self._special:
+            return (self._tokenizer.id_to_token(token_id) or "").encode()
+        return self[token_id]
+
 
 class Detokenizer:
     """The text of one stream of tokens, never with half a character."""
@@ -68,6 +74,10 @@ class Detokenizer:
         """The text that these tokens complete."""
         table = self._token_bytes
         return self._decode(b"".join([table[token_id] for token_id in token_ids]))
+
+    def spelling(self, token_id: int) -> bytes:
+        """How the token is shown by itself; see `TokenBytes`."""
+        return self._token_bytes.spelling(token_id)
 
     def flush(self) -> str:
         """The replacement for an unfinished character, if there is one; the stream has ended."""

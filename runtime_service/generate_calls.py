@@ -4,13 +4,14 @@ Both give their calls back however they end, so that what a lost client started 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Protocol
 
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.generation_call import GenerationCall, Member
 from shared.auth import Principal
+from shared.errors import from_status
 
 
 class CallKeeper(Protocol[Member]):
@@ -53,5 +54,27 @@ async def generate_stream(
                     yield pb.GenerateStreamResponse(events=events[:-1])
                 raise generation.error
             yield pb.GenerateStreamResponse(events=events)
+    finally:
+        keeper.close_call(call)
+
+
+async def generate_all(
+    keeper: CallKeeper[Member], starts: Iterable[pb.StartGeneration], caller: Principal
+) -> AsyncGenerator[list[pb.Event], None]:
+    """Generations of which all are wanted, on one call: the first error is the call's.
+
+    Args:
+        starts: told apart by their request ids.
+    """
+    call = keeper.open_call(caller)
+    try:
+        for start in starts:
+            call.start(start)
+        call.half_close()
+        async for events in call.messages():
+            for event in events:
+                if event.HasField("error"):
+                    raise from_status(event.error)
+            yield events
     finally:
         keeper.close_call(call)

@@ -18,8 +18,8 @@ from shared.errors import DeadlineExceeded, Draining, InvalidField, MillraceErro
 from shared.quotas import GenerationQuota
 
 # Tokens in a message, and tokens of what has ended that may wait to be read. Events without tokens
-# count as some in their message, an end as more while it waits, and the bytes of a name as well: a
-# refused one may be long.
+# count as some in their message, an end as more while it waits, and the bytes of a name and of a
+# refusal as well: they may be long.
 MAX_MESSAGE_TOKENS = 4096
 MAX_UNREAD_TOKENS = 1 << 16
 END_TOKENS = 32
@@ -156,7 +156,7 @@ class GenerationCall(Generic[Member]):
         kind = command.WhichOneof("command")
         if kind is None:
             problem = "must be set: start, cancel, update, credit or resume"
-            self._refuse("", InvalidField(field="command", problem=problem))
+            self.refuse("", InvalidField(field="command", problem=problem))
             return
         request_id: str = getattr(command, kind).request_id
         try:
@@ -171,7 +171,7 @@ class GenerationCall(Generic[Member]):
                 self._change(self._running[request_id], command)
         except MillraceError as error:
             if kind in ("start", "resume") or request_id not in self._running:
-                self._refuse(request_id, error)
+                self.refuse(request_id, error)
             else:
                 self._running[request_id].fail(error)
 
@@ -203,6 +203,10 @@ class GenerationCall(Generic[Member]):
         self._starter.resume(generation, resume, self._cache_salt)
         return generation
 
+    def refuse(self, request_id: str, error: MillraceError) -> None:
+        """Tells of a command that no generation of its own stands for."""
+        self._owe(_Refusal(request_id, error), len(str(error)) // _TOKEN_BYTES)
+
     def _open(self, request_id: str) -> Member:
         quota = self._quota.open_generation()
         generation = self._starter.new_generation(request_id, self._on_news, self._on_end, quota)
@@ -226,10 +230,6 @@ class GenerationCall(Generic[Member]):
         else:
             validation.check_credit(command.credit)
             generation.credit(command.credit)
-
-    def _refuse(self, request_id: str, error: MillraceError) -> None:
-        """Tells of a command that no generation of its own stands for."""
-        self._owe(_Refusal(request_id, error), 0)
 
     def _on_news(self, generation: CallMember) -> None:
         self._unread.setdefault(generation, 0)

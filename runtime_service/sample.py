@@ -1,6 +1,6 @@
 """One of a generation's samples: its text, what of it waits to be read, and how it ended."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from millrace.runtime.v1 import runtime_pb2 as pb
 
@@ -49,10 +49,11 @@ class Sample:
         prompt, self.prompt_logprobs = self.prompt_logprobs, []
         pieces, self._sealed = [*self._sealed, self._cut()], []
         while len(prompt) > MAX_EVENT_LOGPROBS:
-            yield _event(request_id, index, (), "", (), prompt[:MAX_EVENT_LOGPROBS])
+            head = prompt[:MAX_EVENT_LOGPROBS]
+            yield _event(request_id, index, (), "", (), head, self.text.spelling)
             prompt = prompt[MAX_EVENT_LOGPROBS:]
         for token_ids, text, logprobs in pieces:
-            yield _event(request_id, index, token_ids, text, logprobs, prompt)
+            yield _event(request_id, index, token_ids, text, logprobs, prompt, self.text.spelling)
             prompt = []
 
     def _cut(self) -> tuple[list[int], str, list[TokenLogprobs]]:
@@ -68,6 +69,7 @@ def _event(
     text: str,
     logprobs: Sequence[TokenLogprobs],
     prompt_logprobs: Sequence[TokenLogprobs],
+    spell: Callable[[int], bytes],
 ) -> pb.Event:
     # Filled in place: made whole and copied in, it would cost twice as much, for every token.
     event = pb.Event(request_id=request_id)
@@ -77,16 +79,20 @@ def _event(
     chunk.token_ids.extend(token_ids)
     chunk.text = text
     if logprobs:
-        chunk.logprobs.extend(map(_logprob, logprobs))
+        chunk.logprobs.extend([_logprob(row, spell) for row in logprobs])
     if prompt_logprobs:
-        chunk.prompt_logprobs.extend(map(_logprob, prompt_logprobs))
+        chunk.prompt_logprobs.extend([_logprob(row, spell) for row in prompt_logprobs])
     return event
 
 
-def _logprob(row: TokenLogprobs) -> pb.TokenLogprob:
+def _logprob(row: TokenLogprobs, spell: Callable[[int], bytes]) -> pb.TokenLogprob:
     return pb.TokenLogprob(
         token_id=row.token_id,
         logprob=row.logprob,
         rank=row.rank,
-        top=[pb.TopLogprob(token_id=token_id, logprob=value) for token_id, value in row.top],
+        top=[
+            pb.TopLogprob(token_id=token_id, logprob=value, token=spell(token_id))
+            for token_id, value in row.top
+        ],
+        token=spell(row.token_id),
     )

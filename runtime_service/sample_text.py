@@ -75,6 +75,10 @@ class SampleText:
         if rest:
             self._ready.append(rest)
 
+    def spelling(self, token_id: int) -> bytes:
+        """How a token of it, or one that could have been, is shown by itself."""
+        return self._detokenizer.spelling(token_id)
+
     def take(self) -> str:
         """What may be shown and was not taken yet."""
         text = "".join(self._ready)

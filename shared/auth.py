@@ -49,6 +49,13 @@ RPC_SCOPES: Mapping[str, Scope] = {
     "/millrace.fleet.v1.FleetService/GetFleet": "generate",
     "/millrace.fleet.v1.FleetService/ApplyDeployment": "admin",
     "/millrace.fleet.v1.FleetService/DeleteDeployment": "admin",
+    "/inference.GRPCInferenceService/ServerLive": "generate",
+    "/inference.GRPCInferenceService/ServerReady": "generate",
+    "/inference.GRPCInferenceService/ModelReady": "generate",
+    "/inference.GRPCInferenceService/ServerMetadata": "generate",
+    "/inference.GRPCInferenceService/ModelMetadata": "generate",
+    "/inference.GRPCInferenceService/ModelInfer": "generate",
+    "/inference.GRPCInferenceService/ModelStreamInfer": "generate",
     "/millrace.artifact.v1.ArtifactService/FindEngine": "build",
     "/millrace.artifact.v1.ArtifactService/ReadBlob": "build",
 }

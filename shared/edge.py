@@ -7,8 +7,15 @@ and each call leaves one canonical log line and its metrics. Servicers behind it
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+)
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +36,8 @@ _REFLECTION = "/grpc.reflection."
 _COUNTED_PER_START = {
     "/millrace.runtime.v1.RuntimeService/Generate",
     "/millrace.runtime.v1.RuntimeService/GenerateStream",
+    "/inference.GRPCInferenceService/ModelInfer",
+    "/inference.GRPCInferenceService/ModelStreamInfer",
 }
 _STATUS_DETAILS = "grpc-status-details-bin"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -41,10 +50,11 @@ _KINDS = {  # (requests stream, responses stream)
     (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
 }
 
-# Asked again and again by gateways: a line for each would bury the others.
-_POLLED = {"GetStatus", "GetFleet"}
+# Asked again and again by gateways and probes: a line for each would bury the others.
+_POLLED = {"GetStatus", "GetFleet", "ServerLive", "ServerReady", "ModelReady"}
 
 Behaviour = Callable[[Any, Any], Any]
+Metadata = Iterable[tuple[str, str | bytes]]
 
 
 class EdgeInterceptor(grpc.aio.ServerInterceptor):
@@ -97,36 +107,42 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         parse = _lenient(handler.request_deserializer)
         return make_handler(guarded, parse, handler.response_serializer)
 
-    async def _guard(self, method: str, behaviour: Behaviour, request: Any, context: Any) -> Any:
-        rpc = method.rpartition("/")[2]
-        structlog.contextvars.bind_contextvars(rpc=rpc, peer=context.peer())
+    @contextmanager
+    def counted(self, rpc: str, peer: str) -> Iterator[dict[str, str]]:
+        """Counts and times a call while the block runs; the block says in `code` how it ended."""
+        structlog.contextvars.bind_contextvars(rpc=rpc, peer=peer)
         start = time.monotonic()
         self._num_running += 1
         self._idle.clear()
         self._running.labels(rpc).inc()
-        code = "CANCELLED"
+        ended = {"code": "CANCELLED"}
         try:
-            with canonical_line("rpc_finished", is_quiet=rpc in _POLLED) as line:
-                result, status = await self._outcome(method, behaviour, request, context)
-                code = line["code"] = _CODES[status.code].name
-                if status.code:
-                    line["reason"] = reason_of(status)
-            if status.code:
-                await abort_with(context, status)
-            return result
+            yield ended
         finally:
-            self._total.labels(rpc, code).inc()
+            self._total.labels(rpc, ended["code"]).inc()
             self._seconds.labels(rpc).observe(time.monotonic() - start)
             self._running.labels(rpc).dec()
             self._num_running -= 1
             if not self._num_running:
                 self._idle.set()
 
+    async def _guard(self, method: str, behaviour: Behaviour, request: Any, context: Any) -> Any:
+        rpc = method.rpartition("/")[2]
+        with self.counted(rpc, context.peer()) as ended:
+            with canonical_line("rpc_finished", is_quiet=rpc in _POLLED) as line:
+                result, status = await self._outcome(method, behaviour, request, context)
+                ended["code"] = line["code"] = _CODES[status.code].name
+                if status.code:
+                    line["reason"] = reason_of(status)
+            if status.code:
+                await abort_with(context, status)
+            return result
+
     async def _outcome(
         self, method: str, behaviour: Behaviour, request: Any, context: Any
     ) -> tuple[Any, status_pb2.Status]:
         try:
-            self._admit(method, context)
+            self.admit(method, context.invocation_metadata() or (), context.peer_identities() or ())
             if self.is_draining:
                 raise Draining()
             if isinstance(request, _Malformed):
@@ -140,20 +156,23 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
             structlog.get_logger().exception("rpc_failed_unforeseen")
             return None, to_status(Internal())
 
-    def _admit(self, method: str, context: Any) -> None:
+    def admit(self, method: str, metadata: Metadata, identities: Iterable[bytes]) -> None:
         """Makes the caller known to what runs in this call.
 
+        Args:
+            method: full name of the rpc; where another protocol is spoken, of its like.
+            identities: names in the client's certificate, if it showed one.
         Raises:
             Unauthenticated, PermissionDenied, QuotaExceeded: the caller may not make it.
         """
         if self._api_keys is None:
-            identity = b"\0".join(context.peer_identities() or ()).decode("latin-1")
+            identity = b"\0".join(identities).decode("latin-1")
             # Who is asked for no key may divide its own cache, and reaches nobody else's.
-            behalf = tenant_of(context.invocation_metadata() or ())
+            behalf = tenant_of(metadata)
             tenant = f"{identity}\0\0{behalf}" if behalf else identity
             set_caller(replace(ANYBODY, tenant=tenant))
             return
-        principal = self._api_keys.authenticate(context.invocation_metadata() or ())
+        principal = self._api_keys.authenticate(metadata)
         structlog.contextvars.bind_contextvars(tenant=principal.tenant, key=principal.key_id)
         if not method.startswith(_REFLECTION):
             principal.require(method.rpartition("/")[2], RPC_SCOPES.get(method, "admin"))

@@ -173,6 +173,13 @@ class DeploymentNotFound(MillraceError):
     template = "No deployment {deployment!r}; `millrace status` lists what there is."
 
 
+class ModelNotServed(MillraceError):
+    """No runtime serves a model or deployment of that name."""
+
+    reason, code = "MODEL_NOT_SERVED", _S.NOT_FOUND
+    template = "No model {model!r} is served here; there are: {known}."
+
+
 class NotARuntime(MillraceError):
     """A gateway was asked to load an engine."""
 
@@ -315,7 +322,7 @@ class Internal(MillraceError):
 ERRORS: dict[str, type[MillraceError]] = {
     row.reason: row
     for row in (
-        GenerationNotFound, DeploymentNotFound, NotARuntime,
+        GenerationNotFound, DeploymentNotFound, ModelNotServed, NotARuntime,
         UnsupportedModel, InvalidModel, UnsupportedArch, UnsupportedQuant, UnsupportedTp,
         InvalidField, PromptTooLong, ModelNotFound, EngineNotFound, BuildNotFound, BlobNotFound,
         ArchMismatch, FormatMismatch, DriverTooOld, QualityGate, NoEngine, BuildQueueFull,

@@ -94,6 +94,41 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     )
 
 
+def server_context(files: TlsFiles) -> ssl.SSLContext:
+    """The same for servers that are not gRPC's: each handshake uses the files as they are then.
+
+    Raises:
+        SettingsError: they make no sense at the start.
+    """
+    stamp, context = files.stamp(), _context(files)
+    current = context
+
+    def follow(connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+        nonlocal stamp, current
+        try:
+            found = files.stamp()
+            if found != stamp:
+                stamp, current = found, _context(files)
+                structlog.get_logger().info("tls_files_read")
+        except (SettingsError, OSError) as error:
+            structlog.get_logger().error("tls_files_unusable", problem=str(error))
+        connection.context = current
+
+    context.sni_callback = follow
+    return context
+
+
+def _context(files: TlsFiles) -> ssl.SSLContext:
+    files.check()
+    assert files.cert is not None, "a server without a certificate has no TLS"
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(files.cert, files.key)
+    if files.ca is not None:
+        context.load_verify_locations(files.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
 def _configuration(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
     ca, key, cert = files.read()
     assert key is not None, "a server's certificate was read without its key"

@@ -2,25 +2,22 @@
 
 import asyncio
 
-from millrace.fleet.v1 import fleet_pb2_grpc
-from millrace.runtime.v1 import runtime_pb2_grpc
-
 from runtime_service.deployments import Deployments
+from runtime_service.gateway.faces import SERVICES, add_services, http_routes
 from runtime_service.gateway.fleet import Fleet
 from runtime_service.gateway.fleet_service import FleetService
 from runtime_service.gateway.gateway import Gateway
+from runtime_service.gateway.http.page import Builds
+from runtime_service.gateway.http.server import HttpServer
 from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.runtime_link import LinkOptions
-from runtime_service.gateway.service import GatewayRuntimeService
 from runtime_service.gateway.settings import GatewaySettings
 from shared.log import configure_logging
 from shared.redis import connect
 from shared.security import ServerSecurity, peer_security
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
-
-SERVICES = ("millrace.runtime.v1.RuntimeService", "millrace.fleet.v1.FleetService")
 
 # After the drain's own grace: for last events to reach their readers.
 _LAST_EVENTS_S = 2.0
@@ -46,13 +43,16 @@ async def serve(settings: GatewaySettings) -> None:
     kept = KeptGenerations(settings.keep_s)
     gateway = Gateway(fleet, GatewayMetrics(registry), settings.wait_s, kept)
     server = DaemonServer(settings.listen, settings.max_message_bytes, registry, security)
-    runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(
-        GatewayRuntimeService(gateway, fleet), server.grpc
-    )
     deployments = Deployments(redis) if redis is not None else None
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(
-        FleetService(fleet, deployments, settings.redis_url), server.grpc
-    )
+    fleet_service = FleetService(fleet, deployments, settings.redis_url)
+    add_services(server, gateway, fleet, fleet_service)
+    builds = Builds(settings.compiler, peers) if settings.compiler else None
+    http = None
+    if settings.http_listen:
+        routes = http_routes(gateway, fleet, fleet_service, builds)
+        http = HttpServer(
+            settings.http_listen, settings.max_message_bytes, server.edge, routes, security
+        )
     changed = asyncio.Event()
     fleet.on_change(changed.set)
     working = [
@@ -61,6 +61,8 @@ async def serve(settings: GatewaySettings) -> None:
     ]
     try:
         await server.start(*SERVICES, is_serving=False)
+        if http is not None:
+            await http.start()
         if settings.metrics_listen:
             start_metrics(settings.metrics_listen, registry, security)
         await server.serve_until_signal(
@@ -70,6 +72,10 @@ async def serve(settings: GatewaySettings) -> None:
         for task in working:
             task.cancel()
         await server.grpc.stop(0)
+        if http is not None:
+            await http.stop()
+        if builds is not None:
+            await builds.close()
         await fleet.close()
         if redis is not None:
             await redis.aclose()

@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from runtime_service.gateway.runtime_link import LinkOptions, RuntimeLink
+from shared.errors import ModelNotServed
 from shared.settings import SettingsError
 
 _log = structlog.get_logger()
@@ -46,6 +47,24 @@ class Fleet:
 
     def __iter__(self) -> Iterator[RuntimeLink]:
         return iter(self._links.values())
+
+    def models(self) -> dict[str, RuntimeLink]:
+        """What may be asked for by name, sorted: deployments and models, each with a runtime."""
+        found: dict[str, RuntimeLink] = {}
+        for link in self:
+            for name in (link.status.deployment, link.status.engine.model):
+                if name and link.is_usable:
+                    found.setdefault(name, link)
+        return dict(sorted(found.items()))
+
+    def check_model(self, model: str) -> None:
+        """Raises ModelNotServed where others are served, and none of that name.
+
+        While nothing is, one may be about to be: generations know how to wait for it.
+        """
+        known = self.models()
+        if known and not any(link.serves(model) for link in self):
+            raise ModelNotServed(model=model, known=", ".join(known))
 
     async def run(self) -> None:
         """Follows Redis until it is cancelled."""

@@ -13,11 +13,18 @@ class GatewaySettings(Settings):
     component: ClassVar[str] = "gateway"
 
     listen: str = Field("127.0.0.1:7600", description="host:port of the gRPC server")
+    http_listen: str = Field(
+        "127.0.0.1:7620",
+        description="host:port of the OpenAI-compatible HTTP server and the web page; empty: none",
+    )
     metrics_listen: str = Field(
         "127.0.0.1:7610", description="host:port of the Prometheus metrics; empty: none"
     )
     runtimes: tuple[str, ...] = Field(
         (), description="host:port of runtimes, beside those that Redis knows"
+    )
+    compiler: str = Field(
+        "", description="host:port of a compile daemon whose builds the web page shows"
     )
     poll_s: float = Field(1.0, gt=0, description="between looks at Redis and at each runtime")
     silent_s: float = Field(

@@ -19,6 +19,7 @@ CATCH_EVERYTHING = {
     "compiler_service/compiler.py",
     "compiler_service/worker.py",
     "runtime_service/engine_process.py",
+    "runtime_service/gateway/http/server.py",
     "runtime_service/runtime.py",
     "shared/edge.py",
 }

@@ -15,7 +15,8 @@ PACKAGES = {
     "millrace": ROOT / "clients/python/millrace",
 }
 GENERATED = {
-    f"millrace.{package}" for package in ("engine", "compiler", "artifact", "runtime", "fleet")
+    f"millrace.{package}"
+    for package in ("engine", "compiler", "artifact", "runtime", "fleet", "kserve")
 }
 # What each package may import of the house, beside itself. `millrace` means the generated protocol
 # code alone, except for the SDK itself.

@@ -13,6 +13,7 @@ _HEAVY = ("triton", "transformers", "sympy", "torch._dynamo", "torch._inductor")
     [
         ("runtime_service.engine_process, runtime_service.execution.loading", _HEAVY),
         ("runtime_service.__main__", ("torch", *_HEAVY)),
+        ("runtime_service.gateway.__main__", ("torch", *_HEAVY)),
     ],
 )
 def test_a_serving_process_loads_no_compiler(modules: str, absent: tuple[str, ...]) -> None:

@@ -55,7 +55,7 @@ class FleetProcesses:
         self.gateway = self._stack.enter_context(
             DaemonProcess(
                 "runtime_service.gateway",
-                "--listen", "127.0.0.1:0", "--metrics-listen", "",
+                "--listen", "127.0.0.1:0", "--metrics-listen", "", "--http-listen", "",
                 "--redis-url", self.redis.url, "--poll-s", "0.3", "--silent-s", "20",
             )
         )  # fmt: skip

@@ -13,6 +13,7 @@ import structlog
 from grpc_status import rpc_status
 from millrace.runtime.v1 import runtime_pb2 as pb
 
+from compiler_service.checkpoints.byte_tokenizer import IM_END_ID
 from shared.errors import from_status, reason_of
 from tests.runtime_service.daemon import TOKENIZER, running_daemon, start_of, until
 from tests.runtime_service.echo_engine import VOCAB_SIZE
@@ -120,6 +121,22 @@ async def test_logprobs_come_when_asked_for(tmp_path: Path) -> None:
     assert rows["tokens"][0] == [40, 41]
     assert rows["prompt"] == ([], [41, 42])
     assert seen["tokens"].chunks[0].logprobs[0].top[0].logprob == -0.25
+
+
+async def test_logprobs_spell_their_tokens(tmp_path: Path) -> None:
+    """Bytes, since a token may be a part of a character; a special token has its name."""
+    prompt = [*TOKENIZER.encode("Wölf").ids, IM_END_ID]
+    async with running_daemon(tmp_path) as daemon:
+        call = daemon.call()
+        start = start_of(prompt, request_id="a", max_new_tokens=len(prompt))
+        start.sampling.top_logprobs = 1
+        start.stop.ignore_end_tokens = True
+        await call.send(start=start)
+        seen = (await call.finish())["a"]
+    rows = [row for chunk in seen.chunks for row in chunk.logprobs]
+    expected = [b"W", b"\xc3", b"\xb6", b"l", b"f", b"<|im_end|>"]
+    assert [row.token for row in rows] == expected
+    assert [top.token for row in rows for top in row.top] == expected
 
 
 async def test_seed_is_kept_or_drawn(tmp_path: Path) -> None:

@@ -14,13 +14,15 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
 from runtime_service.deployments import Deployments
+from runtime_service.gateway.faces import SERVICES, add_services, http_routes
 from runtime_service.gateway.fleet import Fleet
 from runtime_service.gateway.fleet_service import FleetService
 from runtime_service.gateway.gateway import Gateway
+from runtime_service.gateway.http.page import Builds
+from runtime_service.gateway.http.server import HttpServer
 from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.runtime_link import LinkOptions
-from runtime_service.gateway.service import GatewayRuntimeService
 from shared.channels import PeerSecurity
 from shared.security import ServerSecurity
 from shared.server import OPEN, DaemonServer
@@ -37,6 +39,7 @@ class RunningGateway:
     fleet: Fleet
     registry: CollectorRegistry
     server: DaemonServer
+    http: HttpServer
     stub: Any
     fleet_stub: Any
     daemons: list[Daemon]
@@ -73,31 +76,35 @@ async def running_gateway(
     redis: Redis | None = None,
     security: ServerSecurity = OPEN,
     peers: PeerSecurity = PLAIN,
+    compiler: str = "",
 ) -> AsyncIterator[RunningGateway]:
     """A gateway in front of these runtimes, which it has met."""
     fleet = Fleet(redis, tuple(addresses), LinkOptions(0.05, silent_s, 1 << 20, peers))
     registry = CollectorRegistry()
     gateway = Gateway(fleet, GatewayMetrics(registry), wait_s, KeptGenerations(keep_s))
     server = DaemonServer("127.0.0.1:0", 4 << 20, registry, security)
-    runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(
-        GatewayRuntimeService(gateway, fleet), server.grpc
-    )
     deployments = Deployments(redis) if redis is not None else None
-    fleet_pb2_grpc.add_FleetServiceServicer_to_server(
-        FleetService(fleet, deployments, ""), server.grpc
-    )
-    await server.start("millrace.runtime.v1.RuntimeService")
+    fleet_service = FleetService(fleet, deployments, "")
+    add_services(server, gateway, fleet, fleet_service)
+    builds = Builds(compiler, peers) if compiler else None
+    routes = http_routes(gateway, fleet, fleet_service, builds)
+    http = HttpServer("127.0.0.1:0", 1 << 20, server.edge, routes, security)
+    await server.start(*SERVICES)
+    await http.start()
     following = asyncio.create_task(fleet.run())
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
         fleet_stub = fleet_pb2_grpc.FleetServiceStub(channel)
-        running = RunningGateway(gateway, fleet, registry, server, stub, fleet_stub, daemons)
+        running = RunningGateway(gateway, fleet, registry, server, http, stub, fleet_stub, daemons)
         try:
             await running.usable(len(addresses))
             yield running
         finally:
             following.cancel()
+            await http.stop()
             await server.grpc.stop(0)
+            if builds is not None:
+                await builds.close()
             await fleet.close()
 
 
@@ -110,6 +117,7 @@ async def running_fleet(
     redis: Redis | None = None,
     gateway_security: ServerSecurity = OPEN,
     peers: PeerSecurity = PLAIN,
+    compiler: str = "",
     **options: Any,
 ) -> AsyncIterator[RunningGateway]:
     """A gateway in front of so many new runtimes."""
@@ -127,6 +135,7 @@ async def running_fleet(
                 redis=redis,
                 security=gateway_security,
                 peers=peers,
+                compiler=compiler,
             )
         )
 

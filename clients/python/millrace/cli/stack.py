@@ -55,7 +55,7 @@ class Stack:
         state: holds the engine store, Redis data and logs; one stack at a time may use it.
         compiler: `host:port` for the compile daemon; port 0 takes a free one.
         runtime: the same for the runtime daemon; with several runtimes, for the gateway in front.
-        with_metrics: serves metrics on the daemons' default ports.
+        with_metrics: serves metrics, and a gateway's page, on the daemons' default ports.
     """
 
     state: Path
@@ -154,7 +154,10 @@ class Stack:
             name = f"runtime-{number + 1}"
             self._start(f"runtime daemon {number + 1}", name, [*command, *runtime_flags])
         command = [sys.executable, "-m", "runtime_service.gateway", "--listen", self.runtime]
-        self._start("gateway", "gateway", [*command, "--redis-url", redis_url, *metrics])
+        command += ["--redis-url", redis_url, "--compiler", self.compiler, *metrics]
+        if not self.with_metrics:
+            command += ["--http-listen", ""]
+        self._start("gateway", "gateway", command)
 
     def _start_daemon(self, name: str, component: str, listen: str, flags: Sequence[str]) -> None:
         command = [sys.executable, "-m", f"{component}_service", "--listen", listen, *flags]

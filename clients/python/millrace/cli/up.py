@@ -114,6 +114,8 @@ def _show_addresses(stack: Stack) -> None:
     name = "gateway       " if is_fleet else "runtime daemon"
     output.say(f"  {name}  [bold]{stack.runtime}[/]")
     if stack.with_metrics:
+        if is_fleet:
+            output.say("  page, HTTP API  http://127.0.0.1:7620/")
         port = 7610 if is_fleet else 7612
         output.say(
             f"  metrics         http://127.0.0.1:7611/metrics http://127.0.0.1:{port}/metrics"

@@ -1,0 +1,239 @@
+"""What OpenAI's clients ask for, as starts of generations.
+
+Fields that mean something here are those of the structs; what asks for nothing, or for what
+cannot be given, is in the tables. A field in neither is refused: an answer that passes over a part
+of the question is another question's.
+Source: OpenAI API reference, "Chat" and "Completions".
+"""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import msgspec
+from millrace.runtime.v1 import runtime_pb2 as pb
+
+from runtime_service.gateway.sampling_fields import (
+    Sampling,
+    check_least,
+    checked,
+    extend,
+    set_sampling,
+)
+from shared.errors import InvalidField
+
+# One request, however many prompts it has, is one call.
+MAX_PROMPTS = 256
+# What OpenAI's older endpoint generates where it is not told.
+DEFAULT_COMPLETION_TOKENS = 16
+
+# About the caller, or the answer's place in a service that this is not: taken, and without effect.
+_IGNORED = (
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "user",
+)  # fmt: skip
+_NO_TOOLS = "tools cannot be called yet"
+# What cannot be done, the values that do not ask for it, and what to say of all others.
+_Refusals = dict[str, tuple[tuple[object, ...], str]]
+_REFUSED: _Refusals = {
+    "tools": (([],), _NO_TOOLS),
+    "tool_choice": (("none", "auto"), _NO_TOOLS),
+    "functions": (([],), _NO_TOOLS),
+    "function_call": (("none", "auto"), _NO_TOOLS),
+    "response_format": (({"type": "text"},), "answers can be text only; JSON cannot be enforced yet"),
+    "modalities": ((["text"],), "answers can be text only"),
+    "audio": ((), "answers can be text only"),
+    "prediction": ((), "predicted outputs are not supported"),
+    "reasoning_effort": ((), "is not supported; say it in the messages"),
+    "verbosity": ((), "is not supported; say it in the messages"),
+    "web_search_options": ((), "there is no web search"),
+    "store": ((False,), "answers are not stored"),
+    "best_of": ((1,), "all samples are returned; use n"),
+    "echo": ((False,), "the prompt is not sent back"),
+    "suffix": (("",), "text is continued, not filled in"),
+}  # fmt: skip
+_REFUSED_IN_MESSAGES: _Refusals = {
+    "tool_calls": (([],), _NO_TOOLS),
+    "tool_call_id": ((), _NO_TOOLS),
+    "function_call": ((), _NO_TOOLS),
+    "audio": ((), "messages can be text only"),
+}
+_IGNORED_IN_MESSAGES = ("annotations", "name", "refusal")
+_TOOL_ROLES = ("tool", "function")
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """How an answer is streamed."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Common(Sampling, kw_only=True):
+    """What both kinds of requests have."""
+
+    model: str = ""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class Part(msgspec.Struct):
+    """A part of a message."""
+
+    type: str
+    text: str = ""
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True):
+    """A turn of a conversation."""
+
+    role: str
+    content: str | list[Part] | None = None
+
+
+class ChatRequest(Common, kw_only=True):
+    """Body of /v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+class CompletionRequest(Common, kw_only=True):
+    """Body of /v1/completions. One prompt is a text or token ids; several are a list of such."""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: int | None = None
+
+
+Request = TypeVar("Request", ChatRequest, CompletionRequest)
+
+
+def parse(body: bytes, kind: type[Request]) -> Request:
+    """The request in `body`.
+
+    Raises:
+        InvalidField: it is no JSON object, or a field is unknown, refused or of another type.
+    """
+    try:
+        fields = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidField(field="body", problem=f"is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InvalidField(field="body", problem="must be a JSON object")
+    _drop(fields, _REFUSED, _IGNORED, "")
+    messages = fields.get("messages")
+    for place, message in enumerate(messages if isinstance(messages, list) else ()):
+        if isinstance(message, dict):
+            where = f"messages[{place}]."
+            if message.get("role") in _TOOL_ROLES:
+                raise InvalidField(field=f"{where}role", problem=_NO_TOOLS)
+            _drop(message, _REFUSED_IN_MESSAGES, _IGNORED_IN_MESSAGES, where)
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `$")
+        field = path.strip("`").lstrip(".") or "body"
+        raise InvalidField(field=field, problem=problem[0].lower() + problem[1:]) from None
+
+
+def starts_of_chat(request: ChatRequest) -> list[pb.StartGeneration]:
+    """The one generation of a chat.
+
+    Raises:
+        InvalidField: fields contradict each other, or a message is not text.
+    """
+    start = _begun(request, request.max_completion_tokens or request.max_tokens)
+    start.request_id = "0"
+    if request.max_completion_tokens is not None:
+        check_least(request.max_completion_tokens, 1, "max_completion_tokens")
+    start.sampling.logprobs = bool(request.logprobs)
+    if request.top_logprobs:
+        if not request.logprobs:
+            raise InvalidField(field="top_logprobs", problem="needs logprobs")
+        start.sampling.top_logprobs = checked(request.top_logprobs, "top_logprobs")
+    start.chat.SetInParent()
+    for place, message in enumerate(request.messages):
+        # `developer` is what OpenAI calls the role that templates know as `system`.
+        role = "system" if message.role == "developer" else message.role
+        start.chat.messages.add(role=role, content=_text_of(message, place))
+    return [start]
+
+
+def starts_of_completion(request: CompletionRequest) -> list[pb.StartGeneration]:
+    """A generation for each prompt, named by its place.
+
+    Raises:
+        InvalidField: a prompt is neither text nor token ids, or there are none or too many.
+    """
+    shared = _begun(request, request.max_tokens or DEFAULT_COMPLETION_TOKENS)
+    if request.logprobs is not None:
+        shared.sampling.logprobs = True
+        shared.sampling.top_logprobs = checked(request.logprobs, "logprobs")
+    starts = []
+    for place, prompt in enumerate(_prompts(request.prompt)):
+        start = pb.StartGeneration()
+        start.CopyFrom(shared)
+        start.request_id = str(place)
+        if isinstance(prompt, str):
+            start.text = prompt
+        else:
+            extend(start.token_ids.ids, prompt, "prompt")
+            start.token_ids.SetInParent()
+        starts.append(start)
+    if not 1 <= len(starts) <= MAX_PROMPTS:
+        problem = f"must be from 1 to {MAX_PROMPTS} prompts, found {len(starts)}"
+        raise InvalidField(field="prompt", problem=problem)
+    return starts
+
+
+def _prompts(prompt: str | list[str | int | list[int]]) -> Iterator[str | list[int]]:
+    if isinstance(prompt, str):
+        yield prompt
+        return
+    token_ids = [one for one in prompt if isinstance(one, int)]
+    if token_ids and len(token_ids) == len(prompt):
+        yield token_ids
+        return
+    for one in prompt:
+        if isinstance(one, int):
+            raise InvalidField(field="prompt", problem="mixes token ids with prompts")
+        yield one
+
+
+def _text_of(message: Message, place: int) -> str:
+    if not isinstance(message.content, list):
+        return message.content or ""
+    for part in message.content:
+        if part.type != "text":
+            field = f"messages[{place}].content"
+            raise InvalidField(field=field, problem=f"must be text, found {part.type!r}")
+    return "".join(part.text for part in message.content)
+
+
+def _begun(request: Common, max_tokens: int | None) -> pb.StartGeneration:
+    """A start without its prompt."""
+    if request.stream_options is not None and not request.stream:
+        raise InvalidField(field="stream_options", problem="needs stream")
+    start = pb.StartGeneration(model=request.model)
+    set_sampling(start, request, max_tokens)
+    return start
+
+
+def _drop(
+    fields: dict[str, Any],
+    refused: _Refusals,
+    ignored: tuple[str, ...],
+    where: str,
+) -> None:
+    """Takes out what means nothing here.
+
+    Raises:
+        InvalidField: what is left out would be missed.
+    """
+    for name in ignored:
+        fields.pop(name, None)
+    for name, (neutral, problem) in refused.items():
+        value = fields.pop(name, None)
+        if value is not None and value not in neutral:
+            raise InvalidField(field=where + name, problem=problem)

@@ -1,0 +1,1 @@
+"""The gateway to KServe v2 clients, among them Triton's."""

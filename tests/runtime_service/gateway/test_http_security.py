@@ -1,0 +1,142 @@
+"""HTTP is as guarded as gRPC: certificates, where it listens, and whose tenant a client is."""
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import grpc
+import pytest
+from aiohttp import web
+from millrace.runtime.v1 import runtime_pb2 as pb
+from millrace.runtime.v1 import runtime_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from runtime_service.gateway.http.server import HttpServer, Route, open_stream
+from shared.edge import EdgeInterceptor
+from shared.security import ServerSecurity
+from shared.settings import SettingsError
+from shared.tls import TlsFiles
+from tests.runtime_service.gateway.running_gateway import RunningGateway, running_fleet
+from tests.shared.certificates import made_in, server_files
+
+PROMPT = list(range(40, 80))
+
+
+def trusting(folder: Path, with_cert: bool = False) -> ssl.SSLContext:
+    """What a client knows that trusts the CA in `folder`, and shows its certificate."""
+    context = ssl.create_default_context(cafile=folder / "ca.crt")
+    if with_cert:
+        context.load_cert_chain(folder / "client.crt", folder / "client.key")
+    return context
+
+
+async def models(fleet: RunningGateway, tls: ssl.SSLContext, scheme: str = "https") -> int:
+    """The status that a new connection gets."""
+    url = f"{scheme}://{fleet.http.address}/v1/models"
+    async with aiohttp.ClientSession() as session, session.get(url, ssl=tls) as response:
+        return response.status
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.7"])
+def test_public_address_needs_tls_and_authentication(host: str) -> None:
+    edge = EdgeInterceptor(CollectorRegistry())
+    for security in (ServerSecurity(), ServerSecurity(TlsFiles(Path("x"), Path("y")))):
+        with pytest.raises(SettingsError, match="--insecure"):
+            HttpServer(f"{host}:0", 1 << 20, edge, (), security)
+    HttpServer(f"{host}:0", 1 << 20, edge, (), ServerSecurity(is_insecure=True))
+
+
+async def test_https_has_the_daemons_certificate_and_follows_its_files(tmp_path: Path) -> None:
+    old, new = made_in(tmp_path / "old"), made_in(tmp_path / "new")
+    used = made_in(tmp_path / "used")
+    for name in ("server.crt", "server.key"):
+        (used / name).write_bytes((old / name).read_bytes())
+    security = ServerSecurity(server_files(used))
+    async with running_fleet(tmp_path, 1, gateway_security=security) as fleet:
+        assert await models(fleet, trusting(old)) == 200
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await models(fleet, trusting(new))
+        with pytest.raises(aiohttp.ClientError):
+            await models(fleet, trusting(old), "http")
+        (used / "server.crt").write_bytes((new / "server.crt").read_bytes())
+        assert await models(fleet, trusting(old)) == 200  # its key is not there yet
+        (used / "server.key").write_bytes((new / "server.key").read_bytes())
+        assert await models(fleet, trusting(new)) == 200
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await models(fleet, trusting(old))
+
+
+async def test_client_certificate_is_asked_for_and_names_the_tenant_as_for_grpc(
+    tmp_path: Path,
+) -> None:
+    """A prompt that came over HTTP is cached for the same client's gRPC, and for no other's."""
+    ours = made_in(tmp_path / "ours")
+    theirs = made_in(tmp_path / "theirs", "globex")
+    both = tmp_path / "both.crt"
+    both.write_bytes((ours / "ca.crt").read_bytes() + (theirs / "ca.crt").read_bytes())
+    tls = TlsFiles(ours / "server.crt", ours / "server.key", both)
+    async with running_fleet(tmp_path, 1, gateway_security=ServerSecurity(tls)) as fleet:
+        with pytest.raises((aiohttp.ClientError, ssl.SSLError)):
+            await models(fleet, trusting(ours))
+        url = f"https://{fleet.http.address}/v1/completions"
+        cached = []
+        for context in (trusting(ours, True), trusting(ours, True), _as(theirs, ours)):
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(url, json={"prompt": PROMPT, "max_tokens": 2}, ssl=context) as answer,
+            ):
+                usage = (await answer.json())["usage"]
+                cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+            await fleet.daemons[0].freed()
+        cached.append(await _cached_over_grpc(fleet, ours))
+    assert cached[0] == cached[2] == 0
+    assert cached[1] == cached[3] > 0
+
+
+async def test_unforeseen_failure_tells_nothing_and_a_stream_that_has_one_breaks_off() -> None:
+    registry = CollectorRegistry()
+
+    async def fail(request: web.Request) -> web.StreamResponse:
+        if "late" in request.query:
+            await (await open_stream(request, "text/plain")).write(b"so far so good")
+        raise RuntimeError("the secret of the house")
+
+    server = HttpServer(
+        "127.0.0.1:0", 1 << 20, EdgeInterceptor(registry), [Route("GET", "/", fail)]
+    )
+    await server.start()
+    try:
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"http://{server.address}/") as early:
+                assert early.status == 500
+                assert "secret" not in await early.text()
+            async with session.get(f"http://{server.address}/?late") as late:
+                assert late.status == 200
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await late.read()
+    finally:
+        await server.stop()
+    labels = {"rpc": "GET /", "code": "INTERNAL"}
+    assert registry.get_sample_value("millrace_rpcs_total", labels) == 2
+
+
+def _as(client: Path, server: Path) -> ssl.SSLContext:
+    """Shows one folder's client certificate, and trusts the other's CA."""
+    context = trusting(server)
+    context.load_cert_chain(client / "client.crt", client / "client.key")
+    return context
+
+
+async def _cached_over_grpc(fleet: RunningGateway, folder: Path) -> int:
+    names = ("ca.crt", "client.key", "client.crt")
+    credentials = grpc.ssl_channel_credentials(*((folder / name).read_bytes() for name in names))
+    start = pb.StartGeneration(token_ids=pb.TokenIds(ids=PROMPT))
+    start.stop.max_new_tokens = 2
+    async with grpc.aio.secure_channel(fleet.server.address, credentials) as channel:
+        stub: Any = runtime_pb2_grpc.RuntimeServiceStub(channel)
+        async for message in stub.GenerateStream(pb.GenerateStreamRequest(start=start)):
+            for event in message.events:
+                if event.HasField("finished"):
+                    return int(event.finished.usage.cached_prompt_tokens)
+    raise AssertionError("it did not finish")
