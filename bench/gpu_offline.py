@@ -2,7 +2,8 @@
 
 python -m bench.gpu_offline .gpu --model llama-3.1-8b --quant bf16 --cases b1,t1,t2,t3,itl
 Random weights, random prompts (no prefix hits), greedy, end tokens ignored; `.gpu` is what `bench.gpu_kernels` made.
-Prints one JSON line a case: output tokens per second from the first request to the last token, after a warm-up.
+Prints one JSON line a case: output tokens per second from the first request to the last token, after a warm-up, and
+how near that is to the device's measured limits (see gpu_roofline.py).
 """
 
 import argparse
@@ -20,7 +21,15 @@ from pathlib import Path
 import torch
 
 from bench.gpu_kernels import LAYOUTS, read
-from bench.gpu_models import MODELS, LlamaSizes, llama_graph, random_weights, reference_logits
+from bench.gpu_models import (
+    MODELS,
+    LlamaSizes,
+    llama_graph,
+    random_weights,
+    reference_logits,
+    weight_bytes,
+)  # fmt: skip
+from bench.gpu_roofline import Roofline, measured_limits
 from runtime_service.engine_core import ModelRunner, PendingStep
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream
@@ -53,9 +62,12 @@ class Timings:
 class Loop:
     """The engine's loop without its mailbox: a step is launched before the previous one is read."""
 
-    def __init__(self, runner: ModelRunner, limits: RuntimeLimits) -> None:
+    def __init__(
+        self, runner: ModelRunner, limits: RuntimeLimits, roofline: Roofline | None = None
+    ) -> None:
         self.scheduler = Scheduler(limits)
         self._runner = runner
+        self._roofline = roofline
         self._unread: deque[PendingStep] = deque()
         self.timings = Timings()
         self.token_ids: dict[int, list[int]] = {}
@@ -69,6 +81,8 @@ class Loop:
         if step is not None:
             self._unread.append(self._runner.execute(step))
             t.steps += 1
+            if self._roofline is not None:
+                self._roofline.add(step)
         launched = time.perf_counter()
         t.schedule_s += scheduled - began
         t.execute_s += launched - scheduled
@@ -98,8 +112,10 @@ def request(number: int, prompt_tokens: int, output_tokens: int, vocab_size: int
     return Request(number, prompt, SamplingParams(), StopParams(output_tokens))
 
 
-def throughput(engine: CudaEngine, vocab_size: int, case: str) -> dict[str, object]:
-    """One case of CASES."""
+def throughput(
+    engine: CudaEngine, vocab_size: int, case: str, roofline: Roofline | None = None
+) -> dict[str, object]:
+    """One case of CASES; with a fresh `roofline`, also how near it came to what the device can do."""
     count, prompt_tokens, output_tokens = CASES[case]
     warm = min(count, max(1, 2 * engine.limits.max_step_tokens // prompt_tokens))
     loop = Loop(engine.runner, engine.limits)
@@ -107,7 +123,7 @@ def throughput(engine: CudaEngine, vocab_size: int, case: str) -> dict[str, obje
         loop.scheduler.add(request(number, prompt_tokens, 8, vocab_size))
     loop.drain()
     requests = [request(n, prompt_tokens, output_tokens, vocab_size) for n in range(count)]
-    loop = Loop(engine.runner, engine.limits)
+    loop = Loop(engine.runner, engine.limits, roofline)
     began = time.perf_counter()
     for each in requests:
         loop.scheduler.add(each)
@@ -127,6 +143,8 @@ def throughput(engine: CudaEngine, vocab_size: int, case: str) -> dict[str, obje
             )
         },
     }  # fmt: skip
+    if roofline is not None:
+        result["roofline"] = roofline.line(wall)
     if count == 1:
         (times,) = t.gained_s.values()
         decode = (times[-1] - times[0]) / (len(times) - 1)
@@ -210,6 +228,8 @@ def main() -> None:
     sizes = MODELS[options.model]
     graph = llama_graph(sizes, LAYOUTS[options.quant])
     library = read(options.folder, f"{options.arch}.models")
+    device_limits = measured_limits(options.quant)
+    torch.cuda.empty_cache()
     packed = random_weights(graph)
     torch.cuda.synchronize()
     made = time.perf_counter()
@@ -233,8 +253,14 @@ def main() -> None:
         "warm_up_s": time.perf_counter() - captured,
     }  # fmt: skip
     print(json.dumps(common | start), flush=True)
+
+    def roofline() -> Roofline:
+        kv_bytes = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim * 2  # bf16
+        return Roofline(sizes, device_limits, weight_bytes(graph, packed), kv_bytes)
+
     cases: dict[str, Callable[[], dict[str, object]]] = {
-        name: (lambda name=name: throughput(engine, sizes.vocab, name)) for name in CASES
+        name: (lambda name=name: throughput(engine, sizes.vocab, name, roofline()))
+        for name in CASES
     }
     cases["itl"] = lambda: latency(engine, sizes.vocab, options.itl_seconds)
     cases["sanity"] = lambda: sanity(engine, graph, packed, sizes)
