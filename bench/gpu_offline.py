@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -254,13 +255,13 @@ def main() -> None:
     }  # fmt: skip
     print(json.dumps(common | start), flush=True)
 
-    def roofline() -> Roofline:
+    def case_of(name: str) -> dict[str, object]:
         kv_bytes = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim * 2  # bf16
-        return Roofline(sizes, device_limits, weight_bytes(graph, packed), kv_bytes)
+        roofline = Roofline(sizes, device_limits, weight_bytes(graph, packed), kv_bytes)
+        return throughput(engine, sizes.vocab, name, roofline)
 
     cases: dict[str, Callable[[], dict[str, object]]] = {
-        name: (lambda name=name: throughput(engine, sizes.vocab, name, roofline()))
-        for name in CASES
+        name: partial(case_of, name) for name in CASES
     }
     cases["itl"] = lambda: latency(engine, sizes.vocab, options.itl_seconds)
     cases["sanity"] = lambda: sanity(engine, graph, packed, sizes)
