@@ -12,7 +12,8 @@ NUM_DIGITS = 3
 CAPACITY = 4096
 
 _CHUNK = 2048
-_BLOCK = 1024
+# A token a thread: then digits and weights need no exchange between threads.
+_BLOCK = 256
 _FINISH_BLOCK = 2048
 
 _DTYPES = {

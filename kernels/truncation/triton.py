@@ -45,8 +45,8 @@ def _is_searched(params):
 def _code(value, top, params):
     """How far a token lies below the best one, in [0, 2^26)."""
     # Top-k asks for order alone: its codes do not depend on the temperature.
-    scale = tl.where(tl.load(params + 3) > 0, 1.0, float_field(params, 0))
-    bits = ((top - value) / scale).to(tl.int32, bitcast=True) - _FIRST_GAP_BITS
+    scale = tl.where(tl.load(params + 3) > 0, 1.0, 1.0 / float_field(params, 0))
+    bits = ((top - value) * scale).to(tl.int32, bitcast=True) - _FIRST_GAP_BITS
     return tl.minimum(tl.maximum(bits, 0), _LAST_CODE)
 
 
@@ -72,7 +72,7 @@ def narrow(
     NUM_DIGITS: tl.constexpr = 1 << DIGIT_BITS
     IS_FIRST: tl.constexpr = SHIFT + DIGIT_BITS == _CODE_BITS
     top_k = tl.load(params + 3)
-    temperature = float_field(params, 0)
+    coldness = 1.0 / float_field(params, 0)
     if IS_FIRST:
         prefix = tl.zeros((), tl.int32)
         before = tl.zeros((), tl.float32)
@@ -88,7 +88,7 @@ def narrow(
         value = tl.load(row + v, mask=v < V, other=float("-inf"))
         code = _code(value, top, params) >> SHIFT
         is_here = (v < V) & ((code >> DIGIT_BITS) == prefix)
-        weight = tl.where(top_k > 0, 1.0, tl.exp((value - top) / temperature))
+        weight = tl.where(top_k > 0, 1.0, tl.exp((value - top) * coldness))
         digit = tl.where(is_here, code & (NUM_DIGITS - 1), -1)
         weight_DV += tl.where(digit[None, :] == digits[:, None], weight[None, :], 0.0)
     parts = partials + s.to(tl.int64) * NUM_CHUNKS * NUM_DIGITS
@@ -146,11 +146,11 @@ def gather(
     is_token = v < V
     value = tl.load(logits + s.to(tl.int64) * V + v, mask=is_token, other=float("-inf"))
     score, is_open, is_sure = _split(value, top, params, tl.load(found + s), SHIFT)
-    is_listed = (is_open & is_token).to(tl.int32)
-    count = tl.sum(is_listed, 0)
-    if count > 0:
-        at = tl.atomic_add(lengths + s, count) + tl.cumsum(is_listed, 0) - 1
-        fits = (is_listed != 0) & (at < CAPACITY)
+    is_listed = is_open & is_token
+    if tl.max(is_listed.to(tl.int32), 0) > 0:
+        # Few are: a place for each costs less than a sum over the block.
+        at = tl.atomic_add(lengths + s + v * 0, 1, mask=is_listed)
+        fits = is_listed & (at < CAPACITY)
         place = s.to(tl.int64) * CAPACITY + at
         tl.store(listed_tokens + place, v, mask=fits)
         tl.store(listed_scores + place, score, mask=fits)

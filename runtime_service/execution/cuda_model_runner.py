@@ -136,8 +136,9 @@ class CudaModelRunner:
             sent = self._rows.send(step.scheduled)
             logits_SV = self._executor.run(sent)
             self._sampler.launch(logits_SV, sent)
-            places = np.flatnonzero(sent.reports).tolist()
-            num_top = {place: self._rows.num_top(step.scheduled[place].row) for place in places}
+            num_top = {
+                place: self._rows.num_top(step.scheduled[place].row) for place in sent.reporting
+            }
             reading = self._free.pop() if self._free else self._new_reading()
             reading.start(self._sampler, sent.num_sequences, num_top)
             return LaunchedStep(step, reading, self._stream.mark(), self._free)

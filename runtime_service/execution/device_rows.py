@@ -25,9 +25,9 @@ from kernels.step_inputs.layout import (
 )
 from runtime_service.execution.device_stream import DeviceStream, Mark
 from runtime_service.execution.row_parameters import (
-    adjusts,
+    REPORTS,
     edit_words,
-    mode_of,
+    needs_of,
     sampling_words,
 )
 from runtime_service.limits import RuntimeLimits
@@ -48,18 +48,16 @@ class SentStep:
         num_tokens, num_sequences: T and S.
         is_decode: every sequence has one token.
         ends: tokens of each sequence after the step.
-        modes: how each sequence draws (`kernels/step_inputs/layout.py`); -1 where the device draws nothing.
-        adjusts: its logits are changed before it draws.
-        reports: its log probabilities are wanted.
+        needs: what any sequence's draw needs, as bits (`row_parameters.py`).
+        reporting: places of the sequences that report log probabilities.
     """
 
     num_tokens: int
     num_sequences: int
     is_decode: bool
     ends: npt.NDArray[np.int32]
-    modes: npt.NDArray[np.int8]
-    adjusts: npt.NDArray[np.bool_]
-    reports: npt.NDArray[np.bool_]
+    needs: int
+    reporting: Sequence[int]
 
 
 class DeviceRows:
@@ -86,9 +84,7 @@ class DeviceRows:
         self._next = 0
         self._filling: _Image | None = None
         self._num_blocks = [0] * rows
-        self._modes = np.zeros(rows, dtype=np.int8)
-        self._adjusts = np.zeros(rows, dtype=np.bool_)
-        self._reports = np.zeros(rows, dtype=np.bool_)
+        self._needs = np.zeros(rows, dtype=np.uint8)
         self._sequences: list[NewSequence | None] = [None] * rows
         self._samplers: dict[int, RowSampler] = {}
 
@@ -140,18 +136,14 @@ class DeviceRows:
         entries[4] = is_drawn = np.array(
             [draws and s.is_sampled for s in scheduled], dtype=np.bool_
         )
+        needs_S = self._needs[rows] * is_drawn
+        needs = int(np.bitwise_or.reduce(needs_S))
+        reporting = np.flatnonzero(needs_S & REPORTS).tolist() if needs & REPORTS else ()
         num_tokens = int(packed_ends[-1]) if count else 0
         image.words[0], image.words[1] = count, num_tokens
         self._send(image)
-        return SentStep(
-            num_tokens,
-            count,
-            num_tokens == count,
-            starts + counts,
-            np.where(is_drawn, self._modes[rows], np.int8(-1)),
-            is_drawn & self._adjusts[rows],
-            is_drawn & self._reports[rows],
-        )
+        is_decode = num_tokens == count
+        return SentStep(num_tokens, count, is_decode, starts + counts, needs, reporting)
 
     def send_nothing(self) -> None:
         """A message of no sequence: all of a step is padding then."""
@@ -194,9 +186,7 @@ class DeviceRows:
         row = new.row
         self._sequences[row] = new
         self._samplers.pop(row, None)
-        self._modes[row] = mode_of(new.sampling)
-        self._adjusts[row] = adjusts(new)
-        self._reports[row] = new.sampling.num_logprobs is not None
+        self._needs[row] = needs_of(new)
         self._write(row * self.layout.tokens_stride, np.array(new.token_ids, dtype=np.int32))
         words = sampling_words(new, self._vocab_size)
         self._write(self.layout.sampling_at + row * SAMPLING_WORDS, words)

@@ -8,10 +8,10 @@ from kernels.launch import Grid
 from kernels.launcher import KernelLibrary
 from kernels.logits import launch as logits
 from kernels.sampling import launch as sampling
-from kernels.step_inputs.layout import RANDOM, TRUNCATED
 from kernels.truncation import launch as truncation
 from kernels.variant import KernelVariant
 from runtime_service.execution.device_rows import DeviceRows, SentStep
+from runtime_service.execution.row_parameters import ADJUSTS, DRAWS_RANDOM, REPORTS, TRUNCATES
 
 
 class DeviceSampler:
@@ -51,23 +51,22 @@ class DeviceSampler:
         Args:
             logits_SV: fp32; changed where sequences adjust them.
         """
-        count, vocab_size = step.num_sequences, self._vocab_size
-        reports, given_SV = bool(step.reports.any()), logits_SV
-        if step.adjusts.any():
-            if reports:  # they tell of the model's own
+        count, vocab_size, given_SV = step.num_sequences, self._vocab_size, logits_SV
+        if step.needs & ADJUSTS:
+            if step.needs & REPORTS:  # they tell of the model's own
                 given_SV = logits_SV.clone()
             self._adjust(logits.adjust_grid(count), logits_SV)
         draw_grid = sampling.greedy_grid(count, vocab_size)
         self._draw_best(draw_grid, logits_SV)
-        if (step.modes == RANDOM).any():
+        if step.needs & DRAWS_RANDOM:
             self._draw_random(draw_grid, logits_SV)
-        if (step.modes == TRUNCATED).any():
+        if step.needs & TRUNCATES:
             grid = truncation.row_grid(count, vocab_size)
             for narrow in self._narrow:
                 narrow(grid, logits_SV)
             self._gather(grid, logits_SV)
             self._finish((count, 1, 1), logits_SV)
-        if reports:
+        if step.needs & REPORTS:
             self._report(logits.report_grid(count, vocab_size), given_SV)
 
     def _bound(

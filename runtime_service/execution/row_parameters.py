@@ -25,6 +25,10 @@ _MASK = 0xFFFFFFFF
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 
 
+# What a row's draws need beside its best logit, as bits.
+DRAWS_RANDOM, TRUNCATES, ADJUSTS, REPORTS = 1, 2, 4, 8
+
+
 def mode_of(params: SamplingParams) -> int:
     """Which kernels draw the row's tokens."""
     if params.temperature == 0:
@@ -32,9 +36,13 @@ def mode_of(params: SamplingParams) -> int:
     return TRUNCATED if truncates(params) else RANDOM
 
 
-def adjusts(new: NewSequence) -> bool:
-    """Claims that the row's logits are changed before it draws."""
-    return bool(_masked(new.stop) or new.sampling.logit_bias) or has_penalties(new.sampling)
+def needs_of(new: NewSequence) -> int:
+    """The row's bits."""
+    params = new.sampling
+    needs = {GREEDY: 0, RANDOM: DRAWS_RANDOM, TRUNCATED: TRUNCATES}[mode_of(params)]
+    if _masked(new.stop) or params.logit_bias or has_penalties(params):
+        needs |= ADJUSTS
+    return needs | (REPORTS if params.num_logprobs is not None else 0)
 
 
 def sampling_words(new: NewSequence, vocab_size: int) -> Words:

@@ -12,15 +12,13 @@ import torch
 
 from kernels.step_inputs.layout import (
     EDIT_WORDS,
-    GREEDY,
     HEADER_WORDS,
     MAX_BIASES,
     MAX_ENDS,
-    RANDOM,
-    TRUNCATED,
 )
 from kernels.variant import KernelVariant
 from runtime_service.execution.device_rows import DeviceRows
+from runtime_service.execution.row_parameters import ADJUSTS, DRAWS_RANDOM, REPORTS, TRUNCATES
 from runtime_service.limits import RuntimeLimits
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
 from runtime_service.scheduling.request import SamplingParams, StopParams
@@ -132,10 +130,12 @@ def test_each_row_draws_as_its_parameters_say(rows: DeviceRows) -> None:
     )
     rows.apply(SchedulerOutput(0, (), new, (), ()))
     sent = rows.send([ScheduledSequence(row, 0, 1) for row in range(3)])
-    assert sent.modes.tolist() == [RANDOM, TRUNCATED, GREEDY]
-    assert sent.adjusts.tolist() == [False, False, True]
-    assert sent.reports.tolist() == [True, False, False]
     assert rows.message[HEADER_WORDS + 12 : HEADER_WORDS + 15].tolist() == [1, 1, 1]
+    assert sent.needs == DRAWS_RANDOM | TRUNCATES | ADJUSTS | REPORTS
+    assert list(sent.reporting) == [0]
+    assert [rows.send([ScheduledSequence(row, 0, 1)]).needs for row in range(3)] == [
+        DRAWS_RANDOM | REPORTS, TRUNCATES, ADJUSTS,
+    ]  # fmt: skip
     assert rows.num_top(0) == 4
 
 
@@ -147,7 +147,7 @@ def test_a_sequence_that_draws_nothing_on_the_device_is_told_so(
     new = _new(0, [5], [0], presence_penalty=0.1, num_logprobs=1)
     rows.apply(SchedulerOutput(0, (), (new,), (), ()))
     sent = rows.send([ScheduledSequence(0, 0, 1, is_sampled=not draws)], draws)
-    assert (sent.modes[0], sent.adjusts[0], sent.reports[0]) == (-1, False, False)
+    assert (sent.needs, list(sent.reporting)) == (0, [])
     assert rows.message[HEADER_WORDS + 12] == 0
 
 
