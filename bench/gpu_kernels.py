@@ -5,7 +5,7 @@ python -m bench.gpu_kernels .gpu --arch sm_90 --tune
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +16,12 @@ from kernels.attention.launch import AttentionShape, AttentionTiles
 from kernels.launcher import KernelLibrary
 from kernels.linear.launch import LinearShape, Tiles, few_tokens, one_token
 from kernels.lowering import variants
-from kernels.sampling.launch import greedy_variant
+from kernels.sampling import launch as sampling
+from kernels.step_inputs import launch as step_inputs
 from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant
 from shared.arch import Arch, arch_named
 
+SAMPLING_VOCAB = MODELS["llama-3.1-8b"].vocab
 LAYOUTS = {"bf16": "plain", "fp8": "fp8_channel"}
 
 
@@ -151,7 +153,12 @@ def model_variants(arch: Arch, names: list[str]) -> Iterator[KernelVariant]:
     for name in names:
         for layout in LAYOUTS.values():
             yield from variants(llama_graph(MODELS[name], layout, num_layers=2), arch)
-        yield greedy_variant(MODELS[name].vocab, 16, arch)
+        yield sampling.greedy_variant(MODELS[name].vocab, 16, arch)
+
+
+def sampling_variants() -> set[KernelVariant]:
+    """What `bench.gpu_sampling` launches."""
+    return sampling.variants(SAMPLING_VOCAB) | step_inputs.variants(16)
 
 
 def write(folder: Path, name: str, kernels: list[tuple[str, bytes]]) -> None:
@@ -174,10 +181,13 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--only", help="one library: models, tune or attention")
+    parser.add_argument("--only", help="one library: models, sampling, tune or attention")
     options = parser.parse_args()
     arch = arch_named(options.arch)
-    jobs = {"models": model_variants(arch, options.models.split(","))}
+    jobs: dict[str, Iterable[KernelVariant]] = {
+        "models": model_variants(arch, options.models.split(",")),
+        "sampling": sampling_variants(),
+    }
     if options.tune:
         jobs = {"tune": tuning_variants(arch), "attention": attention_variants(arch)}
     for name, wanted in jobs.items():

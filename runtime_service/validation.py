@@ -12,12 +12,18 @@ from dataclasses import dataclass
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.limits import RuntimeLimits
-from runtime_service.scheduling.request import Request, SamplingParams, StopParams
+from runtime_service.scheduling.request import (
+    MAX_END_TOKENS,
+    MAX_LOGIT_BIAS,
+    MAX_TOP_LOGPROBS,
+    Request,
+    SamplingParams,
+    StopParams,
+)
 from shared.errors import InvalidField, PromptTooLong
 
 MAX_REQUEST_ID_BYTES = 256
 MAX_SAMPLES = 64
-MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
 MAX_PRIORITY = 100
@@ -113,13 +119,20 @@ def parse_start(
     _check_token_ids(stop.token_ids, vocab_size, "start.stop.token_ids")
     _check_range(start.priority, -MAX_PRIORITY, MAX_PRIORITY, "start.priority")
     model_ends = () if stop.ignore_end_tokens else model_end_token_ids
+    end_token_ids = tuple(sorted({*stop.token_ids, *model_ends}))
+    _check(
+        len(end_token_ids) <= MAX_END_TOKENS,
+        "start.stop.token_ids",
+        len(end_token_ids),
+        f"at most {MAX_END_TOKENS}, the model's own included",
+    )
     return Start(
         sampling=_parse_sampling(sampling, vocab_size),
         sends_logprobs=sampling.logprobs or sampling.top_logprobs > 0,
         num_samples=num_samples,
         max_new_tokens=stop.max_new_tokens,
         min_new_tokens=stop.min_new_tokens,
-        end_token_ids=tuple(sorted({*stop.token_ids, *model_ends})),
+        end_token_ids=end_token_ids,
         stop_strings=_parse_stop_strings(stop.strings),
         priority=start.priority,
         resumed_token_ids=list(start.resumed_token_ids),
@@ -206,6 +219,13 @@ def _parse_sampling(raw: pb.SamplingParams, vocab_size: int) -> SamplingParams:
     _check_range(raw.presence_penalty, -2, 2, path + "presence_penalty")
     _check_range(raw.frequency_penalty, -2, 2, path + "frequency_penalty")
     _check_range(raw.top_logprobs, 0, MAX_TOP_LOGPROBS, path + "top_logprobs")
+    num_biases = len(raw.logit_bias)
+    _check(
+        num_biases <= MAX_LOGIT_BIAS,
+        path + "logit_bias",
+        f"{num_biases} tokens",
+        f"at most {MAX_LOGIT_BIAS} tokens",
+    )
     _check_token_ids(raw.logit_bias, vocab_size, path + "logit_bias")
     for bias in raw.logit_bias.values():
         _check_range(bias, -100, 100, path + "logit_bias")

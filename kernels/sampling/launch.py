@@ -1,13 +1,13 @@
 """The device-side sampler's variants and grids. Pure data."""
 
 from kernels.launch import Grid
-from kernels.step_inputs.layout import GREEDY, HEADER_WORDS, RANDOM, SAMPLING_WORDS, TRUNCATED
-from kernels.variant import Constant, KernelVariant, integer, pointer
+from kernels.logits import launch as logits
+from kernels.step_inputs.layout import GREEDY, HEADER_WORDS, RANDOM, SAMPLING_WORDS
+from kernels.truncation import launch as truncation
+from kernels.variant import KernelVariant, integer, pointer
 from shared.arch import Arch
 
 BLOCK_V = 2048
-# Of a row that one program searches: as wide as fits into registers, so that many loads are in flight.
-_SEARCH_BLOCK = 8192
 
 
 def greedy_variant(vocab_size: int, block_tokens: int, arch: Arch) -> KernelVariant:
@@ -43,56 +43,43 @@ def greedy_grid(num_sequences: int, vocab_size: int) -> Grid:
 
 def draw_best_variant(vocab_size: int) -> KernelVariant:
     """The best logit of each row; draws the greedy rows' tokens."""
-    return _variant("draw_best", ("best", "counters"), {"V": vocab_size, "BLOCK_V": BLOCK_V})
+    return _variant("draw_best", vocab_size, GREEDY)
 
 
 def draw_random_variant(vocab_size: int) -> KernelVariant:
     """Draws from all tokens, after `draw_best`."""
-    return _variant("draw_random", ("best", "counters"), {"V": vocab_size, "BLOCK_V": BLOCK_V})
-
-
-def draw_truncated_variant(vocab_size: int) -> KernelVariant:
-    """Draws from the tokens that top-k, top-p and min-p leave, after `draw_best`; one program a row."""
-    constants: dict[str, Constant] = {
-        "V": vocab_size, "BLOCK_V": BLOCK_V, "SEARCH_BLOCK": _SEARCH_BLOCK,
-    }  # fmt: skip
-    return _variant("draw_truncated", (), constants, num_warps=32)
+    return _variant("draw_random", vocab_size, RANDOM)
 
 
 def variants(vocab_size: int) -> set[KernelVariant]:
-    """Every variant that a step's draws need."""
+    """Every variant that a step's draws need, truncated ones and log probabilities included."""
     return {
         draw_best_variant(vocab_size),
         draw_random_variant(vocab_size),
-        draw_truncated_variant(vocab_size),
+        *logits.variants(vocab_size),
+        *truncation.variants(vocab_size),
     }
 
 
-def _variant(
-    kernel: str,
-    scratch: tuple[str, ...],
-    constants: dict[str, Constant],
-    num_warps: int = 8,
-) -> KernelVariant:
-    modes = {"draw_best": GREEDY, "draw_random": RANDOM, "draw_truncated": TRUNCATED}
-    constants |= {
-        "MODE": modes[kernel], "HEADER_WORDS": HEADER_WORDS, "SAMPLING_WORDS": SAMPLING_WORDS,
-    }  # fmt: skip
-    dtypes = {"best": "u64", "counters": "i32"}
+def _variant(kernel: str, vocab_size: int, mode: int) -> KernelVariant:
     return KernelVariant(
         op="sampling",
         kernel=kernel,
         arguments=(
             pointer("logits", "fp32"),
-            *(pointer(name, dtypes[name]) for name in scratch),
+            pointer("best", "u64"),
+            pointer("counters", "i32"),
             pointer("highest", "fp32"),
-            pointer("drawn", "i32"),
-            pointer("message", "i32"),
-            pointer("tokens", "i32"),
-            pointer("sampling", "i32"),
+            *(pointer(name, "i32") for name in ("drawn", "message", "tokens", "sampling")),
             integer("max_sequences"),
             integer("tokens_stride"),
         ),
-        constants=tuple(constants.items()),
-        num_warps=num_warps,
+        constants=(
+            ("V", vocab_size),
+            ("BLOCK_V", BLOCK_V),
+            ("MODE", mode),
+            ("HEADER_WORDS", HEADER_WORDS),
+            ("SAMPLING_WORDS", SAMPLING_WORDS),
+        ),
+        num_warps=8,
     )

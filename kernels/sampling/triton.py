@@ -2,11 +2,10 @@
 
     draw_best        every row's best logit; the tokens of greedy rows
     draw_random      argmax of scores and Gumbel noise, over the whole vocabulary
-    draw_truncated   the same among the tokens that top-k, top-p and min-p leave
     greedy_advance   for a loop that only decodes greedily: moves its rows on as well
 
-The noise is that of `runtime_service/sampling/noise.py`: the same words, fp32 arithmetic. Rows and their parameters are
-laid out as `kernels/step_inputs/layout.py` says.
+`kernels/truncation` draws among fewer tokens. The noise is that of `runtime_service/sampling/noise.py`: the same words,
+fp32 arithmetic. Rows and their parameters are laid out as `kernels/step_inputs/layout.py` says.
 """
 
 import triton
@@ -53,7 +52,7 @@ def greedy_advance(
 
 
 @triton.jit
-def _pack(value, v):
+def packed_best(value, v):
     """Floats as integers of the same order, above the id's complement: one 64-bit maximum finds both.
 
     NaN is above all.
@@ -65,14 +64,16 @@ def _pack(value, v):
 
 
 @triton.jit
-def _value_of(packed):
+def value_of(packed):
+    """The float of a packed maximum."""
     ordered = (packed >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
     bits = tl.where(ordered < 0, ordered ^ -2147483648, ~ordered)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _token_of(packed):
+def token_of(packed):
+    """The token of a packed maximum."""
     return (0xFFFFFFFF - (packed & 0xFFFFFFFF)).to(tl.int32)
 
 
@@ -96,22 +97,35 @@ def _gumbel(word):
 
 
 @triton.jit
-def _noise(first, position, sampling, BLOCK_V: tl.constexpr):
-    """The noise of tokens [first, first + BLOCK_V): Philox4x32-10, four tokens to a counter."""
-    group = (first // 4 + tl.arange(0, BLOCK_V // 4)).to(tl.uint32)
+def _words(group, position, sampling):
+    """Philox4x32-10 of each group of four tokens."""
     zero = group * 0
     low = tl.load(sampling + 4).to(tl.uint32, bitcast=True)
     high = tl.load(sampling + 5).to(tl.uint32, bitcast=True)
     index = tl.load(sampling + 6).to(tl.uint32, bitcast=True)
     place = position.to(tl.uint32, bitcast=True)
-    w0, w1, w2, w3 = tl.philox_impl(
-        group, zero + place, zero + index, zero, zero + low, zero + high
-    )
+    return tl.philox_impl(group, zero + place, zero + index, zero, zero + low, zero + high)
+
+
+@triton.jit
+def noise(first, position, sampling, BLOCK_V: tl.constexpr):
+    """The noise of tokens [first, first + BLOCK_V)."""
+    group = (first // 4 + tl.arange(0, BLOCK_V // 4)).to(tl.uint32)
+    w0, w1, w2, w3 = _words(group, position, sampling)
     return _gumbel(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)))
 
 
 @triton.jit
-def _float(sampling, field: tl.constexpr):
+def noise_of(tokens, position, sampling):
+    """The noise of some tokens."""
+    w0, w1, w2, w3 = _words((tokens // 4).to(tl.uint32), position, sampling)
+    lane = tokens % 4
+    return _gumbel(tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3)))
+
+
+@triton.jit
+def float_field(sampling, field: tl.constexpr):
+    """One of a row's parameters, held as fp32 bits."""
     return tl.load(sampling + field).to(tl.float32, bitcast=True)
 
 
@@ -134,18 +148,18 @@ def draw_best(
         return
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     value = tl.load(logits + s.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
-    tl.atomic_max(best + s, tl.max(_pack(value, v), 0), sem="acq_rel")
+    tl.atomic_max(best + s, tl.max(packed_best(value, v), 0), sem="acq_rel")
     tl.debug_barrier()
     if tl.atomic_add(counters + s, 1, sem="acq_rel") == tl.num_programs(1) - 1:
         winner = tl.atomic_xchg(best + s, 0, sem="acq_rel")
         tl.store(counters + s, 0)
-        top = _value_of(winner)
+        top = value_of(winner)
         tl.store(highest + s, top)
         row = tl.load(entry).to(tl.int64)
         if tl.abs(top) < float("inf"):  # NaN is not
             if tl.load(sampling + row * SAMPLING_WORDS + 7) == MODE:
                 end = tl.load(entry + max_sequences) + tl.load(entry + 2 * max_sequences)
-                token = _token_of(winner)
+                token = token_of(winner)
                 tl.store(drawn + s, token)
                 tl.store(tokens + row * tokens_stride + end, token)
         else:
@@ -174,93 +188,11 @@ def draw_random(
         first = tl.program_id(1) * BLOCK_V
         v = first + tl.arange(0, BLOCK_V)
         value = tl.load(logits + s.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
-        score = (value - top) / _float(params, 0) + _noise(first, end, params, BLOCK_V)
-        tl.atomic_max(best + s, tl.max(_pack(score, v), 0), sem="acq_rel")
+        score = (value - top) / float_field(params, 0) + noise(first, end, params, BLOCK_V)
+        tl.atomic_max(best + s, tl.max(packed_best(score, v), 0), sem="acq_rel")
         tl.debug_barrier()
         if tl.atomic_add(counters + s, 1, sem="acq_rel") == tl.num_programs(1) - 1:
-            token = _token_of(tl.atomic_xchg(best + s, 0, sem="acq_rel"))
+            token = token_of(tl.atomic_xchg(best + s, 0, sem="acq_rel"))
             tl.store(counters + s, 0)
             tl.store(drawn + s, token)
             tl.store(tokens + row * tokens_stride + end, token)
-
-
-@triton.jit
-def _ordered(score):
-    """Scores, none above 0, as integers of the same order in [0, 2^31]."""
-    bits = score.to(tl.int32, bitcast=True)
-    return tl.where(bits >= 0, bits.to(tl.int64) + 2147483648, (~bits).to(tl.int64))
-
-
-@triton.jit
-def _at_least(row, top, temperature, least, V: tl.constexpr, SEARCH_BLOCK: tl.constexpr):
-    """How many scores are at least `least`, an ordered integer, and the sum of their exponentials."""
-    count = tl.zeros((SEARCH_BLOCK,), tl.int32)
-    mass = tl.zeros((SEARCH_BLOCK,), tl.float32)
-    for first in range(0, V, SEARCH_BLOCK):
-        v = first + tl.arange(0, SEARCH_BLOCK)
-        value = tl.load(row + v, mask=v < V, other=float("-inf"))
-        score = (value - top) / temperature
-        is_kept = (_ordered(score) >= least) & (v < V)
-        count += is_kept.to(tl.int32)
-        mass += tl.where(is_kept, tl.exp(score), 0.0)
-    return tl.sum(count, 0), tl.sum(mass, 0)
-
-
-@triton.jit
-def draw_truncated(
-    logits, highest, drawn, message, tokens, sampling, max_sequences, tokens_stride,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, SEARCH_BLOCK: tl.constexpr, MODE: tl.constexpr,
-    HEADER_WORDS: tl.constexpr, SAMPLING_WORDS: tl.constexpr,
-):  # fmt: skip
-    """As `draw_random`, from the tokens that top-k, top-p and min-p leave.
-
-    Each is a least score, found without a sort by bisection over the ordered bits of fp32: the greatest one that at
-    least k scores reach, or that scores of enough mass reach. So ties with the last kept score are kept.
-    """
-    s = tl.program_id(0)
-    entry = message + HEADER_WORDS + s
-    if (s >= tl.load(message)) | (tl.load(entry + 4 * max_sequences) == 0):
-        return
-    row = tl.load(entry).to(tl.int64)
-    params = sampling + row * SAMPLING_WORDS
-    top = tl.load(highest + s)
-    if tl.load(params + 7) != MODE:
-        return
-    if tl.abs(top) < float("inf"):
-        end = tl.load(entry + max_sequences) + tl.load(entry + 2 * max_sequences)
-        temperature = _float(params, 0)
-        top_p = _float(params, 1)
-        top_k = tl.load(params + 3)
-        scores = logits + s.to(tl.int64) * V
-        least = tl.zeros((), tl.int64)
-        if top_k > 0:
-            above = tl.full((), 2147483649, tl.int64)
-            while above - least > 1:
-                middle = (least + above) // 2
-                count, _ = _at_least(scores, top, temperature, middle, V, SEARCH_BLOCK)
-                if count >= top_k:
-                    least = middle
-                else:
-                    above = middle
-        if top_p < 1.0:
-            _, total = _at_least(scores, top, temperature, least, V, SEARCH_BLOCK)
-            above = tl.full((), 2147483649, tl.int64)
-            while above - least > 1:
-                middle = (least + above) // 2
-                _, mass = _at_least(scores, top, temperature, middle, V, SEARCH_BLOCK)
-                if mass >= top_p * total:
-                    least = middle
-                else:
-                    above = middle
-        min_score = _float(params, 2)
-        winner = tl.zeros((), tl.uint64)
-        for first in range(0, V, BLOCK_V):
-            v = first + tl.arange(0, BLOCK_V)
-            value = tl.load(scores + v, mask=v < V, other=float("-inf"))
-            score = (value - top) / temperature
-            is_kept = (_ordered(score) >= least) & (score >= min_score) & (v < V)
-            score = tl.where(is_kept, score + _noise(first, end, params, BLOCK_V), float("-inf"))
-            winner = tl.maximum(winner, tl.max(_pack(score, v), 0))
-        token = _token_of(winner)
-        tl.store(drawn + s, token)
-        tl.store(tokens + row * tokens_stride + end, token)

@@ -4,8 +4,12 @@
     header    sequences of the step, tokens of the step; the rest is 0
     entry     row, start, num_tokens, first packed token, is_drawn
     write     first word in the tables, first word in the message, number of words
-    tables    tokens [S, tokens_stride] | blocks [S, blocks_stride] | sampling [S, 8]
-    sampling  temperature, top_p and log(min_p) as fp32 bits; top_k; the seed's halves; sample index; mode
+    tables    tokens [S, tokens_stride] | blocks [S, blocks_stride] | sampling [S, 16] | edits [S, EDIT_WORDS]
+    sampling  0 temperature, 1 top_p and 2 log(min_p) as fp32 bits; 3 top_k, 0 = all; 4, 5 the seed's halves; 6 sample
+              index; 7 mode; 8 repetition, 9 presence and 10 frequency penalty as fp32 bits; 11 prompt tokens;
+              12 end tokens are masked before this position; 13 end tokens; 14 biases; 15 likeliest tokens that are
+              reported, and 1: 0 reports nothing
+    edits     end tokens [256] | tokens with a bias [1024] | their biases as fp32 bits [1024]
 
 S is the most sequences that the runtime takes at once. Both sides of the border read this file.
 """
@@ -15,17 +19,20 @@ from dataclasses import dataclass
 HEADER_WORDS = 16
 ENTRY_FIELDS = 5
 WRITE_FIELDS = 3
-SAMPLING_WORDS = 8
+SAMPLING_WORDS = 16
+MAX_ENDS = 256
+MAX_BIASES = 1024
+EDIT_WORDS = MAX_ENDS + 2 * MAX_BIASES
 
 # Modes of a row.
-GREEDY, RANDOM, TRUNCATED, ON_HOST = range(4)
+GREEDY, RANDOM, TRUNCATED = range(3)
 
 _ALIGNMENT_WORDS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class TableLayout:
-    """Places of the three tables in one tensor of words.
+    """Places of the four tables in one tensor of words.
 
     Args:
         max_sequences: rows.
@@ -48,9 +55,14 @@ class TableLayout:
         return self.blocks_at + _aligned(self.max_sequences * self.blocks_stride)
 
     @property
+    def edits_at(self) -> int:
+        """The first word of the tokens whose logits are changed."""
+        return self.sampling_at + _aligned(self.max_sequences * SAMPLING_WORDS)
+
+    @property
     def num_words(self) -> int:
         """Of all tables."""
-        return self.sampling_at + self.max_sequences * SAMPLING_WORDS
+        return self.edits_at + self.max_sequences * EDIT_WORDS
 
 
 @dataclass(frozen=True, slots=True)

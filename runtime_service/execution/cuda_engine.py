@@ -61,5 +61,5 @@ def assemble(
     rows = DeviceRows(library, limits, vocab_size, stream)
     graphs = CudaGraphExecutor(graph, executor, regimes, library, rows, limits, stream)
     sampler = DeviceSampler(library, rows, vocab_size)
-    runner = CudaModelRunner(graphs, rows, sampler, limits, stream)
+    runner = CudaModelRunner(graphs, rows, sampler, limits, vocab_size, stream)
     return CudaEngine(runner, graphs, rows, limits)

@@ -2,12 +2,11 @@
 
     sent      what changed in the rows, and (row, start, num_tokens) of each sequence: one copy
     launched  inputs, forward pass and draws; the next step finds what this one drew in the token table
-    read      the drawn token ids, copied to the host behind the draws; `result()` waits for that copy alone
+    read      the drawn token ids and their log probabilities, copied to the host behind the draws; `result()` waits
+              for that copy alone
 
-Rows whose sampling the device does not know (log probabilities, penalties, logit bias, end tokens masked before
-min_new_tokens) draw through the host's sampler, and the step waits for it; the other rows of the step are drawn on the
-device all the same. A step that scores prompt tokens runs in pieces whose logits are all read.
-What a request is, nobody here knows.
+A step that scores prompt tokens runs in pieces whose logits are all read: it waits, and draws on the host. What a
+request is, nobody here knows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from kernels.step_inputs.layout import ON_HOST
+from kernels.logits.launch import MAX_TOP, REPORT_WORDS
 from runtime_service.execution.cuda_graphs import CudaGraphExecutor
-from runtime_service.execution.device_rows import DeviceRows, SentStep
+from runtime_service.execution.device_rows import DeviceRows
 from runtime_service.execution.device_sampler import DeviceSampler
 from runtime_service.execution.device_stream import DeviceStream, Mark
 from runtime_service.limits import RuntimeLimits
@@ -32,23 +31,14 @@ from runtime_service.scheduling.output import (
 )
 from runtime_service.scheduling.request import SamplingParams, StopParams
 
-HostDraws = dict[int, SampledSequence]
-
 
 class LaunchedStep:
     """A step whose drawn tokens are on their way to the host."""
 
     def __init__(
-        self,
-        step: SchedulerOutput,
-        sent: SentStep,
-        host_draws: HostDraws,
-        drawn_S: torch.Tensor,
-        mark: Mark,
-        free: list[torch.Tensor],
+        self, step: SchedulerOutput, reading: "Reading", mark: Mark, free: list["Reading"]
     ) -> None:
-        self._step, self._sent, self._host_draws = step, sent, host_draws
-        self._drawn_S, self._mark, self._free = drawn_S, mark, free
+        self._step, self._reading, self._mark, self._free = step, reading, mark, free
         self._output: ModelRunnerOutput | None = None
 
     def result(self) -> ModelRunnerOutput:
@@ -59,23 +49,52 @@ class LaunchedStep:
         """
         if self._output is None:
             self._mark.synchronize()
-            token_ids = self._drawn_S[: self._sent.num_sequences].tolist()
-            self._free.append(self._drawn_S)
-            self._output = ModelRunnerOutput(self._step.step, self._sampled(token_ids), {})
+            sampled = self._reading.sampled(self._step.scheduled)
+            self._free.append(self._reading)
+            self._output = ModelRunnerOutput(self._step.step, sampled, {})
         return self._output
 
-    def _sampled(self, token_ids: list[int]) -> tuple[SampledSequence, ...]:
-        scheduled, host_draws = self._step.scheduled, self._host_draws
-        drawn = [host_draws.get(index) for index in range(len(token_ids))]
-        draws = zip(scheduled, token_ids, drawn, strict=True)
+
+class Reading:
+    """Host memory for the draws of a step of at most `max_sequences`."""
+
+    def __init__(self, max_sequences: int, vocab_size: int, stream: DeviceStream) -> None:
+        self._drawn_S = stream.host_words(max_sequences)
+        self._reports_SW = stream.host_words(max_sequences * REPORT_WORDS).view(-1, REPORT_WORDS)
+        self._vocab_size = vocab_size
+        self._num_top: dict[int, int] = {}
+
+    def start(self, sampler: DeviceSampler, count: int, num_top: dict[int, int]) -> None:
+        """Copies the draws of `count` sequences, without waiting; `num_top`: of those that report, by place."""
+        self._num_top = num_top
+        self._drawn_S[:count].copy_(sampler.drawn[:count], non_blocking=True)
+        if num_top:
+            self._reports_SW[:count].copy_(sampler.reports[:count], non_blocking=True)
+
+    def sampled(self, scheduled: Sequence[ScheduledSequence]) -> tuple[SampledSequence, ...]:
+        """What arrived.
+
+        Raises:
+            NonFiniteLogits: as `LaunchedStep.result`.
+        """
+        token_ids = self._drawn_S[: len(scheduled)].tolist()
         sampled = tuple(
-            by_host or SampledSequence(s.row, (token_id,))
-            for s, token_id, by_host in draws
+            SampledSequence(s.row, (token_id,), self._logprobs(place, token_id))
+            for place, (s, token_id) in enumerate(zip(scheduled, token_ids, strict=True))
             if s.is_sampled
         )
-        if -1 in token_ids and any(-1 in s.token_ids for s in sampled):
+        if any(s.token_ids[0] < 0 for s in sampled):
             raise NonFiniteLogits("the model's logits are not finite")
         return sampled
+
+    def _logprobs(self, place: int, token_id: int) -> tuple[TokenLogprobs, ...]:
+        if place not in self._num_top:
+            return ()
+        report = self._reports_SW[place]
+        values, words = report.view(torch.float32).tolist(), report.tolist()
+        count = min(self._num_top[place], self._vocab_size)
+        top = zip(words[2 : 2 + count], values[2 + MAX_TOP : 2 + MAX_TOP + count], strict=True)
+        return (TokenLogprobs(token_id, values[0], words[1], tuple(top)),)
 
 
 class ReadStep:
@@ -98,14 +117,16 @@ class CudaModelRunner:
         rows: DeviceRows,
         sampler: DeviceSampler,
         limits: RuntimeLimits,
+        vocab_size: int,
         stream: DeviceStream,
     ) -> None:
         self._executor, self._rows, self._sampler = executor, rows, sampler
-        self._limits, self._stream = limits, stream
-        self._free: list[torch.Tensor] = []
+        self._limits, self._vocab_size, self._stream = limits, vocab_size, stream
+        # One step under way, and one that is read.
+        self._free = [self._new_reading() for _ in range(2)]
 
     def execute(self, step: SchedulerOutput) -> LaunchedStep | ReadStep:
-        """Launches the step and returns; waits only where rows draw on the host."""
+        """Launches the step and returns; waits only where it scores a prompt."""
         with torch.inference_mode():
             self._rows.apply(step)
             if step.block_copies:
@@ -115,10 +136,12 @@ class CudaModelRunner:
             sent = self._rows.send(step.scheduled)
             logits_SV = self._executor.run(sent)
             self._sampler.launch(logits_SV, sent)
-            on_host = np.flatnonzero(sent.modes == ON_HOST).tolist()
-            host_draws = self._draw_on_host(step.scheduled, on_host, logits_SV) if on_host else {}
-            drawn_S = self._read_drawn(sent.num_sequences)
-            return LaunchedStep(step, sent, host_draws, drawn_S, self._stream.mark(), self._free)
+            num_top = {
+                place: self._rows.num_top(step.scheduled[place].row) for place in sent.reporting
+            }
+            reading = self._free.pop() if self._free else self._new_reading()
+            reading.start(self._sampler, sent.num_sequences, num_top)
+            return LaunchedStep(step, reading, self._stream.mark(), self._free)
 
     def warm_up(self) -> None:
         """Runs steps of a few shapes, whose results nobody wants, on an empty cache."""
@@ -138,27 +161,10 @@ class CudaModelRunner:
     def close(self) -> None:
         """Nothing runs here that would have to be ended."""
 
-    def _read_drawn(self, count: int) -> torch.Tensor:
-        """Where `count` drawn tokens arrive on the host."""
-        if not self._free:
-            self._free.append(self._stream.host_words(self._limits.max_sequences))
-        drawn_S = self._free.pop()
-        drawn_S[:count].copy_(self._sampler.drawn[:count], non_blocking=True)
-        return drawn_S
+    def _new_reading(self) -> Reading:
+        return Reading(self._limits.max_sequences, self._vocab_size, self._stream)
 
     # On the host.
-
-    def _draw_on_host(
-        self,
-        scheduled: Sequence[ScheduledSequence],
-        indices: Sequence[int],
-        logits_SV: torch.Tensor,
-    ) -> HostDraws:
-        """Draws for some of a step's sequences, and keeps their tokens on the device."""
-        rows = [scheduled[index] for index in indices]
-        logits_RV = logits_SV[torch.tensor(indices, device=logits_SV.device)].cpu()
-        drawn = self._draw(rows, logits_RV)
-        return dict(zip(indices, drawn, strict=True))
 
     def _draw(
         self, scheduled: Sequence[ScheduledSequence], logits_RV: torch.Tensor
@@ -182,7 +188,7 @@ class CudaModelRunner:
         sampled: list[SampledSequence] = []
         scores: dict[int, list[TokenLogprobs]] = {}
         for piece in _pieces(step.scheduled, self._executor.max_logit_rows):
-            sent = self._rows.send(piece, all_on_host=True)
+            sent = self._rows.send(piece, draws=False)
             logits_TV = self._executor.run_for_all_logits(sent).cpu()
             ends = np.cumsum([s.num_tokens for s in piece]).tolist()
             for s, end in zip(piece, ends, strict=True):

@@ -15,16 +15,21 @@ import torch
 from kernels.launcher import KernelLibrary
 from kernels.step_inputs.launch import write_tables_variant
 from kernels.step_inputs.layout import (
+    EDIT_WORDS,
     ENTRY_FIELDS,
     HEADER_WORDS,
-    ON_HOST,
     SAMPLING_WORDS,
     WRITE_FIELDS,
     MessageLayout,
     TableLayout,
 )
 from runtime_service.execution.device_stream import DeviceStream, Mark
-from runtime_service.execution.row_parameters import draws_on_host, sampling_words
+from runtime_service.execution.row_parameters import (
+    REPORTS,
+    edit_words,
+    needs_of,
+    sampling_words,
+)
 from runtime_service.limits import RuntimeLimits
 from runtime_service.sampling.sampler import RowSampler
 from runtime_service.sampling.token_counts import Tokens
@@ -43,14 +48,16 @@ class SentStep:
         num_tokens, num_sequences: T and S.
         is_decode: every sequence has one token.
         ends: tokens of each sequence after the step.
-        modes: how each sequence draws (`kernels/step_inputs/layout.py`); -1 where it does not.
+        needs: what any sequence's draw needs, as bits (`row_parameters.py`).
+        reporting: places of the sequences that report log probabilities.
     """
 
     num_tokens: int
     num_sequences: int
     is_decode: bool
     ends: npt.NDArray[np.int32]
-    modes: npt.NDArray[np.int8]
+    needs: int
+    reporting: Sequence[int]
 
 
 class DeviceRows:
@@ -77,7 +84,7 @@ class DeviceRows:
         self._next = 0
         self._filling: _Image | None = None
         self._num_blocks = [0] * rows
-        self._modes = np.zeros(rows, dtype=np.int8)
+        self._needs = np.zeros(rows, dtype=np.uint8)
         self._sequences: list[NewSequence | None] = [None] * rows
         self._samplers: dict[int, RowSampler] = {}
 
@@ -97,6 +104,11 @@ class DeviceRows:
         """The sampling parameters, words from their first on."""
         return self._tables[self.layout.sampling_at :]
 
+    @property
+    def edits(self) -> torch.Tensor:
+        """The tokens whose logits are changed, words from their first on."""
+        return self._tables[self.layout.edits_at :]
+
     def apply(self, step: SchedulerOutput) -> None:
         """Frees rows, enters new sequences and extends block tables: in the next message."""
         for row in step.freed_rows:
@@ -108,11 +120,11 @@ class DeviceRows:
             if scheduled.new_block_ids:
                 self._extend(scheduled.row, scheduled.new_block_ids)
 
-    def send(self, scheduled: Sequence[ScheduledSequence], all_on_host: bool = False) -> SentStep:
+    def send(self, scheduled: Sequence[ScheduledSequence], draws: bool = True) -> SentStep:
         """Sends the message, and changes the tables, without waiting.
 
         Args:
-            all_on_host: the device draws nothing in this step.
+            draws: what is sampled in this step is drawn on the device.
         """
         image, count = self._image(), len(scheduled)
         entries = image.entries[:, :count]
@@ -121,15 +133,17 @@ class DeviceRows:
         entries[2] = counts = np.array([s.num_tokens for s in scheduled], dtype=np.int32)
         packed_ends = counts.cumsum()
         entries[3] = packed_ends - counts
-        is_sampled = np.array([s.is_sampled for s in scheduled], dtype=np.bool_)
-        modes = np.where(is_sampled, self._modes[rows], np.int8(-1))
-        if all_on_host:
-            modes = np.where(is_sampled, np.int8(ON_HOST), np.int8(-1))
-        entries[4] = (modes >= 0) & (modes != ON_HOST)
+        entries[4] = is_drawn = np.array(
+            [draws and s.is_sampled for s in scheduled], dtype=np.bool_
+        )
+        needs_S = self._needs[rows] * is_drawn
+        needs = int(np.bitwise_or.reduce(needs_S))
+        reporting = np.flatnonzero(needs_S & REPORTS).tolist() if needs & REPORTS else ()
         num_tokens = int(packed_ends[-1]) if count else 0
         image.words[0], image.words[1] = count, num_tokens
         self._send(image)
-        return SentStep(num_tokens, count, num_tokens == count, starts + counts, modes)
+        is_decode = num_tokens == count
+        return SentStep(num_tokens, count, is_decode, starts + counts, needs, reporting)
 
     def send_nothing(self) -> None:
         """A message of no sequence: all of a step is padding then."""
@@ -154,6 +168,12 @@ class DeviceRows:
             )
         return self._samplers[row]
 
+    def num_top(self, row: int) -> int:
+        """How many of the likeliest tokens the row reports beside each that it draws."""
+        new = self._sequences[row]
+        assert new is not None, f"row {row} is free"
+        return new.sampling.num_logprobs or 0
+
     def scores_prompt(self, scheduled: ScheduledSequence) -> bool:
         """Claims that log probabilities of prompt tokens are wanted from this step."""
         new = self._sequences[scheduled.row]
@@ -164,13 +184,13 @@ class DeviceRows:
 
     def _enter(self, new: NewSequence) -> None:
         row = new.row
-        is_on_host = draws_on_host(new.sampling, new.stop)
-        words = sampling_words(new.sampling, new.sample_index, self._vocab_size, is_on_host)
         self._sequences[row] = new
         self._samplers.pop(row, None)
-        self._modes[row] = words[-1]
+        self._needs[row] = needs_of(new)
         self._write(row * self.layout.tokens_stride, np.array(new.token_ids, dtype=np.int32))
+        words = sampling_words(new, self._vocab_size)
         self._write(self.layout.sampling_at + row * SAMPLING_WORDS, words)
+        self._write(self.layout.edits_at + row * EDIT_WORDS, edit_words(new))
         self._num_blocks[row] = 0
         self._extend(row, new.block_ids)
 

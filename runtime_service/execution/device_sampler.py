@@ -1,47 +1,109 @@
-"""Draws a step's tokens on the device, into the token table and into one tensor that is read back."""
+"""Draws a step's tokens on the device, into the token table and into tensors that are read back."""
+
+from collections.abc import Callable
 
 import torch
 
+from kernels.launch import Grid
 from kernels.launcher import KernelLibrary
-from kernels.sampling.launch import (
-    draw_best_variant,
-    draw_random_variant,
-    draw_truncated_variant,
-    greedy_grid,
-)
-from kernels.step_inputs.layout import RANDOM, TRUNCATED
+from kernels.logits import launch as logits
+from kernels.sampling import launch as sampling
+from kernels.truncation import launch as truncation
+from kernels.variant import KernelVariant
 from runtime_service.execution.device_rows import DeviceRows, SentStep
+from runtime_service.execution.row_parameters import ADJUSTS, DRAWS_RANDOM, REPORTS, TRUNCATES
 
 
 class DeviceSampler:
     """The sampling kernels, bound to the rows.
 
-    `drawn` [S] holds the token of each sequence that draws on the device; -1 where its logits are not finite.
+    `drawn` [S] holds the token of each sequence that draws, -1 where its logits are not finite; `reports`
+    [S, REPORT_WORDS] how likely it was, where that is asked for (`kernels/logits/triton.py`).
     """
 
     def __init__(self, library: KernelLibrary, rows: DeviceRows, vocab_size: int) -> None:
         count, device = rows.layout.max_sequences, rows.message.device
         self.drawn = torch.zeros(count, dtype=torch.int32, device=device)
-        self._best = torch.zeros(count, dtype=torch.int64, device=device)
-        self._counters = torch.zeros(count, dtype=torch.int32, device=device)
-        self._highest = torch.zeros(count, dtype=torch.float32, device=device)
+        self.reports = torch.zeros(count, logits.REPORT_WORDS, dtype=torch.int32, device=device)
         self._vocab_size = vocab_size
-        self._draw_best = library.kernel(draw_best_variant(vocab_size))
-        self._draw_random = library.kernel(draw_random_variant(vocab_size))
-        self._draw_truncated = library.kernel(draw_truncated_variant(vocab_size))
-        tensors = self._highest, self.drawn, rows.message, rows.tokens, rows.sampling
-        self._arguments = (
-            *(tensor.data_ptr() for tensor in tensors),
-            rows.layout.max_sequences,
-            rows.layout.tokens_stride,
-        )
-        self._scratch = self._best.data_ptr(), self._counters.data_ptr()
+        # Kernels whose operands have one name share its memory.
+        self._memory = {
+            **_scratch(count, vocab_size, device),
+            "drawn": self.drawn,
+            "reports": self.reports,
+            "message": rows.message,
+            "tokens": rows.tokens,
+            "sampling": rows.sampling,
+            "edits": rows.edits,
+        }
+        self._integers = {"max_sequences": count, "tokens_stride": rows.layout.tokens_stride}
+        self._adjust = self._bound(library, logits.adjust_variant(vocab_size))
+        self._draw_best = self._bound(library, sampling.draw_best_variant(vocab_size))
+        self._draw_random = self._bound(library, sampling.draw_random_variant(vocab_size))
+        self._narrow = [self._bound(library, v) for v in truncation.narrow_variants(vocab_size)]
+        self._gather = self._bound(library, truncation.gather_variant(vocab_size))
+        self._finish = self._bound(library, truncation.finish_variant(vocab_size))
+        self._report = self._bound(library, logits.report_variant(vocab_size))
 
     def launch(self, logits_SV: torch.Tensor, step: SentStep) -> None:
-        """Draws for every sequence of the step that was sent last; does not wait."""
-        logits, grid = logits_SV.data_ptr(), greedy_grid(step.num_sequences, self._vocab_size)
-        self._draw_best(grid, logits, *self._scratch, *self._arguments)
-        if (step.modes == RANDOM).any():
-            self._draw_random(grid, logits, *self._scratch, *self._arguments)
-        if (step.modes == TRUNCATED).any():
-            self._draw_truncated((step.num_sequences, 1, 1), logits, *self._arguments)
+        """Draws for every sequence of the step that was sent last; does not wait.
+
+        Args:
+            logits_SV: fp32; changed where sequences adjust them.
+        """
+        count, vocab_size, given_SV = step.num_sequences, self._vocab_size, logits_SV
+        if step.needs & ADJUSTS:
+            if step.needs & REPORTS:  # they tell of the model's own
+                given_SV = logits_SV.clone()
+            self._adjust(logits.adjust_grid(count), logits_SV)
+        draw_grid = sampling.greedy_grid(count, vocab_size)
+        self._draw_best(draw_grid, logits_SV)
+        if step.needs & DRAWS_RANDOM:
+            self._draw_random(draw_grid, logits_SV)
+        if step.needs & TRUNCATES:
+            grid = truncation.row_grid(count, vocab_size)
+            for narrow in self._narrow:
+                narrow(grid, logits_SV)
+            self._gather(grid, logits_SV)
+            self._finish((count, 1, 1), logits_SV)
+        if step.needs & REPORTS:
+            self._report(logits.report_grid(count, vocab_size), given_SV)
+
+    def _bound(
+        self, library: KernelLibrary, variant: KernelVariant
+    ) -> Callable[[Grid, torch.Tensor], None]:
+        """The kernel, waiting for its grid and the logits, its first argument."""
+        kernel = library.kernel(variant)
+        names = [argument.name for argument in variant.arguments]
+        assert names[0] == "logits", variant.kernel
+        others = [
+            self._integers[name] if name in self._integers else self._memory[name].data_ptr()
+            for name in names[1:]
+        ]
+        return lambda grid, logits_SV: kernel(grid, logits_SV.data_ptr(), *others)
+
+
+def _scratch(count: int, vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Memory by name, for `count` rows; what must start at 0 does, and is left so by every kernel."""
+
+    def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    programs, _, _ = logits.adjust_grid(count)
+    chunks, report_chunks = truncation.num_chunks(vocab_size), logits.num_chunks(vocab_size)
+    return {
+        "best": zeros(torch.int64, count),
+        "counters": zeros(torch.int32, count),
+        "highest": zeros(torch.float32, count),
+        "counts": zeros(torch.int32, programs, vocab_size),
+        "found": zeros(torch.int32, count),
+        "weights": zeros(torch.float32, count, 2),
+        "partials": zeros(torch.float32, count, chunks, 1 << truncation.DIGIT_BITS),
+        "lengths": zeros(torch.int32, count),
+        "listed_tokens": zeros(torch.int32, count, truncation.CAPACITY),
+        "listed_scores": zeros(torch.float32, count, truncation.CAPACITY),
+        "maxima": zeros(torch.float32, count, report_chunks),
+        "sums": zeros(torch.float32, count, report_chunks),
+        "ranks": zeros(torch.int32, count, report_chunks),
+        "tops": zeros(torch.int64, count, report_chunks, logits.TOP_BLOCK),
+    }

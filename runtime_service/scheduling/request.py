@@ -5,6 +5,11 @@ Text, stop strings, deadlines and streams belong to the front process.
 
 from dataclasses import dataclass, field
 
+# Of one generation, checked at the edge: what a row of the device's tables holds.
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_END_TOKENS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

@@ -12,12 +12,21 @@ from kernels.sampling import launch as sampling
 from kernels.step_inputs import launch as step_inputs
 from kernels.variant import KernelVariant
 from runtime_service.execution.cuda_engine import CudaEngine
+from runtime_service.execution.device_stream import CudaStream
 from runtime_service.sampling.sampler import NonFiniteLogits
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
 from runtime_service.scheduling.scheduler import Scheduler
 from tests.gpu.device import device_arch, library_of
 from tests.gpu.test_executor_on_gpu import OPTIONS, RelaunchedStream, engine_of, graph_and_library
-from tests.kernels.sampling_cases import check_draws, check_inputs, check_non_finite, check_ties
+from tests.kernels.sampling_cases import (
+    Device,
+    check_draws,
+    check_equal_scores,
+    check_inputs,
+    check_neighbours,
+    check_non_finite,
+    check_ties,
+)
 from tests.runtime_service.execution.serving import serve, tokens_of
 
 pytestmark = [
@@ -29,6 +38,9 @@ _WAYS = (
     SamplingParams(),
     SamplingParams(temperature=0.9, seed=1 << 62),
     SamplingParams(temperature=0.8, top_k=9, top_p=0.9, seed=5),
+    SamplingParams(temperature=0.9, top_p=0.95, num_logprobs=2, seed=6),
+    SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, num_logprobs=0),
+    SamplingParams(temperature=1.1, min_p=0.02, logit_bias=((5, 3.0), (900, -4.0)), seed=7),
 )
 
 
@@ -55,25 +67,44 @@ class _Library:
 def sampler_variants() -> set[KernelVariant]:
     """What the cases below launch."""
     wanted = step_inputs.variants(16)
-    for vocab_size in (1, 9, 33, 300, 4100, 128256):
+    for vocab_size in (1, 9, 33, 300, 4100, 5000, 128256):
         wanted |= sampling.variants(vocab_size)
     return wanted
 
 
 @pytest.fixture(scope="module")
-def run() -> _Library:
-    return _Library(library_of(sampler_variants(), device_arch()))
+def library() -> KernelLibrary:
+    return library_of(sampler_variants(), device_arch())
+
+
+@pytest.fixture
+def device(library: KernelLibrary) -> Device:
+    return Device(library, CudaStream())
+
+
+@pytest.fixture
+def run(library: KernelLibrary) -> _Library:
+    return _Library(library)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 300, 4100, 128256])
-def test_device_draws_the_host_samplers_tokens(run: _Library, vocab_size: int) -> None:
+@pytest.mark.parametrize("flatness", [0.33, 1.0, 3.0])
+def test_device_draws_the_host_samplers_tokens(
+    device: Device, vocab_size: int, flatness: float
+) -> None:
     for seed in range(3):
-        check_draws(run, "cuda", vocab_size, seed)
+        check_draws(device, vocab_size, seed, flatness)
 
 
-def test_ties_and_non_finite_logits_are_as_on_the_host(run: _Library) -> None:
-    check_ties(run, "cuda")
-    check_non_finite(run, "cuda")
+def test_ties_and_non_finite_logits_are_as_on_the_host(device: Device) -> None:
+    check_ties(device)
+    check_equal_scores(device, 5000)
+    check_non_finite(device)
+
+
+@pytest.mark.parametrize("vocab_size", [4100, 128256])
+def test_a_draw_does_not_depend_on_its_batch(device: Device, vocab_size: int) -> None:
+    check_neighbours(device, vocab_size)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -82,9 +113,10 @@ def test_inputs_are_made_from_entries_and_tables(run: _Library, parts: int) -> N
 
 
 def _requests(output_tokens: int, ways: tuple[SamplingParams, ...] = _WAYS) -> list[Request]:
+    """None ends early: its end tokens are masked to the last."""
     return [
         Request(n, [(n * 31 + i * i) % 1000 for i in range(9 + 11 * n)], ways[n % len(ways)],
-                StopParams(output_tokens))
+                StopParams(output_tokens, output_tokens, (2, 3)))
         for n in range(9)
     ]  # fmt: skip
 
@@ -102,14 +134,14 @@ def test_overlap_and_graphs_change_no_token(engine: CudaEngine) -> None:
     assert scheduler.stats().num_free_blocks == engine.limits.num_blocks
 
 
-def test_rows_that_draw_on_the_host_join_in(engine: CudaEngine) -> None:
-    ways = (*_WAYS, SamplingParams(num_logprobs=2), SamplingParams(prompt_logprobs=True),
+def test_rows_that_score_their_prompts_join_in(engine: CudaEngine) -> None:
+    ways = (*_WAYS[:3], SamplingParams(num_logprobs=2), SamplingParams(prompt_logprobs=True),
             SamplingParams(repetition_penalty=1.3))  # fmt: skip
     gained, scheduler = serve(engine.runner, engine.limits, _requests(12, ways), 1)
     assert {len(tokens_of(outputs)) for outputs in gained.values()} == {12}
-    for outputs in (gained[3, 0],):
-        entries = [entry for output in outputs for entry in output.logprobs]
-        assert [entry.rank for entry in entries] == [1] * 12
+    entries = [entry for output in gained[3, 0] for entry in output.logprobs]
+    assert [entry.rank for entry in entries] == [1] * 12
+    assert [entry.top[0][0] for entry in entries] == tokens_of(gained[3, 0])
     assert len(gained[4, 0][0].prompt_logprobs) == 9 + 11 * 4 - 1
     assert scheduler.stats().num_free_blocks == engine.limits.num_blocks
 

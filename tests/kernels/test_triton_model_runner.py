@@ -64,7 +64,9 @@ def _requests() -> list[Request]:
         (3, 1, SamplingParams(num_logprobs=2), StopParams(6), 1),
         (17, 3, SamplingParams(prompt_logprobs=True, num_logprobs=1), StopParams(4), 1),
         (9, 2, SamplingParams(repetition_penalty=1.3), StopParams(7, 3, (7, 8)), 1),
-    ]
+        (11, 2, SamplingParams(0.9, top_p=0.9, frequency_penalty=0.4, logit_bias=((9, 1.5),),
+                               num_logprobs=3, seed=6), StopParams(8), 2),
+    ]  # fmt: skip
     return [
         Request(n, [*stem[:shared], *range(40 + n, 40 + n + own)], params, stop, num_samples=count)
         for n, (shared, own, params, stop, count) in enumerate(ways)

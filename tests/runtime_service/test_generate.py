@@ -183,6 +183,11 @@ BAD_STARTS: dict[str, tuple[str, Any]] = {
         start_of([1], resumed_token_ids=[1], sampling=pb.SamplingParams(n=2)),
     ),
     "stop id": ("start.stop.token_ids", start_of([1], token_ids=[VOCAB_SIZE])),
+    "stop ids": ("start.stop.token_ids", start_of([1], token_ids=range(257))),
+    "biases": (
+        "start.sampling.logit_bias",
+        start_of([1], sampling=pb.SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))),
+    ),
     "stop string": ("start.stop.strings", start_of([1], strings=[""])),
     "long stop string": ("start.stop.strings", start_of([1], strings=["é" * 129])),
     "stop strings": ("start.stop.strings", start_of([1], strings=["x"] * 17)),

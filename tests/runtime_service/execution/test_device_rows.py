@@ -10,9 +10,15 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from kernels.step_inputs.layout import HEADER_WORDS, ON_HOST, RANDOM, TRUNCATED
+from kernels.step_inputs.layout import (
+    EDIT_WORDS,
+    HEADER_WORDS,
+    MAX_BIASES,
+    MAX_ENDS,
+)
 from kernels.variant import KernelVariant
 from runtime_service.execution.device_rows import DeviceRows
+from runtime_service.execution.row_parameters import ADJUSTS, DRAWS_RANDOM, REPORTS, TRUNCATES
 from runtime_service.limits import RuntimeLimits
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
 from runtime_service.scheduling.request import SamplingParams, StopParams
@@ -116,16 +122,48 @@ def test_new_blocks_go_behind_those_that_a_row_has(rows: DeviceRows) -> None:
     assert rows.blocks[first : first + 5].tolist() == [7, 8, 9, 3, 0]
 
 
-def test_each_row_draws_where_its_parameters_can_be_met(rows: DeviceRows) -> None:
+def test_each_row_draws_as_its_parameters_say(rows: DeviceRows) -> None:
     new = (
-        _new(0, [5], [0], temperature=1.0),
+        _new(0, [5], [0], temperature=1.0, num_logprobs=4),
         _new(1, [5], [1], temperature=1.0, top_p=0.5),
-        _new(2, [5], [2], temperature=1.0, presence_penalty=0.1),
+        _new(2, [5], [2], presence_penalty=0.1),
     )
     rows.apply(SchedulerOutput(0, (), new, (), ()))
-    scheduled = [ScheduledSequence(row, 0, 1) for row in range(3)]
-    assert rows.send(scheduled).modes.tolist() == [RANDOM, TRUNCATED, ON_HOST]
-    assert rows.message[HEADER_WORDS + 12 : HEADER_WORDS + 15].tolist() == [1, 1, 0]
-    unsampled = [ScheduledSequence(0, 0, 1, is_sampled=False)]
-    assert rows.send(unsampled).modes.tolist() == [-1]
+    sent = rows.send([ScheduledSequence(row, 0, 1) for row in range(3)])
+    assert rows.message[HEADER_WORDS + 12 : HEADER_WORDS + 15].tolist() == [1, 1, 1]
+    assert sent.needs == DRAWS_RANDOM | TRUNCATES | ADJUSTS | REPORTS
+    assert list(sent.reporting) == [0]
+    assert [rows.send([ScheduledSequence(row, 0, 1)]).needs for row in range(3)] == [
+        DRAWS_RANDOM | REPORTS, TRUNCATES, ADJUSTS,
+    ]  # fmt: skip
+    assert rows.num_top(0) == 4
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_a_sequence_that_draws_nothing_on_the_device_is_told_so(
+    rows: DeviceRows, draws: bool
+) -> None:
+    """One that is not sampled, and any where the host draws."""
+    new = _new(0, [5], [0], presence_penalty=0.1, num_logprobs=1)
+    rows.apply(SchedulerOutput(0, (), (new,), (), ()))
+    sent = rows.send([ScheduledSequence(0, 0, 1, is_sampled=not draws)], draws)
+    assert (sent.needs, list(sent.reporting)) == (0, [])
     assert rows.message[HEADER_WORDS + 12] == 0
+
+
+def test_a_rows_edits_are_its_last_sequences(rows: DeviceRows) -> None:
+    """End tokens are masked from the prompt's end on; words of the one before are not counted any more."""
+    stop = StopParams(9, 3, (7, 8))
+    params = SamplingParams(logit_bias=((4, 0.5), (6, -1.0)))
+    first = NewSequence(1, [5, 6, 7], 2, params, stop, 0, 0, [0])
+    rows.apply(SchedulerOutput(0, (), (first,), (), ()))
+    rows.send_nothing()
+    words = rows.edits[EDIT_WORDS : 2 * EDIT_WORDS]
+    assert words[:3].tolist() == [7, 8, 0]
+    assert words[MAX_ENDS : MAX_ENDS + 3].tolist() == [4, 6, 0]
+    biases = words[MAX_ENDS + MAX_BIASES :][:2].view(torch.float32)
+    assert biases.tolist() == [0.5, -1.0]
+    assert rows.sampling[16 + 11 : 32].tolist() == [2, 2 + 3, 2, 2, 0]
+    rows.apply(SchedulerOutput(1, (1,), (_new(1, [5], [0]),), (), ()))
+    rows.send_nothing()
+    assert rows.sampling[16 + 11 : 32].tolist() == [1, 1, 0, 0, 0]

@@ -518,7 +518,9 @@ class SamplingParams(_message.Message):
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits of these tokens; -100 bans and 100 forces, nearly."""
+        """Added to the logits of these tokens, at most 1024 of them; -100 bans and
+        100 forces, nearly.
+        """
 
     def __init__(
         self,
@@ -575,7 +577,9 @@ class StopConditions(_message.Message):
     """Goes on past the model's own end tokens; for benchmarks."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Further ids that end the generation, beside the model's own end tokens."""
+        """Further ids that end the generation, beside the model's own end tokens; at
+        most 256 in all.
+        """
 
     @_builtins.property
     def strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
