@@ -19,6 +19,7 @@ from shared.redis import connect
 from shared.security import ServerSecurity, peer_security
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
+from shared.tracing import configure_tracing
 
 SERVICES = ("millrace.runtime.v1.RuntimeService", "millrace.fleet.v1.FleetService")
 
@@ -31,6 +32,7 @@ def main() -> None:
     settings = GatewaySettings.load()
     configure_logging(settings.log_level, settings.log_format, "gateway")
     try:
+        configure_tracing("gateway")
         asyncio.run(serve(settings))
     except SettingsError as error:
         exit_with(f"millrace-gateway: {error}")
