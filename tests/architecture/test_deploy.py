@@ -29,8 +29,7 @@ DAEMONS: dict[str, type[Settings]] = {
 def compose_config(*flags: str) -> "subprocess.CompletedProcess[str]":
     """What docker-compose makes of the file; needs no engine."""
     return subprocess.run(
-        [COMPOSE, "-f", "docker-compose.yml", "--profile", "gpu", "--profile", "gateway",
-         "config", *flags],
+        [COMPOSE, "-f", "docker-compose.yml", "--profile", "*", "config", *flags],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
@@ -50,7 +49,11 @@ def test_compose_file_is_valid() -> None:
 
 
 def test_compose_describes_the_stack(services: dict[str, Any]) -> None:
-    assert set(services) == {"redis", "compiler", "runtime", "runtime-gpu", "gateway"}
+    assert set(services) == {
+        "redis", "compiler", "runtime", "runtime-gpu", "gateway", "prometheus", "grafana",
+    }  # fmt: skip
+    assert services["prometheus"]["profiles"] == ["prometheus", "grafana"]
+    assert services["grafana"]["profiles"] == ["grafana"]
     assert services["gateway"]["profiles"] == ["gateway"]
     assert services["runtime-gpu"]["profiles"] == ["gpu"]
     assert services["runtime-gpu"]["deploy"]["resources"]["reservations"]["devices"]
