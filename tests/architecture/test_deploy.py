@@ -71,7 +71,7 @@ def test_every_service_has_a_health_check_and_publishes_loopback_alone(
 @pytest.mark.parametrize("name", DAEMONS)
 def test_containers_are_given_settings_that_exist(name: str, services: dict[str, Any]) -> None:
     """Dockerfile and compose together make settings that validate."""
-    environ = {**_dockerfile_env(name.partition("-")[0]), **services[name]["environment"]}
+    environ = {**dockerfile_env(name.partition("-")[0]), **services[name]["environment"]}
     settings = DAEMONS[name].parse((), environ)
     assert settings.redis_url == "redis://redis:6379/0"
     listen = str(getattr(settings, "listen", ""))
@@ -79,7 +79,7 @@ def test_containers_are_given_settings_that_exist(name: str, services: dict[str,
     ServerSecurity.load(settings).check_listen("0.0.0.0")
 
 
-def _dockerfile_env(target: str) -> dict[str, str]:
+def dockerfile_env(target: str) -> dict[str, str]:
     """Variables that the image of `target` sets for its daemon."""
     text = DOCKERFILE.read_text().replace("\\\n", " ")
     stages = [stage for stage in text.split("\nFROM ") if stage.split()[2] in ("base", target)]
