@@ -14,13 +14,20 @@ class PacedOpenAi:
         first_s, token_s: before the first token, and between tokens.
         refused: every so manieth request gets a 429; 0: none.
         breaks_off: answers end without their end.
+        is_strict: fields that are not OpenAI's are refused.
     """
 
     def __init__(
-        self, first_s: float, token_s: float, refused: int = 0, *, breaks_off: bool = False
+        self,
+        first_s: float,
+        token_s: float,
+        refused: int = 0,
+        *,
+        breaks_off: bool = False,
+        is_strict: bool = False,
     ) -> None:
         self.first_s, self.token_s, self.refused = first_s, token_s, refused
-        self.breaks_off = breaks_off
+        self.breaks_off, self.is_strict = breaks_off, is_strict
         self.asked: list[dict[str, Any]] = []
         self.is_busy = asyncio.Event()  # set from the 50th request on
         self.keys: set[str] = set()
@@ -50,6 +57,9 @@ class PacedOpenAi:
         if len(self.asked) >= 50:
             self.is_busy.set()
         self.keys.add(request.headers.get("Authorization", ""))
+        if self.is_strict and "ignore_eos" in body:
+            error = {"message": "ignore_eos: is unknown", "code": "INVALID_FIELD"}
+            return web.json_response({"error": error}, status=400)
         if self.refused and len(self.asked) % self.refused == 0:
             error = {"message": "Too much waits.", "type": "overloaded", "code": "QUEUE_FULL"}
             return web.json_response({"error": error}, status=429, headers={"Retry-After": "0.01"})

@@ -102,6 +102,16 @@ async def test_what_an_openai_server_refuses_is_counted_by_its_reason() -> None:
     assert report["failures"] == {"HTTP_429 QUEUE_FULL": "Too much waits."}
 
 
+async def test_a_server_that_knows_openais_fields_alone_is_measured() -> None:
+    async with PacedOpenAi(0.0, 0.0, is_strict=True) as server:
+        code, out, err = await serve(
+            "--openai", server.url, "-c", "2", "-r", "4", "--out", "2", "--warm-up", "1",
+            "--json", "-",
+        )  # fmt: skip
+    assert (code, json.loads(out)["requests"]["finished"]) == (0, 4), err
+    assert ["ignore_eos" in body for body in server.asked] == [True] + [False] * 5
+
+
 async def test_answers_that_break_off_are_failures() -> None:
     async with PacedOpenAi(0.0, 0.0, breaks_off=True) as server:
         code, out, _ = await serve(

@@ -56,17 +56,34 @@ class GrpcTarget:
 class OpenAiTarget:
     """A server of OpenAI's /v1/completions, streamed; prompts are token ids.
 
-    A message counts as a token until the server's usage says how many there were: servers that join
+    Answers are asked to be as long as planned by `ignore_eos`, which is not OpenAI's: a server that
+    refuses the field is asked without it, and its answers end where they end. A message counts as a token until the server's usage says how many there were: servers that join
     tokens into one message have gaps between messages, not tokens.
     """
 
     def __init__(self, session: "ClientSession", url: str, model: str) -> None:
         self._session, self._url, self._model = session, f"{url}/completions", model
+        self._takes_ignore_eos = True
 
     async def send(self, prompt: list[int], timeline: Timeline) -> None:
         """As `Target.send`."""
         from aiohttp import ClientError
 
+        try:
+            try:
+                await self._ask(prompt, timeline)
+            except RequestFailed as failed:
+                if not (failed.reason.startswith("HTTP_4") and "ignore_eos" in str(failed)):
+                    raise
+                self._takes_ignore_eos = False
+                await self._ask(prompt, timeline)
+        except ClientError as error:
+            reason = "CONNECTION_LOST" if timeline.arrivals else "UNREACHABLE"
+            raise RequestFailed(reason, str(error) or type(error).__name__) from None
+        except ValueError as error:
+            raise RequestFailed("NOT_OPENAI", f"The answer makes no sense: {error}") from None
+
+    async def _ask(self, prompt: list[int], timeline: Timeline) -> None:
         body = {
             "model": self._model,
             "prompt": prompt,
@@ -74,20 +91,13 @@ class OpenAiTarget:
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
-            # Not OpenAI's, but known to the servers that are worth comparing: answers as long as
-            # asked for.
-            "ignore_eos": True,
         }
-        try:
-            async with self._session.post(self._url, json=body) as response:
-                if response.status != 200:
-                    raise await _refusal(response)
-                await _read(response, timeline)
-        except ClientError as error:
-            reason = "CONNECTION_LOST" if timeline.arrivals else "UNREACHABLE"
-            raise RequestFailed(reason, str(error) or type(error).__name__) from None
-        except ValueError as error:
-            raise RequestFailed("NOT_OPENAI", f"The answer makes no sense: {error}") from None
+        if self._takes_ignore_eos:
+            body["ignore_eos"] = True
+        async with self._session.post(self._url, json=body) as response:
+            if response.status != 200:
+                raise await _refusal(response)
+            await _read(response, timeline)
 
 
 @asynccontextmanager
