@@ -57,8 +57,9 @@ class OpenAiTarget:
     """A server of OpenAI's /v1/completions, streamed; prompts are token ids.
 
     Answers are asked to be as long as planned by `ignore_eos`, which is not OpenAI's: a server that
-    refuses the field is asked without it, and its answers end where they end. A message counts as a token until the server's usage says how many there were: servers that join
-    tokens into one message have gaps between messages, not tokens.
+    refuses the field is asked without it, and its answers end where they end. A message counts as a
+    token until the server's usage says how many there were: servers that join tokens into one
+    message have gaps between messages, not tokens.
     """
 
     def __init__(self, session: "ClientSession", url: str, model: str) -> None:
