@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 from millrace.channels import is_serving
-from millrace.cli.bench import Load, measure
+from millrace.cli.bench.command import Load, Where, measure
 from millrace.errors import MillraceError
 
 from tests.integration.daemon_process import DaemonProcess
@@ -52,12 +52,16 @@ def main() -> None:
         readings: dict[str, list[dict[str, Any]]] = {"straight": [], "through": []}
         for seed in range(arguments.rounds):
             load = Load(
-                arguments.streams, arguments.calls, arguments.streams,
-                arguments.input_tokens, arguments.output_tokens, seed,
-            )  # fmt: skip
+                concurrency=arguments.streams,
+                requests=arguments.streams,
+                input_tokens=str(arguments.input_tokens),
+                output_tokens=str(arguments.output_tokens),
+                warm_up=arguments.streams,
+                seed=seed,
+            )
             turns = [("straight", runtime.address), ("through", gateway.address)]
             for name, address in turns if seed % 2 else turns[::-1]:
-                readings[name].append(measure(address, load))
+                readings[name].append(measure(Where(address, arguments.calls), load))
         spent_s = cpu_s(gateway) - before_s
     # Every stream has a warm-up request before those that are measured.
     num_tokens = 2 * arguments.rounds * arguments.streams * arguments.output_tokens
@@ -91,7 +95,7 @@ def summary(readings: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         for straight, through in zip(readings["straight"], readings["through"], strict=True)
     ]
     return {
-        "streams": readings["straight"][0]["streams"],
+        "streams": readings["straight"][0]["load"]["concurrency"],
         "rounds": len(rates),
         "tokens_per_s": [median(name, "output_tokens_per_s") for name in readings],
         "throughput_lost": round(statistics.median(rates), 4),

@@ -2,14 +2,14 @@
 
     python -m bench.serve [--runtime HOST:PORT] [--streams 1,4,16] [--calls 1] [--in 64] [--out 128]
 
-Prints one JSON line a number of streams. `millrace bench` is the same measurement of one load;
+Prints one JSON line a number of streams. `millrace bench serve` is the same measurement of one load;
 bench/cpu_decode.py runs the same workloads without daemon and gRPC, which gives the path's cost.
 """
 
 import argparse
 import json
 
-from millrace.cli.bench import Load, measure
+from millrace.cli.bench.command import Load, Where, measure
 
 
 def main() -> None:
@@ -24,13 +24,14 @@ def main() -> None:
     arguments = parser.parse_args()
     for streams in map(int, arguments.streams.split(",")):
         load = Load(
-            streams=streams,
-            calls=min(arguments.calls, streams),
+            concurrency=streams,
             requests=streams * arguments.rounds,
-            input_tokens=arguments.input_tokens,
-            output_tokens=arguments.output_tokens,
+            input_tokens=str(arguments.input_tokens),
+            output_tokens=str(arguments.output_tokens),
+            warm_up=streams,
         )
-        print(json.dumps(measure(arguments.runtime, load)), flush=True)
+        where = Where(arguments.runtime, min(arguments.calls, streams))
+        print(json.dumps(measure(where, load)), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from compiler_service.settings import CompilerSettings
 from shared.errors import MillraceError
 from shared.log import configure_logging
 from shared.settings import SettingsError, exit_with
+from shared.tracing import configure_tracing
 
 
 def main() -> None:
@@ -18,6 +19,7 @@ def main() -> None:
     from compiler_service.daemon import serve
 
     try:
+        configure_tracing("compiler")
         with _redis_url(settings) as url:
             asyncio.run(serve(settings, url))
     except (MillraceError, SettingsError, OSError) as error:

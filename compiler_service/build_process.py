@@ -78,13 +78,15 @@ class BuildProcess:
             await self._process.wait()
 
     @property
+    def stages(self) -> list[tuple[str, float, float]]:
+        """Each stage so far, in order: its name, and when it began and ended (monotonic)."""
+        ends = [start for _, start in self._stages[1:]] + [self._end or time.monotonic()]
+        return [(stage, start, end) for (stage, start), end in zip(self._stages, ends, strict=True)]
+
+    @property
     def stage_timings(self) -> list[tuple[str, float]]:
         """How long each stage took so far, in order."""
-        ends = [start for _, start in self._stages[1:]] + [self._end or time.monotonic()]
-        return [
-            (stage, round(end - start, 3))
-            for (stage, start), end in zip(self._stages, ends, strict=True)
-        ]
+        return [(stage, round(end - start, 3)) for stage, start, end in self.stages]
 
     def _take(self, line: bytes) -> status_pb2.Status | None:
         try:

@@ -57,12 +57,18 @@ def events_key(digest: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BuildJob:
-    """What to build, from where; `calibration_uri` is empty for the text that the daemon brings."""
+    """What to build, from where.
+
+    Args:
+        calibration_uri: empty for the text that the daemon brings.
+        traceparent: of the call that first asked for it, where that is traced.
+    """
 
     model_uri: str
     model: str
     key: EngineKey
     calibration_uri: str = ""
+    traceparent: str = ""
 
     def to_json(self) -> str:
         """As it is kept."""
@@ -72,6 +78,7 @@ class BuildJob:
                 "model": self.model,
                 "key": self.key.to_dict(),
                 "calibration_uri": self.calibration_uri,
+                "traceparent": self.traceparent,
             }
         )
 
@@ -80,7 +87,8 @@ class BuildJob:
         """The job that `to_json` wrote."""
         raw = json.loads(text)
         key = EngineKey.from_dict(raw["key"])
-        return BuildJob(raw["model_uri"], raw["model"], key, raw.get("calibration_uri", ""))
+        more = (raw.get(name, "") for name in ("calibration_uri", "traceparent"))
+        return BuildJob(raw["model_uri"], raw["model"], key, *more)
 
 
 @dataclass(frozen=True, slots=True)

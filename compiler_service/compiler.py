@@ -43,6 +43,7 @@ from shared.errors import (
 )
 from shared.log import canonical_line
 from shared.store import LocalStore
+from shared.tracing import current_traceparent
 from shared.wire import quant_from_proto
 
 if TYPE_CHECKING:
@@ -178,7 +179,13 @@ class Compiler:
         if missing:
             await self._queue.enqueue(
                 [
-                    BuildJob(request.model_uri, resolved.model, key, request.calibration_uri)
+                    BuildJob(
+                        request.model_uri,
+                        resolved.model,
+                        key,
+                        request.calibration_uri,
+                        current_traceparent(),
+                    )
                     for key in missing
                 ]
             )

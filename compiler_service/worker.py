@@ -28,6 +28,7 @@ from compiler_service.build_queue import (
 from compiler_service.metrics import CompilerMetrics
 from shared.errors import Internal, RedisUnreachable, WorkerLost, reason_of, to_status
 from shared.log import canonical_line
+from shared.tracing import Span, start_span, trace_fields
 
 _RETRY_S = 0.5
 _MAX_BEAT_S = 0.5  # also how often progress is told and a cancel is noticed
@@ -93,23 +94,37 @@ class Worker:
     async def _attempt(self, attempt: Attempt) -> bool:
         """Whether the build has ended; else it is to be started again."""
         key = attempt.job.key
+        span = start_span(
+            f"build {attempt.job.model}",
+            kind="consumer",
+            parent=attempt.job.traceparent,
+            attributes={
+                "millrace.build": attempt.digest,
+                "millrace.arch": key.arch,
+                "millrace.quant": str(key.quant),
+                "millrace.attempt": attempt.number,
+            },
+        )
         with (
-            structlog.contextvars.bound_contextvars(build=attempt.digest),
+            structlog.contextvars.bound_contextvars(build=attempt.digest, **trace_fields(span)),
             canonical_line("build_attempt_ended", attempt=attempt.number) as line,
         ):
             line.update(model=attempt.job.model, arch=key.arch, quant=str(key.quant))
             line["outcome"] = "drained"
             self._metrics.running.inc()
             try:
-                return await self._build(attempt, line)
+                return await self._build(attempt, line, span)
             except Fenced:
                 line["outcome"] = "fenced"
                 raise
             finally:
                 self._metrics.running.dec()
                 self._metrics.ended.labels(line["outcome"], key.arch).inc()
+                outcome = str(line["outcome"])
+                failure = "" if outcome in (SUCCEEDED, CANCELLED) else line.get("reason", outcome)
+                span.end(failure, {"millrace.outcome": outcome})
 
-    async def _build(self, attempt: Attempt, line: dict[str, Any]) -> bool:
+    async def _build(self, attempt: Attempt, line: dict[str, Any], span: Span) -> bool:
         if attempt.is_lost:
             error = WorkerLost(attempts=MAX_ATTEMPTS, stage=attempt.last_stage or "import")
             return await self._finish(attempt, FAILED, line, to_status(error))
@@ -128,6 +143,8 @@ class Worker:
             self._log.exception("build_failed_unforeseen")
             status = to_status(Internal())
         line["stages"] = dict(process.stage_timings)
+        for stage, start_s, end_s in process.stages:
+            span.child(stage, start_s, end_s)
         if status is None:
             line["outcome"] = "crashed"
             return False

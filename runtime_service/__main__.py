@@ -28,6 +28,7 @@ from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
 from shared.signing import TrustedKeys
 from shared.store import GrpcStore, LocalStore, open_store
+from shared.tracing import configure_tracing
 
 if TYPE_CHECKING:
     from runtime_service.reconciler import Reconciler
@@ -50,6 +51,7 @@ def main() -> None:
     settings = RuntimeSettings.load()
     configure_logging(settings.log_level, settings.log_format, "runtime")
     try:
+        configure_tracing("runtime")
         asyncio.run(serve(settings))
     except SettingsError as error:
         exit_with(f"millrace-runtime: {error}")

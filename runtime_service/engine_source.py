@@ -26,6 +26,7 @@ from shared.errors import (
 )
 from shared.signing import TrustedKeys
 from shared.store import ArtifactStore, LocalStore, pull
+from shared.tracing import trace_metadata
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.5, 10.0
 
@@ -162,7 +163,7 @@ class EngineSource:
             stub: compiler_pb2_grpc.CompilerServiceAsyncStub
             stub = compiler_pb2_grpc.CompilerServiceStub(channel)
             try:
-                operation = (await stub.BuildEngine(request)).operation
+                operation = (await stub.BuildEngine(request, metadata=trace_metadata())).operation
             except grpc.aio.AioRpcError as error:
                 raise of_compiler(error, self._compiler) from error
             _log.info("build_requested", operation=operation.name, engine=str(selector))

@@ -21,12 +21,14 @@ from runtime_service.engine_messages import (
     SampleOutput,
     UpdateRequest,
 )
+from runtime_service.generation_trace import GenerationTrace, Phases
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.sample import Sample
 from runtime_service.sample_text import SampleText
 from runtime_service.scheduling.request import Request
 from shared.errors import MillraceError, to_status
 from shared.quotas import GenerationQuota, TenantQuota
+from shared.tracing import NO_SPAN, trace_fields
 
 _log = structlog.get_logger()
 
@@ -66,6 +68,8 @@ class Generation:
         self.num_unread_tokens = 0
         # The engine that runs it; set before it is submitted.
         self.engine_name = ""
+        # Its span, where generations are traced.
+        self.trace: GenerationTrace | None = None
         # A timer that ends it, or None; cancelled with it.
         self.deadline: TimerHandle | None = None
         self._metrics = metrics
@@ -283,18 +287,30 @@ class Generation:
             queued_s=round(self._queued_s, 6),
             first_token_s=first_s and round(first_s, 6),
             duration_s=round(total_s, 6),
+            **trace_fields(self.trace.span if self.trace else NO_SPAN),
         )
+        if self.trace is not None:
+            self._end_trace(self.trace)
         self._on_end(self)
+
+    def _end_trace(self, trace: GenerationTrace) -> None:
+        first_step_s = self._started_s + self._queued_s if self._queued_s else 0.0
+        phases = Phases(
+            self._started_s,
+            self._submitted_s,
+            first_step_s,
+            self._first_token_s,
+            self._last_token_s,
+            self._started_s + self._total_s,
+        )
+        reasons = [_reason_name(s.finish) for s in self._samples if s.finish]
+        trace.end(phases, self._usage(), reasons, self.error.reason if self.error else "")
 
     def _finished(self) -> pb.GenerationFinished:
         finished = pb.GenerationFinished(
             samples=[s.finish for s in self._samples if s.finish is not None]
             or [self._finish_without_engine],
-            usage=pb.Usage(
-                prompt_tokens=self._num_prompt_tokens,
-                cached_prompt_tokens=self._num_cached_tokens,
-                generated_tokens=sum(s.num_tokens for s in self._samples),
-            ),
+            usage=self._usage(),
         )
         timings = finished.timings
         timings.queued.FromNanoseconds(round(self._queued_s * 1e9))
@@ -303,6 +319,13 @@ class Generation:
             first_s = self._first_token_s - self._started_s
             timings.time_to_first_token.FromNanoseconds(round(first_s * 1e9))
         return finished
+
+    def _usage(self) -> pb.Usage:
+        return pb.Usage(
+            prompt_tokens=self._num_prompt_tokens,
+            cached_prompt_tokens=self._num_cached_tokens,
+            generated_tokens=sum(s.num_tokens for s in self._samples),
+        )
 
 
 def _reason_name(finish: pb.SampleFinish) -> str:

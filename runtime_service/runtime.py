@@ -19,6 +19,7 @@ from runtime_service.engine_client import EngineClient
 from runtime_service.engine_source import EngineSource
 from runtime_service.generation import Generation
 from runtime_service.generation_call import GenerationCall, OnMember
+from runtime_service.generation_trace import trace_generation
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.served_engine import EngineText, ServedEngine
 from shared.auth import ANYBODY, Principal
@@ -140,6 +141,7 @@ class Runtime:
 
     def start(self, generation: Generation, start: pb.StartGeneration, cache_salt: str) -> None:
         """Sees to it that `generation` runs, or ends it with an error; never raises."""
+        generation.trace = trace_generation(start, self.served.engine.model if self.served else "")
         try:
             served = self._served_now(start.model)
             if served is not None and start.WhichOneof("prompt") in ("token_ids", None):

@@ -29,6 +29,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from shared.auth import ANYBODY, RPC_SCOPES, ApiKeys, set_caller, tenant_of
 from shared.errors import Draining, Internal, InvalidField, MillraceError, reason_of, to_status
 from shared.log import canonical_line
+from shared.tracing import call_span
 
 _HEALTH = "/grpc.health."
 _REFLECTION = "/grpc.reflection."
@@ -39,6 +40,7 @@ _COUNTED_PER_START = {
     "/inference.GRPCInferenceService/ModelInfer",
     "/inference.GRPCInferenceService/ModelStreamInfer",
 }
+_STATUS_ATTRIBUTE = "rpc.response.status_code"
 _STATUS_DETAILS = "grpc-status-details-bin"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DURATION_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
@@ -139,6 +141,21 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
             return result
 
     async def _outcome(
+        self, method: str, behaviour: Behaviour, request: Any, context: Any
+    ) -> tuple[Any, status_pb2.Status]:
+        name = method.removeprefix("/")
+        if name.rpartition("/")[2] in _POLLED:
+            return await self._answer(method, behaviour, request, context)
+        attributes = {"rpc.system.name": "grpc", "rpc.method": name}
+        with call_span(name, context.invocation_metadata() or (), attributes) as said:
+            said[_STATUS_ATTRIBUTE] = "CANCELLED"
+            result, status = await self._answer(method, behaviour, request, context)
+            said[_STATUS_ATTRIBUTE] = _CODES[status.code].name
+            if status.code:
+                said["error"] = reason_of(status)
+            return result, status
+
+    async def _answer(
         self, method: str, behaviour: Behaviour, request: Any, context: Any
     ) -> tuple[Any, status_pb2.Status]:
         try:

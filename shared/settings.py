@@ -120,6 +120,11 @@ class Settings(BaseModel):
             raise SettingsError(_explain(cls, error)) from None
 
 
+def telemetry_environ() -> dict[str, str]:
+    """The standard variables of OpenTelemetry that are set."""
+    return {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
+
+
 def exit_with(message: str) -> NoReturn:
     """Ends the process with status 2 and one line for people."""
     sys.stderr.write(message + "\n")

@@ -18,6 +18,7 @@ from shared.redis import connect
 from shared.security import ServerSecurity, peer_security
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
+from shared.tracing import configure_tracing
 
 # After the drain's own grace: for last events to reach their readers.
 _LAST_EVENTS_S = 2.0
@@ -28,6 +29,7 @@ def main() -> None:
     settings = GatewaySettings.load()
     configure_logging(settings.log_level, settings.log_format, "gateway")
     try:
+        configure_tracing("gateway")
         asyncio.run(serve(settings))
     except SettingsError as error:
         exit_with(f"millrace-gateway: {error}")

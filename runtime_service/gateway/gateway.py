@@ -32,6 +32,7 @@ from shared.errors import (
     QueueFull,
 )
 from shared.quotas import GenerationQuota
+from shared.tracing import start_span, trace_fields
 
 # Ids are below any vocabulary's size here; the runtime knows its own.
 _ANY_VOCABULARY = 1 << 32
@@ -103,6 +104,7 @@ class Gateway:
         self, generation: RoutedGeneration, start: pb.StartGeneration, cache_salt: str
     ) -> None:
         """Sees to it that `generation` runs, or ends it with an error; never raises."""
+        generation.span = start_span(f"route {start.model}".rstrip(), parent=start.traceparent)
         try:
             if self._is_draining:
                 raise Draining()
@@ -122,6 +124,7 @@ class Gateway:
         self, generation: RoutedGeneration, resume: pb.ResumeGeneration, cache_salt: str
     ) -> None:
         """Has `generation` go on where the client has come to; never raises."""
+        generation.span = start_span("route a resumed generation")
         try:
             if self._is_draining:
                 raise Draining()
@@ -173,7 +176,7 @@ class Gateway:
                 self._on_trial = run.generation
             run.place(link)
         except MillraceError as error:
-            run.is_over = True
+            run.over(error.reason)
             run.generation.fail(error)
 
     def ended(self, generation: RoutedGeneration, reason: str) -> None:
@@ -189,13 +192,19 @@ class Gateway:
             self._on_trial = None
         if not self._running:
             self._idle.set()
+        num_tokens = sum(len(sample.token_ids) for sample in generation.samples)
         _log.info(
             "generation_finished",
             request_id=generation.request_id,
             reason=reason,
             num_samples=len(generation.samples),
-            generated_tokens=sum(len(sample.token_ids) for sample in generation.samples),
+            generated_tokens=num_tokens,
             duration_s=round(generation.elapsed_s, 6),
+            **trace_fields(generation.span),
+        )
+        generation.span.end(
+            generation.error.reason if generation.error else "",
+            {"millrace.end_reason": reason, "gen_ai.usage.output_tokens": num_tokens},
         )
 
     def recovered(self, generation: RoutedGeneration) -> None:

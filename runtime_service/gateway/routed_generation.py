@@ -19,6 +19,7 @@ from runtime_service.generation_call import OnMember
 from runtime_service.sample import MAX_EVENT_LOGPROBS, MAX_EVENT_TOKENS
 from shared.errors import EngineLost, MillraceError, to_status
 from shared.quotas import GenerationQuota, TenantQuota
+from shared.tracing import NO_SPAN
 
 # A generation that takes its engine down with it is not tried on every runtime of the fleet: after
 # this many losses in a row without a token it is given up.
@@ -68,6 +69,7 @@ class RoutedGeneration:
         self.deadline: TimerHandle | None = None
         self.num_unread_tokens = 0
         self.is_ended = False
+        self.span = NO_SPAN
         # Set by `begin`.
         self.start = pb.StartGeneration()
         self.cache_salt = self.generation_id = ""

@@ -7,6 +7,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.runtime_link import RuntimeLink
 from shared.errors import EngineLost, MillraceError, from_status
+from shared.tracing import NO_SPAN, start_span
 
 if TYPE_CHECKING:
     from runtime_service.gateway.routed_generation import RoutedGeneration
@@ -43,10 +44,22 @@ class Run:
         self.avoids: set[str] = before.avoids if before else set()
         self.refusal: MillraceError | None = before.refusal if before else None
         self.gives_up_s: float = before.gives_up_s if before else 0.0
-        self.is_started = self.is_over = False
+        self.is_started = self._is_over = False
+        self._span = NO_SPAN
         self._link: RuntimeLink | None = None
         self._name = ""
         self._num_tokens = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Claims that nothing more comes of it."""
+        return self._is_over
+
+    def over(self, error: str = "") -> None:
+        """Nothing more comes of it; `error` is the reason why it failed."""
+        if not self._is_over:
+            self._is_over = True
+            self._span.end(error, {"gen_ai.usage.output_tokens": self._num_tokens})
 
     @property
     def tenant(self) -> str:
@@ -65,7 +78,16 @@ class Run:
             InvalidField: it is too large to get there.
         """
         self.placed_s = time.monotonic()
-        self._name = link.submit(self, self.generation.start_of(self))
+        self._span = start_span(
+            f"run {self.generation.start.model}".rstrip(),
+            kind="client",
+            parent=self.generation.span.traceparent,
+            attributes={"server.address": link.address},
+        )
+        start = self.generation.start_of(self)
+        if self._span.traceparent:
+            start.traceparent = self._span.traceparent
+        self._name = link.submit(self, start)
         self._link = link
 
     # What its generation says.
@@ -73,14 +95,14 @@ class Run:
     def cancel(self) -> bool:
         """Has the runtime end it and say so; false where no runtime has it."""
         if self._link is None:
-            self.is_over = True
+            self.over()
             return False
         self._send(cancel=pb.CancelGeneration(request_id=self._name))
         return True
 
     def forget(self) -> None:
         """Ends it; nothing more is wanted of it."""
-        self.is_over = True
+        self.over()
         if self._link is not None:
             self._link.forget(self._name)
 
@@ -114,7 +136,7 @@ class Run:
             self.avoids, self.refusal, self.gives_up_s = set(), None, 0.0
             self.generation.run_started(self, event.started)
         elif kind == "finished":
-            self.is_over = True
+            self.over()
             self.generation.run_finished(self, event.finished)
         else:
             self._on_error(from_status(event.error))
@@ -130,7 +152,7 @@ class Run:
             self._leave(error)
             self.generation.run_moved(self)
         else:
-            self.is_over = True
+            self.over(error.reason)
             self.generation.fail(error)
 
     def _lose(self, error: MillraceError) -> None:
@@ -143,7 +165,7 @@ class Run:
     def _leave(self, error: MillraceError) -> None:
         """Gives its runtime up, which it will not try again soon."""
         assert self._link is not None, "a run that was not placed has no runtime to leave"
-        self.is_over = True
+        self.over(error.reason)
         self.refusal = error
         self.avoids.add(self._link.address)
         if error.reason != "QUEUE_FULL":

@@ -29,8 +29,7 @@ DAEMONS: dict[str, type[Settings]] = {
 def compose_config(*flags: str) -> "subprocess.CompletedProcess[str]":
     """What docker-compose makes of the file; needs no engine."""
     return subprocess.run(
-        [COMPOSE, "-f", "docker-compose.yml", "--profile", "gpu", "--profile", "gateway",
-         "config", *flags],
+        [COMPOSE, "-f", "docker-compose.yml", "--profile", "*", "config", *flags],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
@@ -50,7 +49,11 @@ def test_compose_file_is_valid() -> None:
 
 
 def test_compose_describes_the_stack(services: dict[str, Any]) -> None:
-    assert set(services) == {"redis", "compiler", "runtime", "runtime-gpu", "gateway"}
+    assert set(services) == {
+        "redis", "compiler", "runtime", "runtime-gpu", "gateway", "prometheus", "grafana",
+    }  # fmt: skip
+    assert services["prometheus"]["profiles"] == ["prometheus", "grafana"]
+    assert services["grafana"]["profiles"] == ["grafana"]
     assert services["gateway"]["profiles"] == ["gateway"]
     assert services["runtime-gpu"]["profiles"] == ["gpu"]
     assert services["runtime-gpu"]["deploy"]["resources"]["reservations"]["devices"]
@@ -68,7 +71,7 @@ def test_every_service_has_a_health_check_and_publishes_loopback_alone(
 @pytest.mark.parametrize("name", DAEMONS)
 def test_containers_are_given_settings_that_exist(name: str, services: dict[str, Any]) -> None:
     """Dockerfile and compose together make settings that validate."""
-    environ = {**_dockerfile_env(name.partition("-")[0]), **services[name]["environment"]}
+    environ = {**dockerfile_env(name.partition("-")[0]), **services[name]["environment"]}
     settings = DAEMONS[name].parse((), environ)
     assert settings.redis_url == "redis://redis:6379/0"
     listen = str(getattr(settings, "listen", ""))
@@ -76,7 +79,7 @@ def test_containers_are_given_settings_that_exist(name: str, services: dict[str,
     ServerSecurity.load(settings).check_listen("0.0.0.0")
 
 
-def _dockerfile_env(target: str) -> dict[str, str]:
+def dockerfile_env(target: str) -> dict[str, str]:
     """Variables that the image of `target` sets for its daemon."""
     text = DOCKERFILE.read_text().replace("\\\n", " ")
     stages = [stage for stage in text.split("\nFROM ") if stage.split()[2] in ("base", target)]

@@ -409,17 +409,6 @@ def test_chat_keeps_the_conversation(daemon: ScriptedDaemon, script: Script) -> 
     ]
 
 
-def test_bench_reports_one_line_for_programs(daemon: ScriptedDaemon) -> None:
-    done = millrace(
-        daemon, "bench", "--streams", "4", "--calls", "2", "--requests", "8", "--in", "3",
-        "--out", "5", "--json",
-    )  # fmt: skip
-    report = json.loads(done.stdout)
-    assert (report["requests"], report["streams"], report["calls"]) == (8, 4, 2)
-    assert report["output_tokens_per_s"] > 0
-    assert 0 < report["ttft_ms"]["p50"] <= report["e2e_ms"]["p50"] <= report["e2e_ms"]["p99"]
-
-
 def test_doctor_finds_daemons_and_names_the_fix(daemon: ScriptedDaemon, tmp_path: Path) -> None:
     done = millrace(daemon, "doctor", "--state", str(tmp_path), "--json")
     findings = {row["subject"]: row for row in json.loads(done.stdout)["findings"]}

@@ -92,8 +92,9 @@ def test_what_a_newcomer_types(stack: Up, tmp_path: Path) -> None:
     assert "was in the store" in again.stdout
     assert stack.run("load", "tiny").stdout == "serving tiny  cpu  fp32\n"
 
-    load = ("--streams", "3", "--calls", "2", "--requests", "6", "--in", "5", "--out", "4")
-    assert stack.json("bench", *load)["requests"] == 6
+    load = ("-c", "3", "--calls", "2", "--requests", "6", "--in", "5", "--out", "4")
+    measured = json.loads(stack.run("bench", "serve", *load, "--json", "-").stdout)
+    assert (measured["requests"]["finished"], measured["output_tokens"]) == (6, 24)
     findings = {f["subject"]: f["verdict"] for f in stack.json("doctor")["findings"]}
     assert (findings["compile daemon"], findings["runtime daemon"]) == ("ok", "ok")
 

@@ -4,13 +4,13 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 import grpc
 
 from millrace.errors import MillraceError, from_rpc_error
+from millrace.tracing import current_traceparent
 
 _Channel = TypeVar("_Channel")
 
@@ -114,19 +114,18 @@ def open_async_channel(address: str, security: Security = OPEN) -> grpc.aio.Chan
 
 
 def _keyed(channel: _Channel, security: Security) -> _Channel:
-    keyed = _KeyedChannel(channel, security.api_key) if security.api_key else channel
-    return cast(_Channel, keyed)
+    return cast(_Channel, _KeyedChannel(channel, security.api_key))
 
 
 class _KeyedChannel:
-    """A channel, blocking or asyncio, whose calls carry an API key.
+    """A channel, blocking or asyncio, whose calls carry an API key and the program's trace context.
 
     gRPC's own call credentials want TLS, which loopback does without, and interceptors of
     asyncio's streams cost every message.
     """
 
     def __init__(self, channel: Any, api_key: str) -> None:
-        self._metadata = (("authorization", f"Bearer {api_key}"),)
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self.close = channel.close
         for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
             setattr(self, kind, self._with_key(getattr(channel, kind)))
@@ -139,7 +138,15 @@ class _KeyedChannel:
 
     def _with_key(self, make_method: Callable[..., Any]) -> Callable[..., Any]:
         def make(*arguments: Any, **named: Any) -> Any:
-            return partial(make_method(*arguments, **named), metadata=self._metadata)
+            method = make_method(*arguments, **named)
+
+            def call(*requests: Any, **options: Any) -> Any:
+                metadata = self._metadata
+                if traceparent := current_traceparent():
+                    metadata = (*metadata, ("traceparent", traceparent))
+                return method(*requests, metadata=metadata or None, **options)
+
+            return call
 
         return make
 

@@ -21,6 +21,7 @@ from shared.security import ServerSecurity
 from shared.server import OPEN, split_listen
 from shared.settings import SettingsError
 from shared.tls import server_context
+from shared.tracing import TRACEPARENT, call_span
 
 # How long a client may take to send a body, and a stopping server for its last answers.
 BODY_TIMEOUT_S = 60.0
@@ -110,7 +111,7 @@ class HttpServer:
             structlog.contextvars.clear_contextvars()
             with self._edge.counted(rpc, str(request.remote)) as ended:
                 with canonical_line("http_finished", is_quiet=route.is_quiet) as line:
-                    response, code, reason = await self._outcome(route, request)
+                    response, code, reason = await self._traced(route, request)
                     ended["code"] = line["code"] = code
                     line["status"] = response.status
                     if reason:
@@ -118,6 +119,21 @@ class HttpServer:
                 return response
 
         return guarded
+
+    async def _traced(
+        self, route: Route, request: web.Request
+    ) -> tuple[web.StreamResponse, str, str]:
+        """As `_outcome`; what is asked again and again makes no span."""
+        if route.is_quiet:
+            return await self._outcome(route, request)
+        name = f"{route.method} {route.path}"
+        attributes = {"http.request.method": route.method, "http.route": route.path}
+        headers = ((TRACEPARENT, request.headers.get(TRACEPARENT, "")),)
+        with call_span(name, headers, attributes) as said:
+            response, code, reason = await self._outcome(route, request)
+            if reason:
+                said["error"] = reason
+            return response, code, reason
 
     async def _outcome(
         self, route: Route, request: web.Request

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from millrace.cli.failures import EXIT_CODES_HELP, USAGE, CommandFailed, report
+from millrace.cli.bench_commands import commands as bench_commands
+from millrace.cli.failures import EXIT_CODES_HELP, CommandFailed, report
 from millrace.cli.fleet_commands import commands as fleet_commands
 from millrace.cli.options import (
     COMPILER,
@@ -337,27 +338,7 @@ def chat(
         run(client, system, _options(max_tokens, temperature, top_p, top_k, seed, None))
 
 
-@app.command(epilog="Example: millrace bench --streams 16 --requests 64 --in 64 --out 128")
-def bench(
-    streams: Annotated[int, typer.Option("--streams", "-s", min=1, help="At once.")] = 8,
-    calls: Annotated[int, typer.Option("--calls", min=1, help="gRPC calls they share.")] = 1,
-    requests: Annotated[int, typer.Option("--requests", "-r", min=1, help="In all.")] = 32,
-    input_tokens: Annotated[int, typer.Option("--in", min=1, help="Prompt tokens.")] = 64,
-    output_tokens: Annotated[int, typer.Option("--out", min=1, help="Answer tokens.")] = 128,
-    seed: Annotated[int, typer.Option("--seed", help="Of the random prompts.")] = 0,
-    runtime: Runtime = RUNTIME,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a runtime under a constant number of streams."""
-    from millrace.cli.bench import Load
-    from millrace.cli.bench import bench as run
-
-    if calls > streams:
-        raise CommandFailed("--calls is at most --streams: every call carries a stream", USAGE)
-    load_to_send = Load(streams, calls, requests, input_tokens, output_tokens, seed)
-    run(runtime, load_to_send, as_json=as_json)
-
-
+app.add_typer(bench_commands)
 app.add_typer(fleet_commands)
 
 

@@ -159,6 +159,7 @@ class StartGeneration(_message.Message):
     CREDIT_TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client, unique among the running generations of its call; at
     most 256 bytes.
@@ -181,6 +182,11 @@ class StartGeneration(_message.Message):
     """What is to answer: the name of a deployment, the name or digest of a model,
     or the name of an engine. Empty means whatever is served. Where it is not
     served the generation ends with `NO_ENGINE`.
+    """
+    traceparent: _builtins.str
+    """W3C trace context (`00-...`) of what asks for it, for calls that carry
+    generations of several traces. Empty, or malformed, means that of the call's
+    metadata `traceparent`.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -226,10 +232,11 @@ class StartGeneration(_message.Message):
         credit_tokens: _builtins.int | None = ...,
         sample_index: _builtins.int = ...,
         model: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens", "chat", b"chat", "credit_tokens", b"credit_tokens", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens", "chat", b"chat", "credit_tokens", b"credit_tokens", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resumed_token_ids", b"resumed_token_ids", "sample_index", b"sample_index", "sampling", b"sampling", "stop", b"stop", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens", "chat", b"chat", "credit_tokens", b"credit_tokens", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resumed_token_ids", b"resumed_token_ids", "sample_index", b"sample_index", "sampling", b"sampling", "stop", b"stop", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__credit_tokens: _TypeAlias = _typing.Literal["credit_tokens"]  # noqa: Y015
     _WhichOneofArgType__credit_tokens: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens"]  # noqa: Y015

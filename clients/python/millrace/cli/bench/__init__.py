@@ -1,0 +1,1 @@
+"""The load generator behind `millrace bench serve`: what is sent, how it went, how that is shown."""
