@@ -101,8 +101,8 @@ class Chart:
             for a, b in points
         ]
 
-    def vertical(self, value: float, text: str, css: str, row: int = 0) -> None:
-        """A vertical rule at `value`, named; `row` keeps names apart."""
+    def vertical(self, value: float, text: str, css: str) -> None:
+        """A vertical rule at `value`, named at its foot, where distributions are low."""
         at = self.x.at(value)
         if not _LEFT <= at <= WIDTH - _RIGHT:
             return
@@ -111,7 +111,7 @@ class Chart:
         self._marks.append(
             f'<line class="{css} rule" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" '
             f'y2="{HEIGHT - _BOTTOM}"/><text class="{css} name" x="{at + shift:.1f}" '
-            f'y="{_TOP + 10 + 14 * row}" text-anchor="{anchor}">{escape(text)}</text>'
+            f'y="{HEIGHT - _BOTTOM - 8}" text-anchor="{anchor}">{escape(text)}</text>'
         )
 
     def horizontal(self, value: float, text: str, css: str) -> None:
