@@ -30,7 +30,7 @@ def compose_config(*flags: str) -> "subprocess.CompletedProcess[str]":
     """What docker-compose makes of the file; needs no engine."""
     return subprocess.run(
         [COMPOSE, "-f", "docker-compose.yml", "--profile", "gpu", "--profile", "gateway",
-         "config", *flags],
+         "--profile", "registry", "config", *flags],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
@@ -50,7 +50,10 @@ def test_compose_file_is_valid() -> None:
 
 
 def test_compose_describes_the_stack(services: dict[str, Any]) -> None:
-    assert set(services) == {"redis", "compiler", "runtime", "runtime-gpu", "gateway"}
+    assert set(services) == {
+        "redis", "compiler", "runtime", "runtime-gpu", "gateway", "registry",
+    }  # fmt: skip
+    assert services["registry"]["profiles"] == ["registry"]
     assert services["gateway"]["profiles"] == ["gateway"]
     assert services["runtime-gpu"]["profiles"] == ["gpu"]
     assert services["runtime-gpu"]["deploy"]["resources"]["reservations"]["devices"]
