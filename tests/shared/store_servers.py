@@ -19,7 +19,11 @@ from pathlib import Path
 from typing import Self
 
 REGISTRY = shutil.which("docker-registry")
-_START_S = 30.0
+_START_S, _NUM_STARTS = 40.0, 3
+
+
+class NotStarted(Exception):
+    """A server does not run; what it said."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,22 @@ class S3Server:
 @contextmanager
 def s3_server(folder: Path, bucket: str) -> Iterator[S3Server]:
     """SeaweedFS in `folder`, with one bucket."""
+    for attempt in range(_NUM_STARTS):
+        place = folder / str(attempt)
+        place.mkdir()
+        with contextlib.ExitStack() as running:
+            try:
+                server = running.enter_context(_s3_server(place, bucket))
+            except NotStarted:  # somebody took one of its many ports meanwhile
+                if attempt + 1 == _NUM_STARTS:
+                    raise
+                continue
+            yield server
+            return
+
+
+@contextmanager
+def _s3_server(folder: Path, bucket: str) -> Iterator[S3Server]:
     weed = str(Path(sys.executable).parent / "weed")
     master, master_grpc, volume, volume_grpc, filer, filer_grpc, s3, s3_grpc = _free_ports(8)
     server = S3Server(f"http://127.0.0.1:{s3}")
@@ -60,14 +80,15 @@ def s3_server(folder: Path, bucket: str) -> Iterator[S3Server]:
         "-s3", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}", "-s3.port.iceberg=0",
         "-s3.iam=false", "-s3.autoCreateBucket=false", f"-s3.config={folder / 's3.json'}",
     ]  # fmt: skip
-    with _running(command, folder):
-        _wait_for(s3, folder)
+    with _running(command, folder) as process:
+        _wait_for(s3, process, folder)
         shell = [weed, "shell", f"-master=127.0.0.1:{master}.{master_grpc}"]
         shell.append(f"-filer=127.0.0.1:{filer}.{filer_grpc}")
         done = subprocess.run(
             shell, input=f"s3.bucket.create -name {bucket}\n", text=True, capture_output=True
         )
-        assert "created bucket" in done.stdout, done.stdout + done.stderr
+        if "created bucket" not in done.stdout:
+            raise NotStarted(done.stdout + done.stderr)
         yield server
 
 
@@ -94,8 +115,8 @@ def oci_registry(folder: Path, password_hash: str = "") -> Iterator[str]:
         config["auth"] = {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}}
     # JSON is YAML.
     (folder / "config.yml").write_text(json.dumps(config))
-    with _running([REGISTRY, "serve", str(folder / "config.yml")], folder):
-        _wait_for(port, folder)
+    with _running([REGISTRY, "serve", str(folder / "config.yml")], folder) as process:
+        _wait_for(port, process, folder)
         yield f"127.0.0.1:{port}"
 
 
@@ -176,19 +197,19 @@ class BreakingProxy:
 
 
 @contextmanager
-def _running(command: list[str], folder: Path) -> Iterator[None]:
+def _running(command: list[str], folder: Path) -> "Iterator[subprocess.Popen[bytes]]":
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()
 
 
-def _wait_for(port: int, folder: Path) -> None:
+def _wait_for(port: int, process: "subprocess.Popen[bytes]", folder: Path) -> None:
     end = time.monotonic() + _START_S
-    while time.monotonic() < end:
+    while time.monotonic() < end and process.poll() is None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         try:
             connection.request("GET", "/v2/")
@@ -198,7 +219,7 @@ def _wait_for(port: int, folder: Path) -> None:
             time.sleep(0.05)
         finally:
             connection.close()
-    raise AssertionError((folder / "log").read_text()[-2000:])
+    raise NotStarted((folder / "log").read_text()[-2000:])
 
 
 def _free_ports(count: int) -> list[int]:
