@@ -14,7 +14,7 @@ from millrace.artifact.v1 import artifact_pb2, artifact_pb2_grpc
 from shared import wire
 from shared.engine import EngineManifest
 from shared.errors import EngineNotFound, InvalidField
-from shared.store import LocalStore
+from shared.store import ArtifactStore
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -22,7 +22,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
     """Serves `store`, read only."""
 
-    def __init__(self, store: LocalStore) -> None:
+    def __init__(self, store: ArtifactStore) -> None:
         self._store = store
 
     async def FindEngine(

@@ -3,8 +3,8 @@
 A crash or running out of memory kills this process alone. It reads one job, a line of JSON, from
 stdin, and writes lines of JSON to stdout; stderr is its log.
 
-    in    {"model_uri", "model", "key": {...}, "store": folder, "cache_dir": folder,
-           "calibration_uri"}
+    in    {"model_uri", "model", "key": {...}, "store": URL, "cache_dir": folder, "calibration_uri",
+           "local": folder, "local_bytes"}; the last two for a store elsewhere: where it is built
     out   {"stage", "fraction", "done_bytes", "total_bytes"}               any number
     out   {"engine": name}  or  {"error": base64 of a google.rpc.Status}   last, exactly one
 
@@ -32,12 +32,15 @@ from compiler_service.builder import (  # noqa: E402
     BuildCancelled,
     BuildProgress,
     BuildRequest,
+    IsCancelled,
+    Report,
     build,
 )
-from shared.engine import EngineKey  # noqa: E402
+from shared.engine import EngineKey, EngineManifest  # noqa: E402
 from shared.errors import Internal, MillraceError, to_status  # noqa: E402
 from shared.log import configure_logging  # noqa: E402
-from shared.store.local import LocalStore  # noqa: E402
+from shared.store import LocalStore, open_store  # noqa: E402
+from shared.store.cache import EngineCache  # noqa: E402
 
 CANCELLED_STATUS = 128 + signal.SIGTERM
 MIN_REPORT_INTERVAL_S = 0.1
@@ -88,7 +91,7 @@ def _build(job: dict[str, Any], results: IO[str], is_cancelled: Callable[[], boo
             last_stage, last_s = progress.stage, now
             _send(results, **asdict(progress))
 
-    engine = build(request, LocalStore(job["store"]), report, is_cancelled)
+    engine = _built(job, request, report, is_cancelled)
     log.info(
         "build_succeeded",
         engine=engine.name,
@@ -97,6 +100,20 @@ def _build(job: dict[str, Any], results: IO[str], is_cancelled: Callable[[], boo
     )
     _send(results, engine=engine.name)
     return 0
+
+
+def _built(
+    job: dict[str, Any], request: BuildRequest, report: Report, is_cancelled: IsCancelled
+) -> EngineManifest:
+    store = open_store(job["store"])
+    if isinstance(store, LocalStore):
+        return build(request, store, report, is_cancelled)
+    from compiler_service.remote_build import build_into
+    from shared.store.registry import RegistryStore
+
+    assert isinstance(store, RegistryStore), "a compile daemon writes to its store"
+    cache = EngineCache(LocalStore(job["local"]), job["local_bytes"])
+    return build_into(store, cache, request, report, is_cancelled)
 
 
 def _send(results: IO[str], **message: object) -> None:

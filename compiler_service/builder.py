@@ -25,7 +25,7 @@ from compiler_service.build_plan import BuildPlan
 from compiler_service.checkpoints.checkpoint import Checkpoint
 from compiler_service.checkpoints.digest import FileHashes, model_digest, verify_unchanged
 from compiler_service.checkpoints.sources import open_checkpoint
-from compiler_service.fingerprints import weights_part
+from compiler_service.fingerprints import share_weights
 from compiler_service.planning import plan
 from compiler_service.quantization import scheme_named
 from compiler_service.quantization.as_is import AS_IS, notes_of
@@ -172,12 +172,7 @@ def _published(store: LocalStore, key: EngineKey) -> EngineManifest | None:
 def _adopted_layers(store: LocalStore, key: EngineKey) -> tuple[Blob, ...] | None:
     """The layers of an engine that differs in arch alone, if the store has one and it is whole."""
     for engine in store.list():
-        other = engine.key
-        if (other.model_digest, other.quant, weights_part(other.builder)) != (
-            key.model_digest,
-            key.quant,
-            weights_part(key.builder),
-        ):
+        if not share_weights(engine.key, key):
             continue
         layers = tuple(blob for blob in engine.layers if blob.media_type != KERNELS_TYPE)
         if all(store.adopt(blob) for blob in layers):

@@ -42,7 +42,7 @@ from shared.errors import (
     to_status,
 )
 from shared.log import canonical_line
-from shared.store import LocalStore
+from shared.store import EngineStore
 from shared.tracing import current_traceparent
 from shared.wire import quant_from_proto
 
@@ -60,7 +60,7 @@ class Compiler:
         self,
         queue: BuildQueue,
         operations: Operations,
-        store: LocalStore,
+        store: EngineStore,
         cache_dir: Path,
         metrics: CompilerMetrics,
     ) -> None:

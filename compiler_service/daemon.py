@@ -19,12 +19,12 @@ from compiler_service.metrics import CompilerMetrics
 from compiler_service.operations import Operations
 from compiler_service.service import CompilerService
 from compiler_service.settings import CompilerSettings
-from compiler_service.worker import Worker
-from shared.errors import MillraceError, RedisUnreachable
+from compiler_service.worker import BuildStore, Worker
+from shared.errors import MillraceError, RedisUnreachable, StoreUnreachable
 from shared.redis import connect, public_url
 from shared.security import ServerSecurity
 from shared.server import DaemonServer, daemon_registry, start_metrics
-from shared.store import LocalStore
+from shared.store import EngineStore, LocalStore
 
 SERVICES = ("millrace.compiler.v1.CompilerService", "millrace.artifact.v1.ArtifactService")
 # OpenMP's threads that wait must not spin: beside other work they would keep each other from a core,
@@ -44,6 +44,11 @@ async def serve(settings: CompilerSettings, redis_url: str) -> None:
     metrics = CompilerMetrics(registry)
     store = settings.open_store()
     settings.cache_dir.mkdir(parents=True, exist_ok=True)
+    local = store if isinstance(store, LocalStore) else LocalStore(settings.cache_dir / "engines")
+    try:
+        await asyncio.to_thread(store.check)
+    except StoreUnreachable as error:  # it may come up later than we do
+        structlog.get_logger().warning("store_unreachable", problem=str(error))
     client = connect(redis_url)
     queue = BuildQueue(client, redis_url, settings.lease_s, settings.max_queued)
     operations = Operations(client, redis_url)
@@ -51,15 +56,16 @@ async def serve(settings: CompilerSettings, redis_url: str) -> None:
     service = CompilerService(compiler, queue, store)
     server, metrics_address = await _start_server(settings, registry, service, store)
     structlog.get_logger().info(
-        "compiler_started", redis=public_url(redis_url), store=str(store.root),
+        "compiler_started", redis=public_url(redis_url), store=store.url,
         worker=settings.worker, lease_s=settings.lease_s, metrics=metrics_address,
     )  # fmt: skip
     tasks = [
         asyncio.create_task(_sample_queue(queue, metrics)),
-        asyncio.create_task(sweep_regularly(store)),
+        asyncio.create_task(sweep_regularly(local)),
     ]
     if settings.worker:
-        worker = Worker(queue, _worker_name(), BUILD_CHILD, store.root, settings.cache_dir, metrics)
+        target = BuildStore(store.url, local.root, settings.cache_bytes)
+        worker = Worker(queue, _worker_name(), BUILD_CHILD, target, settings.cache_dir, metrics)
         tasks.append(asyncio.create_task(worker.run()))
 
     async def drain() -> None:
@@ -76,7 +82,7 @@ async def _start_server(
     settings: CompilerSettings,
     registry: CollectorRegistry,
     service: CompilerService,
-    store: LocalStore,
+    store: EngineStore,
 ) -> tuple[DaemonServer, str]:
     security = ServerSecurity.load(settings)
     server = DaemonServer(settings.listen, settings.max_message_bytes, registry, security)

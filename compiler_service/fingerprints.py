@@ -14,7 +14,7 @@ import functools
 from pathlib import Path
 
 from shared.arch import arch_named
-from shared.engine import FORMAT_VERSION
+from shared.engine import FORMAT_VERSION, EngineKey
 from shared.fingerprint import fingerprint
 
 _DIGITS = 16
@@ -48,6 +48,15 @@ def builder_for(arch_name: str) -> str:
 def weights_part(builder: str) -> str:
     """The part of a builder that two arches share."""
     return "-".join(builder.split("-")[:2])
+
+
+def share_weights(one: EngineKey, other: EngineKey) -> bool:
+    """Claims that two engines differ in machine code at most."""
+    return (one.model_digest, one.quant, weights_part(one.builder)) == (
+        other.model_digest,
+        other.quant,
+        weights_part(other.builder),
+    )
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from compiler_service.compiler import Compiler
 from shared.engine import EngineManifest, Signature
 from shared.errors import BuildNotFound, Draining, EngineNotFound, InvalidField, RedisUnreachable
 from shared.signing import MAX_SIGNATURES, is_signature_of
-from shared.store import LocalStore
+from shared.store import EngineStore
 from shared.wire import engine_to_proto
 
 DEFAULT_PAGE_SIZE = 50
@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 class CompilerService(compiler_pb2_grpc.CompilerServiceServicer):
     """Serves a compiler, its queue and its store. Set `draining` to end the watches."""
 
-    def __init__(self, compiler: Compiler, queue: BuildQueue, store: LocalStore) -> None:
+    def __init__(self, compiler: Compiler, queue: BuildQueue, store: EngineStore) -> None:
         self._compiler, self._queue, self._store = compiler, queue, store
         self.draining = asyncio.Event()
 

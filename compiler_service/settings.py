@@ -1,12 +1,12 @@
 """The compile daemon's settings."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from pydantic import Field, model_validator
 
 from shared.settings import Settings
-from shared.store import LocalStore, open_store
+from shared.store import EngineStore, GrpcStore, open_store
 
 
 class CompilerSettings(Settings):
@@ -23,7 +23,11 @@ class CompilerSettings(Settings):
         description="data of the embedded Valkey, which runs where no --redis-url is given",
     )
     cache_dir: Path = Field(
-        Path("~/.millrace/cache"), description="hashes of files, and what hubs and samples fetch"
+        Path("~/.millrace/cache"),
+        description="hashes of files, what hubs and samples fetch, engines of a store elsewhere",
+    )
+    cache_bytes: int = Field(
+        0, ge=0, description="bytes of engines to keep here of a store elsewhere; 0: any number"
     )
     worker: bool = Field(True, description="build here; otherwise only take requests")
     lease_s: float = Field(
@@ -40,14 +44,15 @@ class CompilerSettings(Settings):
     def _check(self) -> "CompilerSettings":
         if self.store.startswith("grpc://"):
             raise ValueError(
-                "--store (MILLRACE_STORE): the compile daemon writes engines, so it needs a folder"
+                "--store (MILLRACE_STORE): the compile daemon writes engines, so it needs a folder, "
+                "s3:// or oci://"
             )
         if self.metrics_listen == self.listen and not self.listen.endswith(":0"):
             raise ValueError(f"--listen and --metrics-listen are both {self.listen}")
         return self
 
-    def open_store(self) -> LocalStore:
-        """The store, made if it is missing."""
-        store = open_store(str(Path(self.store).expanduser()))
-        assert isinstance(store, LocalStore), "a folder is not a local store"
-        return store
+    def open_store(self) -> EngineStore:
+        """The store; a folder is made if it is missing."""
+        store = open_store(self.store)
+        assert not isinstance(store, GrpcStore), "a compile daemon's store cannot be written to"
+        return cast(EngineStore, store)

@@ -7,6 +7,7 @@ later. A worker that was taken for lost finds out at its next heartbeat and ends
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,28 @@ _RETRY_S = 0.5
 _MAX_BEAT_S = 0.5  # also how often progress is told and a cancel is noticed
 
 
+@dataclass(frozen=True, slots=True)
+class BuildStore:
+    """Where builds put engines.
+
+    Args:
+        url: as `open_store` knows it.
+        local: folder in which they are built for a store elsewhere.
+        local_bytes: what that folder may keep of them; 0: all.
+    """
+
+    url: str
+    local: Path
+    local_bytes: int = 0
+
+
 class Worker:
     """Builds until it is cancelled; then returns what it holds, uncounted.
 
     Args:
         owner: unique among all workers that ever were.
         command: starts a build child.
-        store: folder that the engines go to.
+        store: where the engines go.
         cache_dir: folder that keeps what builds know of files.
     """
 
@@ -49,7 +65,7 @@ class Worker:
         queue: BuildQueue,
         owner: str,
         command: Sequence[str],
-        store: Path,
+        store: BuildStore,
         cache_dir: Path,
         metrics: CompilerMetrics,
     ) -> None:
@@ -179,7 +195,9 @@ class Worker:
             "model_uri": job.model_uri,
             "model": job.model,
             "key": job.key.to_dict(),
-            "store": str(self._store),
+            "store": self._store.url,
+            "local": str(self._store.local),
+            "local_bytes": self._store.local_bytes,
             "cache_dir": str(self._cache_dir),
             "calibration_uri": job.calibration_uri,
         }

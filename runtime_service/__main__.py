@@ -27,7 +27,8 @@ from shared.security import ServerSecurity, peer_security
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
 from shared.signing import TrustedKeys
-from shared.store import GrpcStore, LocalStore, open_store
+from shared.store import ArtifactStore, GrpcStore, LocalStore, open_store
+from shared.store.cache import EngineCache
 from shared.tracing import configure_tracing
 
 if TYPE_CHECKING:
@@ -71,8 +72,13 @@ async def serve(settings: RuntimeSettings, loader: str = LOADER) -> None:
     trusted = None if settings.trusted_keys is None else TrustedKeys.load(settings.trusted_keys)
     peers.check(settings.compiler)
     store = open_store(settings.store, peers)
-    local = store if isinstance(store, LocalStore) else LocalStore(settings.cache)
-    remote = None if store is local else store
+    cache: EngineCache | None = None
+    remote: ArtifactStore | None = None
+    if isinstance(store, LocalStore):
+        local = store
+    else:
+        local, remote = LocalStore(settings.cache), store
+        cache = EngineCache(local, settings.cache_bytes)
     if remote is None and settings.compiler:
         remote = GrpcStore(settings.compiler, peers)
     metrics = RuntimeMetrics()
@@ -80,7 +86,7 @@ async def serve(settings: RuntimeSettings, loader: str = LOADER) -> None:
     changed.set()
     runtime = Runtime(
         arch=settings.arch or own_arch(),
-        source=EngineSource(local, remote, settings.compiler, peers, trusted),
+        source=EngineSource(local, remote, settings.compiler, peers, trusted, cache),
         read_text=lambda engine: EngineText.read(local, engine),
         start_client=_client_starter(settings, local, loader, metrics),
         metrics=metrics,

@@ -21,11 +21,13 @@ from shared.errors import (
     EngineNotFound,
     EngineNotTrusted,
     FormatMismatch,
+    StoreUnreachable,
     from_status,
     of_compiler,
 )
 from shared.signing import TrustedKeys
 from shared.store import ArtifactStore, LocalStore, pull
+from shared.store.cache import EngineCache
 from shared.tracing import trace_metadata
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.5, 10.0
@@ -42,6 +44,7 @@ class EngineSource:
         compiler: `host:port` of a compile daemon that builds what is missing; "" for none.
         peers: how it is called.
         trusted: whose engines may be loaded; None: anybody's.
+        cache: `local`, where it is a cache of limited size.
     """
 
     def __init__(
@@ -51,12 +54,22 @@ class EngineSource:
         compiler: str,
         peers: PeerSecurity | None = None,
         trusted: TrustedKeys | None = None,
+        cache: EngineCache | None = None,
     ) -> None:
         self._local = local
         self._remote = remote
         self._compiler = compiler
         self._peers = peers or PeerSecurity()
         self._trusted = trusted
+        self._cache = cache
+
+    def hold(self, engine: EngineManifest) -> Callable[[], None]:
+        """Keeps the engine in a cache that others use too; gives what lets go of it.
+
+        Raises:
+            EngineNotFound: it had to go since it was found.
+        """
+        return self._cache.hold(engine).release if self._cache is not None else _nothing_held
 
     async def find(
         self, selector: EngineSelector, model_uri: str, on_build: Callable[[], None]
@@ -96,7 +109,7 @@ class EngineSource:
         """
         if self._remote is not None:
             try:
-                repaired = await asyncio.to_thread(pull, self._remote, engine, self._local)
+                repaired = await asyncio.to_thread(self._pull, self._remote, engine)
                 return await asyncio.to_thread(self._checked, repaired)
             except (BlobNotFound, DigestMismatch) as error:
                 # The other store is the same one, or as damaged.
@@ -112,7 +125,7 @@ class EngineSource:
             found = self._remote.find(selector, newest_format)
             if found is not None:
                 self._check(found)  # before it is downloaded; and when it is here, once more
-                engine = pull(self._remote, found, self._local)
+                engine = self._pull(self._remote, found)
         if engine is None and not will_build:
             unreadable = self._local.find(selector)
             if unreadable is not None:
@@ -121,6 +134,11 @@ class EngineSource:
                     readable=", ".join(map(str, READABLE_FORMATS)),
                 )
         return engine
+
+    def _pull(self, remote: ArtifactStore, engine: EngineManifest) -> EngineManifest:
+        if self._cache is not None:
+            return self._cache.pull(remote, engine)
+        return pull(remote, engine, self._local)
 
     def _check(self, engine: EngineManifest) -> None:
         if self._trusted is not None:
@@ -147,7 +165,7 @@ class EngineSource:
         assert self._remote is not None, "there is no other store"
         try:
             other = self._remote.get(engine.name)
-        except (EngineNotFound, CompilerUnreachable) as error:
+        except (EngineNotFound, CompilerUnreachable, StoreUnreachable) as error:
             _log.warning("signatures_not_found", engine=engine.name, problem=str(error))
             return ()
         return other.signatures if other.manifest == engine.manifest else ()
@@ -199,6 +217,10 @@ class EngineSource:
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, _LAST_RETRY_S)
         return operation
+
+
+def _nothing_held() -> None:
+    """Lets go of an engine in a store that nothing is evicted from."""
 
 
 def _has_ended(operation: pb.Operation) -> bool:

@@ -53,11 +53,16 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True, eq=False)
 class Wanted:
-    """What is to be served, and what was found for it; another engine once that one is broken."""
+    """What is to be served, and what was found for it; another engine once that one is broken.
+
+    Args:
+        let_go: lets a cache evict the engine.
+    """
 
     selector: EngineSelector
     model_uri: str
     engine: EngineManifest
+    let_go: Callable[[], None]
 
 
 class Runtime:
@@ -234,13 +239,18 @@ class Runtime:
         if self.served is None:
             self._become(pb.RUNTIME_STATE_LOADING)
         try:
-            engine = await self._source.find(selector, model_uri, self._on_build)
+            engine, let_go = await self._found(selector, model_uri)
             found = ("find_engine", time.monotonic() - started)
             if not anew and self.served is not None and self.served.engine.name == engine.name:
+                let_go()
                 return engine
-            wanted = Wanted(selector, model_uri, engine)
-            async with self._exchange:
-                await self._exchange_for(wanted, found)
+            wanted = Wanted(selector, model_uri, engine, let_go)
+            try:
+                async with self._exchange:
+                    await self._exchange_for(wanted, found)
+            finally:
+                if self._wanted is not wanted:
+                    wanted.let_go()
         finally:
             if self.served is None:
                 # An engine that was lost is still being restarted; else there is none.
@@ -248,14 +258,30 @@ class Runtime:
                 self._become(pb.RUNTIME_STATE_LOADING if is_lost else pb.RUNTIME_STATE_IDLE)
         return wanted.engine
 
+    async def _found(
+        self, selector: EngineSelector, model_uri: str
+    ) -> tuple[EngineManifest, Callable[[], None]]:
+        """The engine to serve, and what lets a cache evict it again."""
+        engine = await self._source.find(selector, model_uri, self._on_build)
+        try:
+            return engine, self._source.hold(engine)
+        except EngineNotFound:  # another runtime of the same cache needed its room just now
+            engine = await self._source.find(selector, model_uri, self._on_build)
+            return engine, self._source.hold(engine)
+
     async def unload(self) -> None:
         """Finishes what runs and releases the engine; starts are refused from now on."""
         async with self._exchange:
             served, self.served = self.served, None
-            self._wanted, self._refusal = None, NoEngine(wanted="any model")
+            wanted, self._wanted = self._wanted, None
+            self._refusal = NoEngine(wanted="any model")
             self._become(pb.RUNTIME_STATE_IDLE)
-            if served is not None:
-                await _to_the_end(self._run(_release(served.client)))
+            try:
+                if served is not None:
+                    await _to_the_end(self._run(_release(served.client)))
+            finally:
+                if wanted is not None:
+                    wanted.let_go()
 
     async def drain(self, grace_s: float) -> None:
         """Takes nothing new, lets what runs finish, and ends what is left with DRAINING."""
@@ -283,6 +309,9 @@ class Runtime:
         served, self.served = self.served, None
         if served is not None:
             await served.client.stop()
+        wanted, self._wanted = self._wanted, None
+        if wanted is not None:
+            wanted.let_go()
         self._text_threads.shutdown(wait=False)
 
     async def _exchange_for(self, wanted: Wanted, found: tuple[str, float]) -> None:
@@ -307,7 +336,9 @@ class Runtime:
                 if not await self._revive():
                     self._keep()
             raise
-        self._wanted = wanted
+        before, self._wanted = self._wanted, wanted
+        if before is not None:
+            before.let_go()
 
     def _keep(self) -> None:
         """Has the wanted engine, which is not served, loaded for as long as it takes."""
@@ -358,6 +389,8 @@ class Runtime:
                 wanted.engine = await self._source.repair(
                     wanted.engine, wanted.selector, wanted.model_uri, self._on_build
                 )
+                let_go, wanted.let_go = wanted.let_go, self._source.hold(wanted.engine)
+                let_go()
             except EngineNotFound:
                 raise damage from None
             self._become(pb.RUNTIME_STATE_LOADING)

@@ -29,6 +29,9 @@ class RuntimeSettings(Settings):
     cache: Path = Field(
         Path("~/.millrace/cache"), description="where engines are kept when the store is remote"
     )
+    cache_bytes: int = Field(
+        0, ge=0, description="bytes that --cache may hold, the least used engines go; 0: any number"
+    )
 
     trusted_keys: Path | None = Field(
         None, description="public keys (PEM): engines that none of them signed are not loaded"

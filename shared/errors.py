@@ -252,6 +252,38 @@ class CompilerUnreachable(MillraceError):
     default_retry_after_s = 2.0
 
 
+class StoreUnreachable(MillraceError):
+    """A remote store does not answer, or not as one."""
+
+    reason, code = "STORE_UNREACHABLE", _S.UNAVAILABLE
+    template = "The store {store} does not answer: {problem}."
+    default_retry_after_s = 2.0
+
+
+class StoreRefused(MillraceError):
+    """A remote store does not let this daemon do what it has to."""
+
+    reason, code = "STORE_REFUSED", _S.FAILED_PRECONDITION
+    template = "The store {store} refuses this: {problem}; check the daemon's credentials for it."
+
+
+class StoreNotFound(MillraceError):
+    """There is no such bucket or repository."""
+
+    reason, code = "STORE_NOT_FOUND", _S.FAILED_PRECONDITION
+    template = "The store {store} does not exist: {problem}; make it, or check its name."
+
+
+class CacheTooSmall(MillraceError):
+    """The engine does not fit into the cache beside what is in use."""
+
+    reason, code = "CACHE_TOO_SMALL", _S.FAILED_PRECONDITION
+    template = (
+        "{engine} needs {needed_bytes} bytes and the cache may hold {cache_bytes}, of which "
+        "{used_bytes} are in use; raise --cache-bytes."
+    )
+
+
 class DeadlineExceeded(MillraceError):
     """The generation took longer than its client allowed."""
 
@@ -327,6 +359,7 @@ ERRORS: dict[str, type[MillraceError]] = {
         InvalidField, PromptTooLong, ModelNotFound, EngineNotFound, BuildNotFound, BlobNotFound,
         ArchMismatch, FormatMismatch, DriverTooOld, QualityGate, NoEngine, BuildQueueFull,
         QueueFull, DiskFull, Draining, EngineLost, RedisUnreachable, CompilerUnreachable,
+        StoreUnreachable, StoreRefused, StoreNotFound, CacheTooSmall,
         DeadlineExceeded, Unauthenticated, PermissionDenied, GatewayRefused, QuotaExceeded,
         EngineNotTrusted, WorkerLost, ModelChanged, DigestMismatch, Internal,
     )

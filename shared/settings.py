@@ -125,6 +125,20 @@ def telemetry_environ() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
 
 
+def registry_auth_files() -> tuple[Path, ...]:
+    """Where Docker, Podman and their like keep credentials of registries, the first one first."""
+    folder = Path(os.environ.get("DOCKER_CONFIG") or "~/.docker")
+    named = os.environ.get("REGISTRY_AUTH_FILE")
+    files = (*((Path(named),) if named else ()), folder / "config.json")
+    return tuple(path.expanduser() for path in files)
+
+
+def s3_is_plain() -> bool:
+    """Claims that the AWS variables name an endpoint without TLS, which is meant then."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    return any(os.environ.get(name, "").startswith("http://") for name in names)
+
+
 def exit_with(message: str) -> NoReturn:
     """Ends the process with status 2 and one line for people."""
     sys.stderr.write(message + "\n")

@@ -6,6 +6,19 @@ from pathlib import Path
 import pytest
 
 from shared.redis import EmbeddedRedis
+from tests.shared.remote_stores import (
+    aws,
+    oci_url,
+    registry_address,
+    registry_folder,
+    remote,
+    s3,
+    s3_url,
+    url,
+)
+
+# Servers run once, whichever files ask for them.
+__all__ = ["aws", "oci_url", "registry_address", "registry_folder", "remote", "s3", "s3_url", "url"]
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Protocol
 
-from shared.engine import EngineManifest, EngineSelector
+from shared.engine import EngineManifest, EngineSelector, Signature
 
 
 class ArtifactStore(Protocol):
@@ -36,4 +36,39 @@ class ArtifactStore(Protocol):
             BlobNotFound: there is none.
             DigestMismatch: the store's copy is corrupt.
             InvalidField: a malformed digest, or an offset past the end.
+        """
+
+
+class EngineStore(ArtifactStore, Protocol):
+    """A store whose engines can also be named, signed and deleted: what a compile daemon works on.
+
+    New engines get into it by their backend: `LocalStore.publish`, `RegistryStore.push`.
+    """
+
+    @property
+    def url(self) -> str:
+        """Where it is, as `open_store` and people know it: no secret."""
+
+    def check(self) -> None:
+        """Returns if the store is there and takes our credentials.
+
+        Raises:
+            StoreUnreachable, StoreRefused, StoreNotFound: it is not, or does not.
+        """
+
+    def add_model_name(self, engine: EngineManifest, model: str) -> None:
+        """Lets selectors find the engine by this model name too."""
+
+    def add_signature(self, engine: EngineManifest, signature: Signature) -> EngineManifest:
+        """Keeps a signature with the engine, once; gives it with all that it has.
+
+        Raises:
+            EngineNotFound: it has gone.
+        """
+
+    def delete(self, name: str) -> EngineManifest:
+        """Removes the engine's names; gives what it was.
+
+        Raises:
+            EngineNotFound: there is none.
         """

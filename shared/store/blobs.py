@@ -128,6 +128,24 @@ class BlobFolder:
         except FileNotFoundError:
             return False
 
+    def num_bytes(self, digest: str) -> int:
+        """How many of the blob's bytes are here, pulled in part or whole."""
+        for path in (self._path(digest), self.partial / digest.removeprefix("sha256:")):
+            try:
+                return path.stat().st_size
+            except FileNotFoundError:
+                continue
+        return 0
+
+    def total_bytes(self) -> int:
+        """What all blobs take, with those that are being written, pulled or set aside."""
+        total = 0
+        for folder in (self._blobs, self.partial, self._corrupt):
+            for entry in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):  # gone since the folder was read
+                    total += entry.stat().st_size
+        return total
+
     def adopt(self, blob: Blob) -> bool:
         """True if the blob is here and good: it is then pinned, and as young as a new one."""
         path = self._path(blob.digest)
@@ -234,6 +252,22 @@ class BlobFolder:
                 self._open_pins.remove(pin)
                 pin.release()
 
+    def hold(self, digests: Iterable[str]) -> Pin:
+        """Keeps these blobs until the pin is released or this process ends."""
+        with self.disk_full(), self.adding():
+            pin = Pin(self._pins)
+            for digest in digests:
+                pin.add(digest)
+        return pin
+
+    def unless_held(self, digest: str, then: Callable[[], None]) -> bool:
+        """Does `then` while no pin can be made, if none keeps the blob; whether it was done."""
+        with FileLock(self._locks / "store"):
+            if digest in pinned_digests(self._pins):
+                return False
+            then()
+            return True
+
     def sweep(self, referenced: Callable[[], set[str]], grace_s: float) -> Sweep:
         """Removes blobs that nothing needs.
 
@@ -252,7 +286,8 @@ class BlobFolder:
                     path.unlink()
                     num_blobs, num_bytes = num_blobs + 1, num_bytes + status.st_size
             for path in (*self.partial.iterdir(), *self._corrupt.iterdir()):
-                _remove_abandoned(path, old)
+                if path.parent != self.partial or f"sha256:{path.name}" not in keep:
+                    _remove_abandoned(path, old)
         return Sweep(num_blobs, num_bytes)
 
     @contextlib.contextmanager

@@ -75,6 +75,14 @@ class LocalStore:
             raise InvalidField(field="store", problem=f"{url!r} is not file:///path")
         return LocalStore(unquote(parts.path))
 
+    @property
+    def url(self) -> str:
+        """Its folder."""
+        return str(self.root)
+
+    def check(self) -> None:
+        """Returns: a folder that could be made is there."""
+
     # Reading: `ArtifactStore`.
 
     def find(self, selector: EngineSelector, max_format: int = 0) -> EngineManifest | None:
@@ -214,12 +222,48 @@ class LocalStore:
         """
         with self._naming():
             engine = self.get(name)
-            (self._engines / engine.key.digest).unlink()
-            for path in self._selectors.glob(f"*/{engine.key.digest}"):
-                path.unlink()
-            shutil.rmtree(self._signatures / engine.key.digest, ignore_errors=True)
-            self._write_index()
+            self._unname(engine)
         return engine
+
+    def hold(self, engine: EngineManifest) -> Pin:
+        """Keeps the engine from being evicted until the pin is released or this process ends.
+
+        Raises:
+            EngineNotFound: it is not here, or not any more.
+        """
+        pin = self.blobs.hold(blob.digest for blob in (engine.manifest, *engine.layers))
+        try:
+            os.utime(self._engines / engine.key.digest)  # when it was last used
+        except FileNotFoundError:
+            pin.release()
+            raise EngineNotFound(engine=engine.name) from None
+        return pin
+
+    def last_used_s(self, engine: EngineManifest) -> float:
+        """Unix time at which the engine was last held, or came here; 0 where it has gone."""
+        try:
+            return (self._engines / engine.key.digest).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def evict(self, engine: EngineManifest) -> bool:
+        """Removes the engine's names unless it is held; whether it was removed."""
+        record = self._engines / engine.key.digest
+        # Whoever holds an engine has pinned it before he looks for this file.
+        gone = self.blobs.unless_held(
+            engine.manifest.digest, lambda: record.unlink(missing_ok=True)
+        )
+        if gone:
+            with self._naming():
+                self._unname(engine)
+        return gone
+
+    def _unname(self, engine: EngineManifest) -> None:
+        (self._engines / engine.key.digest).unlink(missing_ok=True)
+        for path in self._selectors.glob(f"*/{engine.key.digest}"):
+            path.unlink()
+        shutil.rmtree(self._signatures / engine.key.digest, ignore_errors=True)
+        self._write_index()
 
     def sweep(self, grace_s: float = DEFAULT_GRACE_S) -> Sweep:
         """Removes blobs that no engine and no pin needs and that are older than `grace_s`."""

@@ -13,6 +13,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from shared.engine import (
@@ -21,6 +23,7 @@ from shared.engine import (
     EngineDraft,
     EngineKey,
     EngineManifest,
+    QuantConfig,
     Signature,
     canonical_json,
     is_digest,
@@ -39,13 +42,30 @@ EMPTY = Blob(
 )
 PUBLIC_KEY = "vnd.millrace.signature.public-key"
 SIGNATURE = "vnd.millrace.signature.ed25519"
+CREATED = "org.opencontainers.image.created"
 LAYOUT = {"imageLayoutVersion": "1.0.0"}
 
 TITLE = "org.opencontainers.image.title"
+MAX_REF_CHARACTERS = 128
 REF_NAME = "org.opencontainers.image.ref.name"
 KEY_LABEL = "millrace.engine.key"
 MODEL_LABEL = "millrace.engine.model"
 FORMAT_LABEL = "millrace.engine.format-version"
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """An engine as an index lists it.
+
+    Args:
+        model: the name that the index is for; "" where the index does not say.
+        created_s: Unix time of publication; 0 where the index does not say.
+    """
+
+    manifest: Blob
+    arch: str
+    model: str
+    created_s: float
 
 
 def platform_of(arch: str) -> dict[str, str]:
@@ -185,6 +205,70 @@ def index_json(engines: Iterable[EngineManifest]) -> bytes:
     )
 
 
+def named_index_json(entries: Iterable[IndexEntry]) -> bytes:
+    """The image index of all engines of one model name and quantization, newest first."""
+    ordered = sorted(entries, key=lambda e: (e.created_s, e.manifest.digest), reverse=True)
+    return _index(
+        {
+            **descriptor(entry.manifest),
+            "platform": platform_of(entry.arch),
+            "annotations": {CREATED: _rfc3339(entry.created_s), MODEL_LABEL: entry.model},
+        }
+        for entry in ordered
+    )
+
+
+def entries_of(index_text: bytes) -> tuple[IndexEntry, ...]:
+    """What an image index lists; one that another tool wrote says no time and no model name.
+
+    Raises:
+        InvalidField: it is not an image index.
+    """
+    try:
+        return tuple(
+            IndexEntry(
+                manifest=blob_of(raw),
+                arch=str(raw.get("platform", {}).get("variant", "")),
+                model=raw.get("annotations", {}).get(MODEL_LABEL, ""),
+                created_s=_unix_s(raw.get("annotations", {}).get(CREATED, "")),
+            )
+            for raw in json.loads(index_text)["manifests"]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidField(field="index", problem=f"not an image index: {error!r}") from error
+
+
+def tags_in_layout(text: bytes) -> dict[str, Blob]:
+    """What each reference of an image layout's `index.json` names.
+
+    Raises:
+        InvalidField: it is not one.
+    """
+    try:
+        named = [raw for raw in json.loads(text)["manifests"] if REF_NAME in raw["annotations"]]
+        return {raw["annotations"][REF_NAME]: blob_of(raw) for raw in named}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidField(field="index.json", problem=f"not a layout's: {error!r}") from error
+
+
+def blob_from(content: bytes, media_type: str) -> Blob:
+    """The descriptor of bytes at hand."""
+    return Blob(media_type, f"sha256:{hashlib.sha256(content).hexdigest()}", len(content))
+
+
+def blobs_in_index(text: bytes) -> tuple[Blob, ...]:
+    """What an image index names."""
+    return tuple(blob_of(raw) for raw in json.loads(text)["manifests"])
+
+
+def _rfc3339(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="microseconds")
+
+
+def _unix_s(text: str) -> float:
+    return round(datetime.fromisoformat(text).timestamp(), 6) if text else 0.0
+
+
 def layout_index_json(refs: Iterable[tuple[str, Blob]]) -> bytes:
     """The `index.json` of an image layout: every reference and what it names."""
     return _index({**descriptor(blob), "annotations": {REF_NAME: name}} for name, blob in refs)
@@ -219,6 +303,15 @@ def group_by_index(engines: Iterable[EngineManifest]) -> dict[str, list[EngineMa
             ref = f"{ref}-{model_digest[:12]}"
         named[ref] = list(by_arch.values())
     return named
+
+
+def index_ref(model: str, quant: QuantConfig) -> str:
+    """Under which reference a registry keeps the index of a model's name and a quantization."""
+    resolved = quant.resolved
+    ref = _ref_name(f"{model}-{QuantConfig(resolved.scheme, resolved.group_size)}")
+    if len(ref) <= MAX_REF_CHARACTERS:
+        return ref
+    return f"{ref[: MAX_REF_CHARACTERS - 17]}-{hashlib.sha256(ref.encode()).hexdigest()[:16]}"
 
 
 def _ref_name(text: str) -> str:

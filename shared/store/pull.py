@@ -3,17 +3,25 @@
 import fcntl
 import hashlib
 import os
+import random
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 
 from shared.engine import Blob, EngineManifest
-from shared.errors import DigestMismatch
+from shared.errors import DigestMismatch, MillraceError
 from shared.store import oci
 from shared.store.artifact_store import ArtifactStore
 from shared.store.blobs import BlobFolder
 from shared.store.local import LocalStore
 
 Report = Callable[[int, int], None]
+
+_NUM_STREAMS = 4
+# Before another try at a blob whose source was lost, while not one more byte comes.
+_WAITS_S = (0.2, 0.5, 1.0, 2.0)
 
 
 def pull(
@@ -32,17 +40,19 @@ def pull(
     Raises:
         DigestMismatch: the source gave other bytes, twice.
         BlobNotFound: the source lacks a blob.
-        CompilerUnreachable: the source was lost; pulling again resumes.
+        CompilerUnreachable, StoreUnreachable: the source was lost, and did not come back for some
+            seconds; pulling again resumes.
         DiskFull: there is no room; what was fetched so far is kept for a while.
     """
     total = engine.manifest.size_bytes + sum(blob.size_bytes for blob in engine.layers)
-    done = 0
+    done, counting = 0, threading.Lock()
 
     def count(num_bytes: int) -> None:
         nonlocal done
-        done += num_bytes
-        if report is not None:
-            report(done, total)
+        with counting:
+            done += num_bytes
+            if report is not None:
+                report(done, total)
 
     with into.pin():
         _fetch(source, engine.manifest, into.blobs, count)
@@ -54,8 +64,10 @@ def pull(
         )
         if pulled.key != engine.key:
             raise DigestMismatch(digest=engine.name, found=pulled.name)
-        for blob in pulled.layers:
-            _fetch(source, blob, into.blobs, count)
+        with ThreadPoolExecutor(_NUM_STREAMS, "pull") as pool:
+            fetch = [pool.submit(_fetch, source, b, into.blobs, count) for b in pulled.layers]
+        for each in fetch:
+            each.result()
         pulled = into.commit(pulled.manifest, pulled.key, pulled.model, pulled.created_s)
         for signature in engine.signatures:
             pulled = into.add_signature(pulled, signature)
@@ -92,14 +104,24 @@ def _download(source: ArtifactStore, blob: Blob, file: FileIO, count: Callable[[
     digest = hashlib.file_digest(file, "sha256")
     size = file.tell()
     count(size)
-    if size < blob.size_bytes:
-        for chunk in source.read(blob.digest, size):
-            _append(file, chunk)
-            digest.update(chunk)
-            size += len(chunk)
-            count(len(chunk))
-            if size > blob.size_bytes:  # a source without end must not fill the disk
-                break
+    num_waits = 0
+    while size < blob.size_bytes:
+        try:
+            for chunk in source.read(blob.digest, size):
+                _append(file, chunk)
+                digest.update(chunk)
+                size += len(chunk)
+                num_waits = 0
+                count(len(chunk))
+                if size > blob.size_bytes:  # a source without end must not fill the disk
+                    break
+            break
+        except MillraceError as error:
+            # One that says when to try again was lost: what is here is gone on with.
+            if error.retry_after_s is None or num_waits == len(_WAITS_S):
+                raise
+        time.sleep(_WAITS_S[num_waits] * random.uniform(0.5, 1.0))
+        num_waits += 1
     return f"sha256:{digest.hexdigest()}"
 
 

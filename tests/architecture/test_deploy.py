@@ -51,9 +51,11 @@ def test_compose_file_is_valid() -> None:
 def test_compose_describes_the_stack(services: dict[str, Any]) -> None:
     assert set(services) == {
         "redis", "compiler", "runtime", "runtime-gpu", "gateway", "prometheus", "grafana",
+        "registry",
     }  # fmt: skip
     assert services["prometheus"]["profiles"] == ["prometheus", "grafana"]
     assert services["grafana"]["profiles"] == ["grafana"]
+    assert services["registry"]["profiles"] == ["registry"]
     assert services["gateway"]["profiles"] == ["gateway"]
     assert services["runtime-gpu"]["profiles"] == ["gpu"]
     assert services["runtime-gpu"]["deploy"]["resources"]["reservations"]["devices"]

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from compiler_service.build_queue import BuildJob, BuildQueue
 from compiler_service.metrics import CompilerMetrics
-from compiler_service.worker import Worker
+from compiler_service.worker import BuildStore, Worker
 from shared.engine import EngineKey, QuantConfig
 from shared.redis import connect
 
@@ -64,7 +64,8 @@ async def working(
 ) -> AsyncIterator[asyncio.Task[None]]:
     """A worker that is drained at the end of the block."""
     metrics = CompilerMetrics(CollectorRegistry())
-    worker = Worker(queue, owner, FAKE_CHILD, folders.store, folders.cache, metrics)
+    store = BuildStore(str(folders.store), folders.cache)
+    worker = Worker(queue, owner, FAKE_CHILD, store, folders.cache, metrics)
     task = asyncio.create_task(worker.run())
     try:
         yield task

@@ -1,0 +1,249 @@
+"""A `Registry` in a bucket of any S3.
+
+Below the prefix lies an OCI image layout, so that a copy of it is one on disk too:
+
+    oci-layout             the layout's version
+    index.json             every tag and what it names; changed only on condition that it is as read
+    blobs/sha256/<hex>     blobs and manifests
+
+Credentials, region and endpoint are those of the standard AWS variables, or of the machine's role.
+Source: OCI image-spec 1.1, image-layout.md; S3's conditional writes.
+"""
+
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import S3Store
+
+from shared.engine import Blob, canonical_json, is_digest
+from shared.errors import (
+    BlobNotFound,
+    InvalidField,
+    StoreNotFound,
+    StoreRefused,
+    StoreUnreachable,
+)
+from shared.settings import s3_is_plain
+from shared.store import oci
+from shared.store.blob_writer import CHUNK_BYTES
+from shared.store.registry import Manifest, TagMoved
+
+_INDEX, _LAYOUT = "index.json", "oci-layout"
+_MAX_CHANGES, _CHANGE_WAIT_S = 50, 0.2
+
+_NO_RANGE = re.compile(r"<Code>InvalidRange|status code: 416")
+
+Tags = dict[str, Blob]
+
+
+class S3Registry:
+    """The objects of `bucket` whose names begin with `prefix`.
+
+    Args:
+        retry_timeout_s: how long one request may be tried again.
+    """
+
+    def __init__(self, bucket: str, prefix: str = "", *, retry_timeout_s: float = 30.0) -> None:
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        try:
+            self._objects = S3Store(
+                bucket,
+                prefix=prefix or None,
+                client_options={
+                    "allow_http": s3_is_plain(),
+                    "connect_timeout": timedelta(seconds=10),
+                    "read_timeout": timedelta(seconds=60),
+                    # In all: a large blob on a slow line takes long.
+                    "timeout": timedelta(hours=6),
+                },
+                retry_config={
+                    "max_retries": 5,
+                    "retry_timeout": timedelta(seconds=retry_timeout_s),
+                },
+            )
+        except BaseError as error:
+            raise InvalidField(field="store", problem=f"{self.url}: {_words(error)}") from error
+
+    @staticmethod
+    def from_url(url: str) -> "S3Registry":
+        """The objects at an `s3://bucket/prefix` URL.
+
+        Raises:
+            InvalidField: it is not of that form, or the AWS variables contradict themselves.
+        """
+        parts = urlsplit(url)
+        if not parts.netloc or "@" in parts.netloc or parts.query or parts.fragment:
+            raise InvalidField(field="store", problem="an s3:// URL is s3://bucket/prefix")
+        return S3Registry(parts.netloc, unquote(parts.path).strip("/"))
+
+    def check(self) -> None:
+        """Returns if it answers and takes our credentials; see `Registry`."""
+        self._read_index()
+
+    def has(self, digest: str) -> bool:
+        """Claims that the blob is there; see `Registry`."""
+        with self._told():
+            try:
+                obstore.head(self._objects, _path(digest))
+            except FileNotFoundError:
+                return False
+        return True
+
+    def read(self, digest: str, offset: int = 0) -> Iterator[bytes]:
+        """A blob's bytes from `offset` on; see `Registry`."""
+        with self._told():
+            try:
+                found = obstore.get(
+                    self._objects, _path(digest), options={"range": {"offset": offset}}
+                )
+            except FileNotFoundError as error:
+                self._require_bucket(error)
+                raise BlobNotFound(digest=digest) from error
+            except BaseError as error:
+                if _NO_RANGE.search(str(error)):  # nothing is left of it
+                    return
+                raise
+            for chunk in found.stream(CHUNK_BYTES):
+                yield bytes(chunk)
+
+    def upload(self, blob: Blob, content: Path | bytes) -> None:
+        """Puts the blob there; see `Registry`."""
+        with self._told():
+            try:
+                obstore.put(self._objects, _path(blob.digest), content)
+            except FileNotFoundError as error:
+                self._require_bucket(error)
+                raise
+
+    def manifest(self, reference: str) -> Manifest | None:
+        """The manifest that a tag or a digest names; see `Registry`."""
+        if is_digest(reference):
+            digest = reference
+        else:
+            named = self._read_index()[0].get(reference)
+            if named is None:
+                return None
+            digest = named.digest
+        content = self._object(_path(digest))
+        if content is None:
+            return None
+        return Blob(_media_type_of(content), digest, len(content)), content
+
+    def put_manifest(
+        self, content: bytes, media_type: str, tag: str = "", replaces: str | None = None
+    ) -> Blob:
+        """Puts a manifest there, and gives it the tag; see `Registry`."""
+        blob = oci.blob_from(content, media_type)
+        self.upload(blob, content)
+        if tag:
+
+            def set_tag(tags: Tags) -> Tags:
+                if (tags[tag].digest if tag in tags else None) != replaces:
+                    raise TagMoved
+                return {**tags, tag: blob}
+
+            self._change_tags(set_tag)
+        return blob
+
+    def tags(self) -> tuple[str, ...]:
+        """All tags; see `Registry`."""
+        return tuple(self._read_index()[0])
+
+    def delete_manifest(self, digest: str) -> None:
+        """Removes the manifest and its tags; see `Registry`."""
+        self._change_tags(
+            lambda tags: {tag: blob for tag, blob in tags.items() if blob.digest != digest}
+        )
+        with self._told():
+            obstore.delete(self._objects, _path(digest))
+
+    def _read_index(self) -> tuple[Tags, str | None]:
+        """What is tagged, and the version of `index.json` that says so; None where there is none."""
+        with self._told():
+            try:
+                found = obstore.get(self._objects, _INDEX)
+            except FileNotFoundError as error:
+                self._require_bucket(error)
+                return {}, None
+            text, version = bytes(found.bytes()), found.meta["e_tag"]
+        return oci.tags_in_layout(text), version
+
+    def _change_tags(self, change: Callable[[Tags], Tags]) -> None:
+        for _ in range(_MAX_CHANGES):
+            tags, version = self._read_index()
+            changed = change(tags)
+            if changed == tags:
+                return
+            with self._told():
+                try:
+                    if version is None:
+                        obstore.put(self._objects, _LAYOUT, canonical_json(oci.LAYOUT))
+                    text = oci.layout_index_json(sorted(changed.items()))
+                    if version is None:
+                        obstore.put(self._objects, _INDEX, text, mode="create")
+                    else:
+                        obstore.put(self._objects, _INDEX, text, mode={"e_tag": version})
+                    return
+                except (AlreadyExistsError, PreconditionError):
+                    pass  # somebody else changed it: what is wanted is asked of what is there now
+            time.sleep(random.uniform(0, _CHANGE_WAIT_S))
+        raise StoreUnreachable(store=self.url, problem="others keep changing its index.json")
+
+    def _object(self, path: str) -> bytes | None:
+        with self._told():
+            try:
+                return bytes(obstore.get(self._objects, path).bytes())
+            except FileNotFoundError as error:
+                self._require_bucket(error)
+                return None
+
+    def _require_bucket(self, error: FileNotFoundError) -> None:
+        if "NoSuchBucket" in str(error):
+            raise StoreNotFound(store=self.url, problem="there is no such bucket") from error
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turns what S3 says into our errors."""
+        try:
+            yield
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            raise StoreRefused(store=self.url, problem=_words(error)) from error
+        except BaseError as error:
+            if "NoSuchBucket" in str(error):
+                problem = "there is no such bucket"
+                raise StoreNotFound(store=self.url, problem=problem) from error
+            raise StoreUnreachable(store=self.url, problem=_words(error)) from error
+
+
+def _path(digest: str) -> str:
+    if not is_digest(digest):
+        raise InvalidField(field="digest", problem=f"{digest!r} is not sha256: and 64 digits")
+    return f"blobs/sha256/{digest.removeprefix('sha256:')}"
+
+
+def _words(error: Exception) -> str:
+    """What is wrong, in a few words: S3's own code, where it says one."""
+    code = re.search(r"<Code>(\w+)</Code>|status code: (4\d\d[ \w]*)", str(error))
+    return code[1] or code[2] if code else str(error).splitlines()[0][:300].rstrip(" .:")
+
+
+def _media_type_of(manifest: bytes) -> str:
+    try:
+        return str(json.loads(manifest)["mediaType"])
+    except (ValueError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,341 @@
+"""Stores elsewhere, on a real S3 and a real OCI registry: the same laws as on the disk."""
+
+import random
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import obstore
+import pytest
+
+from shared.engine import EngineManifest, EngineSelector, QuantConfig, Signature
+from shared.errors import BlobNotFound, DigestMismatch, EngineNotFound, StoreUnreachable
+from shared.store import LocalStore, pull
+from shared.store.registry import RegistryStore
+from shared.store.s3 import S3Registry
+from tests.shared.engines import INT8, engine_key, publish_engine, weight_bytes
+from tests.shared.remote_stores import BUCKET, RecordingRegistry, opened
+from tests.shared.store_servers import BreakingProxy, S3Server
+
+REPOSITORY = Path(__file__).parents[2]
+BIG_BYTES = 3 << 20
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "local")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "other")
+
+
+def through(proxy: BreakingProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> RegistryStore:
+    """The store at `url`, by way of `proxy`; from now on for S3."""
+    if url.startswith("s3:"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.address}")
+        return opened(url)
+    host = url.split("/")[2]
+    return opened(url.replace(host, proxy.address))
+
+
+def server_of(url: str, s3: S3Server) -> str:
+    """The `host:port` behind `url`."""
+    return s3.endpoint.removeprefix("http://") if url.startswith("s3:") else url.split("/")[2]
+
+
+def test_store_elsewhere_answers_as_the_local_one(
+    remote: RegistryStore, url: str, local: LocalStore
+) -> None:
+    keys = [engine_key(builder=str(i)) for i in range(3)]
+    keys += [engine_key("sm_90"), engine_key(quant=QuantConfig("int4")), engine_key(model="b")]
+    engines = [publish_engine(local, key) for key in keys]
+    newest = publish_engine(local, engine_key(builder="9"), format_version=2)
+    for engine in (*engines, newest):
+        assert remote.push(local, engine) == engine
+    local.add_model_name(engines[3], "also / known")
+    remote.add_model_name(engines[3], "also / known")
+    fresh = opened(url)
+    assert fresh.list() == local.list()
+    digest = newest.key.model_digest
+    for model in ("tiny", digest, "also / known", "also known", "other"):
+        for arch in ("cpu", "sm_90"):
+            for quant in (INT8, QuantConfig("int4", 64), QuantConfig("int4", 32)):
+                for max_format in (0, 1):
+                    selector = EngineSelector(model, arch, quant)
+                    assert fresh.find(selector, max_format) == local.find(selector, max_format)
+    for name in (newest.name, newest.key.digest, newest.key.digest[:16]):
+        assert fresh.get(name) == newest
+    for name in ("engines/" + "0" * 64, "0" * 5, "../index.json", newest.key.digest.upper()):
+        with pytest.raises(EngineNotFound):
+            fresh.get(name)
+
+
+def test_pulled_engine_is_the_one_that_was_pushed(
+    remote: RegistryStore, url: str, local: LocalStore, other: LocalStore
+) -> None:
+    engine = publish_engine(local, weights=weight_bytes(BIG_BYTES))
+    remote.push(local, engine)
+    fresh = opened(url)
+    assert pull(fresh, fresh.get(engine.name), other) == engine
+    for blob in local.blobs_of(engine):
+        assert other.read_all(blob.digest) == local.read_all(blob.digest)
+        assert b"".join(fresh.read(blob.digest, 7)) == local.read_all(blob.digest)[7:]
+        assert b"".join(fresh.read(blob.digest, blob.size_bytes)) == b""
+    with pytest.raises(BlobNotFound):
+        b"".join(fresh.read("sha256:" + "0" * 64))
+
+
+def test_weights_that_two_arches_share_travel_once(
+    remote: RegistryStore, local: LocalStore
+) -> None:
+    cpu, gpu = (publish_engine(local, engine_key(arch)) for arch in ("cpu", "sm_90"))
+    remote.push(local, cpu)
+    recording = RecordingRegistry(remote.registry)
+    RegistryStore(recording).push(local, gpu)
+    layers = {blob.digest for blob in gpu.layers}
+    assert not layers & set(recording.uploads)
+    assert len(recording.uploads) == 1  # the configuration alone
+    RegistryStore(recording).push(local, gpu)
+    assert len(recording.uploads) == 1
+
+
+def test_first_push_of_a_key_wins(
+    remote: RegistryStore, url: str, local: LocalStore, other: LocalStore
+) -> None:
+    first = publish_engine(local, weights=weight_bytes(100, seed=1))
+    second = publish_engine(other, weights=weight_bytes(100, seed=2))
+    remote.push(local, first)
+    assert opened(url).push(other, second).manifest == first.manifest
+    assert opened(url).list() == (first,)
+
+
+def test_engine_that_lost_a_blob_is_repaired_by_a_push(
+    s3_url: str, local: LocalStore, other: LocalStore
+) -> None:
+    remote = opened(s3_url)
+    engine = publish_engine(local)
+    remote.push(local, engine)
+    _, hexadecimal = engine.layers[1].digest.split(":")
+    assert isinstance(remote.registry, S3Registry)
+    obstore.delete(remote.registry._objects, f"blobs/sha256/{hexadecimal}")
+    with pytest.raises(BlobNotFound):
+        pull(remote, engine, other)
+    remote.push(local, engine)
+    assert pull(remote, engine, other) == engine
+
+
+@pytest.mark.parametrize("num_writes", range(6))
+def test_push_that_breaks_off_before_a_write_leaves_no_broken_engine(
+    url: str, local: LocalStore, other: LocalStore, num_writes: int
+) -> None:
+    """Three blobs, manifest, two indexes: at every moment what is listed can be pulled."""
+
+    class Broken(Exception):
+        pass
+
+    def stop(num_done: int) -> None:
+        if num_done == num_writes:
+            raise Broken
+
+    engine = publish_engine(local)
+    recording = RecordingRegistry(opened(url).registry, stop)
+    with pytest.raises(Broken):
+        RegistryStore(recording).push(local, engine)
+    fresh, selector = opened(url), EngineSelector("tiny", "cpu", INT8)
+    listed = fresh.list()
+    assert [found.manifest for found in listed] == [engine.manifest] * (num_writes > 3)
+    assert (fresh.find(selector) is not None) == (num_writes > 3)
+    for found in listed:
+        other.verify(pull(fresh, found, other))
+    assert opened(url).push(local, engine) == engine
+    assert opened(url).list() == (engine,)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_upload_that_breaks_off_at_any_byte_is_done_again(
+    remote: RegistryStore,
+    url: str,
+    s3: S3Server,
+    local: LocalStore,
+    other: LocalStore,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+) -> None:
+    engine = publish_engine(local, weights=weight_bytes(BIG_BYTES, seed))
+    limits = [random.Random(seed).randrange(1, BIG_BYTES) for _ in range(2)]
+    with BreakingProxy(server_of(url, s3), limits, breaks="requests") as proxy:
+        through(proxy, url, monkeypatch).push(local, engine)
+        assert proxy.num_breaks == len(limits)
+    with monkeypatch.context() as direct:
+        direct.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+        assert pull(opened(url), engine, other) == engine
+
+
+def test_push_whose_server_is_lost_leaves_nothing_and_goes_on(
+    url: str, s3: S3Server, local: LocalStore, other: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = publish_engine(local, weights=weight_bytes(BIG_BYTES))
+    server = server_of(url, s3)
+    limits = [BIG_BYTES // 2] * 100
+    with BreakingProxy(server, limits, breaks="requests", ends=True) as proxy:
+        with pytest.raises(StoreUnreachable):
+            _impatient(through(proxy, url, monkeypatch)).push(local, engine)
+        assert proxy.num_breaks
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+    direct = opened(url)
+    assert direct.list() == ()
+    direct.push(local, engine)
+    assert pull(direct, engine, other) == engine
+
+
+def _impatient(store: RegistryStore) -> RegistryStore:
+    if isinstance(store.registry, S3Registry):
+        return RegistryStore(S3Registry(BUCKET, store.url.split("/", 3)[3], retry_timeout_s=1.0))
+    return store
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_download_that_breaks_off_at_random_bytes_is_resumed(
+    remote: RegistryStore,
+    url: str,
+    s3: S3Server,
+    local: LocalStore,
+    other: LocalStore,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+) -> None:
+    """What is here is kept: all breaks together cost little more than what was in flight."""
+    engine = publish_engine(local, weights=weight_bytes(BIG_BYTES, seed))
+    remote.push(local, engine)
+    chance = random.Random(seed)
+    limits = [chance.randrange(BIG_BYTES // 16, BIG_BYTES // 6) for _ in range(4)]
+    with BreakingProxy(server_of(url, s3), limits) as proxy:
+        source = through(proxy, url, monkeypatch)
+        assert pull(source, engine, other) == engine
+        assert proxy.num_breaks == len(limits)
+        assert proxy.num_bytes["answers"] < 1.5 * BIG_BYTES
+    other.verify(engine)
+
+
+def test_download_whose_process_is_killed_is_resumed(
+    remote: RegistryStore,
+    url: str,
+    s3: S3Server,
+    local: LocalStore,
+    other: LocalStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = publish_engine(local, weights=weight_bytes(BIG_BYTES))
+    remote.push(local, engine)
+    weights = engine.layer("weights/00000")
+    partial = other.root / "partial" / weights.digest.removeprefix("sha256:")
+    limits = [2 << 20] * 100
+    with BreakingProxy(server_of(url, s3), limits, stands_still=True) as proxy:
+        with monkeypatch.context() as detour:
+            process = puller(through(proxy, url, detour).url, engine, other)
+        assert proxy.reached.wait(30)
+        while not partial.exists() or partial.stat().st_size < 1 << 20:
+            assert process.poll() is None, "it ended by itself"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    num_bytes = partial.stat().st_size
+    assert 0 < num_bytes < weights.size_bytes
+    recording = RecordingRegistry(opened(url).registry)
+    assert pull(RegistryStore(recording), engine, other) == engine
+    assert [offset for digest, offset in recording.reads if digest == weights.digest] == [num_bytes]
+    other.verify(engine)
+
+
+def puller(url: str, engine: EngineManifest, into: LocalStore) -> "subprocess.Popen[bytes]":
+    """A process that pulls the engine."""
+    program = (
+        "import sys; from shared.store import LocalStore, open_store, pull\n"
+        "store = open_store(sys.argv[1])\n"
+        "pull(store, store.get(sys.argv[2]), LocalStore(sys.argv[3]))"
+    )
+    command = [sys.executable, "-c", program, url, engine.name, str(into.root)]
+    return subprocess.Popen(command, cwd=REPOSITORY)
+
+
+def test_processes_that_pull_one_engine_fetch_its_blobs_once(
+    remote: RegistryStore,
+    url: str,
+    s3: S3Server,
+    local: LocalStore,
+    other: LocalStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = publish_engine(local, weights=weight_bytes(BIG_BYTES))
+    remote.push(local, engine)
+    with BreakingProxy(server_of(url, s3)) as proxy:
+        store = through(proxy, url, monkeypatch)
+        processes = [puller(store.url, engine, other) for _ in range(3)]
+        assert [process.wait(60) for process in processes] == [0, 0, 0]
+        assert BIG_BYTES < proxy.num_bytes["answers"] < 1.2 * BIG_BYTES
+    other.verify(engine)
+
+
+def test_many_that_push_at_once_lose_no_engine(
+    remote: RegistryStore, url: str, local: LocalStore
+) -> None:
+    engines = [publish_engine(local, engine_key(builder=str(i))) for i in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda engine: opened(url).push(local, engine), engines))
+    fresh = opened(url)
+    assert {engine.name for engine in fresh.list()} == {engine.name for engine in engines}
+    found = fresh.find(EngineSelector("tiny", "cpu", INT8))
+    assert found is not None
+
+
+def test_deleted_engine_is_gone_and_the_others_stay(
+    remote: RegistryStore, url: str, local: LocalStore, other: LocalStore
+) -> None:
+    old, new = (publish_engine(local, engine_key(builder=str(i))) for i in range(2))
+    for engine in (old, new):
+        remote.push(local, engine)
+    remote.add_signature(new, Signature(b"k" * 32, b"s" * 64))
+    assert remote.delete(new.name).manifest == new.manifest
+    for store in (remote, opened(url)):
+        assert store.list() == (old,)
+        assert store.find(EngineSelector("tiny", "cpu", INT8)) == old
+        with pytest.raises(EngineNotFound):
+            store.get(new.name)
+    assert pull(opened(url), old, other) == old
+
+
+def test_signatures_travel_with_their_engine(
+    remote: RegistryStore, url: str, local: LocalStore, other: LocalStore
+) -> None:
+    one, two = (Signature(bytes([i]) * 32, b"s" * 64) for i in range(2))
+    engine = local.add_signature(publish_engine(local), one)
+    assert remote.push(local, engine).signatures == (one,)
+    later = opened(url).add_signature(engine, two)
+    assert later.signatures == (one, two)
+    assert opened(url).add_signature(engine, two).signatures == (one, two)
+    fresh = opened(url)
+    assert set(pull(fresh, fresh.get(engine.name), other).signatures) == {one, two}
+
+
+def test_blob_of_other_bytes_is_refused(
+    url: str,
+    remote: RegistryStore,
+    registry_folder: Path,
+    local: LocalStore,
+    other: LocalStore,
+) -> None:
+    engine = publish_engine(local, weights=weight_bytes(BIG_BYTES))
+    remote.push(local, engine)
+    digest = engine.layers[1].digest.removeprefix("sha256:")
+    if isinstance(remote.registry, S3Registry):
+        obstore.put(remote.registry._objects, f"blobs/sha256/{digest}", b"\0" * BIG_BYTES)
+    else:
+        blobs = registry_folder / "data/docker/registry/v2/blobs/sha256"
+        (blobs / digest[:2] / digest / "data").write_bytes(b"\0" * BIG_BYTES)
+    with pytest.raises(DigestMismatch):
+        pull(remote, engine, other)
+    assert other.list() == ()
+    assert not list((other.root / "partial").iterdir())
