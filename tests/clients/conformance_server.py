@@ -120,10 +120,13 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
 
     def GenerateStream(self, request: Any, context: Any) -> Iterator[Any]:
         self._enter("GenerateStream", context)
-        # Text of errors and cancellations of the one generation of a call are those of the call.
         ended = threading.Event()
+        steps = self._answer_to(request)
+        # Noted here: gRPC drops what a cancelled call had still to send, and the wait behind it.
+        if any("wait_for_cancel" in step for step in steps):
+            context.add_callback(self._note_cancel)
         context.add_callback(ended.set)
-        for events in self._play(request, ended, context):
+        for events in self._play(request, steps, ended, context):
             yield pb.GenerateStreamResponse(events=events)
 
     def Generate(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
@@ -158,31 +161,34 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
     def _play_into(
         self, news: "Queue[list[pb.Event] | None]", request: Any, ended: threading.Event
     ) -> None:
-        for events in self._play(request, ended, None):
+        for events in self._play(request, self._answer_to(request), ended, None):
             for event in events:
                 event.request_id = _command(request).request_id
             news.put(events)
 
-    def _play(self, request: Any, ended: threading.Event, context: Any) -> Iterator[list[pb.Event]]:
-        """Follows the steps of the answer to a command; a resumed one skips what its client has."""
-        command = _command(request)
-        name = request.WhichOneof("command")
+    def _answer_to(self, request: Any) -> list[Json]:
+        """The steps of the answer to a command, which is noted."""
+        command, name = _command(request), request.WhichOneof("command")
         told = {name: MessageToDict(command, preserving_proto_field_name=True)}
         told[name].pop("request_id", None)
         if len(text := told[name].get("text", "")) > 1000:
             told[name]["text"] = f"{len(text)} characters"
         self.commands.append(told)
-        known = list(command.received_tokens) if name == "resume" else []
-        to = command.generation_id if name == "resume" else command.text
-        for step in self._answer(to):
+        return self._answer(command.generation_id if name == "resume" else command.text)
+
+    def _play(
+        self, request: Any, steps: list[Json], ended: threading.Event, context: Any
+    ) -> Iterator[list[pb.Event]]:
+        """Follows the steps; a generation that is resumed skips what its client has."""
+        known = list(request.resume.received_tokens)
+        for step in steps:
             if "fail" in step:
                 _abort(context, step["fail"])
             elif "cut" in step:
                 self._relay.cut(for_good=step["cut"] == "for_good")
             elif "wait_for_cancel" in step:
-                if ended.wait(_PATIENCE_S):
-                    self.num_cancelled += 1
-                    self.cancellations.release()
+                if ended.wait(_PATIENCE_S) and context is None:
+                    self._note_cancel()
             else:
                 for events in _events(step):
                     if left := [event for event in events if not _is_known(event, known)]:
@@ -198,6 +204,11 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
                     return list(answer["steps"])
         unexpected = {"code": 9, "message": f"the scenario has no (further) answer to {to[:99]!r}"}
         return [{"error": unexpected}] if to != "status" else [{"fail": unexpected}]
+
+    def _note_cancel(self) -> None:
+        with self._lock:
+            self.num_cancelled += 1
+        self.cancellations.release()
 
     def _enter(self, name: str, context: Any) -> None:
         self.calls[name] += 1
