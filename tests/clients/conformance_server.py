@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -132,14 +133,26 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
     def Generate(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
         self._enter("Generate", context)
         news: Queue[list[pb.Event] | None] = Queue()
-        threading.Thread(target=self._read, args=(requests, news), daemon=True).start()
+        running: dict[str, threading.Event] = {}
+
+        def end_all() -> None:
+            for ended in list(running.values()):
+                ended.set()
+
+        context.add_callback(end_all)
+        reader = threading.Thread(target=self._read, args=(requests, running, news), daemon=True)
+        reader.start()
         while (events := news.get()) is not None:
             yield pb.GenerateResponse(events=events)
 
-    def _read(self, requests: Iterator[Any], news: "Queue[list[pb.Event] | None]") -> None:
-        running: dict[str, threading.Event] = {}
+    def _read(
+        self,
+        requests: Iterator[Any],
+        running: dict[str, threading.Event],
+        news: "Queue[list[pb.Event] | None]",
+    ) -> None:
         players = []
-        try:
+        with suppress(grpc.RpcError):  # the caller broke its call
             for request in requests:
                 if request.WhichOneof("command") == "cancel":
                     running[request.cancel.request_id].set()
@@ -151,9 +164,6 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
                 )
                 player.start()
                 players.append(player)
-        except grpc.RpcError:  # the caller broke its call
-            for ended in running.values():
-                ended.set()
         for player in players:
             player.join()
         news.put(None)

@@ -44,10 +44,24 @@ def _nothing() -> None:
     pass
 
 
+_NODE = CLIENTS / "node"
+
+
+def _build_node() -> None:
+    installed = _NODE / "node_modules/.package-lock.json"
+    wanted = _NODE / "package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < wanted.stat().st_mtime:
+        build_with("npm", "ci", "--no-audit", "--no-fund", cwd=_NODE)
+    build_with("npm", "run", "build", cwd=_NODE)
+
+
 _PYTHON = (sys.executable, str(CLIENTS / "conformance/python_runner.py"))
 LANGUAGES = {
     "python": Language((), _nothing, _PYTHON),
     "python-async": Language((), _nothing, (*_PYTHON, "--async")),
+    "node": Language(
+        ("node", "npm"), _build_node, ("node", str(_NODE / "dist/conformance/runner.js"))
+    ),
 }
 
 

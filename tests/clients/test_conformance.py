@@ -9,7 +9,7 @@ import pytest
 from millrace.cli.certs import make_certs
 
 from tests.clients.conformance_server import ConformanceServer, Json, load_scenarios
-from tests.clients.runners import LANGUAGES, Runner
+from tests.clients.runners import CLIENTS, LANGUAGES, Runner, build_with
 
 SCENARIOS = load_scenarios()
 
@@ -80,6 +80,16 @@ def _differences(expected: Any, found: Any, where: str) -> list[str]:
         is_same = type(expected) is type(found) or not isinstance(expected, bool)
         return [] if is_same and expected == found else [f"{where}: {found!r}, not {expected!r}"]
     return [p for key, *pair in parts for p in _differences(*pair, f"{where}.{key}")]
+
+
+def test_node_client_passes_its_own_tests() -> None:
+    """What a scenario cannot ask of it: wrong uses, and times that pass."""
+    language = LANGUAGES["node"]
+    if missing := language.missing():
+        assert not os.environ.get("CI"), f"CI lacks {missing}"
+        pytest.skip(f"the node client needs {missing}")
+    language.build()
+    build_with("node", "--test", "dist/test/client.test.js", cwd=CLIENTS / "node")
 
 
 def test_differences_are_found() -> None:
