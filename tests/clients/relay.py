@@ -27,19 +27,20 @@ class Relay:
             self._stop_listening()
         while (left_s := self._last_passed_s + _QUIET_S - time.monotonic()) > 0:
             time.sleep(left_s)
-        self._close_all()
+        self.lose()
 
     def close(self) -> None:
         """Ends everything."""
         self._stop_listening()
-        self._close_all()
+        self.lose()
 
     def _stop_listening(self) -> None:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
         self._listener.close()
 
-    def _close_all(self) -> None:
+    def lose(self) -> None:
+        """Loses all connections at once, with what they carry."""
         with self._lock:
             sockets, self._sockets = self._sockets, set()
         for connection in sockets:
