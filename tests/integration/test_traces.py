@@ -174,5 +174,8 @@ def test_a_request_over_http_is_traced_like_a_call(
         assert response.status == 200
     name = "POST /v1/completions"
     spans = receiver.wait_for(trace, lambda names: {name, "decode"} <= names)
-    assert path_to(spans, "decode")[:2] == [f"millrace-gateway: {name}", "millrace-gateway: route"]
+    assert path_to(spans, "decode")[:2] == [
+        f"millrace-gateway: {name}",
+        "millrace-gateway: route tiny",
+    ]
     assert next(s for s in spans if s.name == name).parent == parent

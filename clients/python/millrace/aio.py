@@ -8,6 +8,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from millrace.async_stream import AsyncStream, SingleCall
+from millrace.attempts import resume_generation
 from millrace.builds import RecipeOptions, build_request, has_ended, raise_if_failed
 from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, Security, open_async_channel
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
@@ -118,9 +119,18 @@ class AsyncClient:
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> "AsyncStream":
         """As `Client.generate`, with `async with` and `async for`."""
         start = start_generation(prompt, **options)
-        request = runtime_pb2.GenerateStreamRequest(start=start)
+        return self._stream(runtime_pb2.GenerateStreamRequest(start=start))
+
+    def resume(self, generation_id: str, received_tokens: Sequence[int] = ()) -> "AsyncStream":
+        """As `Client.resume`."""
+        return self._stream(resume_generation(generation_id, received_tokens))
+
+    def _stream(self, command: runtime_pb2.GenerateStreamRequest) -> AsyncStream:
         return AsyncStream(
-            lambda: SingleCall(self._runtime.GenerateStream(request)),
+            lambda request, timeout_s: SingleCall(
+                self._runtime.GenerateStream(request, timeout=timeout_s)
+            ),
+            command,
             self._runtime_address,
             self._retries,
         )
@@ -131,7 +141,7 @@ class AsyncClient:
         async with client.session() as session:
             await asyncio.gather(*(session.generate(prompt).wait() for prompt in prompts))
         """
-        return Session(self._runtime.Generate(), self._runtime_address, self._retries)
+        return Session(self._runtime.Generate, self._runtime_address, self._retries)
 
     async def _ask_compiler(
         self, method: Callable[..., Awaitable[_Answer]], request: object

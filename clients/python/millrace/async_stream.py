@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Protocol, Self
 
 import grpc
 
-from millrace.errors import MillraceError, from_rpc_error
+from millrace.attempts import Attempts
+from millrace.errors import MillraceError, call_ended, from_rpc_error
 from millrace.generation import Chunk, Collector, Generation
 from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2
@@ -49,16 +51,18 @@ class AsyncStream:
 
     def __init__(
         self,
-        open_call: Callable[[], GenerationCall],
+        open_call: Callable[[runtime_pb2.GenerateStreamRequest, float | None], GenerationCall],
+        command: runtime_pb2.GenerateStreamRequest,
         address: str,
         retries: Retries,
     ) -> None:
         self._open_call = open_call
         self._address = address
-        self._retries = retries
         self._call: GenerationCall | None = None
         self._is_closed = False
-        self._collector = Collector()
+        resume = command.resume
+        self._collector = Collector(resume.generation_id, resume.received_tokens)
+        self._attempts = Attempts(command, self._collector, retries)
         self._chunks = self._read()
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
@@ -77,11 +81,26 @@ class AsyncStream:
             await self._call.cancel()
 
     @property
+    def generation_id(self) -> str:
+        """As `Stream.generation_id`."""
+        return self._collector.generation_id
+
+    @property
+    def received_tokens(self) -> Sequence[int]:
+        """Tokens that have arrived, by sample."""
+        return tuple(self._collector.received_tokens)
+
+    @property
+    def num_resumes(self) -> int:
+        """How often its connection was lost and it went on over another one."""
+        return self._attempts.num_resumes
+
+    @property
     def result(self) -> Generation:
         """The finished generation; RuntimeError while the stream was not read to its end."""
         if self._collector.result is None:
             raise RuntimeError("the generation has not finished: read the stream to its end first")
-        return self._collector.result
+        return replace(self._collector.result, num_resumes=self.num_resumes)
 
     async def wait(self) -> Generation:
         """Reads what is left, and gives the finished generation."""
@@ -90,14 +109,16 @@ class AsyncStream:
         return self.result
 
     async def _read(self) -> AsyncIterator[Chunk]:
-        attempt = 0
         while not self._is_closed:
             try:
-                self._call = self._open_call()
+                request = self._attempts.open()
+                self._call = self._open_call(request, self._attempts.timeout_s())
                 async for events in self._call.events():
                     for chunk in self._collector.take_all(events):
                         yield chunk
-                return
+                if self._collector.result is not None:
+                    return
+                error = call_ended(self._address)
             except asyncio.CancelledError:
                 # grpc.aio says a call that `close` cancelled in the same words as a cancelled task.
                 if self._is_closed:
@@ -105,15 +126,14 @@ class AsyncStream:
                 await self._call.cancel()  # type: ignore[union-attr]
                 raise
             except grpc.RpcError as raised:
+                if self._collector.result is not None:
+                    return  # it had ended before its call broke
                 error = from_rpc_error(raised, self._address)
             except MillraceError as failed:
                 error = failed
             if self._is_closed:
                 return
-            attempt += 1
-            delay_s = None
-            if not self._collector.has_started:
-                delay_s = self._retries.delay_s(error, attempt)
+            delay_s = self._attempts.delay_s(error)
             if delay_s is None:
                 raise error
             await asyncio.sleep(delay_s)

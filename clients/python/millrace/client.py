@@ -13,6 +13,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from millrace.artifact.v1 import artifact_pb2, artifact_pb2_grpc
+from millrace.attempts import resume_generation
 from millrace.builds import RecipeOptions, build_request, has_ended, raise_if_failed
 from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, Security, open_channel
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
@@ -216,8 +217,23 @@ class Client:
         Leaving the block, or closing the stream, cancels what still runs.
         """
         start = start_generation(prompt, **options)
+        return self._stream(runtime_pb2.GenerateStreamRequest(start=start))
+
+    def resume(self, generation_id: str, received_tokens: Sequence[int] = ()) -> Stream:
+        """Goes on with a generation of a gateway whose reader is gone, such as another process.
+
+        A stream that loses its connection does so by itself.
+
+        Args:
+            generation_id: as `Stream.generation_id` was.
+            received_tokens: what its reader had, by sample; only what comes after is streamed.
+        """
+        return self._stream(resume_generation(generation_id, received_tokens))
+
+    def _stream(self, command: runtime_pb2.GenerateStreamRequest) -> Stream:
         return Stream(
-            lambda: self._runtime.GenerateStream(runtime_pb2.GenerateStreamRequest(start=start)),
+            lambda request, timeout_s: self._runtime.GenerateStream(request, timeout=timeout_s),
+            command,
             self._runtime_address,
             self._retries,
         )

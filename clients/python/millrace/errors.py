@@ -11,6 +11,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 UNREACHABLE = "UNREACHABLE"
+_CALL_ENDED = "CALL_ENDED"
 _DETAILS_KEY = "grpc-status-details-bin"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -79,6 +80,11 @@ def from_rpc_error(raised: grpc.RpcError, address: str) -> MillraceError:
     return MillraceError(details or code.name, code.name, code, {"address": address})
 
 
+def is_lost_call(error: MillraceError) -> bool:
+    """Claims that a call broke, and that its generations may go on elsewhere."""
+    return error.reason in (UNREACHABLE, _CALL_ENDED)
+
+
 def _tls_problem(details: str) -> str:
     """What gRPC's words about a connection say of TLS; "" where they say nothing."""
     if "failed to connect" not in details:
@@ -106,5 +112,5 @@ def corrupt_blob(digest: str, found: str) -> MillraceError:
 def call_ended(address: str) -> MillraceError:
     """The error of a daemon that ended a call before its generations had ended."""
     return MillraceError(
-        f"The daemon at {address} ended the call.", "CALL_ENDED", grpc.StatusCode.UNAVAILABLE
+        f"The daemon at {address} ended the call.", _CALL_ENDED, grpc.StatusCode.UNAVAILABLE
     )

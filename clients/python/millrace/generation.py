@@ -4,7 +4,7 @@ Blocking, async and multiplexed streams all build their request with `start_gene
 the events to a `Collector`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
 
@@ -150,6 +150,7 @@ class Generation:
         seed: repeats it exactly.
         generated_tokens: over all samples.
         time_to_first_token_s: as the daemon counts it, queueing included.
+        num_resumes: how often its connection was lost and it went on over another one.
     """
 
     samples: tuple[Sample, ...]
@@ -160,6 +161,7 @@ class Generation:
     queued_s: float
     time_to_first_token_s: float
     total_s: float
+    num_resumes: int = 0
 
     @property
     def text(self) -> str:
@@ -175,9 +177,17 @@ class Generation:
 
 
 class Collector:
-    """Turns the events of one generation into chunks, and at the end into a `Generation`."""
+    """Turns the events of one generation into chunks, and at the end into a `Generation`.
 
-    def __init__(self) -> None:
+    Args:
+        generation_id: of one that is resumed; the server names others.
+        received_tokens: that the reader had of it before, by sample.
+    """
+
+    def __init__(self, generation_id: str = "", received_tokens: Sequence[int] = ()) -> None:
+        self.generation_id = generation_id
+        self.received_tokens = list(received_tokens)
+        self.num_events = 0
         self.has_started = False
         self.result: Generation | None = None
         self._seed = 0
@@ -193,21 +203,27 @@ class Collector:
         kind = event.WhichOneof("event")
         if kind == "error":
             raise from_status(event.error)
+        self.num_events += 1
         self.has_started = True
         if kind == "started":
             self._seed = event.started.seed
+            self.generation_id = event.started.generation_id
         elif kind == "tokens":
             return self._take_tokens(event.tokens)
         elif kind == "finished":
             self.result = self._finish(event.finished)
         return None
 
-    def take_all(self, events: Iterable[pb.Event]) -> list[Chunk]:
-        """The chunks that `events` bring."""
-        return [chunk for event in events if (chunk := self.take(event)) is not None]
+    def take_all(self, events: Iterable[pb.Event]) -> Iterator[Chunk]:
+        """The chunks that `events` bring; nothing follows the end."""
+        for event in events:
+            if self.result is None and (chunk := self.take(event)) is not None:
+                yield chunk
 
     def _take_tokens(self, tokens: pb.TokenChunk) -> Chunk:
         index, ids = tokens.sample_index, tuple(tokens.token_ids)
+        self.received_tokens += [0] * (index + 1 - len(self.received_tokens))
+        self.received_tokens[index] += len(ids)
         self._texts.setdefault(index, []).append(tokens.text)
         self._token_ids.setdefault(index, []).extend(ids)
         return Chunk(tokens.text, ids, index, tuple(tokens.logprobs), tuple(tokens.prompt_logprobs))
@@ -238,6 +254,8 @@ class Collector:
 
 
 def _finish_reason(reason: "pb.FinishReason.ValueType") -> FinishReason:
+    if reason not in pb.FinishReason.values():
+        return "unspecified"  # a newer server's
     name = pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
     return name  # type: ignore[return-value]
 

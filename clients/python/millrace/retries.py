@@ -1,13 +1,13 @@
 """Whether and when a failed call is tried again; pure.
 
-Only calls that are safe to send twice come here: reads, BuildEngine (named by what it makes), and a
-generation of which nothing has arrived.
+Only calls that are safe to send twice come here: reads, BuildEngine (named by what it makes), and
+those of a generation (see `millrace.attempts`).
 """
 
 from dataclasses import dataclass
 from random import uniform
 
-from millrace.errors import UNREACHABLE, MillraceError
+from millrace.errors import MillraceError, is_lost_call
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Retries:
             return None
         if error.retry_after_s is not None:
             delay_s = error.retry_after_s
-        elif error.reason == UNREACHABLE:
+        elif is_lost_call(error):
             delay_s = self.first_delay_s * 2.0 ** (attempt - 1)
         else:
             return None

@@ -1,7 +1,7 @@
 """Sessions: many generations on one call, told apart by request ids."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from typing import Self, Unpack
@@ -20,54 +20,92 @@ _Call = grpc.aio.StreamStreamCall[runtime_pb2.GenerateRequest, runtime_pb2.Gener
 class Session:
     """Many generations on one call: the daemon sends one message a step for all of them.
 
-    Leaving the block cancels what still runs. A broken call fails every stream of the session.
+    Leaving the block cancels what still runs. Where the call breaks, another one takes its place,
+    and each stream goes on there, or fails, by itself.
     """
 
-    def __init__(self, call: "_Call", address: str, retries: Retries) -> None:
-        self._call = call
+    def __init__(self, open_call: Callable[[], "_Call"], address: str, retries: Retries) -> None:
+        self._open_call = open_call
         self._address = address
         self._retries = retries
         self._ids = count(1)
-        self._queues: dict[str, asyncio.Queue[runtime_pb2.Event | MillraceError]] = {}
-        self._failure: MillraceError | None = None
-        self._reader: asyncio.Task[None] | None = None
-        self._write_lock = asyncio.Lock()  # gRPC takes one message of a call at a time
+        self._current: _Connection | None = None
 
     async def __aenter__(self) -> Self:
-        self._reader = asyncio.create_task(self._dispatch())
+        self._current = _Connection(self._open_call(), self._address)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._reader is not None, "the session was not entered"
+        await self._connection().close()
+
+    def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncStream:
+        """As `AsyncClient.generate`, on this session's call; the daemon alone keeps `timeout_s`."""
+        self._connection()
+        start = start_generation(prompt, **options)
+
+        def open_call(command: runtime_pb2.GenerateStreamRequest, _: float | None) -> _SharedCall:
+            if self._connection().failure is not None:
+                self._current = _Connection(self._open_call(), self._address)
+            return _SharedCall(self._connection(), _named(command, str(next(self._ids))))
+
+        command = runtime_pb2.GenerateStreamRequest(start=start)
+        return AsyncStream(open_call, command, self._address, self._retries)
+
+    def _connection(self) -> "_Connection":
+        assert self._current is not None, "a session is used inside its block"
+        return self._current
+
+
+def _named(
+    command: runtime_pb2.GenerateStreamRequest, request_id: str
+) -> runtime_pb2.GenerateRequest:
+    """The command as one of many of a call."""
+    request = runtime_pb2.GenerateRequest()
+    if command.WhichOneof("command") == "resume":
+        request.resume.CopyFrom(command.resume)
+        request.resume.request_id = request_id
+    else:
+        request.start.CopyFrom(command.start)
+        request.start.request_id = request_id
+    return request
+
+
+class _Connection:
+    """One call, and who reads what of it."""
+
+    def __init__(self, call: "_Call", address: str) -> None:
+        self.failure: MillraceError | None = None
+        self._call = call
+        self._address = address
+        self._queues: dict[str, asyncio.Queue[runtime_pb2.Event | MillraceError]] = {}
+        self._write_lock = asyncio.Lock()  # gRPC takes one message of a call at a time
+        self._reader = asyncio.create_task(self._dispatch())
+
+    async def close(self) -> None:
+        """Ends the call, and with it what runs on it."""
         self._call.cancel()
         self._reader.cancel()
         await asyncio.wait({self._reader})
 
-    def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncStream:
-        """As `AsyncClient.generate`, on this session's call."""
-        assert self._reader is not None, "a session is used inside its block"
-
-        def open_call() -> _SharedCall:
-            return _SharedCall(self, start_generation(prompt, str(next(self._ids)), **options))
-
-        return AsyncStream(open_call, self._address, self._retries)
-
-    async def _open(
-        self, start: runtime_pb2.StartGeneration
+    async def open(
+        self, request_id: str, request: runtime_pb2.GenerateRequest
     ) -> asyncio.Queue[runtime_pb2.Event | MillraceError]:
-        if self._failure is not None:
-            raise self._failure
+        """Where the events of that generation will arrive; sends its request."""
+        if self.failure is not None:
+            raise self.failure
         queue: asyncio.Queue[runtime_pb2.Event | MillraceError] = asyncio.Queue()
-        self._queues[start.request_id] = queue
-        await self._send(runtime_pb2.GenerateRequest(start=start))
+        self._queues[request_id] = queue
+        await self._send(request)
         return queue
 
-    async def _cancel(self, request_id: str) -> None:
-        if self._queues.pop(request_id, None) is not None and self._failure is None:
+    async def cancel(self, request_id: str) -> None:
+        """Ends that generation; its events are no longer read."""
+        if self._queues.pop(request_id, None) is not None and self.failure is None:
             cancel = runtime_pb2.CancelGeneration(request_id=request_id)
             await self._send(runtime_pb2.GenerateRequest(cancel=cancel))
 
-    def _forget(self, request_id: str) -> None:
+    def forget(self, request_id: str) -> None:
+        """Reads no more events of that generation."""
         self._queues.pop(request_id, None)
 
     async def _send(self, request: runtime_pb2.GenerateRequest) -> None:
@@ -83,23 +121,25 @@ class Session:
                     # Late events of a generation that its reader left have no queue.
                     if (queue := self._queues.get(event.request_id)) is not None:
                         queue.put_nowait(event)
-            self._failure = call_ended(self._address)
+            self.failure = call_ended(self._address)
         except grpc.RpcError as raised:
-            self._failure = from_rpc_error(raised, self._address)
+            self.failure = from_rpc_error(raised, self._address)
         for queue in self._queues.values():
-            queue.put_nowait(self._failure)
+            queue.put_nowait(self.failure)
 
 
 class _SharedCall:
     """One generation among others on a session's call."""
 
-    def __init__(self, session: "Session", start: runtime_pb2.StartGeneration) -> None:
-        self._session = session
-        self._start = start
+    def __init__(self, connection: _Connection, request: runtime_pb2.GenerateRequest) -> None:
+        self._connection = connection
+        self._request = request
+        command = request.resume if request.HasField("resume") else request.start
+        self._request_id = command.request_id
 
     async def events(self) -> AsyncIterator[Sequence[runtime_pb2.Event]]:
         """The events, as they arrive, to the terminal one."""
-        queue = await self._session._open(self._start)
+        queue = await self._connection.open(self._request_id, self._request)
         try:
             while True:
                 event = await queue.get()
@@ -109,8 +149,8 @@ class _SharedCall:
                 if event.WhichOneof("event") in ("finished", "error"):
                     return
         finally:
-            self._session._forget(self._start.request_id)
+            self._connection.forget(self._request_id)
 
     async def cancel(self) -> None:
         """Ends the generation."""
-        await self._session._cancel(self._start.request_id)
+        await self._connection.cancel(self._request_id)

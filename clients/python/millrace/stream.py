@@ -1,12 +1,14 @@
 """One generation read with `for`, on a call of its own."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol, Self
 
 import grpc
 
-from millrace.errors import MillraceError, from_rpc_error
+from millrace.attempts import Attempts
+from millrace.errors import MillraceError, call_ended, from_rpc_error
 from millrace.generation import Chunk, Collector, Generation
 from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2
@@ -21,21 +23,27 @@ class _Call(Protocol):
 class Stream:
     """One generation: iterate it for chunks; leave its block, or `close` it, to cancel the rest.
 
-    A start that the daemon refuses with a retry delay is tried again as long as nothing arrived.
+    A start that the daemon refuses with a retry delay is tried again as long as nothing arrived. A
+    connection to a gateway that is lost later is made anew, and the generation goes on where it was.
+
+    Args:
+        open_call: given the request and the seconds that the call may take, if those are limited.
     """
 
     def __init__(
         self,
-        open_call: Callable[[], _Call],
+        open_call: Callable[[runtime_pb2.GenerateStreamRequest, float | None], _Call],
+        command: runtime_pb2.GenerateStreamRequest,
         address: str,
         retries: Retries,
     ) -> None:
         self._open_call = open_call
         self._address = address
-        self._retries = retries
         self._call: _Call | None = None
         self._is_closed = False
-        self._collector = Collector()
+        resume = command.resume
+        self._collector = Collector(resume.generation_id, resume.received_tokens)
+        self._attempts = Attempts(command, self._collector, retries)
         self._chunks = self._read()
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -54,6 +62,21 @@ class Stream:
             self._call.cancel()
 
     @property
+    def generation_id(self) -> str:
+        """Names it for `Client.resume`; "" before it has started, and where it cannot be resumed."""
+        return self._collector.generation_id
+
+    @property
+    def received_tokens(self) -> Sequence[int]:
+        """Tokens that have arrived, by sample."""
+        return tuple(self._collector.received_tokens)
+
+    @property
+    def num_resumes(self) -> int:
+        """How often its connection was lost and it went on over another one."""
+        return self._attempts.num_resumes
+
+    @property
     def result(self) -> Generation:
         """The finished generation.
 
@@ -62,7 +85,7 @@ class Stream:
         """
         if self._collector.result is None:
             raise RuntimeError("the generation has not finished: read the stream to its end first")
-        return self._collector.result
+        return replace(self._collector.result, num_resumes=self.num_resumes)
 
     def wait(self) -> Generation:
         """Reads what is left, and gives the finished generation."""
@@ -71,23 +94,24 @@ class Stream:
         return self.result
 
     def _read(self) -> Iterator[Chunk]:
-        attempt = 0
         while not self._is_closed:
             try:
-                self._call = self._open_call()
+                request = self._attempts.open()
+                self._call = self._open_call(request, self._attempts.timeout_s())
                 for response in self._call:
                     yield from self._collector.take_all(response.events)
-                return
+                if self._collector.result is not None:
+                    return
+                error = call_ended(self._address)
             except grpc.RpcError as raised:
+                if self._collector.result is not None:
+                    return  # it had ended before its call broke
                 error = from_rpc_error(raised, self._address)
             except MillraceError as failed:
                 error = failed
             if self._is_closed:
                 return
-            attempt += 1
-            delay_s = None
-            if not self._collector.has_started:
-                delay_s = self._retries.delay_s(error, attempt)
+            delay_s = self._attempts.delay_s(error)
             if delay_s is None:
                 raise error
             time.sleep(delay_s)

@@ -1,0 +1,114 @@
+"""The programs that run conformance tasks, one a language: how each is built, started and asked."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+CLIENTS = ROOT / "clients"
+_TASK_TIMEOUT_S = 60.0
+_BUILD_TIMEOUT_S = 280.0
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Language:
+    """How a client's runner comes about.
+
+    Args:
+        needs: programs that have to be there.
+        build: makes the runner, and does nothing where nothing has changed.
+        command: starts it.
+        is_required: it may not be left out on CI.
+    """
+
+    needs: Sequence[str]
+    build: Callable[[], None]
+    command: Sequence[str]
+    is_required: bool = True
+
+    def missing(self) -> str:
+        """Which program is missing; "" where none is."""
+        return next((program for program in self.needs if shutil.which(program) is None), "")
+
+
+def _nothing() -> None:
+    pass
+
+
+_NODE = CLIENTS / "node"
+
+
+def _build_node() -> None:
+    installed = _NODE / "node_modules/.package-lock.json"
+    wanted = _NODE / "package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < wanted.stat().st_mtime:
+        build_with("npm", "ci", "--no-audit", "--no-fund", cwd=_NODE)
+    build_with("npm", "run", "build", cwd=_NODE)
+
+
+_PYTHON = (sys.executable, str(CLIENTS / "conformance/python_runner.py"))
+LANGUAGES = {
+    "python": Language((), _nothing, _PYTHON),
+    "python-async": Language((), _nothing, (*_PYTHON, "--async")),
+    "node": Language(
+        ("node", "npm"), _build_node, ("node", str(_NODE / "dist/conformance/runner.js"))
+    ),
+}
+
+
+class Runner:
+    """A running runner; a context manager. Builds it first."""
+
+    def __init__(self, language: Language) -> None:
+        language.build()
+        self._command = language.command
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+
+    def run(self, task: Json) -> list[Json]:
+        """The results of the task's actions."""
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        # A client that hangs fails its scenario, and the next one gets a fresh process.
+        timer = threading.Timer(_TASK_TIMEOUT_S, process.kill)
+        timer.start()
+        process.stdin.write(json.dumps(task) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        timer.cancel()
+        assert line, f"the runner ended, or took over {_TASK_TIMEOUT_S:.0f} s"
+        results: list[Json] = json.loads(line)["results"]
+        return results
+
+    def _running(self) -> "subprocess.Popen[str]":
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                env={**os.environ, "GRPC_VERBOSITY": "NONE"},
+            )  # fmt: skip
+        return self._process
+
+
+def build_with(*command: str, cwd: Path = ROOT) -> None:
+    """Runs one step of a build; its output is the failure."""
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
