@@ -14,9 +14,10 @@ from kernels.launcher import KernelLibrary
 from kernels.variant import CODE_TITLE, INDEX_TITLE
 from runtime_service.execution.cuda_engine import assemble
 from runtime_service.execution.cuda_model_runner import CudaModelRunner
-from runtime_service.execution.device_stream import CudaStream
+from runtime_service.execution.device_stream import CudaLane, CudaStream
 from runtime_service.execution.limits import RunnerOptions, choose_limits
 from runtime_service.execution.model_runner import ModelRunner
+from runtime_service.execution.weight_copy import LANE_BYTES, NUM_LANES, WeightCopy
 from runtime_service.limits import RuntimeLimits
 from shared.arch import arch_named
 from shared.engine import EngineManifest
@@ -133,27 +134,30 @@ def _load_cuda_runner(
     store: LocalStore, engine: EngineManifest, options: RunnerOptions, phases: "_Phases"
 ) -> LoadedEngine:
     code = store.read_all(engine.layer(CODE_TITLE).digest)
-    with phases.timed("check_device"):
-        library = KernelLibrary(
-            store.read_all(engine.layer(INDEX_TITLE).digest),
-            lambda offset, size: code[offset : offset + size],
-        )
+    index = store.read_all(engine.layer(INDEX_TITLE).digest)
     graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
     with WeightReader(store, engine) as reader:
-        reader.start_verify()
-        with phases.timed("copy_weights"):
-            weights = {
-                name: {role: tensor.cuda() for role, tensor in reader.roles(name).items()}
-                for name in graph.weights
-            }
+        reader.start_verify()  # beside all that follows
+        with phases.timed("device_context"):
+            stream = CudaStream()
+        with phases.timed("check_device"):
+            library = KernelLibrary(index, lambda offset, size: code[offset : offset + size])
+        with phases.timed("start_copy"):
+            lanes = [CudaLane(LANE_BYTES) for _ in range(NUM_LANES)]
+            copy = WeightCopy(reader, graph.weights, stream.device, lanes)
+        # Kernels are loaded and graphs captured while weights arrive: neither reads a result.
+        with copy:
+            with phases.timed("load_kernels"):
+                loaded = assemble(
+                    graph, library, copy.weights, options, stream,
+                    lambda: torch.cuda.mem_get_info()[0],
+                )  # fmt: skip
+            with phases.timed("capture_graphs"):
+                loaded.graphs.capture()
+            with phases.timed("copy_weights"):
+                copy.join()
         with phases.timed("verify_weights"):
             reader.verify()
-    with phases.timed("load_kernels"):
-        loaded = assemble(
-            graph, library, weights, options, CudaStream(), lambda: torch.cuda.mem_get_info()[0]
-        )
-    with phases.timed("capture_graphs"):
-        loaded.graphs.capture()
     limits = loaded.limits
     _log.info(
         "engine_loaded",

@@ -155,6 +155,20 @@ class WeightReader:
         """All packed tensors of a weight, by role; KeyError where there is no such weight."""
         return {role: self.tensor(name, role) for role in self.index.tensors[name]}
 
+    def read_into(self, buffer: memoryview, name: str, role: str, start: int) -> None:
+        """Fills `buffer` with a packed tensor's bytes from `start` on; for threads, after `start_verify`.
+
+        Raises:
+            DigestMismatch: the blob ends before.
+        """
+        stored = self.index.tensors[name][role]
+        fd, at = self._files[stored.blob].fileno(), stored.offset + start
+        while buffer:
+            count = os.preadv(fd, [buffer], at)
+            if not count:  # cut short since it was opened
+                raise DigestMismatch(digest=self._blobs[stored.blob].digest, found="another size")
+            buffer, at = buffer[count:], at + count
+
     def start_verify(self) -> None:
         """Begins to hash all weight blobs in threads, beside whatever the caller does next."""
         if self._hashes is not None:
