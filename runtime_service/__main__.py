@@ -24,6 +24,7 @@ from runtime_service.settings import RuntimeSettings, quant_named
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import MillraceError
 from shared.log import configure_logging
+from shared.process import process_age_s
 from shared.security import ServerSecurity, peer_security
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
@@ -149,6 +150,7 @@ async def _load_first(settings: RuntimeSettings, runtime: Runtime) -> None:
     if not settings.model:
         return
     selector = EngineSelector(settings.model, runtime.arch, quant_named(settings.quant))
+    runtime.before_load = (("start_daemon", process_age_s()),)
     delay_s = 1.0
     while True:
         try:
