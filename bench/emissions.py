@@ -24,6 +24,10 @@ class NotingRunner:
         """As the runner does."""
         self._runner.warm_up()
 
+    def use_idle_time(self) -> bool:
+        """As the runner does."""
+        return self._runner.use_idle_time()
+
     def execute(self, step: SchedulerOutput) -> "_NotingStep":
         """Launches the step."""
         for new in step.new_sequences:

@@ -43,6 +43,10 @@ class PacedRunner:
     def warm_up(self) -> None:
         """Nothing is cold."""
 
+    def use_idle_time(self) -> bool:
+        """Nothing is left to prepare."""
+        return False
+
     def execute(self, step: SchedulerOutput) -> _Step:
         """Draws at once, and shows it in time."""
         rows = [s.row for s in step.scheduled if s.is_sampled]

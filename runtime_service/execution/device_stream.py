@@ -90,7 +90,7 @@ class CudaLane:
         self._buffers = [
             torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)
         ]
-        self._views = [memoryview(buffer.numpy()) for buffer in self._buffers]
+        self._views = [buffer.numpy().data for buffer in self._buffers]
         self._taken = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
         self._at = 0
 

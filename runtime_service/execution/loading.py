@@ -153,7 +153,7 @@ def _load_cuda_runner(
                     lambda: torch.cuda.mem_get_info()[0],
                 )  # fmt: skip
             with phases.timed("capture_graphs"):
-                loaded.graphs.capture()
+                loaded.graphs.capture_few()
             with phases.timed("copy_weights"):
                 copy.join()
         with phases.timed("verify_weights"):
