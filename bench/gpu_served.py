@@ -34,7 +34,7 @@ def load_measured(*, store: str, engine: str, **chosen: Any) -> Any:
     from dataclasses import replace
 
     from bench.gpu_offline import throughput
-    from runtime_service.execution.loading import load_engine
+    from runtime_service.execution.loader import load_engine
 
     root = Path(store)
     loaded = load_engine(store, engine, **chosen)
@@ -112,7 +112,7 @@ def write_engine(root: Path, kernels: Path, model: str, quant: str) -> dict[str,
 
         return store.write_blob(pieces(), WEIGHTS_TYPE, weights_title(number))
 
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(16) as threads:
         weights = list(threads.map(write, sorted(blobs)))
     written = time.perf_counter()
     index = store.write_blob([WeightIndex(places).to_json()], WEIGHT_INDEX_TYPE, WEIGHTS_TITLE)

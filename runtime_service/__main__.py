@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from runtime_service.registration import Registration
 
 SERVICE = "millrace.runtime.v1.RuntimeService"
-LOADER = "runtime_service.execution.loading:load_engine"
+LOADER = "runtime_service.execution.loader:load_engine"
 
 # After the drain's own grace: for last events to reach their readers.
 _LAST_EVENTS_S = 2.0

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import structlog
@@ -24,6 +23,7 @@ from shared.engine import EngineManifest
 from shared.errors import ArchMismatch
 from shared.ir import Graph
 from shared.store.local import LocalStore
+from shared.store.weight_files import WeightFiles
 from shared.store.weights import WeightReader
 
 _log = structlog.get_logger()
@@ -42,33 +42,16 @@ class LoadedEngine:
     phases: tuple[tuple[str, float], ...]
 
 
-def load_engine(
-    store: str,
-    engine: str,
-    max_sequence_tokens: int | None = None,
-    max_sequences: int | None = None,
-    max_step_tokens: int | None = None,
-    kv_bytes: int | None = None,
-    num_threads: int | None = None,
+def load_runner(
+    store: LocalStore,
+    engine: EngineManifest,
+    options: RunnerOptions,
+    files: WeightFiles | None = None,
 ) -> LoadedEngine:
-    """What an engine process runs: everything by name, so that it crosses a process border.
-
-    Args:
-        store: folder of a local store that holds the engine whole.
-        engine: its name.
-    Raises:
-        what `load_runner` does.
-    """
-    local = LocalStore(Path(store))
-    options = RunnerOptions(
-        max_sequence_tokens, max_sequences, max_step_tokens, kv_bytes, num_threads
-    )
-    return load_runner(local, local.get(engine), options)
-
-
-def load_runner(store: LocalStore, engine: EngineManifest, options: RunnerOptions) -> LoadedEngine:
     """The engine, loaded; nothing of it was used before all of its bytes were verified.
 
+    Args:
+        files: the engine's, where hashing them has begun already; closed by this.
     Raises:
         ArchMismatch: it is for another kind of device.
         DigestMismatch, BlobNotFound: the store's copy is not whole.
@@ -80,12 +63,16 @@ def load_runner(store: LocalStore, engine: EngineManifest, options: RunnerOption
         if not torch.cuda.is_available():
             command = "millrace-runtime --arch cpu"
             raise ArchMismatch(built_for=arch.name, found="cpu", command=command)
-        return _load_cuda_runner(store, engine, options, phases)
-    return _load_cpu_runner(store, engine, options, phases)
+        return _load_cuda_runner(store, engine, options, files, phases)
+    return _load_cpu_runner(store, engine, options, files, phases)
 
 
 def _load_cpu_runner(
-    store: LocalStore, engine: EngineManifest, options: RunnerOptions, phases: "_Phases"
+    store: LocalStore,
+    engine: EngineManifest,
+    options: RunnerOptions,
+    files: WeightFiles | None,
+    phases: "_Phases",
 ) -> LoadedEngine:
     # Not at the head: a GPU's engine process needs none of it, and it takes a third of a second.
     from kernels.cpu_form import cpu_target
@@ -93,7 +80,7 @@ def _load_cpu_runner(
     from runtime_service.execution.cpu_executor import CpuExecutor
 
     set_num_threads(options.num_threads or 0)
-    with WeightReader(store, engine) as reader:
+    with WeightReader(store, engine, files) as reader:
         reader.start_verify()
         with phases.timed("read_graph"):
             graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
@@ -131,12 +118,16 @@ def _load_cpu_runner(
 
 
 def _load_cuda_runner(
-    store: LocalStore, engine: EngineManifest, options: RunnerOptions, phases: "_Phases"
+    store: LocalStore,
+    engine: EngineManifest,
+    options: RunnerOptions,
+    files: WeightFiles | None,
+    phases: "_Phases",
 ) -> LoadedEngine:
     code = store.read_all(engine.layer(CODE_TITLE).digest)
     index = store.read_all(engine.layer(INDEX_TITLE).digest)
     graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
-    with WeightReader(store, engine) as reader:
+    with WeightReader(store, engine, files) as reader:
         reader.start_verify()  # beside all that follows
         with phases.timed("device_context"):
             stream = CudaStream()

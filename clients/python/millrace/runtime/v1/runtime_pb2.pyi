@@ -1208,12 +1208,13 @@ class StartupPhase(_message.Message):
     """What was waited for. In order: `start_daemon` (first load only: from the
     process's start), `find_engine` (looked up, pulled or built),
     `start_process` (the engine process's, and of the tokenizer what takes
-    longer than all that follows), `import`; on a GPU `device_context`,
-    `check_device`, `start_copy` (buffers that weights go through),
-    `load_kernels` and `capture_graphs` (while weights are copied and
-    verified), `copy_weights` and `verify_weights` (what was left of that);
-    on a CPU `read_graph`, `pack_weights`, `verify_weights`; `warm_up` (first
-    steps). Others may be added.
+    longer than all that follows), `import`, `import_torch` (while weights
+    are verified); on a GPU `device_context`, `check_device`, `start_copy`
+    (buffers that weights go through), `load_kernels` and `capture_graphs`
+    (while weights are copied, and still verified), `copy_weights` and
+    `verify_weights` (what was left of that); on a CPU `read_graph`,
+    `pack_weights`, `verify_weights`; `warm_up` (first steps). Others may be
+    added.
     """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
