@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runtime_service.engine_core import EngineCore
 from runtime_service.engine_messages import AddRequest, Command, Shutdown, StepOutputs
-from runtime_service.execution.loading import load_engine
+from runtime_service.execution.loader import load_engine
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
 from runtime_service.scheduling.scheduler import Scheduler
 from shared.engine import EngineSelector, QuantConfig

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import structlog
+import uvloop
 from millrace.runtime.v1 import runtime_pb2_grpc
 
 from runtime_service.device import own_arch
@@ -23,6 +24,7 @@ from runtime_service.settings import RuntimeSettings, quant_named
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import MillraceError
 from shared.log import configure_logging
+from shared.process import process_age_s
 from shared.security import ServerSecurity, peer_security
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from runtime_service.registration import Registration
 
 SERVICE = "millrace.runtime.v1.RuntimeService"
-LOADER = "runtime_service.execution.loading:load_engine"
+LOADER = "runtime_service.execution.loader:load_engine"
 
 # After the drain's own grace: for last events to reach their readers.
 _LAST_EVENTS_S = 2.0
@@ -53,7 +55,8 @@ def main() -> None:
     configure_logging(settings.log_level, settings.log_format, "runtime")
     try:
         configure_tracing("runtime")
-        asyncio.run(serve(settings))
+        # Its turns cost half of asyncio's own; a stream's token takes several.
+        uvloop.run(serve(settings))
     except SettingsError as error:
         exit_with(f"millrace-runtime: {error}")
     except MillraceError as error:
@@ -155,6 +158,7 @@ async def _load_first(settings: RuntimeSettings, runtime: Runtime) -> None:
     if not settings.model:
         return
     selector = EngineSelector(settings.model, runtime.arch, quant_named(settings.quant))
+    runtime.before_load = (("start_daemon", process_age_s()),)
     delay_s = 1.0
     while True:
         try:

@@ -40,6 +40,9 @@ class ModelRunner(Protocol):
     def execute(self, step: SchedulerOutput) -> PendingStep:
         """Launches a step and returns without waiting for it."""
 
+    def use_idle_time(self) -> bool:
+        """Does one short piece of work that makes later steps faster; False where none is left."""
+
 
 class LoadedEngine(Protocol):
     """An engine on its device."""
@@ -89,8 +92,9 @@ class EngineCore:
     def run(self) -> None:
         """Loops until `Shutdown`. Raises whatever the runner or the mailbox raised."""
         while not self._is_stopped:
-            # Idle: sleeps in the kernel until the front says something.
-            commands = self._mailbox.receive(wait=self._is_idle)
+            # Idle, with nothing left to prepare: sleeps in the kernel until the front says something.
+            has_prepared = self._is_idle and self._runner.use_idle_time()
+            commands = self._mailbox.receive(wait=self._is_idle and not has_prepared)
             self._num_commands += len(commands)
             self._step(self._obey(commands), bool(commands))
 

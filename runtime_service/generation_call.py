@@ -140,7 +140,7 @@ class GenerationCall(Generic[Member]):
         """
         while True:
             self._news.clear()
-            async for events in self._take():
+            for events in self._take():
                 yield events
             if self._running or self._unread:
                 await self._news.wait()
@@ -248,7 +248,7 @@ class GenerationCall(Generic[Member]):
             self._room.clear()
         self._news.set()
 
-    async def _take(self) -> AsyncIterator[list[pb.Event]]:
+    def _take(self) -> Iterator[list[pb.Event]]:
         unread, self._unread = self._unread, {}
         events: list[pb.Event] = []
         num_tokens = 0

@@ -88,7 +88,9 @@ class Runtime:
         self.arch = arch
         self.metrics = metrics
         self.served: ServedEngine | None = None
+        # Phases of the last load, and what the daemon did before its first one: (name, seconds).
         self.startup: tuple[tuple[str, float], ...] = ()
+        self.before_load: tuple[tuple[str, float], ...] = ()
         self._state = pb.RUNTIME_STATE_IDLE
         self._source = source
         self._read_text = read_text
@@ -400,7 +402,8 @@ class Runtime:
             raise EngineLost(problem="it ended right after it was loaded")
         phases = served.client.phases
         rest = time.monotonic() - started - sum(seconds for _, seconds in phases)
-        self.startup = (found, ("start_process", max(rest, 0.0)), *phases)
+        self.startup = (*self.before_load, found, ("start_process", max(rest, 0.0)), *phases)
+        self.before_load = ()
         self.served = served
         self._become(pb.RUNTIME_STATE_SERVING)
         limits = served.client.limits

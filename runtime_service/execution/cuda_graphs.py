@@ -65,8 +65,11 @@ class CudaGraphExecutor:
             library, rows, executor.max_sizes, limits.block_tokens, pairs, rope
         )
         most = min(limits.max_sequences, self._decode[-1].max_sequences, _MAX_CAPTURED_TOKENS)
-        self._decode_buckets = decode_buckets(most)
-        self._mixed_buckets = mixed_buckets(min(limits.max_step_tokens, _MAX_CAPTURED_TOKENS))
+        mixed = mixed_buckets(min(limits.max_step_tokens, _MAX_CAPTURED_TOKENS))
+        # (is decode, bucket), in the order of capturing; what is captured already, ascending.
+        self._to_capture = [(False, bucket) for bucket in reversed(mixed)]
+        self._to_capture += [(True, bucket) for bucket in reversed(decode_buckets(most))]
+        self._captured_buckets: dict[bool, list[int]] = {False: [], True: []}
         self._captured: dict[tuple[bool, int], _Captured] = {}
 
     @property
@@ -79,13 +82,20 @@ class CudaGraphExecutor:
         """The most tokens of a step that wants all of their logits."""
         return self._executor.max_sizes.rows
 
+    def capture_few(self) -> None:
+        """Captures powers of two alone, largest first: until more are there, steps are padded up to them."""
+        self._capture_all([key for key in self._to_capture if _is_power_of_two(key[1])])
+
+    def capture_next(self) -> bool:
+        """Captures one more graph; False where none was left. For times when nothing else is to be done."""
+        if self._to_capture:
+            self._capture_all(self._to_capture[:1])
+            return True
+        return False
+
     def capture(self) -> None:
-        """Captures every bucket's graph, largest first, so that no step waits for it."""
-        self._rows.send_nothing()
-        for bucket in reversed(self._mixed_buckets):
-            self._capture(False, bucket)
-        for bucket in reversed(self._decode_buckets):
-            self._capture(True, bucket)
+        """Captures every bucket's graph that is not captured yet, largest first."""
+        self._capture_all(list(self._to_capture))
 
     def run(self, step: SentStep) -> torch.Tensor:
         """Launches the step that was sent last and does not wait.
@@ -93,14 +103,12 @@ class CudaGraphExecutor:
         Returns:
             Logits [S, V] of each sequence's last token, fp32, in memory that the next step overwrites.
         """
-        buckets = self._decode_buckets if step.is_decode else self._mixed_buckets
+        buckets = self._captured_buckets[step.is_decode]
         index = bisect.bisect_left(buckets, step.num_tokens)
-        captured = None
-        if index < len(buckets):
-            captured = self._captured.get((step.is_decode, buckets[index]))
-        if captured is None:
+        if index == len(buckets):
             sizes = Sizes(step.num_tokens, step.num_sequences, step.num_sequences)
             return self._executor.run(self._ragged_regime(sizes.tokens), self._inputs.launch(sizes))
+        captured = self._captured[step.is_decode, buckets[index]]
         captured.replay()
         return captured.logits_RV[: step.num_sequences]
 
@@ -118,6 +126,12 @@ class CudaGraphExecutor:
     def _ragged_regime(self, tokens: int) -> Regime:
         return next(r for r in self._ragged if not r.max_tokens or r.max_tokens >= tokens)
 
+    def _capture_all(self, keys: Sequence[tuple[bool, int]]) -> None:
+        self._rows.send_nothing()
+        for is_decode, bucket in keys:
+            self._capture(is_decode, bucket)
+            self._to_capture.remove((is_decode, bucket))
+
     def _capture(self, is_decode: bool, bucket: int) -> None:
         if is_decode:
             regime = next(r for r in self._decode if r.max_sequences >= bucket)
@@ -133,6 +147,11 @@ class CudaGraphExecutor:
 
         replay = self._stream.capture(launch)
         self._captured[is_decode, bucket] = _Captured(replay, logits[0])
+        bisect.insort(self._captured_buckets[is_decode], bucket)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
 
 
 def decode_buckets(most: int) -> list[int]:

@@ -158,6 +158,11 @@ class CudaModelRunner:
             count = 1
         self._rows.apply(SchedulerOutput(0, (0,), (), (), ()))
 
+    def use_idle_time(self) -> bool:
+        """Captures one more graph; False where all are captured."""
+        with torch.inference_mode():
+            return self._executor.capture_next()
+
     def close(self) -> None:
         """Nothing runs here that would have to be ended."""
 

@@ -80,3 +80,33 @@ class CudaStream:
                 graph.capture_end()
         current.wait_stream(self._side)
         return graph.replay
+
+
+class CudaLane:
+    """Host memory to the current CUDA device, on a stream of its own: a `weight_copy.Lane`."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._buffers = [
+            torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)
+        ]
+        self._views = [buffer.numpy().data for buffer in self._buffers]
+        self._taken = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._at = 0
+
+    def buffer(self) -> memoryview:
+        """The buffer whose turn it is."""
+        self._at = 1 - self._at
+        self._taken[self._at].synchronize()
+        return self._views[self._at]
+
+    def send(self, destination: torch.Tensor) -> None:
+        """Launches the copy."""
+        with torch.cuda.stream(self._stream):
+            source = self._buffers[self._at][: len(destination)]
+            destination.copy_(source, non_blocking=True)
+            self._taken[self._at].record(self._stream)
+
+    def finish(self) -> None:
+        """Waits for this lane's stream."""
+        self._stream.synchronize()

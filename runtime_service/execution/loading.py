@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import structlog
@@ -14,15 +13,17 @@ from kernels.launcher import KernelLibrary
 from kernels.variant import CODE_TITLE, INDEX_TITLE
 from runtime_service.execution.cuda_engine import assemble
 from runtime_service.execution.cuda_model_runner import CudaModelRunner
-from runtime_service.execution.device_stream import CudaStream
+from runtime_service.execution.device_stream import CudaLane, CudaStream
 from runtime_service.execution.limits import RunnerOptions, choose_limits
 from runtime_service.execution.model_runner import ModelRunner
+from runtime_service.execution.weight_copy import LANE_BYTES, NUM_LANES, WeightCopy
 from runtime_service.limits import RuntimeLimits
 from shared.arch import arch_named
 from shared.engine import EngineManifest
 from shared.errors import ArchMismatch
 from shared.ir import Graph
 from shared.store.local import LocalStore
+from shared.store.weight_files import WeightFiles
 from shared.store.weights import WeightReader
 
 _log = structlog.get_logger()
@@ -41,33 +42,16 @@ class LoadedEngine:
     phases: tuple[tuple[str, float], ...]
 
 
-def load_engine(
-    store: str,
-    engine: str,
-    max_sequence_tokens: int | None = None,
-    max_sequences: int | None = None,
-    max_step_tokens: int | None = None,
-    kv_bytes: int | None = None,
-    num_threads: int | None = None,
+def load_runner(
+    store: LocalStore,
+    engine: EngineManifest,
+    options: RunnerOptions,
+    files: WeightFiles | None = None,
 ) -> LoadedEngine:
-    """What an engine process runs: everything by name, so that it crosses a process border.
-
-    Args:
-        store: folder of a local store that holds the engine whole.
-        engine: its name.
-    Raises:
-        what `load_runner` does.
-    """
-    local = LocalStore(Path(store))
-    options = RunnerOptions(
-        max_sequence_tokens, max_sequences, max_step_tokens, kv_bytes, num_threads
-    )
-    return load_runner(local, local.get(engine), options)
-
-
-def load_runner(store: LocalStore, engine: EngineManifest, options: RunnerOptions) -> LoadedEngine:
     """The engine, loaded; nothing of it was used before all of its bytes were verified.
 
+    Args:
+        files: the engine's, where hashing them has begun already; closed by this.
     Raises:
         ArchMismatch: it is for another kind of device.
         DigestMismatch, BlobNotFound: the store's copy is not whole.
@@ -79,12 +63,16 @@ def load_runner(store: LocalStore, engine: EngineManifest, options: RunnerOption
         if not torch.cuda.is_available():
             command = "millrace-runtime --arch cpu"
             raise ArchMismatch(built_for=arch.name, found="cpu", command=command)
-        return _load_cuda_runner(store, engine, options, phases)
-    return _load_cpu_runner(store, engine, options, phases)
+        return _load_cuda_runner(store, engine, options, files, phases)
+    return _load_cpu_runner(store, engine, options, files, phases)
 
 
 def _load_cpu_runner(
-    store: LocalStore, engine: EngineManifest, options: RunnerOptions, phases: "_Phases"
+    store: LocalStore,
+    engine: EngineManifest,
+    options: RunnerOptions,
+    files: WeightFiles | None,
+    phases: "_Phases",
 ) -> LoadedEngine:
     # Not at the head: a GPU's engine process needs none of it, and it takes a third of a second.
     from kernels.cpu_form import cpu_target
@@ -92,7 +80,7 @@ def _load_cpu_runner(
     from runtime_service.execution.cpu_executor import CpuExecutor
 
     set_num_threads(options.num_threads or 0)
-    with WeightReader(store, engine) as reader:
+    with WeightReader(store, engine, files) as reader:
         reader.start_verify()
         with phases.timed("read_graph"):
             graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
@@ -130,30 +118,37 @@ def _load_cpu_runner(
 
 
 def _load_cuda_runner(
-    store: LocalStore, engine: EngineManifest, options: RunnerOptions, phases: "_Phases"
+    store: LocalStore,
+    engine: EngineManifest,
+    options: RunnerOptions,
+    files: WeightFiles | None,
+    phases: "_Phases",
 ) -> LoadedEngine:
     code = store.read_all(engine.layer(CODE_TITLE).digest)
-    with phases.timed("check_device"):
-        library = KernelLibrary(
-            store.read_all(engine.layer(INDEX_TITLE).digest),
-            lambda offset, size: code[offset : offset + size],
-        )
+    index = store.read_all(engine.layer(INDEX_TITLE).digest)
     graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
-    with WeightReader(store, engine) as reader:
-        reader.start_verify()
-        with phases.timed("copy_weights"):
-            weights = {
-                name: {role: tensor.cuda() for role, tensor in reader.roles(name).items()}
-                for name in graph.weights
-            }
+    with WeightReader(store, engine, files) as reader:
+        reader.start_verify()  # beside all that follows
+        with phases.timed("device_context"):
+            stream = CudaStream()
+        with phases.timed("check_device"):
+            library = KernelLibrary(index, lambda offset, size: code[offset : offset + size])
+        with phases.timed("start_copy"):
+            lanes = [CudaLane(LANE_BYTES) for _ in range(NUM_LANES)]
+            copy = WeightCopy(reader, graph.weights, stream.device, lanes)
+        # Kernels are loaded and graphs captured while weights arrive: neither reads a result.
+        with copy:
+            with phases.timed("load_kernels"):
+                loaded = assemble(
+                    graph, library, copy.weights, options, stream,
+                    lambda: torch.cuda.mem_get_info()[0],
+                )  # fmt: skip
+            with phases.timed("capture_graphs"):
+                loaded.graphs.capture_few()
+            with phases.timed("copy_weights"):
+                copy.join()
         with phases.timed("verify_weights"):
             reader.verify()
-    with phases.timed("load_kernels"):
-        loaded = assemble(
-            graph, library, weights, options, CudaStream(), lambda: torch.cuda.mem_get_info()[0]
-        )
-    with phases.timed("capture_graphs"):
-        loaded.graphs.capture()
     limits = loaded.limits
     _log.info(
         "engine_loaded",

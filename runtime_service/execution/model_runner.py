@@ -59,6 +59,10 @@ class ModelRunner:
             self.execute(step).result()
         self._worker.submit(self._rows.apply, free).result()
 
+    def use_idle_time(self) -> bool:
+        """Nothing is left to prepare."""
+        return False
+
     def close(self) -> None:
         """Ends the thread, after the steps that were handed over."""
         self._worker.shutdown()

@@ -31,6 +31,10 @@ from shared.store.blob_writer import CHUNK_BYTES, BlobWriter, Bytes
 from shared.store.locks import FileLock, try_lock
 from shared.store.pins import Pin, pinned_digests
 
+# Read and hashed at once. Around each piece a thread waits for Python's lock, which a loading engine
+# holds most of the time: with pieces of 256 KiB, 16 GB took eight threads longer than everything else.
+_HASH_BYTES = 32 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
@@ -113,9 +117,7 @@ class BlobFolder:
         before = _stamp(os.fstat(file.fileno()))
         if self._verified.get(digest) == before:
             return
-        file.seek(0)
-        found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-        file.seek(0)
+        found = _digest(file, before[0])
         if found != digest:
             self._set_aside(digest, before)
             raise DigestMismatch(digest=digest, found=found)
@@ -339,6 +341,16 @@ def _chunks(file: FileIO, offset: int) -> Iterator[bytes]:
         file.seek(offset)
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
+
+
+def _digest(file: FileIO, num_bytes: int) -> str:
+    """Of the whole file, which is at its start afterwards."""
+    found, buffer = hashlib.sha256(), memoryview(bytearray(min(num_bytes, _HASH_BYTES)))
+    file.seek(0)
+    while count := file.readinto(buffer):
+        found.update(buffer[:count])
+    file.seek(0)
+    return f"sha256:{found.hexdigest()}"
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

@@ -8,8 +8,6 @@ import math
 import mmap
 import os
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from io import FileIO
 from types import TracebackType
 
 import torch
@@ -23,13 +21,12 @@ from shared.engine import (
     StoredTensor,
     WeightIndex,
 )
-from shared.errors import DigestMismatch
 from shared.store.blob_writer import BlobWriter
 from shared.store.local import LocalStore
+from shared.store.weight_files import WeightFiles
 from shared.weight_layout import WeightLayout, tensor_bytes
 
 INDEX_TITLE = "weights.json"
-MAX_VERIFY_THREADS = 8
 
 
 def weights_title(blob: int) -> str:
@@ -111,15 +108,17 @@ class WeightReader:
     """An engine's packed tensors, mapped into memory; a context manager.
 
     Nothing may be served before `verify()` has returned. Tensors stay valid after `close()`.
+
+    Args:
+        files: the engine's, which may be hashed already; closed with the reader.
     """
 
-    def __init__(self, store: LocalStore, engine: EngineManifest) -> None:
-        self._store = store
+    def __init__(
+        self, store: LocalStore, engine: EngineManifest, files: WeightFiles | None = None
+    ) -> None:
         self.index = WeightIndex.from_json(store.read_all(engine.layer(INDEX_TITLE).digest))
-        self._blobs = tuple(blob for blob in engine.layers if blob.media_type == WEIGHTS_TYPE)
-        self._files: dict[int, FileIO] = {}
+        self._files = files or WeightFiles(store, engine)
         self._maps: dict[int, mmap.mmap] = {}
-        self._hashes: list[Future[None]] | None = None
 
     def __enter__(self) -> "WeightReader":
         return self
@@ -130,7 +129,7 @@ class WeightReader:
     @property
     def num_bytes(self) -> int:
         """Bytes of all weight blobs."""
-        return sum(blob.size_bytes for blob in self._blobs)
+        return self._files.num_bytes
 
     def tensor(self, name: str, role: str = "weight") -> torch.Tensor:
         """One packed tensor; writing to it changes neither the file nor another reader's.
@@ -155,19 +154,23 @@ class WeightReader:
         """All packed tensors of a weight, by role; KeyError where there is no such weight."""
         return {role: self.tensor(name, role) for role in self.index.tensors[name]}
 
+    def read_into(self, buffer: memoryview, name: str, role: str, start: int) -> None:
+        """Fills `buffer` with a packed tensor's bytes from `start` on; for threads, after `start_verify`.
+
+        Raises:
+            DigestMismatch: the blob ends before.
+        """
+        stored = self.index.tensors[name][role]
+        fd, at = self._files.file(stored.blob).fileno(), stored.offset + start
+        while buffer:
+            count = os.preadv(fd, [buffer], at)
+            if not count:  # cut short since it was opened
+                raise self._files.cut_short(stored.blob)
+            buffer, at = buffer[count:], at + count
+
     def start_verify(self) -> None:
         """Begins to hash all weight blobs in threads, beside whatever the caller does next."""
-        if self._hashes is not None:
-            return
-        # Opened here: what is hashed is what is mapped, whatever happens to the names.
-        files = [self._file(number) for number in range(len(self._blobs))]
-        num_threads = max(1, min(len(files), os.cpu_count() or 1, MAX_VERIFY_THREADS))
-        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="verify-weights")
-        self._hashes = [
-            pool.submit(self._store.blobs.verify, file, blob.digest)
-            for file, blob in zip(files, self._blobs, strict=True)
-        ]
-        pool.shutdown(wait=False)
+        self._files.start_verify()
 
     def verify(self) -> None:
         """Returns once all weight blobs were hashed and hold the right bytes.
@@ -175,30 +178,15 @@ class WeightReader:
         Raises:
             DigestMismatch: one does not.
         """
-        self.start_verify()
-        for pending in self._hashes or ():
-            pending.result()
+        self._files.verify()
 
     def close(self) -> None:
         """Ends hashing and closes the files."""
-        for pending in self._hashes or ():
-            if not pending.cancel():
-                pending.exception()  # only waited for: `verify` is who raises it
-        for file in self._files.values():
-            file.close()
-
-    def _file(self, number: int) -> FileIO:
-        if number not in self._files:
-            blob = self._blobs[number]
-            file = self._files[number] = self._store.blobs.open(blob.digest)
-            if os.fstat(file.fileno()).st_size != blob.size_bytes:
-                self._store.blobs.verify(file, blob.digest)
-                raise DigestMismatch(digest=blob.digest, found="another size")
-        return self._files[number]
+        self._files.close()
 
     def _map(self, number: int) -> mmap.mmap:
         if number not in self._maps:
             # Copy on write: torch wants a writable buffer, and the file must not change.
-            fd = self._file(number).fileno()
+            fd = self._files.file(number).fileno()
             self._maps[number] = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
         return self._maps[number]

@@ -12,6 +12,8 @@ _HEAVY = ("triton", "transformers", "sympy", "torch._dynamo", "torch._inductor")
     ("modules", "absent"),
     [
         ("runtime_service.engine_process, runtime_service.execution.loading", _HEAVY),
+        # It begins to hash weights before it imports torch.
+        ("runtime_service.engine_process, runtime_service.execution.loader", ("torch", *_HEAVY)),
         ("runtime_service.__main__", ("torch", *_HEAVY)),
         ("runtime_service.gateway.__main__", ("torch", *_HEAVY)),
     ],

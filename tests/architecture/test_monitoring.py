@@ -152,4 +152,4 @@ def test_prometheus_scrapes_the_stacks_services_where_they_serve_metrics() -> No
             ports = COMPOSE["services"][service]["ports"]
             assert any(port.endswith(f":{sd['port']}") for port in ports), service
             scraped.add(service)
-    assert scraped == set(COMPOSE["services"]) - {"redis", "prometheus", "grafana"}
+    assert scraped == set(COMPOSE["services"]) - {"redis", "registry", "prometheus", "grafana"}

@@ -25,12 +25,12 @@ from tests.runtime_service.daemon import Call, publish_echo, until
 ROOT = Path(__file__).parents[2]
 # The daemon as it is, but for the engine that its engine process loads.
 MAIN = """
-import asyncio, sys
+import uvloop
 from runtime_service.__main__ import serve
 from runtime_service.settings import RuntimeSettings
 from shared.log import configure_logging
 configure_logging("info", "json", "runtime")
-asyncio.run(serve(RuntimeSettings.load(), "tests.runtime_service.slow_echo:load"))
+uvloop.run(serve(RuntimeSettings.load(), "tests.runtime_service.slow_echo:load"))
 """
 
 
@@ -154,6 +154,29 @@ async def test_redis_knows_who_serves_and_its_loss_is_not_noticed(
         daemon.process.send_signal(signal.SIGTERM)
         assert await daemon.exit_status() == 0
         assert not client.exists(key)
+
+
+async def test_startup_phases_begin_with_the_process_and_are_no_longer_than_it_took(
+    tmp_path: Path, port: int
+) -> None:
+    before = time.monotonic()
+    async with daemon_process(tmp_path, port) as daemon:
+        await daemon.serving()
+        took_s = time.monotonic() - before
+        startup = (await daemon.stub.GetStatus(pb.GetStatusRequest())).startup
+    names = [phase.name for phase in startup]
+    assert names == [
+        "start_daemon",
+        "find_engine",
+        "start_process",
+        "import",
+        "load_weights",
+        "warm_up",
+    ]
+    spent = [phase.duration.ToNanoseconds() / 1e9 for phase in startup]
+    assert spent[0] > 0, "a Python process was imported in no time"
+    # The kernel counts a process's start in hundredths.
+    assert sum(spent) <= took_s + 0.02
 
 
 async def test_metrics_tell_what_happened(tmp_path: Path, port: int) -> None:

@@ -13,7 +13,7 @@ from shared.store import LocalStore
 from tests.checkpoints import write_checkpoint
 from tests.runtime_service.daemon import TOKENIZER, Seen, running_daemon, start_of
 
-LOADER = "runtime_service.execution.loading:load_engine"
+LOADER = "runtime_service.execution.loader:load_engine"
 SEEDED = pb.SamplingParams(temperature=1.0, top_k=50, seed=7)
 
 

@@ -31,6 +31,7 @@ class Pair:
 
     cpu: LoadedEngine
     gpu: CudaEngine
+    few_graphs: int
     without_graphs: CudaEngine
     limits: RuntimeLimits
 
@@ -48,9 +49,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             for name in graph.weights
         }
     gpu = interpreted_device.interpreted_engine(graph, weights, _OPTIONS)
-    gpu.graphs.capture()
+    gpu.graphs.capture_few()
+    few = gpu.graphs.num_graphs
+    while gpu.runner.use_idle_time():
+        pass
     without_graphs = interpreted_device.interpreted_engine(graph, weights, _OPTIONS)
-    yield Pair(cpu, gpu, without_graphs, replace(cpu.limits, num_blocks=_NUM_BLOCKS))
+    yield Pair(cpu, gpu, few, without_graphs, replace(cpu.limits, num_blocks=_NUM_BLOCKS))
     cpu.runner.close()
 
 
@@ -92,6 +96,13 @@ def test_gpu_path_gives_the_cpu_paths_tokens(pair: Pair, overlaps: bool) -> None
             theirs = [entry for output in outputs for entry in getattr(output, of)]
             assert [e.token_id for e in ours] == [e.token_id for e in theirs]
             assert [e.logprob for e in ours] == pytest.approx([e.logprob for e in theirs], abs=1e-4)
+
+
+def test_idle_time_captures_what_was_put_off(pair: Pair) -> None:
+    """Decode steps of 1, 2 and 4 sequences and a mixed one of 16 tokens at first; later the one of 18."""
+    assert pair.few_graphs == 4
+    assert pair.gpu.graphs.num_graphs == 5
+    assert not pair.gpu.runner.use_idle_time()
 
 
 def test_aborted_neighbours_change_nothing(pair: Pair) -> None:

@@ -57,6 +57,10 @@ class EchoRunner:
     def warm_up(self) -> None:
         pass
 
+    def use_idle_time(self) -> bool:
+        """Nothing is left to prepare."""
+        return False
+
     def execute(self, step: SchedulerOutput) -> _Step:
         for row in step.freed_rows:
             self._rows.pop(row, None)

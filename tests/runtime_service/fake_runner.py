@@ -101,6 +101,10 @@ class FakeRunner:
     def warm_up(self) -> None:
         """Nothing is cold."""
 
+    def use_idle_time(self) -> bool:
+        """Nothing is left to prepare."""
+        return False
+
     def execute(self, step: SchedulerOutput) -> FakeStep:
         """Computes a step, and everything that is wrong with it is an assertion."""
         assert step.step == self._num_steps, "steps are launched out of order"

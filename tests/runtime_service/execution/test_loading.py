@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from runtime_service.execution.limits import RunnerOptions
-from runtime_service.execution.loading import load_engine, load_runner
+from runtime_service.execution.loader import load_engine
+from runtime_service.execution.loading import load_runner
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
 from runtime_service.scheduling.request import SamplingParams, StopParams
 from shared.errors import ArchMismatch, DigestMismatch
@@ -18,7 +19,12 @@ def test_engine_is_loaded_by_names_alone(tmp_path: Path) -> None:
     store, engine = build_tiny(tmp_path)
     arguments = {"store": str(store.root), "engine": engine.name, "max_sequence_tokens": 64}
     loaded = load_engine(**pickle.loads(pickle.dumps(arguments)))
-    assert [name for name, _ in loaded.phases] == ["read_graph", "pack_weights", "verify_weights"]
+    assert [name for name, _ in loaded.phases] == [
+        "import_torch",
+        "read_graph",
+        "pack_weights",
+        "verify_weights",
+    ]
     assert loaded.limits.max_sequence_tokens == 64
     loaded.runner.warm_up()
     new = NewSequence(0, [1, 2, 3], 3, SamplingParams(), StopParams(5), 0, 0, [0])

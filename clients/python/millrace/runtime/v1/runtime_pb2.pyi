@@ -1217,17 +1217,31 @@ Global___RuntimeLoad: _TypeAlias = RuntimeLoad  # noqa: Y015
 
 @_typing.final
 class StartupPhase(_message.Message):
-    """A phase of loading an engine."""
+    """A phase of loading an engine. Phases follow one another: they add up to the
+    time from the daemon's start, or the load's, until the engine was served.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Such as `find_engine`, `pull`, `load_weights`, `warm_up`."""
+    """What was waited for. In order: `start_daemon` (first load only: from the
+    process's start), `find_engine` (looked up, pulled or built),
+    `start_process` (the engine process's, and of the tokenizer what takes
+    longer than all that follows), `import`, `import_torch` (while weights
+    are verified); on a GPU `device_context`, `check_device`, `start_copy`
+    (buffers that weights go through), `load_kernels` and `capture_graphs`
+    (while weights are copied, and still verified), `copy_weights` and
+    `verify_weights` (what was left of that); on a CPU `read_graph`,
+    `pack_weights`, `verify_weights`; `warm_up` (first steps). Others may be
+    added.
+    """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
-        """How long it took."""
+        """How long it took; of work done beside other phases, only what had to be
+        waited for.
+        """
 
     def __init__(
         self,
