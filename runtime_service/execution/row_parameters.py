@@ -23,7 +23,7 @@ Words = npt.NDArray[np.int32]
 
 _MASK = 0xFFFFFFFF
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
-
+_MAX_POSITION = (1 << 31) - 1
 
 # What a row's draws need beside its best logit, as bits.
 DRAWS_RANDOM, TRUNCATES, ADJUSTS, REPORTS = 1, 2, 4, 8
@@ -60,7 +60,7 @@ def sampling_words(new: NewSequence, vocab_size: int) -> Words:
         params.repetition_penalty, params.presence_penalty, params.frequency_penalty
     )
     words[11] = new.num_prompt_tokens
-    words[12] = new.num_prompt_tokens + new.stop.min_new_tokens
+    words[12] = min(new.num_prompt_tokens + new.stop.min_new_tokens, _MAX_POSITION)
     words[13] = len(_masked(new.stop))
     words[14] = len(params.logit_bias)
     words[15] = 0 if params.num_logprobs is None else 1 + params.num_logprobs

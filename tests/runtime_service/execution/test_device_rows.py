@@ -167,3 +167,11 @@ def test_a_rows_edits_are_its_last_sequences(rows: DeviceRows) -> None:
     rows.apply(SchedulerOutput(1, (1,), (_new(1, [5], [0]),), (), ()))
     rows.send_nothing()
     assert rows.sampling[16 + 11 : 32].tolist() == [1, 1, 0, 0, 0]
+
+
+def test_end_tokens_may_be_masked_to_the_end_of_any_sequence(rows: DeviceRows) -> None:
+    stop = StopParams((1 << 31) - 1, (1 << 31) - 1, (7,))
+    new = NewSequence(0, [5, 6], 2, SamplingParams(), stop, 0, 0, [0])
+    rows.apply(SchedulerOutput(0, (), (new,), (), ()))
+    rows.send_nothing()
+    assert int(rows.sampling[12]) == (1 << 31) - 1
