@@ -15,6 +15,7 @@ from bench.gpu_kernels import LAYOUTS, read
 from bench.gpu_models import (
     MODELS,
     LlamaSizes,
+    as_read,
     inv_freq,
     llama_graph,
     random_weights,
@@ -142,7 +143,7 @@ def main() -> None:
     layers = int(str(graph.config["num_layers"]))
     for num_sequences in map(int, options.batches.split(",")):
         most = Sizes(num_sequences, num_sequences, num_sequences)
-        executor = CudaExecutor(graph, library, packed, most)
+        executor = CudaExecutor(graph, library, as_read(graph, packed), most)
         regime = DECODE_REGIMES[-1] if options.many else regime_for(num_sequences)
         loop = DecodeLoop(
             library, executor, sizes, layers, num_sequences, options.context + 256, regime

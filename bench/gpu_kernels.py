@@ -20,7 +20,8 @@ from kernels.sampling.launch import greedy_variant
 from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant
 from shared.arch import Arch, arch_named
 
-LAYOUTS = {"bf16": "plain", "fp8": "fp8_channel"}
+LAYOUTS = {"bf16": "plain", "fp8": "fp8_channel", "int4": "int4_group"}
+TUNED_LAYOUTS = ("plain", "fp8_channel")
 
 
 def linear_shapes(sizes: LlamaSizes, layout: str) -> dict[str, LinearShape]:
@@ -138,7 +139,7 @@ def attention_variants(arch: Arch) -> Iterator[KernelVariant]:
 
 def tuning_variants(arch: Arch) -> Iterator[KernelVariant]:
     """Every candidate of every linear of the 8B model."""
-    for layout in LAYOUTS.values():
+    for layout in TUNED_LAYOUTS:
         for shape in linear_shapes(MODELS["llama-3.1-8b"], layout).values():
             for tiles in one_token_candidates(shape):
                 yield one_token(shape, arch, tiles)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from kernels.linear.gpu import arranged
+from kernels.linear.layouts import DEFAULT_INT4_GROUP, LAYOUTS
 from shared.ir import Graph, Node, TensorSpec, WeightSpec
 
 
@@ -45,7 +47,10 @@ def llama_graph(
     weights: dict[str, WeightSpec] = {}
 
     def weight(name: str, *shape: int, stored: str = "plain") -> str:
-        weights[name] = WeightSpec(shape, (name,), (shape[0],), "bfloat16", stored)
+        group = 0
+        if stored == "int4_group":
+            group = 32 if shape[1] % DEFAULT_INT4_GROUP else DEFAULT_INT4_GROUP
+        weights[name] = WeightSpec(shape, (name,), (shape[0],), "bfloat16", stored, group)
         return name
 
     def add(
@@ -112,10 +117,13 @@ def llama_graph(
 
 
 def random_weights(graph: Graph, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    """Packed tensors on the GPU, drawn so that activations keep a steady size."""
+    """Packed tensors on the GPU, as an engine stores them, drawn so that activations keep a steady size."""
     generator = torch.Generator("cuda").manual_seed(seed)
     packed = {}
     for name, spec in graph.weights.items():
+        if spec.layout == "int4_group":
+            packed[name] = _random_int4(spec, generator)
+            continue
         values = torch.randn(spec.shape, generator=generator, device="cuda", dtype=torch.bfloat16)
         if len(spec.shape) == 1:
             packed[name] = {"weight": 1 + 0.1 * values}
@@ -134,8 +142,31 @@ def random_weights(graph: Graph, seed: int = 0) -> dict[str, dict[str, torch.Ten
     return packed
 
 
+def _random_int4(spec: WeightSpec, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Even nibbles, whose deviation is 4.6 levels."""
+    num_rows, num_columns = spec.shape
+    groups = (num_rows, num_columns // spec.group_size)
+    step = num_columns**-0.5 / 4.6
+    nibbles = (num_rows, num_columns // 2)
+    draw = {"generator": generator, "device": "cuda"}
+    return {
+        "weight": torch.randint(256, nibbles, dtype=torch.uint8, **draw),  # type: ignore[call-overload]
+        "scale": (step * (0.5 + torch.rand(groups, **draw))).bfloat16().float(),  # type: ignore[call-overload]
+        "zero": (step * torch.rand(groups, **draw)).bfloat16().float(),  # type: ignore[call-overload]
+    }
+
+
+def as_read(
+    graph: Graph, packed: dict[str, dict[str, torch.Tensor]]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Packed tensors as kernels read them, on their device."""
+    return {name: arranged(spec, packed[name]) for name, spec in graph.weights.items()}
+
+
 def dense(packed: dict[str, torch.Tensor]) -> torch.Tensor:
     """The fp32 values that a packed weight stands for."""
+    if "zero" in packed:
+        return LAYOUTS["int4_group"].unpack(packed)
     weight = packed["weight"].float()
     return weight * packed["scale"][:, None] if "scale" in packed else weight
 

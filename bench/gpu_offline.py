@@ -20,7 +20,14 @@ from pathlib import Path
 import torch
 
 from bench.gpu_kernels import LAYOUTS, read
-from bench.gpu_models import MODELS, LlamaSizes, llama_graph, random_weights, reference_logits
+from bench.gpu_models import (
+    MODELS,
+    LlamaSizes,
+    as_read,
+    llama_graph,
+    random_weights,
+    reference_logits,
+)
 from runtime_service.engine_core import ModelRunner, PendingStep
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream
@@ -212,7 +219,12 @@ def main() -> None:
     limits = RunnerOptions(kv_bytes=int(options.kv_gib * (1 << 30)))
     with torch.inference_mode():
         engine = assemble(
-            graph, library, packed, limits, CudaStream(), lambda: torch.cuda.mem_get_info()[0]
+            graph,
+            library,
+            as_read(graph, packed),
+            limits,
+            CudaStream(),
+            lambda: torch.cuda.mem_get_info()[0],
         )
         assembled = time.perf_counter()
         if not options.eager:

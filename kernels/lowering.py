@@ -25,6 +25,7 @@ from kernels.launch import (
     Weight,
 )  # fmt: skip
 from kernels.linear import launch as linear
+from kernels.linear.op import activations
 from kernels.sampling import launch as sampling
 from kernels.step_inputs import launch as step_inputs
 from kernels.variant import Argument, KernelVariant, pointer
@@ -248,33 +249,42 @@ class _Lowering:
             yield self._fused_linear(node)
             return
         bias = node.weights.get("bias")
-        x: Value | Temporary = Value(node.inputs[0])
         layout = self.graph.weights[node.weights["weight"]].layout
-        if layout not in ("plain", "fp8_channel"):
+        if layout == "int8_channel" and activations(node) == "int8":
+            quantized, scale = self._quantized(node, "int8")
+            yield self._quantize_rows(node, quantized, scale)
+            yield self._fused_linear(node, quantized, scale)
+        elif layout == "fp8_channel":
+            quantized, scale = self._quantized(node, "float8_e4m3fn")
+            yield self._quantize_rows(node, quantized, scale)
+            yield MatMul(quantized, node.weights["weight"], bias, Value(node.outputs[0]), scale)
+        elif layout == "plain":
+            x = Value(node.inputs[0])
+            yield MatMul(x, node.weights["weight"], bias, Value(node.outputs[0]))
+        else:
             yield self._fused_linear(node)  # no library product; the tiles' kernel takes any number
-            return
-        scale = None
-        if layout == "fp8_channel":
-            k = self.graph.weights[node.weights["weight"]].shape[1]
-            quantized = Temporary(f"{node.inputs[0]}.fp8", "float8_e4m3fn", k)
-            scale = Temporary(f"{node.inputs[0]}.scale", "float32", 1)
-            yield self._launch(
-                "linear",
-                [pointer("x", self.dtype), pointer("out", "fp8e4nv"), pointer("scale_out", "fp32")],
-                {"K": k, "BLOCK": _power_of_two(k)},
-                _per_row if self._is_selected(node.inputs[0]) else _per_token,
-                [x, quantized, scale],
-                kernel="quantize_rows",
-                num_warps=8,
-            )
-            x = quantized
-        yield MatMul(x, node.weights["weight"], bias, Value(node.outputs[0]), scale)
+
+    def _quantized(self, node: Node, dtype: str) -> tuple[Temporary, Temporary]:
+        """A linear's input in 8 bits, and the scale of each of its rows."""
+        name, width = node.inputs[0], self.graph.weights[node.weights["weight"]].shape[1]
+        return Temporary(f"{name}.{dtype}", dtype, width), Temporary(f"{name}.scale", "float32", 1)
+
+    def _quantize_rows(self, node: Node, quantized: Temporary, scale: Temporary) -> Launch:
+        out_dtype = TRITON_DTYPES[quantized.dtype]
+        return Launch(
+            linear.quantized_rows(quantized.width, self.dtype, out_dtype, self.arch),
+            _per_row if self._is_selected(node.inputs[0]) else _per_token,
+            (Value(node.inputs[0]), quantized, scale),
+        )
 
     def _is_selected(self, value: str) -> bool:
         source = self.producer.get(value)
         return source is not None and source.op == "select_rows"
 
-    def _fused_linear(self, node: Node) -> Step:
+    def _fused_linear(
+        self, node: Node, quantized: Temporary | None = None, x_scale: Temporary | None = None
+    ) -> Step:
+        """The linear with all that rides on it; `quantized` and its scales take the place of its input."""
         weight = self.graph.weights[node.weights["weight"]]
         follower = self._follower(node)
         source = self.producer.get(node.inputs[0])
@@ -295,6 +305,8 @@ class _Lowering:
             dtype=self.dtype,
             out_dtype="fp32" if is_logits else self.dtype,
             layout=weight.layout,
+            group_size=weight.group_size,
+            activations=activations(node) if quantized else "",
             has_bias="bias" in node.weights,
             num_squares=self.num_squares[norm.outputs[0]] if norm else 0,
             eps=_number(norm.attrs["eps"]) if norm else 0.0,
@@ -313,7 +325,7 @@ class _Lowering:
             out = follower.outputs[0]
         else:
             out = node.outputs[0]
-        operands: list[Operand] = [Value(x), Weight(node.weights["weight"], "weight")]
+        operands: list[Operand] = [quantized or Value(x), Weight(node.weights["weight"], "weight")]
         if shape.layout != "plain":
             operands.append(Weight(node.weights["weight"], "scale"))
         if shape.has_bias:
@@ -330,21 +342,26 @@ class _Lowering:
         if rope is not None:
             operands += _rope_operands(_integer(rope.attrs["layer"]))
         is_selected = shape.has_rows or self._is_selected(node.inputs[0])
-        return self._linear_launch(shape, operands, is_selected)
+        return self._linear_launch(shape, operands, x_scale, is_selected)
 
     def _tiles(self, shape: linear.LinearShape) -> linear.Tiles:
-        if self.regime.max_tokens == 1:
+        block_m = self._block_m(shape)
+        if block_m == 1:
             return linear.one_token_tiles(shape)
-        return linear.few_tokens_tiles(shape, self.arch, self._block_m)
+        return linear.few_tokens_tiles(shape, self.arch, block_m)
 
-    @property
-    def _block_m(self) -> int:
-        return self.regime.max_tokens or linear.MAX_BLOCK_M
+    def _block_m(self, shape: linear.LinearShape) -> int:
+        """Tokens of a tile; 1 is the kernel for one token."""
+        return max(self.regime.max_tokens or linear.MAX_BLOCK_M, linear.least_block_m(shape.layout))
 
     def _linear_launch(
-        self, shape: linear.LinearShape, operands: list[Operand], is_selected: bool
+        self,
+        shape: linear.LinearShape,
+        operands: list[Operand],
+        x_scale: Temporary | None,
+        is_selected: bool,
     ) -> Launch:
-        block_m = self._block_m
+        block_m = self._block_m(shape)
         tiles = self._tiles(shape)
         programs = linear.num_programs(shape, tiles)
         if block_m == 1:
@@ -357,7 +374,8 @@ class _Lowering:
             return programs, -(-int(getattr(sizes, field)) // block_m), tiles.split_k
 
         scratch = linear.few_tokens_scratch(shape, tiles, block_m)
-        return Launch(variant, grid, (*operands, *scratch, Size(field)))
+        scales = () if x_scale is None else (x_scale,)
+        return Launch(variant, grid, (*operands, *scratch, *scales, Size(field)))
 
     def _qkv_rope_write(self, node: Node) -> Iterator[Step]:
         heads = _integer(node.attrs["num_heads"])

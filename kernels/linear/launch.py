@@ -6,13 +6,17 @@ Pure data: read by the compiler, which compiles the variants, and by the runtime
 from dataclasses import dataclass, replace
 
 from kernels.launch import Scratch
+from kernels.linear.gpu import INT4_PARTS
 from kernels.variant import Argument, KernelVariant, integer, pointer
 from shared.arch import Arch
 
 MAX_BLOCK_M = 64
 
 # Steps of more tokens are faster through torch's products, by layout; measured on one H200. int8 has none.
-MOST_FEW_TOKENS = {"plain": 64, "fp8_channel": 16, "int8_channel": 64}
+MOST_FEW_TOKENS = {"plain": 64, "fp8_channel": 16, "int8_channel": 64, "int4_group": 64}
+
+# Values of a stored word, whose columns lie far apart (gpu.py); other layouts store value by value.
+_WORD_VALUES = {"int4_group": INT4_PARTS, "fp8_words": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,8 @@ class LinearShape:
         n, k: rows and columns of the weight.
         dtype, out_dtype: Triton's names: `bf16`, `fp16`, `fp32`.
         layout: the weight's; one of `LAYOUTS`.
+        group_size: values that share a scale; 0 where a row does.
+        activations: "int8": x comes in int8 with a scale per token; `dtype` is the others' then.
         num_squares: x is an RMS norm's input times its gain, and its squares come in so many parts; 0 = no norm.
         has_rows: x's rows are gathered.
         has_gain: the result is a norm's input: it is also stored times the gain, with its squares.
@@ -34,6 +40,8 @@ class LinearShape:
     dtype: str
     out_dtype: str
     layout: str = "plain"
+    group_size: int = 0
+    activations: str = ""
     has_bias: bool = False
     num_squares: int = 0
     eps: float = 0.0
@@ -90,6 +98,7 @@ def few_tokens(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> Ke
     assert (tiles.split_k - 1) * share < shape.k, f"a split of K = {shape.k} is empty: {tiles}"
     constants = {
         **_constants(shape, arch),
+        "VALUES": _WORD_VALUES.get(shape.layout, 1),
         "BLOCK_M": block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
@@ -99,8 +108,28 @@ def few_tokens(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> Ke
     }
     if tiles.split_k == 1:
         constants |= {"partial": None, "counters": None}
-    more = (pointer("partial", "fp32"), pointer("counters", "i32"), integer("num_tokens"))
+    if not shape.activations:
+        constants |= {"x_scale": None}
+    more = (
+        pointer("partial", "fp32"),
+        pointer("counters", "i32"),
+        pointer("x_scale", "fp32"),
+        integer("num_tokens"),
+    )
     return _variant("linear_few", shape, arch, constants, tiles, more)
+
+
+def quantized_rows(k: int, dtype: str, out_dtype: str, arch: Arch) -> KernelVariant:
+    """The variant that gives rows of K values and their scales in 8 bits; dtypes are Triton's names."""
+    most = {"i8": 127.0, "fp8e4nv": 448.0}[out_dtype]
+    return KernelVariant(
+        op="linear",
+        kernel="quantize_rows",
+        arguments=(pointer("x", dtype), pointer("out", out_dtype), pointer("scale_out", "fp32")),
+        constants=(("K", k), ("MOST", most), ("BLOCK", _power_of_two(k)), ("PDL", arch.has_pdl)),
+        num_warps=8,
+        has_pdl=arch.has_pdl,
+    )
 
 
 def few_tokens_scratch(shape: LinearShape, tiles: Tiles, block_m: int) -> tuple[Scratch, ...]:
@@ -144,6 +173,8 @@ def one_token_tiles(shape: LinearShape) -> Tiles:
 
 def few_tokens_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
     """The shipped choice; measured on one H200 (docs/BENCHMARKS.md), then fitted to the arch's shared memory."""
+    if shape.layout == "int4_group":
+        return Tiles(64, INT4_PARTS * shape.group_size, 4, stages=3)
     wanted = Tiles(64, 128, 4, stages=4) if shape.layout == "plain" else Tiles(64, 256, 4, stages=3)
     width = 1 if shape.epilogue == "plain" else 2
     weight_bytes = 1 if shape.layout != "plain" else 4 if shape.dtype == "fp32" else 2
@@ -172,20 +203,33 @@ def _block_k(k: int, wanted: int) -> int:
     return min(wanted, divisor) if divisor >= 128 else min(wanted, _power_of_two(k))
 
 
+def least_block_m(layout: str) -> int:
+    """The fewest tokens of a tile: 1 where there is a kernel for one token."""
+    return 16 if layout in _WORD_VALUES else 1
+
+
 def num_programs(shape: LinearShape, tiles: Tiles) -> int:
     """Programs along the weight's rows."""
     return -(-shape.num_outputs // tiles.block_n)
 
 
 # Triton's dtype of the stored weight, by layout; a plain one has x's.
-LAYOUTS = {"plain": None, "fp8_channel": "u8", "int8_channel": "i8"}
+LAYOUTS = {
+    "plain": None,
+    "fp8_channel": "u8",
+    "int8_channel": "i8",
+    "int4_group": "i16",
+    "fp8_words": "i16",
+}
 
 
 def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
     formats = {
         "plain": "plain",
-        "int8_channel": "int8",
+        "int8_channel": "int8_int8" if shape.activations else "int8",
         "fp8_channel": "fp8" if arch.has_fp8 else "fp8_bits",
+        "fp8_words": "fp8_words",
+        "int4_group": "int4" if shape.dtype == "bf16" else "int4_any",
     }
     absent = {
         "scale": shape.layout == "plain",
@@ -225,9 +269,9 @@ def _variant(
     more: tuple[Argument, ...],
 ) -> KernelVariant:
     every = (
-        pointer("x", shape.dtype),
+        pointer("x", "i8" if shape.activations else shape.dtype),
         pointer("weight", LAYOUTS[shape.layout] or shape.dtype),
-        pointer("scale", "fp32"),
+        pointer("scale", "i32" if shape.group_size else "fp32"),
         pointer("bias", shape.dtype),
         pointer("squares", "fp32"),
         pointer("rows", "i32"),

@@ -21,18 +21,7 @@ Source: NVIDIA, PTX ISA, griddepcontrol; Zhang and Sennrich 2019 (RMSNorm); Su e
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _as_float(raw, FORMAT: tl.constexpr):
-    """Weights as fp32. e4m3 comes as bytes: where the hardware does not convert ("fp8_bits"), sign, exponent
-    and mantissa bits are placed in an fp32 and its exponent is rebased."""
-    if FORMAT == "plain" or FORMAT == "int8":
-        return raw.to(tl.float32)
-    if FORMAT == "fp8":
-        return raw.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    bits = raw.to(tl.uint32)
-    bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
-    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+from kernels.linear.triton_widen import as_float, fp8_values, int4_values
 
 
 @triton.jit
@@ -208,13 +197,13 @@ def linear_one(
             tile = early_1
         else:
             tile = _load(at + c * BLOCK_K, kc[None, :], K, BLOCK_K)
-        acc += _as_float(tile, FORMAT) * xc[None, :]
+        acc += as_float(tile, FORMAT) * xc[None, :]
         if PAIRED:
             if c == 0:
                 tile = early_second
             else:
                 tile = _load(at_second + c * BLOCK_K, kc[None, :], K, BLOCK_K)
-            acc_second += _as_float(tile, FORMAT) * xc[None, :]
+            acc_second += as_float(tile, FORMAT) * xc[None, :]
     first = tl.sum(acc, 1)[:, None]
     second = first
     if PAIRED:
@@ -231,6 +220,40 @@ def linear_one(
 
 
 @triton.jit
+def _weight_tile(at, start, k, K: tl.constexpr, BLOCK_K: tl.constexpr, VALUES: tl.constexpr):
+    """The stored chunk that begins at column `start`; rows of words are padded to whole chunks."""
+    if VALUES > 1:
+        return tl.load(at + start // VALUES)
+    return _load(at + start, start + k[None, :], K, BLOCK_K)
+
+
+@triton.jit
+def _word_products(
+    acc, acc_second, tile, tile_second, x_at, scale, start, k, n, n_second, is_token,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, VALUES: tl.constexpr,
+    PAIRED: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """One chunk of K: words hold a value of each of its parts, which for int4 are its groups."""
+    PART: tl.constexpr = BLOCK_K // VALUES
+    for i in tl.static_range(VALUES):
+        is_x = is_token[None, :]
+        if K % BLOCK_K != 0:
+            is_x = is_x & (start + i * PART + k < K)[:, None]
+        xc = tl.load(x_at + start + i * PART, mask=is_x, other=0)
+        if FORMAT == "fp8_words":
+            acc = tl.dot(fp8_values(tile, i), xc, acc)
+            if PAIRED:
+                acc_second = tl.dot(fp8_values(tile_second, i), xc, acc_second)
+        else:
+            groups = scale + (start // PART + i) * N
+            acc = tl.dot(int4_values(tile, tl.load(groups + n), i, FORMAT), xc, acc)
+            if PAIRED:
+                values = int4_values(tile_second, tl.load(groups + n_second), i, FORMAT)
+                acc_second = tl.dot(values, xc, acc_second)
+    return acc, acc_second
+
+
+@triton.jit
 def _products(
     acc, acc_second, tile, tile_second, x_at, kc, is_token,
     K: tl.constexpr, BLOCK_K: tl.constexpr, PAIRED: tl.constexpr, FORMAT: tl.constexpr,
@@ -240,13 +263,14 @@ def _products(
     if K % BLOCK_K != 0:
         is_x = is_x & (kc < K)[:, None]
     xc = tl.load(x_at, mask=is_x, other=0)
-    if FORMAT != "plain":
-        tile = _as_float(tile, FORMAT).to(xc.dtype)
-    acc = tl.dot(tile, xc, acc)
+    IS_WIDENED: tl.constexpr = FORMAT != "plain" and FORMAT != "int8_int8"
+    if IS_WIDENED:
+        tile = as_float(tile, FORMAT).to(xc.dtype)
+    acc = tl.dot(tile, xc, acc, out_dtype=acc.dtype)
     if PAIRED:
-        if FORMAT != "plain":
-            tile_second = _as_float(tile_second, FORMAT).to(xc.dtype)
-        acc_second = tl.dot(tile_second, xc, acc_second)
+        if IS_WIDENED:
+            tile_second = as_float(tile_second, FORMAT).to(xc.dtype)
+        acc_second = tl.dot(tile_second, xc, acc_second, out_dtype=acc.dtype)
     return acc, acc_second
 
 
@@ -265,15 +289,16 @@ def _sum_parts(
 @triton.jit
 def linear_few(
     x, weight, scale, bias, squares, rows, residual, gain, out, normed, squares_out,
-    positions, rope, slots, k_cache, v_cache, partial, counters, num_tokens,
+    positions, rope, slots, k_cache, v_cache, partial, counters, x_scale, num_tokens,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, NUM_SQUARES: tl.constexpr,
     EPILOGUE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     PREFETCH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Up to BLOCK_M tokens a program: tensor cores, weight rows in the dot's wide dim.
 
+    `x_scale`: of each token of an int8 x, whose products with int8 weights ("int8_int8") are summed in int32.
     With SPLIT_K > 1 as many programs share a tile's K; the last to finish adds the parts up. `partial` is scratch,
     `counters` start at 0 and are left at 0.
     """
@@ -288,18 +313,20 @@ def linear_few(
     n, n_second = _row_pair(index_in, EPILOGUE, N, HEAD_DIM)
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_token = tokens < num_tokens
-    k = tl.arange(0, BLOCK_K)
+    IS_INT4: tl.constexpr = FORMAT == "int4" or FORMAT == "int4_any"  # scales are the groups'
+    ROW: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K // VALUES if VALUES > 1 else K
+    k = tl.arange(0, BLOCK_K // VALUES)
     SHARE: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
     begin = tl.program_id(2) * SHARE
     end = tl.minimum(begin + SHARE, K)
-    at = weight + n[:, None].to(tl.int64) * K + k[None, :]
-    at_second = weight + n_second[:, None].to(tl.int64) * K + k[None, :]
+    at = weight + n[:, None].to(tl.int64) * ROW + k[None, :]
+    at_second = weight + n_second[:, None].to(tl.int64) * ROW + k[None, :]
     PAIRED: tl.constexpr = EPILOGUE != "plain"
     if PREFETCH:
-        tile = _load(at + begin, begin + k[None, :], K, BLOCK_K)
+        tile = _weight_tile(at, begin, k, K, BLOCK_K, VALUES)
         tile_second = tile
         if PAIRED:
-            tile_second = _load(at_second + begin, begin + k[None, :], K, BLOCK_K)
+            tile_second = _weight_tile(at_second, begin, k, K, BLOCK_K, VALUES)
     if PDL:
         tl.extra.cuda.gdc_wait()
     source = tokens
@@ -308,24 +335,40 @@ def linear_few(
     if squares is not None:
         parts = _squares(squares, source, is_token, NUM_SQUARES)
     x_at = x + source[None, :].to(tl.int64) * K + k[:, None]
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    acc_second = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    SUM: tl.constexpr = tl.int32 if FORMAT == "int8_int8" else tl.float32
+    acc = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+    acc_second = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     if PREFETCH:
-        acc, acc_second = _products(
-            acc, acc_second, tile, tile_second, x_at + begin, begin + k, is_token,
-            K, BLOCK_K, PAIRED, FORMAT,
-        )  # fmt: skip
+        if VALUES > 1:
+            acc, acc_second = _word_products(
+                acc, acc_second, tile, tile_second, x_at, scale, begin, k, n, n_second, is_token,
+                N, K, BLOCK_K, VALUES, PAIRED, FORMAT,
+            )  # fmt: skip
+        else:
+            acc, acc_second = _products(
+                acc, acc_second, tile, tile_second, x_at + begin, begin + k, is_token,
+                K, BLOCK_K, PAIRED, FORMAT,
+            )  # fmt: skip
         begin += BLOCK_K
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        kc = start + k
-        tile = _load(at + start, kc[None, :], K, BLOCK_K)
+        tile = _weight_tile(at, start, k, K, BLOCK_K, VALUES)
         tile_second = tile
         if PAIRED:
-            tile_second = _load(at_second + start, kc[None, :], K, BLOCK_K)
-        acc, acc_second = _products(
-            acc, acc_second, tile, tile_second, x_at + start, kc, is_token,
-            K, BLOCK_K, PAIRED, FORMAT,
-        )  # fmt: skip
+            tile_second = _weight_tile(at_second, start, k, K, BLOCK_K, VALUES)
+        if VALUES > 1:
+            acc, acc_second = _word_products(
+                acc, acc_second, tile, tile_second, x_at, scale, start, k, n, n_second, is_token,
+                N, K, BLOCK_K, VALUES, PAIRED, FORMAT,
+            )  # fmt: skip
+        else:
+            acc, acc_second = _products(
+                acc, acc_second, tile, tile_second, x_at + start, start + k, is_token,
+                K, BLOCK_K, PAIRED, FORMAT,
+            )  # fmt: skip
+    if x_scale is not None:
+        of_token = tl.load(x_scale + source, mask=is_token, other=0)[None, :]
+        acc = acc.to(tl.float32) * of_token
+        acc_second = acc_second.to(tl.float32) * of_token
     if SPLIT_K > 1:
         STRIDE: tl.constexpr = BLOCK_N * BLOCK_M * (2 if PAIRED else 1)
         tile_id = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -348,21 +391,55 @@ def linear_few(
         acc *= rstd
         acc_second *= rstd
     _finish(
-        acc, acc_second, index, n, n_second, tokens, num_tokens, scale, bias, residual, gain, out,
-        normed, squares_out, positions, rope, slots, k_cache, v_cache,
+        acc, acc_second, index, n, n_second, tokens, num_tokens, None if IS_INT4 else scale, bias,
+        residual, gain, out, normed, squares_out, positions, rope, slots, k_cache, v_cache,
         N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit
-def quantize_rows(x, out, scale_out, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Each row of x as e4m3 and its scale, amax / 448: what the fp8 matrix product of many tokens reads."""
+def quantize_rows(
+    x, out, scale_out, K: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """Each row of x as e4m3 or int8 and its scale, amax / MOST: what 8-bit products of many tokens read."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     value = tl.load(x + row * K + k, mask=k < K, other=0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), 0) / 448.0, 1e-12)
+    scale = tl.maximum(tl.max(tl.abs(value), 0) / MOST, 1e-12)
     tl.store(scale_out + row, scale)
-    tl.store(out + row * K + k, (value / scale).to(out.dtype.element_ty), mask=k < K)
+    value = value / scale
+    if out.dtype.element_ty == tl.int8:
+        value = (
+            value + 12582912.0
+        ) - 12582912.0  # 1.5 * 2 ** 23: to the nearest integer, ties to even
+    tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=k < K)
+
+
+@triton.jit
+def dense_int4(
+    weight, scale, out,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
+    BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A chunk of K of some rows as values: what torch's product of many tokens reads."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = n < N
+    chunk, j = tl.program_id(1), tl.arange(0, GROUP)
+    ROW: tl.constexpr = (K + 4 * GROUP - 1) // (4 * GROUP) * GROUP
+    at = weight + n[:, None].to(tl.int64) * ROW + chunk * GROUP + j[None, :]
+    words = tl.load(at, mask=is_row[:, None], other=0)
+    for i in tl.static_range(4):
+        group = chunk * 4 + i
+        groups = tl.load(scale + group * N + n, mask=is_row, other=0)
+        values = int4_values(words, groups, i, FORMAT)
+        k = group * GROUP + j
+        tl.store(
+            out + n[:, None].to(tl.int64) * K + k[None, :], values,
+            mask=is_row[:, None] & (k < K)[None, :],
+        )  # fmt: skip

@@ -11,6 +11,7 @@ import structlog
 import torch
 
 from kernels.launcher import KernelLibrary
+from kernels.linear.gpu import arranged
 from kernels.variant import CODE_TITLE, INDEX_TITLE
 from runtime_service.execution.cuda_engine import assemble
 from runtime_service.execution.cuda_model_runner import CudaModelRunner
@@ -143,8 +144,10 @@ def _load_cuda_runner(
         reader.start_verify()
         with phases.timed("copy_weights"):
             weights = {
-                name: {role: tensor.cuda() for role, tensor in reader.roles(name).items()}
-                for name in graph.weights
+                name: arranged(
+                    spec, {role: tensor.cuda() for role, tensor in reader.roles(name).items()}
+                )
+                for name, spec in graph.weights.items()
             }
         with phases.timed("verify_weights"):
             reader.verify()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from bench.gpu_models import MODELS, llama_graph, random_weights
+from bench.gpu_models import MODELS, as_read, llama_graph, random_weights
 from kernels import reference
 from kernels.launcher import KernelLibrary
 from kernels.lowering import variants
@@ -55,7 +55,8 @@ def engine_of(
     """The whole GPU path over a tiny random model."""
     graph, library = graph_and_library(layout, like_qwen)
     packed = weights or random_weights(graph, seed=5)
-    engine = assemble(graph, library, packed, options, stream or CudaStream(), lambda: 1 << 30)
+    read = as_read(graph, packed)
+    engine = assemble(graph, library, read, options, stream or CudaStream(), lambda: 1 << 30)
     engine.graphs.capture()
     return engine
 
@@ -106,6 +107,7 @@ def _truth(graph: Graph, weights: dict[str, torch.Tensor], token_ids: torch.Tens
         ("plain", False, 128, 0.03),
         ("plain", True, 128, 0.03),
         ("int8_channel", True, 128, 0.03),
+        ("int4_group", False, 128, 0.03),
         ("fp8_channel", False, 16, 0.03),
         # At more than 16 tokens fp8 engines quantize activations too, a scale a token.
         ("fp8_channel", False, 128, 0.25),

@@ -7,16 +7,22 @@ from dataclasses import replace
 import torch
 
 from kernels.launch import Sizes
+from kernels.linear.gpu import INT4_PARTS, arranged
 from kernels.linear.launch import (
     LinearShape,
     Tiles,
     few_tokens,
     few_tokens_scratch,
+    least_block_m,
     num_programs,
     one_token,
+    quantized_rows,
 )  # fmt: skip
+from kernels.linear.layouts import LAYOUTS
+from kernels.linear.op import int8_tokens
 from kernels.variant import KernelVariant
 from shared.arch import Arch
+from shared.ir import WeightSpec
 
 _EPS = 1e-5
 
@@ -29,21 +35,25 @@ def _operands(shape: LinearShape, tokens: int, seed: int) -> dict[str, torch.Ten
     torch.manual_seed(seed)
     dtype = TORCH_DTYPES[shape.dtype]
     weight = torch.randn(shape.n, shape.k) * shape.k**-0.5
-    scale = torch.rand(shape.n) + 0.5
-    if shape.layout == "plain":
-        stored = weight.to(dtype)
-    elif shape.layout == "int8_channel":
-        stored = (weight * 40).round().clamp(-127, 127).to(torch.int8)
-    else:
-        stored = weight.to(torch.float8_e4m3fn).view(torch.uint8)
+    layout = LAYOUTS[shape.layout]
+    packed = layout.pack(weight.to(dtype), shape.group_size)
+    spec = WeightSpec(
+        tuple(weight.shape), ("w",), (shape.n,), shape.dtype, shape.layout, shape.group_size
+    )
+    read = arranged(spec, packed)
+    if shape.layout == "fp8_channel":
+        read["weight"] = read["weight"].view(torch.uint8)
     slots = torch.randperm(4 * tokens)[:tokens].int()
     if tokens > 2:
         slots[1] = -1
     kv = shape.num_kv_heads * shape.head_dim
+    x = torch.randn(tokens + 3, shape.k).to(dtype)
+    codes, x_scale = int8_tokens(x.float())
     return {
-        "x": torch.randn(tokens + 3, shape.k).to(dtype),
-        "weight": stored,
-        "scale": scale,
+        "x": codes if shape.activations else x,
+        "x_scale": x_scale.flatten(),
+        **read,
+        "dense": layout.unpack(packed),
         "bias": torch.randn(shape.n).to(dtype),
         "squares": torch.rand(tokens + 3, max(1, shape.num_squares)),
         "gain": (1 + torch.randn(shape.n) / 4).to(dtype),
@@ -71,15 +81,11 @@ def _products(shape: LinearShape, at: dict[str, torch.Tensor], tokens: int) -> t
     """x @ weight.T with all that comes before the epilogue, fp32."""
     rows = at["rows"].long() if shape.has_rows else slice(0, tokens)
     x = at["x"].float()[rows]
+    if shape.activations:
+        x = x * at["x_scale"][rows][:, None]
     if shape.num_squares:
         x = x * torch.rsqrt(at["squares"][rows].sum(-1, keepdim=True) / shape.k + _EPS)
-    weight = at["weight"]
-    if shape.layout == "fp8_channel":
-        weight = weight.view(torch.float8_e4m3fn)
-    weight = weight.float()
-    if shape.layout != "plain":
-        weight = weight * at["scale"][:, None]
-    y = x @ weight.t()
+    y = x @ at["dense"].t()
     return y + at["bias"].float() if shape.has_bias else y
 
 
@@ -114,7 +120,8 @@ def _launch_and_compare(
         tiles = Tiles(block_n=2, block_k=64, num_warps=4, prefetch=2)
         variant, grid = one_token(shape, arch, tiles), (num_programs(shape, tiles), 1, 1)
     else:
-        tiles = Tiles(block_n=16, block_k=32, num_warps=4, stages=2, split_k=split_k)
+        block_k = INT4_PARTS * shape.group_size or 32
+        tiles = Tiles(block_n=16, block_k=block_k, num_warps=4, stages=2, split_k=split_k)
         variant = few_tokens(shape, arch, tiles, 16)
         grid = (num_programs(shape, tiles), -(-tokens // 16), split_k)
         for request, dtype in zip(
@@ -165,12 +172,46 @@ LINEAR_SHAPES = {
     "residual": LinearShape(40, 64, "fp16", "fp16", has_residual=True, has_gain=True),
     "int8": LinearShape(33, 96, "fp16", "fp16", layout="int8_channel", has_bias=True),
     "fp8_residual": LinearShape(33, 96, "fp16", "fp16", layout="fp8_channel", has_residual=True),
+    "int4": LinearShape(33, 160, "fp16", "fp16", layout="int4_group", group_size=32, has_bias=True),
+    "int4_residual": LinearShape(
+        50, 320, "fp16", "fp16", layout="int4_group", group_size=64, has_rows=True,
+        has_residual=True, has_gain=True,
+    ),
+    "int4_silu_mul": LinearShape(
+        70, 640, "fp16", "fp16", layout="int4_group", group_size=128, num_squares=5, eps=_EPS,
+        epilogue="silu_mul",
+    ),
+    "int8_int8": LinearShape(
+        33, 96, "fp16", "fp16", layout="int8_channel", activations="int8", has_bias=True,
+        has_rows=True, has_residual=True,
+    ),
     "silu_mul": LinearShape(70, 96, "fp16", "fp16", num_squares=5, eps=_EPS, epilogue="silu_mul"),
     "rope": LinearShape(
         8 * 8, 48, "fp16", "fp16", num_squares=5, eps=_EPS, has_bias=True, epilogue="rope",
         num_heads=4, num_kv_heads=2, head_dim=8, kv_dtype="fp16",
     ),
 }  # fmt: skip
+
+ONE_TOKEN_SHAPES = [
+    name
+    for name, shape in LINEAR_SHAPES.items()
+    if least_block_m(shape.layout) == 1 and not shape.activations
+]
+
+
+def check_quantized_rows(run: Run, arch: Arch, columns: int, device: str = "cpu") -> None:
+    """Int8 rows are those of the formula, code for code; a row of zeros stays one."""
+    torch.manual_seed(columns)
+    x = torch.randn(5, columns, device=device).half()
+    x[3] = 0
+    codes = torch.empty(5, columns, dtype=torch.int8, device=device)
+    scale = torch.empty(5, device=device)
+    run(quantized_rows(columns, "fp16", "i8", arch), (5, 1, 1),
+        {"x": x, "out": codes, "scale_out": scale})  # fmt: skip
+    want, want_scale = int8_tokens(x.float())
+    torch.testing.assert_close(scale, want_scale.flatten().clamp(min=1e-12))
+    torch.testing.assert_close(codes, want, atol=1, rtol=0)
+    assert (codes != want).float().mean() < 0.01
 
 
 def in_dtype(shape: LinearShape, dtype: str) -> LinearShape:

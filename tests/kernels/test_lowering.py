@@ -20,7 +20,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 def _graph(family: str, scheme: str, **sizes: object) -> Graph:
     fused = run_passes(lower_model(tiny_config(family, **sizes), "bfloat16"), OPS)
-    return SCHEMES[scheme].apply(fused, QuantConfig(scheme))
+    group = 32 if SCHEMES[scheme].group_sizes else 0
+    return SCHEMES[scheme].apply(fused, QuantConfig(scheme, group))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
