@@ -245,36 +245,49 @@ class _Lowering:
         return Temporary(f"{name}.squares", "float32", self.num_squares[name])
 
     def _linear(self, node: Node) -> Iterator[Step]:
-        if self._is_few:
-            yield self._fused_linear(node)
-            return
-        bias = node.weights.get("bias")
         layout = self.graph.weights[node.weights["weight"]].layout
-        if layout == "int8_channel" and activations(node) == "int8":
-            quantized, scale = self._quantized(node, "int8")
+        dtype = self._activations(node)
+        quantized = scale = None
+        if dtype:
+            quantized, scale = self._quantized(node, dtype)
             yield self._quantize_rows(node, quantized, scale)
+        if self._is_few or layout not in linear.LIBRARY_LAYOUTS:
             yield self._fused_linear(node, quantized, scale)
-        elif layout == "fp8_channel":
-            quantized, scale = self._quantized(node, "float8_e4m3fn")
-            yield self._quantize_rows(node, quantized, scale)
-            yield MatMul(quantized, node.weights["weight"], bias, Value(node.outputs[0]), scale)
-        elif layout == "plain":
-            x = Value(node.inputs[0])
-            yield MatMul(x, node.weights["weight"], bias, Value(node.outputs[0]))
-        else:
-            yield self._fused_linear(node)  # no library product; the tiles' kernel takes any number
+            return
+        x = quantized or Value(node.inputs[0])
+        bias = node.weights.get("bias")
+        yield MatMul(x, node.weights["weight"], bias, Value(node.outputs[0]), scale)
+
+    def _activations(self, node: Node) -> str:
+        """torch's dtype of 8 bits that a linear's input is rounded to; empty where it is not.
+
+        One token waits for the weight alone, and keeps its input as it is.
+        """
+        if self.regime.max_tokens == 1:
+            return ""
+        layout = self.graph.weights[node.weights["weight"]].layout
+        if layout == "fp8_channel" and (self.arch.has_fp8 or not self._is_few):
+            return "float8_e4m3fn"
+        return "int8" if layout == "int8_channel" and activations(node) == "int8" else ""
+
+    def _source(self, node: Node) -> str:
+        """The value that a linear multiplies, before its rows are selected where that rides on it."""
+        source = self.producer.get(node.inputs[0])
+        if source is not None and source.op == "select_rows" and self._is_absorbed(source):
+            return source.inputs[0]
+        return node.inputs[0]
 
     def _quantized(self, node: Node, dtype: str) -> tuple[Temporary, Temporary]:
         """A linear's input in 8 bits, and the scale of each of its rows."""
-        name, width = node.inputs[0], self.graph.weights[node.weights["weight"]].shape[1]
+        name, width = self._source(node), self.graph.weights[node.weights["weight"]].shape[1]
         return Temporary(f"{name}.{dtype}", dtype, width), Temporary(f"{name}.scale", "float32", 1)
 
     def _quantize_rows(self, node: Node, quantized: Temporary, scale: Temporary) -> Launch:
         out_dtype = TRITON_DTYPES[quantized.dtype]
         return Launch(
             linear.quantized_rows(quantized.width, self.dtype, out_dtype, self.arch),
-            _per_row if self._is_selected(node.inputs[0]) else _per_token,
-            (Value(node.inputs[0]), quantized, scale),
+            _per_row if self._is_selected(self._source(node)) else _per_token,
+            (Value(self._source(node)), quantized, scale),
         )
 
     def _is_selected(self, value: str) -> bool:
@@ -287,10 +300,7 @@ class _Lowering:
         """The linear with all that rides on it; `quantized` and its scales take the place of its input."""
         weight = self.graph.weights[node.weights["weight"]]
         follower = self._follower(node)
-        source = self.producer.get(node.inputs[0])
-        rows = source if source is not None and self._is_absorbed(source) else None
-        rows = rows if rows is not None and rows.op == "select_rows" else None
-        x = rows.inputs[0] if rows else node.inputs[0]
+        x = self._source(node)
         source = self.producer.get(x)
         norm = source if source is not None and source.op == "rms_norm" else None
         if norm is not None and not self._is_absorbed(norm):
@@ -306,11 +316,11 @@ class _Lowering:
             out_dtype="fp32" if is_logits else self.dtype,
             layout=weight.layout,
             group_size=weight.group_size,
-            activations=activations(node) if quantized else "",
+            activations=TRITON_DTYPES[quantized.dtype] if quantized else "",
             has_bias="bias" in node.weights,
             num_squares=self.num_squares[norm.outputs[0]] if norm else 0,
             eps=_number(norm.attrs["eps"]) if norm else 0.0,
-            has_rows=rows is not None,
+            has_rows=x != node.inputs[0],
             has_residual=adds is not None,
             has_gain=adds is not None,
             epilogue="rope" if rope else "silu_mul" if follower and not adds else "plain",

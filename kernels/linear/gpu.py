@@ -6,7 +6,7 @@ mask give the values of a whole part of a chunk, in the order in which x has the
 
 | layout | chunk of K | nibble or byte i of word j stands for column | beside it |
 |---|---|---|---|
-| `int4_group` | 4 groups of G columns | i * G + j | int32 [J, N]: bf16 scale, bf16 zero above |
+| `int4_group` | 4 groups of G columns | i * G + j | int32 [B, N, 4]: bf16 scale, bf16 zero above |
 | others | | as stored | |
 
 Rows end in whole chunks: groups beyond K have a scale and a zero of 0.
@@ -37,11 +37,12 @@ def arranged(spec: WeightSpec, packed: Packed) -> dict[str, torch.Tensor]:
     nibbles_NK = torch.nn.functional.pad(nibbles_NK, (0, missing))
     parts = nibbles_NK.view(num_rows, -1, INT4_PARTS, group).unbind(2)  # [N, B, G] each
     bytes_NBG2 = torch.stack((parts[0] | parts[1] << 4, parts[2] | parts[3] << 4), -1)
-    groups_JN2 = torch.stack((packed["scale"].T, packed["zero"].T), -1).bfloat16()
-    groups_JN2 = torch.nn.functional.pad(groups_JN2, (0, 0, 0, 0, 0, missing // group))
+    groups_NJ2 = torch.stack((packed["scale"], packed["zero"]), -1).bfloat16()
+    groups_NJ2 = torch.nn.functional.pad(groups_NJ2, (0, 0, 0, missing // group))
+    groups_NB = groups_NJ2.view(torch.int32).view(num_rows, -1, INT4_PARTS)
     return {
         "weight": bytes_NBG2.view(torch.int16).view(num_rows, -1),
-        "scale": groups_JN2.contiguous().view(torch.int32).view(-1, num_rows),
+        "scale": groups_NB.transpose(0, 1).contiguous(),
     }
 
 
@@ -54,9 +55,9 @@ def stored(spec: WeightSpec, arranged: Packed) -> dict[str, torch.Tensor]:
     parts = [(words_NBG >> 4 * i & 15).to(torch.uint8) for i in range(INT4_PARTS)]
     nibbles_NK = torch.stack(parts, 2).view(num_rows, -1)[:, :num_columns]
     num_groups = num_columns // spec.group_size
-    groups_JN = arranged["scale"][:num_groups].contiguous()
-    groups_JN2 = groups_JN.view(torch.bfloat16).view(num_groups, num_rows, 2).float()
-    scale_NJ, zero_NJ = groups_JN2.permute(2, 1, 0).unbind(0)
+    groups_NB = arranged["scale"].transpose(0, 1).reshape(num_rows, -1)[:, :num_groups].contiguous()
+    groups_NJ2 = groups_NB.view(torch.bfloat16).view(num_rows, num_groups, 2).float()
+    scale_NJ, zero_NJ = groups_NJ2.unbind(-1)
     return {
         "weight": nibbles_NK[:, 0::2] | nibbles_NK[:, 1::2] << 4,
         "scale": scale_NJ.contiguous(),

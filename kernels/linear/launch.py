@@ -13,7 +13,9 @@ from shared.arch import Arch
 MAX_BLOCK_M = 64
 
 # Steps of more tokens are faster through torch's products, by layout; measured on one H200. int8 has none.
-MOST_FEW_TOKENS = {"plain": 64, "fp8_channel": 16, "int8_channel": 64, "int4_group": 64}
+MOST_FEW_TOKENS = {"plain": 64, "fp8_channel": 64, "int8_channel": 64, "int4_group": 64}
+# Those that torch's library multiplies for many tokens.
+LIBRARY_LAYOUTS = ("plain", "fp8_channel")
 
 # Values of a stored word, whose columns lie far apart (gpu.py); other layouts store value by value.
 _WORD_VALUES = {"int4_group": INT4_PARTS, "fp8_words": 2}
@@ -28,7 +30,7 @@ class LinearShape:
         dtype, out_dtype: Triton's names: `bf16`, `fp16`, `fp32`.
         layout: the weight's; one of `LAYOUTS`.
         group_size: values that share a scale; 0 where a row does.
-        activations: "int8": x comes in int8 with a scale per token; `dtype` is the others' then.
+        activations: "i8" or "fp8e4nv", as the weight: x comes in 8 bits with a scale per token.
         num_squares: x is an RMS norm's input times its gain, and its squares come in so many parts; 0 = no norm.
         has_rows: x's rows are gathered.
         has_gain: the result is a norm's input: it is also stored times the gain, with its squares.
@@ -82,6 +84,14 @@ class Tiles:
 
 def one_token(shape: LinearShape, arch: Arch, tiles: Tiles) -> KernelVariant:
     """The variant for exactly one token."""
+    if shape.layout == "int4_group":
+        constants = {
+            **_constants(shape, arch),
+            "GROUP": shape.group_size,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_K": tiles.block_k,
+        }
+        return _variant("linear_one_int4", shape, arch, constants, tiles, ())
     constants = {
         **_constants(shape, arch),
         "BLOCK_N": tiles.block_n,
@@ -205,7 +215,7 @@ def _block_k(k: int, wanted: int) -> int:
 
 def least_block_m(layout: str) -> int:
     """The fewest tokens of a tile: 1 where there is a kernel for one token."""
-    return 16 if layout in _WORD_VALUES else 1
+    return 16 if layout == "fp8_words" else 1
 
 
 def num_programs(shape: LinearShape, tiles: Tiles) -> int:
@@ -227,7 +237,7 @@ def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
     formats = {
         "plain": "plain",
         "int8_channel": "int8_int8" if shape.activations else "int8",
-        "fp8_channel": "fp8" if arch.has_fp8 else "fp8_bits",
+        "fp8_channel": "fp8_fp8" if shape.activations else "fp8" if arch.has_fp8 else "fp8_bits",
         "fp8_words": "fp8_words",
         "int4_group": "int4" if shape.dtype == "bf16" else "int4_any",
     }
@@ -269,8 +279,8 @@ def _variant(
     more: tuple[Argument, ...],
 ) -> KernelVariant:
     every = (
-        pointer("x", "i8" if shape.activations else shape.dtype),
-        pointer("weight", LAYOUTS[shape.layout] or shape.dtype),
+        pointer("x", shape.activations or shape.dtype),
+        pointer("weight", shape.activations or LAYOUTS[shape.layout] or shape.dtype),
         pointer("scale", "i32" if shape.group_size else "fp32"),
         pointer("bias", shape.dtype),
         pointer("squares", "fp32"),

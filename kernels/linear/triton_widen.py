@@ -50,6 +50,29 @@ def int4_values(words, groups, PART: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def int4_shifted(words, groups, shift):
+    """`int4_values` of the nibble at bit `shift`, a scalar."""
+    scale = groups.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    zero = (groups >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .b32 pair, one, low;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 low, 0xC308C308;
+            shr.u32 pair, $1, $4;
+            lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 pair, pair, one, low;
+            fma.rn.bf16x2 $0, pair, $2, $3;
+        }""",
+        "=r,r,r,r,r,r",
+        [words, scale[:, None], zero[:, None], shift],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
 def fp8_values(words, PART: tl.constexpr):
     """bf16 of byte PART of each word, an e4m3: by pairs of words, sign, exponent and mantissa bits are placed in a
     bf16 and its exponent is rebased by 2 ** 120."""
@@ -70,3 +93,52 @@ def fp8_values(words, PART: tl.constexpr):
         is_pure=True,
         pack=2,
     )
+
+
+@triton.jit
+def int4_slots(groups):
+    """The last dim of [., ., 4], taken apart."""
+    even, odd = tl.split(tl.reshape(groups, (groups.shape[0], groups.shape[1], 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def int4_pairs(words, PART: tl.constexpr):
+    """Nibble PART of both halves of int32 words as fp32, plus what `int4_offsets` says.
+
+    A nibble at bit 16 or 12 of an fp32's mantissa, under the exponent of 2 ** 7 or 2 ** 11, is that power plus the
+    nibble: in place of a conversion, and most of them lie where few shifts bring them.
+    """
+    if PART == 0:
+        low = (words << 12) & 0xF000 | 0x45000000
+        high = words & 0xF0000 | 0x43000000
+    elif PART == 1:
+        low = (words << 8) & 0xF000 | 0x45000000
+        high = (words >> 8) & 0xF000 | 0x45000000
+    elif PART == 2:
+        low = (words << 8) & 0xF0000 | 0x43000000
+        high = (words >> 8) & 0xF0000 | 0x43000000
+    else:
+        low = words & 0xF000 | 0x45000000
+        high = (words >> 12) & 0xF0000 | 0x43000000
+    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def int4_offsets(low, high, PART: tl.constexpr):
+    """What the offsets of `int4_pairs`, and the 8 of a nibble, add to products with x."""
+    OF_LOW: tl.constexpr = 136.0 if PART == 2 else 2056.0
+    OF_HIGH: tl.constexpr = 2056.0 if PART == 1 else 136.0
+    return low * OF_LOW + high * OF_HIGH
+
+
+@triton.jit
+def halves(pairs, DTYPE: tl.constexpr):
+    """The two 16-bit floats of each int32, as fp32."""
+    if tl.bfloat16 == DTYPE:
+        low = (pairs << 16).to(tl.float32, bitcast=True)
+        return low, (pairs & -65536).to(tl.float32, bitcast=True)
+    low = pairs.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return low, (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)

@@ -117,7 +117,8 @@ def _launch_and_compare(
     at = {name: value for name, value in operands.items() if isinstance(value, torch.Tensor)}
     before = at["residual"].clone()
     if kernel == "one":
-        tiles = Tiles(block_n=2, block_k=64, num_warps=4, prefetch=2)
+        block_k = INT4_PARTS * shape.group_size or 64
+        tiles = Tiles(block_n=2, block_k=block_k, num_warps=4, prefetch=2)
         variant, grid = one_token(shape, arch, tiles), (num_programs(shape, tiles), 1, 1)
     else:
         block_k = INT4_PARTS * shape.group_size or 32
@@ -182,7 +183,7 @@ LINEAR_SHAPES = {
         epilogue="silu_mul",
     ),
     "int8_int8": LinearShape(
-        33, 96, "fp16", "fp16", layout="int8_channel", activations="int8", has_bias=True,
+        33, 96, "fp16", "fp16", layout="int8_channel", activations="i8", has_bias=True,
         has_rows=True, has_residual=True,
     ),
     "silu_mul": LinearShape(70, 96, "fp16", "fp16", num_squares=5, eps=_EPS, epilogue="silu_mul"),
