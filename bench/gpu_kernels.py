@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from bench.gpu_models import MODELS, LlamaSizes, llama_graph
+from bench.gpu_models import MODELS, QUANTS, LlamaSizes, quantized_graph
 from kernels.aot import compile_variants, pack_kernels
 from kernels.attention import launch as attention
 from kernels.attention.launch import AttentionShape, AttentionTiles
@@ -20,7 +20,6 @@ from kernels.sampling.launch import greedy_variant
 from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant
 from shared.arch import Arch, arch_named
 
-LAYOUTS = {"bf16": "plain", "fp8": "fp8_channel", "int4": "int4_group"}
 TUNED_LAYOUTS = ("plain", "fp8_channel")
 
 
@@ -147,11 +146,11 @@ def tuning_variants(arch: Arch) -> Iterator[KernelVariant]:
                 yield few_tokens(shape, arch, tiles, 16)
 
 
-def model_variants(arch: Arch, names: list[str]) -> Iterator[KernelVariant]:
-    """Every variant of every benchmark model."""
+def model_variants(arch: Arch, names: list[str], quants: list[str]) -> Iterator[KernelVariant]:
+    """Every variant of every benchmark model in every quantization."""
     for name in names:
-        for layout in LAYOUTS.values():
-            yield from variants(llama_graph(MODELS[name], layout, num_layers=2), arch)
+        for quant in quants:
+            yield from variants(quantized_graph(MODELS[name], quant, num_layers=2), arch)
         yield greedy_variant(MODELS[name].vocab, 16, arch)
 
 
@@ -174,11 +173,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--quants", default=",".join(QUANTS))
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--only", help="one library: models, tune or attention")
     options = parser.parse_args()
     arch = arch_named(options.arch)
-    jobs = {"models": model_variants(arch, options.models.split(","))}
+    jobs = {"models": model_variants(arch, options.models.split(","), options.quants.split(","))}
     if options.tune:
         jobs = {"tune": tuning_variants(arch), "attention": attention_variants(arch)}
     for name, wanted in jobs.items():

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_kernels import LAYOUTS, read
+from bench.gpu_kernels import read
 from bench.gpu_models import (
     MODELS,
     LlamaSizes,
     as_read,
-    llama_graph,
+    quantized_graph,
     random_weights,
     reference_logits,
 )
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--deadline-s", type=float, default=1e9, help="no case starts after it")
     options = parser.parse_args()
     sizes = MODELS[options.model]
-    graph = llama_graph(sizes, LAYOUTS[options.quant])
+    graph = quantized_graph(sizes, options.quant)
     library = read(options.folder, f"{options.arch}.models")
     packed = random_weights(graph)
     torch.cuda.synchronize()

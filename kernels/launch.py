@@ -80,7 +80,14 @@ class Size:
     field: str
 
 
-Operand = Value | Temporary | Weight | Batch | KvCache | Scratch | Size
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A float that is the same in every step."""
+
+    value: float
+
+
+Operand = Value | Temporary | Weight | Batch | KvCache | Scratch | Size | Number
 
 
 @dataclass(frozen=True, slots=True)

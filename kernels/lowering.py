@@ -16,6 +16,7 @@ from kernels.launch import (
     KvCache,
     Launch,
     MatMul,
+    Number,
     Operand,
     Size,
     Sizes,
@@ -283,11 +284,17 @@ class _Lowering:
         return Temporary(f"{name}.{dtype}", dtype, width), Temporary(f"{name}.scale", "float32", 1)
 
     def _quantize_rows(self, node: Node, quantized: Temporary, scale: Temporary) -> Launch:
-        out_dtype = TRITON_DTYPES[quantized.dtype]
+        out_dtype, x = TRITON_DTYPES[quantized.dtype], self._source(node)
+        operands: tuple[Operand, ...] = (Value(x), quantized, scale)
+        is_static = "input_scale" in node.attrs
+        if is_static:
+            operands += (Number(_number(node.attrs["input_scale"])),)
         return Launch(
-            linear.quantized_rows(quantized.width, self.dtype, out_dtype, self.arch),
-            _per_row if self._is_selected(self._source(node)) else _per_token,
-            (Value(self._source(node)), quantized, scale),
+            linear.quantized_rows(
+                quantized.width, self.dtype, out_dtype, self.arch, is_static=is_static
+            ),
+            _per_row if self._is_selected(x) else _per_token,
+            operands,
         )
 
     def _is_selected(self, value: str) -> bool:

@@ -129,14 +129,30 @@ def few_tokens(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> Ke
     return _variant("linear_few", shape, arch, constants, tiles, more)
 
 
-def quantized_rows(k: int, dtype: str, out_dtype: str, arch: Arch) -> KernelVariant:
-    """The variant that gives rows of K values and their scales in 8 bits; dtypes are Triton's names."""
+def quantized_rows(
+    k: int, dtype: str, out_dtype: str, arch: Arch, *, is_static: bool = False
+) -> KernelVariant:
+    """The variant that gives rows of K values and their scales in 8 bits; dtypes are Triton's names.
+
+    `is_static`: all rows have one scale, the last argument.
+    """
     most = {"i8": 127.0, "fp8e4nv": 448.0}[out_dtype]
     return KernelVariant(
         op="linear",
         kernel="quantize_rows",
-        arguments=(pointer("x", dtype), pointer("out", out_dtype), pointer("scale_out", "fp32")),
-        constants=(("K", k), ("MOST", most), ("BLOCK", _power_of_two(k)), ("PDL", arch.has_pdl)),
+        arguments=(
+            pointer("x", dtype),
+            pointer("out", out_dtype),
+            pointer("scale_out", "fp32"),
+            *((Argument("scale", "fp32", False),) if is_static else ()),
+        ),
+        constants=(
+            ("K", k),
+            ("MOST", most),
+            ("BLOCK", _power_of_two(k)),
+            ("PDL", arch.has_pdl),
+            *(() if is_static else (("scale", None),)),
+        ),
         num_warps=8,
         has_pdl=arch.has_pdl,
     )

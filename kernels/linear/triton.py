@@ -500,18 +500,22 @@ def linear_few(
 
 @triton.jit
 def quantize_rows(
-    x, out, scale_out, K: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    x, out, scale_out, scale, K: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """Each row of x as e4m3 or int8 and its scale, amax / MOST: what 8-bit products of many tokens read."""
+    """Each row of x as e4m3 or int8 and its scale, `scale` or else amax / MOST: what 8-bit products read."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     value = tl.load(x + row * K + k, mask=k < K, other=0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), 0) / MOST, 1e-12)
-    tl.store(scale_out + row, scale)
-    value = value / scale
+    if scale is None:
+        of_row = tl.maximum(tl.max(tl.abs(value), 0) / MOST, 1e-12)
+        value = value / of_row
+    else:
+        of_row = scale
+        value = tl.minimum(tl.maximum(value / of_row, -MOST), MOST)
+    tl.store(scale_out + row, of_row)
     if out.dtype.element_ty == tl.int8:
         value = (
             value + 12582912.0

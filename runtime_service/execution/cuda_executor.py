@@ -15,6 +15,7 @@ from kernels.launch import (
     KvCache,
     Launch,
     MatMul,
+    Number,
     Operand,
     Scratch,
     Sizes,
@@ -137,7 +138,7 @@ class CudaExecutor:
 
     def _address(
         self, operand: Operand, buffers: dict[str, torch.Tensor], batch: DeviceBatch, sizes: Sizes
-    ) -> int:
+    ) -> int | float:
         if isinstance(operand, Value | Temporary):
             return buffers[operand.name].data_ptr()
         if isinstance(operand, Weight):
@@ -152,6 +153,8 @@ class CudaExecutor:
             return batch.step.kv_caches[operand.layer][operand.is_value].data_ptr()
         if isinstance(operand, Scratch):
             return self._scratch[operand.name].data_ptr()
+        if isinstance(operand, Number):
+            return operand.value
         if operand.field == "table_stride":
             return batch.step.block_tables_SB.stride(0)
         return int(getattr(sizes, operand.field))

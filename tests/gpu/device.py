@@ -60,7 +60,7 @@ class Collector:
         self,
         variant: KernelVariant,
         grid: tuple[int, int, int],
-        operands: dict[str, torch.Tensor | int],
+        operands: dict[str, torch.Tensor | int | float],
     ) -> None:
         """Launches `variant`, or only notes it before `library` is set."""
         if self.library is None:

@@ -19,7 +19,13 @@ from tests.kernels.attention_cases import (
     attention_shape,
     check_attention,
 )
-from tests.kernels.linear_cases import LINEAR_SHAPES, ONE_TOKEN_SHAPES, check_linear, in_dtype
+from tests.kernels.linear_cases import (
+    LINEAR_SHAPES,
+    ONE_TOKEN_SHAPES,
+    check_linear,
+    check_quantized_rows,
+    in_dtype,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,6 +39,10 @@ def _linear(shape: LinearShape, kernel: str, tokens: int, split_k: int) -> Case:
     return lambda run, arch: check_linear(
         run, arch, shape, kernel, tokens, seed=tokens, split_k=split_k, device="cuda"
     )
+
+
+def _quantized_rows(scale: float | None) -> Case:
+    return lambda run, arch: check_quantized_rows(run, arch, 257, scale, device="cuda")
 
 
 def _attention(tiles: AttentionTiles, lengths: list[tuple[int, int]], **shape: object) -> Case:
@@ -56,6 +66,9 @@ def _cases() -> dict[str, Case]:
             for tokens, split_k in ((1, 1), (5, 2), (19, 2)):
                 case = _linear(in_dtype(shape, dtype), "few", tokens, split_k)
                 cases[f"few-{name}-{dtype}-{tokens}-{split_k}"] = case
+        if dtype == "fp16":
+            for scale in (None, 0.015):
+                cases[f"rows-{scale}"] = _quantized_rows(scale)
         for window, soft_cap in ((0, 0.0), (37, 0.0), (0, 2.5)):
             options: dict[str, object] = {"window": window, "soft_cap": soft_cap, "dtype": dtype}
             for splits in (1, 4):

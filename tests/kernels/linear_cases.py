@@ -26,12 +26,12 @@ from shared.ir import WeightSpec
 
 _EPS = 1e-5
 
-Operands = dict[str, torch.Tensor | int]
+Operands = dict[str, torch.Tensor | int | float]
 Run = Callable[[KernelVariant, tuple[int, int, int], Operands], None]
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def _operands(shape: LinearShape, tokens: int, seed: int) -> dict[str, torch.Tensor | int]:
+def _operands(shape: LinearShape, tokens: int, seed: int) -> Operands:
     torch.manual_seed(seed)
     dtype = TORCH_DTYPES[shape.dtype]
     weight = torch.randn(shape.n, shape.k) * shape.k**-0.5
@@ -200,16 +200,23 @@ ONE_TOKEN_SHAPES = [
 ]
 
 
-def check_quantized_rows(run: Run, arch: Arch, columns: int, device: str = "cpu") -> None:
+def check_quantized_rows(
+    run: Run, arch: Arch, columns: int, static_scale: float | None = None, device: str = "cpu"
+) -> None:
     """Int8 rows are those of the formula, code for code; a row of zeros stays one."""
     torch.manual_seed(columns)
     x = torch.randn(5, columns, device=device).half()
     x[3] = 0
     codes = torch.empty(5, columns, dtype=torch.int8, device=device)
     scale = torch.empty(5, device=device)
-    run(quantized_rows(columns, "fp16", "i8", arch), (5, 1, 1),
-        {"x": x, "out": codes, "scale_out": scale})  # fmt: skip
+    variant = quantized_rows(columns, "fp16", "i8", arch, is_static=static_scale is not None)
+    operands: Operands = {"x": x, "out": codes, "scale_out": scale, "scale": static_scale or 0.0}
+    run(variant, (5, 1, 1), operands)
     want, want_scale = int8_tokens(x.float())
+    if static_scale is not None:
+        want_scale = torch.full_like(want_scale, static_scale)
+        want = (x.float() / static_scale).round().clamp(-127, 127).to(torch.int8)
+        assert int(want.abs().max()) == 127, "nothing is clipped"
     torch.testing.assert_close(scale, want_scale.flatten().clamp(min=1e-12))
     torch.testing.assert_close(codes, want, atol=1, rtol=0)
     assert (codes != want).float().mean() < 0.01

@@ -71,11 +71,24 @@ def test_arch_without_pdl_or_fp8_uses_neither() -> None:
     assert all(v.has_pdl == (v.op not in ("step_inputs", "sampling")) for v in new)
 
 
-def test_fp8_steps_of_more_than_16_tokens_use_torch_products() -> None:
+def test_fp8_steps_of_any_number_of_tokens_use_torch_products() -> None:
     graph = llama_graph(MODELS["tiny"], "fp8_channel", num_layers=1)
     for regime in REGIMES:
         steps = lower(graph, ARCHES["sm_90"], regime)
-        assert any(isinstance(s, MatMul) for s in steps) == (regime.max_tokens not in (1, 16))
+        assert any(isinstance(s, MatMul) for s in steps) == (regime.max_tokens == 0)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "w8a8-int8"])
+def test_steps_of_one_token_alone_round_no_activations(scheme: str) -> None:
+    """One token waits for the weights, whatever it is multiplied in."""
+    graph = _graph("llama", scheme)
+    linears = sum(node.op == "linear" for node in graph.nodes)
+    for regime in REGIMES:
+        steps = lower(graph, ARCHES["sm_90"], regime)
+        kernels = [s.variant.kernel for s in steps if isinstance(s, Launch)]
+        # The head of w8a8-int8 multiplies what it is given.
+        expected = 0 if regime.max_tokens == 1 else linears - (scheme == "w8a8-int8")
+        assert kernels.count("quantize_rows") == expected
 
 
 def test_layers_share_their_variants() -> None:

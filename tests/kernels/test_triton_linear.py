@@ -22,6 +22,7 @@ def test_few_tokens_kernel_equals_formula(name: str, tokens: int, split_k: int) 
     check_linear(run, INTERPRETER, LINEAR_SHAPES[name], "few", tokens, seed=tokens, split_k=split_k)
 
 
+@pytest.mark.parametrize("static_scale", [None, 0.015])
 @pytest.mark.parametrize("columns", [96, 257])
-def test_rows_are_quantized_as_the_formula_says(columns: int) -> None:
-    check_quantized_rows(run, INTERPRETER, columns)
+def test_rows_are_quantized_as_the_formula_says(columns: int, static_scale: float | None) -> None:
+    check_quantized_rows(run, INTERPRETER, columns, static_scale)
