@@ -18,6 +18,7 @@ from kernels.launch import (
     MatMul,
     Number,
     Operand,
+    Scratch,
     Size,
     Sizes,
     Step,
@@ -252,12 +253,52 @@ class _Lowering:
         if dtype:
             quantized, scale = self._quantized(node, dtype)
             yield self._quantize_rows(node, quantized, scale)
+        if layout == "int4_group" and not self._is_few:
+            yield from self._many_int4(node)
+            return
         if self._is_few or layout not in linear.LIBRARY_LAYOUTS:
             yield self._fused_linear(node, quantized, scale)
             return
         x = quantized or Value(node.inputs[0])
         bias = node.weights.get("bias")
         yield MatMul(x, node.weights["weight"], bias, Value(node.outputs[0]), scale)
+
+    def _many_int4(self, node: Node) -> Iterator[Step]:
+        """By the tiles' kernel up to some rows; beyond, the weight is widened once and the library multiplies."""
+        name, x, out = node.weights["weight"], Value(node.inputs[0]), Value(node.outputs[0])
+        weight, bias = self.graph.weights[name], node.weights.get("bias")
+        shape = linear.LinearShape(
+            *weight.shape,
+            dtype=self.dtype,
+            out_dtype="fp32" if out.name in self.graph.outputs else self.dtype,
+            layout=weight.layout,
+            group_size=weight.group_size,
+            has_bias=bias is not None,
+        )
+        field = "rows" if self._is_selected(x.name) else "tokens"
+        tiles, block_m = linear.many_tokens_int4_tiles(shape, self.arch)
+        packed = (Weight(name, "weight"), Weight(name, "scale"))
+        biases = () if bias is None else (Weight(bias, "weight"),)
+
+        def fused_grid(sizes: Sizes) -> Grid:
+            rows = int(getattr(sizes, field))
+            fits = rows <= linear.MOST_FUSED_INT4_ROWS
+            return linear.num_programs(shape, tiles), -(-rows // block_m) if fits else 0, 1
+
+        def dense_grid(sizes: Sizes) -> Grid:
+            is_used = int(getattr(sizes, field)) > linear.MOST_FUSED_INT4_ROWS
+            blocks, chunks = linear.dense_int4_grid(shape)
+            return blocks if is_used else 0, chunks, 1
+
+        yield Launch(
+            linear.many_tokens_int4(shape, self.arch, tiles, block_m),
+            fused_grid,
+            (x, *packed, *biases, out, Size(field)),
+        )
+        values = Scratch("dense_weight", lambda _: 2 * shape.n * shape.k)
+        yield Launch(linear.dense_int4(shape, self.arch), dense_grid, (*packed, values))
+        least = linear.MOST_FUSED_INT4_ROWS + 1
+        yield MatMul(x, name, bias, out, dense=values, least_rows=least)
 
     def _activations(self, node: Node) -> str:
         """torch's dtype of 8 bits that a linear's input is rounded to; empty where it is not.

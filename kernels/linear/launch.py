@@ -17,6 +17,9 @@ MOST_FEW_TOKENS = {"plain": 64, "fp8_channel": 64, "int8_channel": 64, "int4_gro
 # Those that torch's library multiplies for many tokens.
 LIBRARY_LAYOUTS = ("plain", "fp8_channel")
 
+# int4 steps of more rows are faster widened once and multiplied by the library.
+MOST_FUSED_INT4_ROWS = 512
+
 # Values of a stored word, whose columns lie far apart (gpu.py); other layouts store value by value.
 _WORD_VALUES = {"int4_group": INT4_PARTS, "fp8_words": 2}
 
@@ -158,6 +161,66 @@ def quantized_rows(
     )
 
 
+def many_tokens_int4(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> KernelVariant:
+    """The variant for tiles of `block_m` of many tokens; nothing but a bias rides on it."""
+    constants: dict[str, object] = {
+        "N": shape.n, "K": shape.k, "GROUP": shape.group_size, "BLOCK_M": block_m,
+        "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "FORMAT": _int4_format(shape),
+        "PDL": arch.has_pdl,
+    }  # fmt: skip
+    if not shape.has_bias:
+        constants["bias"] = None
+    every = (
+        pointer("x", shape.dtype),
+        pointer("weight", "i16"),
+        pointer("scale", "i32"),
+        pointer("bias", shape.dtype),
+        pointer("out", shape.out_dtype),
+        integer("num_tokens"),
+    )
+    return KernelVariant(
+        op="linear",
+        kernel="linear_many_int4",
+        arguments=tuple(a for a in every if a.name not in constants),
+        constants=tuple(constants.items()),  # type: ignore[arg-type]
+        num_warps=tiles.num_warps,
+        num_stages=tiles.stages,
+        has_pdl=arch.has_pdl,
+    )
+
+
+DENSE_BLOCK_N = 32
+
+
+def dense_int4(shape: LinearShape, arch: Arch) -> KernelVariant:
+    """The variant that writes a weight's values; its grid: blocks of rows, chunks of K."""
+    constants = {
+        "N": shape.n, "K": shape.k, "GROUP": shape.group_size, "BLOCK_N": DENSE_BLOCK_N,
+        "FORMAT": _int4_format(shape), "PDL": arch.has_pdl,
+    }  # fmt: skip
+    return KernelVariant(
+        op="linear",
+        kernel="dense_int4",
+        arguments=(pointer("weight", "i16"), pointer("scale", "i32"), pointer("out", shape.dtype)),
+        constants=tuple(constants.items()),
+        has_pdl=arch.has_pdl,
+    )
+
+
+def dense_int4_grid(shape: LinearShape) -> tuple[int, int]:
+    """Blocks of rows, and chunks of K."""
+    return -(-shape.n // DENSE_BLOCK_N), -(-shape.k // (INT4_PARTS * shape.group_size))
+
+
+def many_tokens_int4_tiles(shape: LinearShape, arch: Arch) -> tuple[Tiles, int]:
+    """The shipped choice, and how many tokens a tile has."""
+    return Tiles(64, shape.group_size, 4, stages=3), 128
+
+
+def _int4_format(shape: LinearShape) -> str:
+    return "int4" if shape.dtype == "bf16" else "int4_any"
+
+
 def few_tokens_scratch(shape: LinearShape, tiles: Tiles, block_m: int) -> tuple[Scratch, ...]:
     """Memory for the splits' parts and their counters, in the kernel's order."""
     if tiles.split_k == 1:
@@ -255,7 +318,7 @@ def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
         "int8_channel": "int8_int8" if shape.activations else "int8",
         "fp8_channel": "fp8_fp8" if shape.activations else "fp8" if arch.has_fp8 else "fp8_bits",
         "fp8_words": "fp8_words",
-        "int4_group": "int4" if shape.dtype == "bf16" else "int4_any",
+        "int4_group": _int4_format(shape),
     }
     absent = {
         "scale": shape.layout == "plain",

@@ -526,7 +526,7 @@ def quantize_rows(
 @triton.jit
 def linear_many_int4(
     x, weight, scale, bias, out, num_tokens,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Many tokens: a group of K a step, whose words are read four times so that x's tiles stay small."""
@@ -545,7 +545,7 @@ def linear_many_int4(
     for group in tl.range(0, K // GROUP, num_stages=STAGES):
         words = tl.load(at + group // 4 * GROUP)
         groups = tl.load(scale + (group // 4 * N + n_in) * 4 + group % 4)
-        values = int4_shifted(words, groups, group % 4 * 4)
+        values = int4_shifted(words, groups, group % 4 * 4, FORMAT)
         xc = tl.load(x_at + group * GROUP, mask=is_token[None, :], other=0)
         acc = tl.dot(values, xc, acc)
     acc = _scaled(acc, n_in, None, bias)

@@ -18,6 +18,23 @@ def as_float(raw, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def halves(pairs, DTYPE: tl.constexpr):
+    """The two 16-bit floats of each int32, as fp32."""
+    if tl.bfloat16 == DTYPE:
+        low = (pairs << 16).to(tl.float32, bitcast=True)
+        return low, (pairs & -65536).to(tl.float32, bitcast=True)
+    low = pairs.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return low, (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _int4_any(words, groups, shift):
+    scale, zero = halves(groups, tl.bfloat16)
+    levels = ((words.to(tl.int32) >> shift) & 15).to(tl.float32) - 8.0
+    return (levels * scale[:, None] + zero[:, None]).to(tl.float16)
+
+
+@triton.jit
 def int4_values(words, groups, PART: tl.constexpr, FORMAT: tl.constexpr):
     """bf16 of nibble PART of each word: (nibble - 8) * scale + zero, rounded once.
 
@@ -25,10 +42,7 @@ def int4_values(words, groups, PART: tl.constexpr, FORMAT: tl.constexpr):
     128 + nibble in bf16, in place of a conversion from integers. fp16 ("int4_any") takes the plain way.
     """
     if FORMAT == "int4_any":
-        scale = (groups << 16).to(tl.float32, bitcast=True)
-        zero = (groups & -65536).to(tl.float32, bitcast=True)
-        levels = ((words.to(tl.int32) >> (4 * PART)) & 15).to(tl.float32) - 8.0
-        return (levels * scale[:, None] + zero[:, None]).to(tl.float16)
+        return _int4_any(words, groups, 4 * PART)
     scale = groups.to(tl.int16).to(tl.bfloat16, bitcast=True)
     zero = (groups >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return tl.inline_asm_elementwise(
@@ -50,8 +64,10 @@ def int4_values(words, groups, PART: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def int4_shifted(words, groups, shift):
+def int4_shifted(words, groups, shift, FORMAT: tl.constexpr):
     """`int4_values` of the nibble at bit `shift`, a scalar."""
+    if FORMAT == "int4_any":
+        return _int4_any(words, groups, shift)
     scale = groups.to(tl.int16).to(tl.bfloat16, bitcast=True)
     zero = (groups >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return tl.inline_asm_elementwise(
@@ -132,13 +148,3 @@ def int4_offsets(low, high, PART: tl.constexpr):
     OF_LOW: tl.constexpr = 136.0 if PART == 2 else 2056.0
     OF_HIGH: tl.constexpr = 2056.0 if PART == 1 else 136.0
     return low * OF_LOW + high * OF_HIGH
-
-
-@triton.jit
-def halves(pairs, DTYPE: tl.constexpr):
-    """The two 16-bit floats of each int32, as fp32."""
-    if tl.bfloat16 == DTYPE:
-        low = (pairs << 16).to(tl.float32, bitcast=True)
-        return low, (pairs & -65536).to(tl.float32, bitcast=True)
-    low = pairs.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    return low, (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)

@@ -162,11 +162,11 @@ class CudaExecutor:
     def _matmul(self, step: MatMul, buffers: dict[str, torch.Tensor], sizes: Sizes) -> None:
         is_logits = step.out.name in self._graph.outputs
         num_rows = sizes.rows if is_logits else sizes.tokens
-        if num_rows == 0:
+        if num_rows < step.least_rows:
             return
         x, out = buffers[step.x.name][:num_rows], buffers[step.out.name][:num_rows]
         packed = self._weights[step.weight]
-        weight = packed["weight"].t()
+        weight = packed["weight"].t() if step.dense is None else self._dense(step).t()
         target = None if is_logits else out
         if step.x_scale is None:
             result = torch.mm(x, weight, out=target)
@@ -180,6 +180,13 @@ class CudaExecutor:
             result += self._weights[step.bias]["weight"]
         if is_logits:
             out.copy_(result)
+
+    def _dense(self, step: MatMul) -> torch.Tensor:
+        """The weight's values in scratch memory, [N, K]."""
+        assert step.dense is not None, "the weight is as stored"
+        rows, columns = self._graph.weights[step.weight].shape
+        values = self._scratch[step.dense.name].view(self._dtype)
+        return values[: rows * columns].view(rows, columns)
 
     # Memory.
 

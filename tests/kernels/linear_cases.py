@@ -11,14 +11,17 @@ from kernels.linear.gpu import INT4_PARTS, arranged
 from kernels.linear.launch import (
     LinearShape,
     Tiles,
+    dense_int4,
+    dense_int4_grid,
     few_tokens,
     few_tokens_scratch,
     least_block_m,
+    many_tokens_int4,
     num_programs,
     one_token,
     quantized_rows,
 )  # fmt: skip
-from kernels.linear.layouts import LAYOUTS
+from kernels.linear.layouts import INT4_GROUPS, LAYOUTS
 from kernels.linear.op import int8_tokens
 from kernels.variant import KernelVariant
 from shared.arch import Arch
@@ -200,6 +203,34 @@ ONE_TOKEN_SHAPES = [
 ]
 
 
+def _tensors(shape: LinearShape, tokens: int, device: str) -> dict[str, torch.Tensor]:
+    made = _operands(shape, tokens, tokens)
+    return {n: value.to(device) for n, value in made.items() if isinstance(value, torch.Tensor)}
+
+
+def check_many_int4(
+    run: Run, arch: Arch, shape: LinearShape, tokens: int, device: str = "cpu"
+) -> None:
+    """The tiles' kernel of many tokens."""
+    at = _tensors(shape, tokens, device)
+    tiles, block_m = Tiles(16, shape.group_size, num_warps=4, stages=2), 16
+    variant = many_tokens_int4(shape, arch, tiles, block_m)
+    grid = (num_programs(shape, tiles), -(-tokens // block_m), 1)
+    run(variant, grid, {**at, "num_tokens": tokens})
+    want = at["x"][:tokens].float() @ at["dense"].t()
+    if shape.has_bias:
+        want += at["bias"].float()
+    torch.testing.assert_close(at["out"].float(), want, atol=3e-2, rtol=2e-2)
+
+
+def check_dense_int4(run: Run, arch: Arch, shape: LinearShape, device: str = "cpu") -> None:
+    """The weight widened as a whole: what the library multiplies."""
+    at = _tensors(shape, 1, device)
+    values = torch.full((shape.n, shape.k), float("nan"), dtype=at["x"].dtype, device=device)
+    run(dense_int4(shape, arch), (*dense_int4_grid(shape), 1), {**at, "out": values})
+    torch.testing.assert_close(values.float(), at["dense"], atol=1e-6, rtol=2**-8)
+
+
 def check_quantized_rows(
     run: Run, arch: Arch, columns: int, static_scale: float | None = None, device: str = "cpu"
 ) -> None:
@@ -220,6 +251,14 @@ def check_quantized_rows(
     torch.testing.assert_close(scale, want_scale.flatten().clamp(min=1e-12))
     torch.testing.assert_close(codes, want, atol=1, rtol=0)
     assert (codes != want).float().mean() < 0.01
+
+
+MANY_INT4_SHAPES = {
+    f"many_int4_{group}": LinearShape(
+        35, 5 * group, "fp16", "fp16", layout="int4_group", group_size=group, has_bias=group == 64
+    )
+    for group in INT4_GROUPS
+}
 
 
 def in_dtype(shape: LinearShape, dtype: str) -> LinearShape:

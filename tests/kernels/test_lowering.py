@@ -51,7 +51,8 @@ def test_every_scheme_of_an_arch_lowers(arch: Arch, family: str) -> None:
                     elif isinstance(operand, Value | Temporary):
                         written.add(operand.name)
                 assert outputs, f"{step.variant.key} writes nothing"
-                assert all(n > 0 for n in step.grid(Sizes(3, 3, 3)))
+                grids = step.grid(Sizes(3, 3, 3)), step.grid(Sizes(8192, 3, 8192))
+                assert any(all(n > 0 for n in grid) for grid in grids)
             assert set(graph.outputs) <= written
 
 
