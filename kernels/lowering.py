@@ -396,21 +396,21 @@ class _Lowering:
             operands += [Value(adds.inputs[1]), Weight(adds.weights["weight"], "weight")]
         operands.append(Value(out))
         if adds is not None:
-            operands += self._norm_operands(adds, linear.num_programs(shape, self._tiles(shape)))
+            operands += self._norm_operands(adds, linear.num_programs(shape, self._tiles(shape)[0]))
         if rope is not None:
             operands += _rope_operands(_integer(rope.attrs["layer"]))
         is_selected = shape.has_rows or self._is_selected(node.inputs[0])
         return self._linear_launch(shape, operands, x_scale, is_selected)
 
-    def _tiles(self, shape: linear.LinearShape) -> linear.Tiles:
-        block_m = self._block_m(shape)
-        if block_m == 1:
-            return linear.one_token_tiles(shape)
-        return linear.few_tokens_tiles(shape, self.arch, block_m)
-
-    def _block_m(self, shape: linear.LinearShape) -> int:
-        """Tokens of a tile; 1 is the kernel for one token."""
-        return max(self.regime.max_tokens or linear.MAX_BLOCK_M, linear.least_block_m(shape.layout))
+    def _tiles(self, shape: linear.LinearShape) -> tuple[linear.Tiles, int]:
+        """How the work is cut, and the tokens of a tile; 1 is the kernel for one token."""
+        if self.regime.max_tokens == 1:
+            return linear.one_token_tiles(shape), 1
+        if self.regime.max_tokens == 0 and shape.activations:
+            return linear.many_tokens_tiles(shape, self.arch)
+        most = self.regime.max_tokens or linear.MAX_BLOCK_M
+        block_m = linear.few_tokens_block_m(shape, self.arch, most)
+        return linear.few_tokens_tiles(shape, self.arch, block_m), block_m
 
     def _linear_launch(
         self,
@@ -419,8 +419,7 @@ class _Lowering:
         x_scale: Temporary | None,
         is_selected: bool,
     ) -> Launch:
-        block_m = self._block_m(shape)
-        tiles = self._tiles(shape)
+        tiles, block_m = self._tiles(shape)
         programs = linear.num_programs(shape, tiles)
         if block_m == 1:
             variant = linear.one_token(shape, self.arch, tiles)

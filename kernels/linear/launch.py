@@ -21,7 +21,7 @@ LIBRARY_LAYOUTS = ("plain", "fp8_channel")
 MOST_FUSED_INT4_ROWS = 512
 
 # Values of a stored word, whose columns lie far apart (gpu.py); other layouts store value by value.
-_WORD_VALUES = {"int4_group": INT4_PARTS, "fp8_words": 2}
+_WORD_VALUES = {"int4_group": INT4_PARTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +263,7 @@ def one_token_tiles(shape: LinearShape) -> Tiles:
 def few_tokens_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
     """The shipped choice; measured on one H200 (docs/BENCHMARKS.md), then fitted to the arch's shared memory."""
     if shape.layout == "int4_group":
-        return Tiles(64, INT4_PARTS * shape.group_size, 4, stages=3)
+        return _few_int4_tiles(shape, arch, block_m)
     wanted = Tiles(64, 128, 4, stages=4) if shape.layout == "plain" else Tiles(64, 256, 4, stages=3)
     width = 1 if shape.epilogue == "plain" else 2
     weight_bytes = 1 if shape.layout != "plain" else 4 if shape.dtype == "fp32" else 2
@@ -285,16 +285,46 @@ def few_tokens_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
     )
 
 
+def few_tokens_block_m(shape: LinearShape, arch: Arch, most: int) -> int:
+    """Tokens of a tile, of `most` at once: fewer where two stages of int4's chunks of x would not fit."""
+    while most > 16 and 2 * _int4_stage_bytes(shape, 64, most) > arch.max_shared_bytes:
+        most //= 2
+    return most
+
+
+def _few_int4_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
+    block_k = INT4_PARTS * shape.group_size
+    block_n = 64 if 2 * _int4_stage_bytes(shape, 64, block_m) <= arch.max_shared_bytes else 32
+    fitting = arch.max_shared_bytes // _int4_stage_bytes(shape, block_n, block_m)
+    tiles = Tiles(block_n, block_k, 4, prefetch=0, stages=max(2, min(4, fitting)))
+    split_k = 1
+    while split_k < 4 and split_k * num_programs(shape, tiles) < 256:
+        share = -(-shape.k // (2 * split_k * block_k)) * block_k
+        if (2 * split_k - 1) * share >= shape.k:
+            break
+        split_k *= 2
+    return replace(tiles, split_k=split_k)
+
+
+def _int4_stage_bytes(shape: LinearShape, block_n: int, block_m: int) -> int:
+    """Shared memory of one stage: words and scales of a chunk, and x's columns."""
+    width = 1 if shape.epilogue == "plain" else 2
+    words = width * block_n * (2 * shape.group_size + 4 * INT4_PARTS)
+    return words + 2 * INT4_PARTS * shape.group_size * block_m
+
+
+def many_tokens_tiles(shape: LinearShape, arch: Arch) -> tuple[Tiles, int]:
+    """The shipped choice for products of 8 bits with 8 bits, and how many tokens a tile has; measured on one H100."""
+    is_wide = shape.n >= 8192 and arch.max_shared_bytes >= 3 * (256 + 128) * 128
+    block_k = _block_k(shape.k, 128)
+    return Tiles(128, block_k, 8, prefetch=0, stages=3), 256 if is_wide else 128
+
+
 def _block_k(k: int, wanted: int) -> int:
     """The largest power of two up to `wanted` that divides K, so that no load is masked; where that is small,
     `wanted`, masked."""
     divisor = k & -k
     return min(wanted, divisor) if divisor >= 128 else min(wanted, _power_of_two(k))
-
-
-def least_block_m(layout: str) -> int:
-    """The fewest tokens of a tile: 1 where there is a kernel for one token."""
-    return 16 if layout == "fp8_words" else 1
 
 
 def num_programs(shape: LinearShape, tiles: Tiles) -> int:
@@ -303,13 +333,7 @@ def num_programs(shape: LinearShape, tiles: Tiles) -> int:
 
 
 # Triton's dtype of the stored weight, by layout; a plain one has x's.
-LAYOUTS = {
-    "plain": None,
-    "fp8_channel": "u8",
-    "int8_channel": "i8",
-    "int4_group": "i16",
-    "fp8_words": "i16",
-}
+LAYOUTS = {"plain": None, "fp8_channel": "u8", "int8_channel": "i8", "int4_group": "i16"}
 
 
 def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
@@ -317,7 +341,6 @@ def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
         "plain": "plain",
         "int8_channel": "int8_int8" if shape.activations else "int8",
         "fp8_channel": "fp8_fp8" if shape.activations else "fp8" if arch.has_fp8 else "fp8_bits",
-        "fp8_words": "fp8_words",
         "int4_group": _int4_format(shape),
     }
     absent = {

@@ -23,7 +23,6 @@ import triton.language as tl
 
 from kernels.linear.triton_widen import (
     as_float,
-    fp8_values,
     halves,
     int4_offsets,
     int4_pairs,
@@ -341,16 +340,11 @@ def _word_products(
         if K % BLOCK_K != 0:
             is_x = is_x & (start + i * PART + k < K)[:, None]
         xc = tl.load(x_at + start + i * PART, mask=is_x, other=0)
-        if FORMAT == "fp8_words":
-            acc = tl.dot(fp8_values(tile, i), xc, acc)
-            if PAIRED:
-                acc_second = tl.dot(fp8_values(tile_second, i), xc, acc_second)
-        else:
-            groups = scale + start // BLOCK_K * N * 4 + i
-            acc = tl.dot(int4_values(tile, tl.load(groups + n * 4), i, FORMAT), xc, acc)
-            if PAIRED:
-                values = int4_values(tile_second, tl.load(groups + n_second * 4), i, FORMAT)
-                acc_second = tl.dot(values, xc, acc_second)
+        groups = scale + start // BLOCK_K * N * 4 + i
+        acc = tl.dot(int4_values(tile, tl.load(groups + n * 4), i, FORMAT), xc, acc)
+        if PAIRED:
+            values = int4_values(tile_second, tl.load(groups + n_second * 4), i, FORMAT)
+            acc_second = tl.dot(values, xc, acc_second)
     return acc, acc_second
 
 

@@ -89,29 +89,6 @@ def int4_shifted(words, groups, shift, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def fp8_values(words, PART: tl.constexpr):
-    """bf16 of byte PART of each word, an e4m3: by pairs of words, sign, exponent and mantissa bits are placed in a
-    bf16 and its exponent is rebased by 2 ** 120."""
-    return tl.inline_asm_elementwise(
-        f"""{{
-            .reg .b32 bits, sign, rebase, zero;
-            mov.b32 rebase, 0x7B807B80;
-            mov.b32 zero, 0x80008000;
-            {"shl.b32 sign, $1, 8;" if PART == 0 else "mov.b32 sign, $1;"}
-            {"shl.b32 bits, $1, 4;" if PART == 0 else "shr.u32 bits, $1, 4;"}
-            and.b32 bits, bits, 0x07F007F0;
-            lop3.b32 bits, sign, 0x80008000, bits, 0xEA;
-            fma.rn.bf16x2 $0, bits, rebase, zero;
-        }}""",
-        "=r,r",
-        [words],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
 def int4_slots(groups):
     """The last dim of [., ., 4], taken apart."""
     even, odd = tl.split(tl.reshape(groups, (groups.shape[0], groups.shape[1], 2, 2)))

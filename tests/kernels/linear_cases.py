@@ -15,7 +15,6 @@ from kernels.linear.launch import (
     dense_int4_grid,
     few_tokens,
     few_tokens_scratch,
-    least_block_m,
     many_tokens_int4,
     num_programs,
     one_token,
@@ -196,11 +195,7 @@ LINEAR_SHAPES = {
     ),
 }  # fmt: skip
 
-ONE_TOKEN_SHAPES = [
-    name
-    for name, shape in LINEAR_SHAPES.items()
-    if least_block_m(shape.layout) == 1 and not shape.activations
-]
+ONE_TOKEN_SHAPES = [name for name, shape in LINEAR_SHAPES.items() if not shape.activations]
 
 
 def _tensors(shape: LinearShape, tokens: int, device: str) -> dict[str, torch.Tensor]:
