@@ -244,6 +244,8 @@ def _blocks(tokens: int, block_m: int) -> int:
 
 def one_token_tiles(shape: LinearShape) -> Tiles:
     """The shipped choice; measured on one H200 (docs/BENCHMARKS.md)."""
+    if shape.layout == "int4_group":
+        return _one_int4_tiles(shape)
     is_wide = shape.num_outputs >= 8192
     if shape.layout == "plain":
         if is_wide:
@@ -293,6 +295,12 @@ def few_tokens_block_m(shape: LinearShape, arch: Arch, most: int) -> int:
     while most > 16 and 2 * _int4_stage_bytes(shape, 64, most) > arch.max_shared_bytes:
         most //= 2
     return most
+
+
+def _one_int4_tiles(shape: LinearShape) -> Tiles:
+    """A whole row at once where it fits, a quad of 32 values a thread: all loads come before the wait."""
+    block_k = max(min(_power_of_two(shape.k), 16384), INT4_PARTS * shape.group_size)
+    return Tiles(4 if shape.epilogue == "plain" else 2, block_k, num_warps=max(1, block_k // 1024))
 
 
 def _few_int4_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
