@@ -7,7 +7,7 @@ runtime binds and launches them. No Triton here.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kernels.attention import launch as attention
 from kernels.launch import (
@@ -264,40 +264,30 @@ class _Lowering:
         yield MatMul(x, node.weights["weight"], bias, Value(node.outputs[0]), scale)
 
     def _many_int4(self, node: Node) -> Iterator[Step]:
-        """By the tiles' kernel up to some rows; beyond, the weight is widened once and the library multiplies."""
-        name, x, out = node.weights["weight"], Value(node.inputs[0]), Value(node.outputs[0])
-        weight, bias = self.graph.weights[name], node.weights.get("bias")
+        """By tiles up to some rows; beyond, the weight is widened once and the library multiplies."""
+        fused = self._fused_linear(node)
+        name = node.weights["weight"]
         shape = linear.LinearShape(
-            *weight.shape,
+            *self.graph.weights[name].shape,
             dtype=self.dtype,
-            out_dtype="fp32" if out.name in self.graph.outputs else self.dtype,
-            layout=weight.layout,
-            group_size=weight.group_size,
-            has_bias=bias is not None,
+            out_dtype=self.dtype,
+            layout="int4_group",
+            group_size=self.graph.weights[name].group_size,
         )
-        field = "rows" if self._is_selected(x.name) else "tokens"
-        tiles, block_m = linear.many_tokens_int4_tiles(shape, self.arch)
-        packed = (Weight(name, "weight"), Weight(name, "scale"))
-        biases = () if bias is None else (Weight(bias, "weight"),)
+        field = "rows" if self._is_selected(node.inputs[0]) else "tokens"
 
-        def fused_grid(sizes: Sizes) -> Grid:
-            rows = int(getattr(sizes, field))
-            fits = rows <= linear.MOST_FUSED_INT4_ROWS
-            return linear.num_programs(shape, tiles), -(-rows // block_m) if fits else 0, 1
+        def is_widened(sizes: Sizes) -> bool:
+            return int(getattr(sizes, field)) > linear.MOST_FUSED_INT4_ROWS
 
-        def dense_grid(sizes: Sizes) -> Grid:
-            is_used = int(getattr(sizes, field)) > linear.MOST_FUSED_INT4_ROWS
-            blocks, chunks = linear.dense_int4_grid(shape)
-            return blocks if is_used else 0, chunks, 1
-
-        yield Launch(
-            linear.many_tokens_int4(shape, self.arch, tiles, block_m),
-            fused_grid,
-            (x, *packed, *biases, out, Size(field)),
-        )
+        yield replace(fused, grid=lambda s: (0, 0, 0) if is_widened(s) else fused.grid(s))
         values = Scratch("dense_weight", lambda _: 2 * shape.n * shape.k)
-        yield Launch(linear.dense_int4(shape, self.arch), dense_grid, (*packed, values))
+        yield Launch(
+            linear.dense_int4(shape, self.arch),
+            lambda s: (*linear.dense_int4_grid(shape), 1) if is_widened(s) else (0, 0, 0),
+            (Weight(name, "weight"), Weight(name, "scale"), values),
+        )
         least = linear.MOST_FUSED_INT4_ROWS + 1
+        bias, x, out = node.weights.get("bias"), Value(node.inputs[0]), Value(node.outputs[0])
         yield MatMul(x, name, bias, out, dense=values, least_rows=least)
 
     def _activations(self, node: Node) -> str:
@@ -344,7 +334,7 @@ class _Lowering:
 
     def _fused_linear(
         self, node: Node, quantized: Temporary | None = None, x_scale: Temporary | None = None
-    ) -> Step:
+    ) -> Launch:
         """The linear with all that rides on it; `quantized` and its scales take the place of its input."""
         weight = self.graph.weights[node.weights["weight"]]
         follower = self._follower(node)
@@ -405,8 +395,11 @@ class _Lowering:
     def _tiles(self, shape: linear.LinearShape) -> tuple[linear.Tiles, int]:
         """How the work is cut, and the tokens of a tile; 1 is the kernel for one token."""
         if self.regime.max_tokens == 1:
-            return linear.one_token_tiles(shape), 1
-        if self.regime.max_tokens == 0 and shape.activations:
+            block_m = linear.one_token_block_m(shape)
+            if block_m == 1:
+                return linear.one_token_tiles(shape), 1
+            return linear.few_tokens_tiles(shape, self.arch, block_m), block_m
+        if self.regime.max_tokens == 0 and (shape.activations or shape.layout == "int4_group"):
             return linear.many_tokens_tiles(shape, self.arch)
         most = self.regime.max_tokens or linear.MAX_BLOCK_M
         block_m = linear.few_tokens_block_m(shape, self.arch, most)

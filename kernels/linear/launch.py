@@ -18,7 +18,7 @@ MOST_FEW_TOKENS = {"plain": 64, "fp8_channel": 64, "int8_channel": 64, "int4_gro
 LIBRARY_LAYOUTS = ("plain", "fp8_channel")
 
 # int4 steps of more rows are faster widened once and multiplied by the library.
-MOST_FUSED_INT4_ROWS = 512
+MOST_FUSED_INT4_ROWS = 256
 
 # Values of a stored word, whose columns lie far apart (gpu.py); other layouts store value by value.
 _WORD_VALUES = {"int4_group": INT4_PARTS}
@@ -161,34 +161,6 @@ def quantized_rows(
     )
 
 
-def many_tokens_int4(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> KernelVariant:
-    """The variant for tiles of `block_m` of many tokens; nothing but a bias rides on it."""
-    constants: dict[str, object] = {
-        "N": shape.n, "K": shape.k, "GROUP": shape.group_size, "BLOCK_M": block_m,
-        "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "FORMAT": _int4_format(shape),
-        "PDL": arch.has_pdl,
-    }  # fmt: skip
-    if not shape.has_bias:
-        constants["bias"] = None
-    every = (
-        pointer("x", shape.dtype),
-        pointer("weight", "i16"),
-        pointer("scale", "i32"),
-        pointer("bias", shape.dtype),
-        pointer("out", shape.out_dtype),
-        integer("num_tokens"),
-    )
-    return KernelVariant(
-        op="linear",
-        kernel="linear_many_int4",
-        arguments=tuple(a for a in every if a.name not in constants),
-        constants=tuple(constants.items()),  # type: ignore[arg-type]
-        num_warps=tiles.num_warps,
-        num_stages=tiles.stages,
-        has_pdl=arch.has_pdl,
-    )
-
-
 DENSE_BLOCK_N = 32
 
 
@@ -210,14 +182,6 @@ def dense_int4(shape: LinearShape, arch: Arch) -> KernelVariant:
 def dense_int4_grid(shape: LinearShape) -> tuple[int, int]:
     """Blocks of rows, and chunks of K."""
     return -(-shape.n // DENSE_BLOCK_N), -(-shape.k // (INT4_PARTS * shape.group_size))
-
-
-def many_tokens_int4_tiles(shape: LinearShape, arch: Arch) -> tuple[Tiles, int]:
-    """The shipped choice, and how many tokens a tile has; measured on one H100."""
-    block_n, block_m = 64, 128
-    stage_bytes = shape.group_size * 2 * (block_n + block_m) + 4 * block_n
-    stages = min(3, arch.max_shared_bytes // stage_bytes)
-    return Tiles(block_n, shape.group_size, 4, stages=stages), block_m
 
 
 def _int4_format(shape: LinearShape) -> str:
@@ -269,7 +233,12 @@ def few_tokens_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
     """The shipped choice; measured on one H200 (docs/BENCHMARKS.md), then fitted to the arch's shared memory."""
     if shape.layout == "int4_group":
         return _few_int4_tiles(shape, arch, block_m)
-    wanted = Tiles(64, 128, 4, stages=4) if shape.layout == "plain" else Tiles(64, 256, 4, stages=3)
+    if shape.activations:
+        wanted = Tiles(64, 256, 4, prefetch=0, stages=4)
+    elif shape.layout == "plain":
+        wanted = Tiles(64, 128, 4, stages=4)
+    else:
+        wanted = Tiles(64, 256, 4, stages=3)
     width = 1 if shape.epilogue == "plain" else 2
     weight_bytes = 1 if shape.layout != "plain" else 4 if shape.dtype == "fp32" else 2
     row_bytes = width * wanted.block_n * weight_bytes + 2 * block_m
@@ -283,38 +252,65 @@ def few_tokens_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
         block_k //= 2
     # Programs enough for a device of about 132 SMs, each with several chunks of K.
     split_k, programs = 1, num_programs(shape, wanted)
-    while split_k < 4 and split_k * programs < 128 and shape.k >= 8 * split_k * block_k:
+    is_split = not shape.activations or shape.k > 8192  # products of 8 bits are soon done
+    while (
+        is_split and split_k < 4 and split_k * programs < 128 and shape.k >= 8 * split_k * block_k
+    ):
         split_k *= 2
     return replace(
         wanted, block_k=block_k, stages=max(2, min(wanted.stages, stages())), split_k=split_k
     )
 
 
+def one_token_block_m(shape: LinearShape) -> int:
+    """1 where the kernel for one token serves one token best; else tokens of a tile of `few_tokens`."""
+    is_large = shape.num_outputs >= 8192 or shape.k > 8192
+    return 8 if shape.layout == "int4_group" and shape.group_size == 64 and is_large else 1
+
+
+def _one_int4_tiles(shape: LinearShape) -> Tiles:
+    """Up to 4,096 values of a row at once, a quad of 32 a thread; measured on one H100."""
+    whole = max(_power_of_two(shape.k), INT4_PARTS * shape.group_size)
+    block_k = min(whole, 2048 if shape.k > 8192 else 4096)
+    return Tiles(4, block_k, num_warps=max(1, block_k // 1024))
+
+
 def few_tokens_block_m(shape: LinearShape, arch: Arch, most: int) -> int:
     """Tokens of a tile, of `most` at once: fewer where two stages of int4's chunks of x would not fit."""
-    while most > 16 and 2 * _int4_stage_bytes(shape, 64, most) > arch.max_shared_bytes:
+    while most > 16 and 2 * _int4_stage_bytes(shape, 32, most) > arch.max_shared_bytes:
         most //= 2
     return most
 
 
-def _one_int4_tiles(shape: LinearShape) -> Tiles:
-    """A whole row at once where it fits, a quad of 32 values a thread: all loads come before the wait."""
-    block_k = max(min(_power_of_two(shape.k), 16384), INT4_PARTS * shape.group_size)
-    return Tiles(4 if shape.epilogue == "plain" else 2, block_k, num_warps=max(1, block_k // 1024))
-
-
 def _few_int4_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
-    block_k = INT4_PARTS * shape.group_size
-    block_n = 64 if 2 * _int4_stage_bytes(shape, 64, block_m) <= arch.max_shared_bytes else 32
-    fitting = arch.max_shared_bytes // _int4_stage_bytes(shape, block_n, block_m)
-    tiles = Tiles(block_n, block_k, 4, prefetch=0, stages=max(2, min(4, fitting)))
-    split_k = 1
-    while split_k < 4 and split_k * num_programs(shape, tiles) < 256:
-        share = -(-shape.k // (2 * split_k * block_k)) * block_k
-        if (2 * split_k - 1) * share >= shape.k:
-            break
-        split_k *= 2
-    return replace(tiles, split_k=split_k)
+    """Measured on one H100 for groups of 64."""
+    is_wide, block_k = shape.num_outputs >= 8192, INT4_PARTS * shape.group_size
+    if block_m == 8:
+        wanted = Tiles(16, block_k, 1, 1, 4) if is_wide else Tiles(32, block_k, 2, 0, 4, 2)
+    elif block_m == 16:
+        wanted = Tiles(32, block_k, 2, 1, 4) if is_wide else Tiles(64, block_k, 4, 0, 4, 4)
+    elif block_m == 32:
+        wanted = Tiles(128, block_k, 8, 0, 3) if is_wide else Tiles(64, block_k, 4, 0, 3, 4)
+    else:
+        wanted = Tiles(128, block_k, 8, 1, 3) if is_wide else Tiles(64, block_k, 4, 1, 3, 2)
+    return _fitting_int4_tiles(shape, arch, wanted, block_m)
+
+
+def _fitting_int4_tiles(shape: LinearShape, arch: Arch, wanted: Tiles, block_m: int) -> Tiles:
+    """Fewer rows, then fewer stages, where shared memory is scarce; no split of K that is empty."""
+
+    def fits(tiles: Tiles) -> int:
+        return arch.max_shared_bytes // _int4_stage_bytes(shape, tiles.block_n, block_m)
+
+    tiles = wanted
+    while tiles.block_n > 32 and fits(tiles) < 2 + tiles.prefetch:
+        warps = max(4, tiles.num_warps // 2)
+        tiles = replace(tiles, block_n=tiles.block_n // 2, num_warps=warps, prefetch=0)
+    chunks, split_k = -(-shape.k // tiles.block_k), tiles.split_k
+    while split_k > 1 and (split_k - 1) * -(-chunks // split_k) >= chunks:
+        split_k //= 2
+    stages = max(2, min(tiles.stages, fits(tiles) - tiles.prefetch))
+    return replace(tiles, stages=stages, split_k=split_k)
 
 
 def _int4_stage_bytes(shape: LinearShape, block_n: int, block_m: int) -> int:
@@ -325,7 +321,12 @@ def _int4_stage_bytes(shape: LinearShape, block_n: int, block_m: int) -> int:
 
 
 def many_tokens_tiles(shape: LinearShape, arch: Arch) -> tuple[Tiles, int]:
-    """The shipped choice for products of 8 bits with 8 bits, and how many tokens a tile has; measured on one H100."""
+    """The shipped choice where nothing rides on products of int4, or of 8 bits with 8 bits, and how many tokens a
+    tile has; measured on one H100."""
+    if shape.layout == "int4_group":
+        block_m = few_tokens_block_m(shape, arch, MAX_BLOCK_M)
+        wanted = Tiles(128, INT4_PARTS * shape.group_size, 8, prefetch=0, stages=3)
+        return _fitting_int4_tiles(shape, arch, wanted, block_m), block_m
     is_wide = shape.n >= 8192 and arch.max_shared_bytes >= 3 * (256 + 128) * 128
     block_k = _block_k(shape.k, 128)
     return Tiles(128, block_k, 8, prefetch=0, stages=3), 256 if is_wide else 128

@@ -1,14 +1,14 @@
-"""int4 linears for one token and for many, and a weight widened as a whole; few tokens are `linear_few`'s."""
+"""int4 linears for one token, and a weight widened as a whole; few tokens are `linear_few`'s."""
 
 import triton
 import triton.language as tl
 
-from kernels.linear.triton_epilogue import finish, load_squares, row_pair, scaled
+from kernels.linear.triton_epilogue import finish, load_squares, row_pair
 from kernels.linear.triton_widen import (
-    halves,
+    bf16_halves,
+    fp16_halves,
     int4_offsets,
     int4_pairs,
-    int4_shifted,
     int4_slots,
     int4_values,
 )
@@ -20,7 +20,7 @@ def _int4_sums(acc, words, groups, low, high, PART: tl.constexpr):
     w_low, w_high = int4_pairs(words, PART)
     products = tl.sum(w_low * low[None] + w_high * high[None], 2)
     offset = tl.sum(int4_offsets(low, high, PART), 1)
-    scale, zero = halves(groups, tl.bfloat16)
+    scale, zero = bf16_halves(groups)
     acc += scale * (products - offset[None, :])
     return acc + zero * tl.sum(low + high, 1)[None, :]
 
@@ -87,7 +87,11 @@ def linear_one_int4(
         for i in tl.static_range(4):
             k = b * (BLOCK_K // 2) + i * (GROUP // 2)
             is_x = ((k + column) * 2 < K)[:, None]
-            low, high = halves(tl.load(x_at + k, mask=is_x, other=0), x.dtype.element_ty)
+            pairs = tl.load(x_at + k, mask=is_x, other=0)
+            if FORMAT == "int4":
+                low, high = bf16_halves(pairs)
+            else:
+                low, high = fp16_halves(pairs)
             acc = _int4_sums(acc, words, of_part[i], low, high, i)
             if PAIRED:
                 acc_second = _int4_sums(acc_second, words_second, of_part_second[i], low, high, i)
@@ -104,37 +108,6 @@ def linear_one_int4(
         squares_out, positions, rope, slots, k_cache, v_cache,
         N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
-
-
-@triton.jit
-def linear_many_int4(
-    x, weight, scale, bias, out, num_tokens,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Many tokens: a group of K a step, whose words are read four times so that x's tiles stay small."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_in = tl.minimum(n, N - 1) if N % BLOCK_N != 0 else n
-    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_token = tokens < num_tokens
-    k = tl.arange(0, GROUP)
-    ROW: tl.constexpr = (K + 4 * GROUP - 1) // (4 * GROUP) * GROUP
-    at = weight + n_in[:, None].to(tl.int64) * ROW + k[None, :]
-    x_at = x + tokens[None, :].to(tl.int64) * K + k[:, None]
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for group in tl.range(0, K // GROUP, num_stages=STAGES):
-        words = tl.load(at + group // 4 * GROUP)
-        groups = tl.load(scale + (group // 4 * N + n_in) * 4 + group % 4)
-        values = int4_shifted(words, groups, group % 4 * 4, FORMAT)
-        xc = tl.load(x_at + group * GROUP, mask=is_token[None, :], other=0)
-        acc = tl.dot(values, xc, acc)
-    acc = scaled(acc, n_in, None, bias)
-    is_valid = (n < N)[:, None] & is_token[None, :]
-    at_out = out + tokens[None, :].to(tl.int64) * N + n[:, None]
-    tl.store(at_out, acc.to(out.dtype.element_ty), mask=is_valid)
 
 
 @triton.jit

@@ -18,20 +18,17 @@ def as_float(raw, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def halves(pairs, DTYPE: tl.constexpr):
-    """The two 16-bit floats of each int32, as fp32."""
-    if tl.bfloat16 == DTYPE:
-        low = (pairs << 16).to(tl.float32, bitcast=True)
-        return low, (pairs & -65536).to(tl.float32, bitcast=True)
-    low = pairs.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    return low, (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+def bf16_halves(pairs):
+    """The two bf16 of each int32, as fp32."""
+    return (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _int4_any(words, groups, shift):
-    scale, zero = halves(groups, tl.bfloat16)
-    levels = ((words.to(tl.int32) >> shift) & 15).to(tl.float32) - 8.0
-    return (levels * scale[:, None] + zero[:, None]).to(tl.float16)
+def fp16_halves(pairs):
+    """The two fp16 of each int32, as fp32."""
+    low = pairs.to(tl.int16).to(tl.float16, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
 
 
 @triton.jit
@@ -42,50 +39,29 @@ def int4_values(words, groups, PART: tl.constexpr, FORMAT: tl.constexpr):
     128 + nibble in bf16, in place of a conversion from integers. fp16 ("int4_any") takes the plain way.
     """
     if FORMAT == "int4_any":
-        return _int4_any(words, groups, 4 * PART)
-    scale = groups.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    zero = (groups >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return tl.inline_asm_elementwise(
-        f"""{{
-            .reg .b32 pair, one, low;
-            mov.b32 one, 0x3F803F80;
-            mov.b32 low, 0xC308C308;
-            shr.u32 pair, $1, {4 * PART};
-            lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 pair, pair, one, low;
-            fma.rn.bf16x2 $0, pair, $2, $3;
-        }}""",
-        "=r,r,r,r",
-        [words, scale[:, None], zero[:, None]],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def int4_shifted(words, groups, shift, FORMAT: tl.constexpr):
-    """`int4_values` of the nibble at bit `shift`, a scalar."""
-    if FORMAT == "int4_any":
-        return _int4_any(words, groups, shift)
-    scale = groups.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    zero = (groups >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return tl.inline_asm_elementwise(
-        """{
-            .reg .b32 pair, one, low;
-            mov.b32 one, 0x3F803F80;
-            mov.b32 low, 0xC308C308;
-            shr.u32 pair, $1, $4;
-            lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 pair, pair, one, low;
-            fma.rn.bf16x2 $0, pair, $2, $3;
-        }""",
-        "=r,r,r,r,r,r",
-        [words, scale[:, None], zero[:, None], shift],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
+        scale, zero = bf16_halves(groups)
+        levels = ((words.to(tl.int32) >> (4 * PART)) & 15).to(tl.float32) - 8.0
+        values = (levels * scale[:, None] + zero[:, None]).to(tl.float16)
+    else:
+        scale = groups.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        zero = (groups >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        values = tl.inline_asm_elementwise(
+            f"""{{
+                .reg .b32 pair, one, low;
+                mov.b32 one, 0x3F803F80;
+                mov.b32 low, 0xC308C308;
+                shr.u32 pair, $1, {4 * PART};
+                lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;
+                fma.rn.bf16x2 pair, pair, one, low;
+                fma.rn.bf16x2 $0, pair, $2, $3;
+            }}""",
+            "=r,r,r,r",
+            [words, scale[:, None], zero[:, None]],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    return values
 
 
 @triton.jit

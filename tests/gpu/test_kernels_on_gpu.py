@@ -20,12 +20,11 @@ from tests.kernels.attention_cases import (
     check_attention,
 )
 from tests.kernels.linear_cases import (
+    DENSE_INT4_SHAPES,
     LINEAR_SHAPES,
-    MANY_INT4_SHAPES,
     ONE_TOKEN_SHAPES,
     check_dense_int4,
     check_linear,
-    check_many_int4,
     check_quantized_rows,
     in_dtype,
 )
@@ -42,10 +41,6 @@ def _linear(shape: LinearShape, kernel: str, tokens: int, split_k: int) -> Case:
     return lambda run, arch: check_linear(
         run, arch, shape, kernel, tokens, seed=tokens, split_k=split_k, device="cuda"
     )
-
-
-def _many_int4(shape: LinearShape) -> Case:
-    return lambda run, arch: check_many_int4(run, arch, shape, 37, device="cuda")
 
 
 def _dense_int4(shape: LinearShape) -> Case:
@@ -77,9 +72,8 @@ def _cases() -> dict[str, Case]:
             for tokens, split_k in ((1, 1), (5, 2), (19, 2)):
                 case = _linear(in_dtype(shape, dtype), "few", tokens, split_k)
                 cases[f"few-{name}-{dtype}-{tokens}-{split_k}"] = case
-        for name, shape in MANY_INT4_SHAPES.items():
-            cases[f"{name}-{dtype}"] = _many_int4(in_dtype(shape, dtype))
-            cases[f"dense-{name}-{dtype}"] = _dense_int4(in_dtype(shape, dtype))
+        for name, shape in DENSE_INT4_SHAPES.items():
+            cases[f"{name}-{dtype}"] = _dense_int4(in_dtype(shape, dtype))
         if dtype == "fp16":
             for scale in (None, 0.015):
                 cases[f"rows-{scale}"] = _quantized_rows(scale)

@@ -15,7 +15,6 @@ from kernels.linear.launch import (
     dense_int4_grid,
     few_tokens,
     few_tokens_scratch,
-    many_tokens_int4,
     num_programs,
     one_token,
     quantized_rows,
@@ -203,21 +202,6 @@ def _tensors(shape: LinearShape, tokens: int, device: str) -> dict[str, torch.Te
     return {n: value.to(device) for n, value in made.items() if isinstance(value, torch.Tensor)}
 
 
-def check_many_int4(
-    run: Run, arch: Arch, shape: LinearShape, tokens: int, device: str = "cpu"
-) -> None:
-    """The tiles' kernel of many tokens."""
-    at = _tensors(shape, tokens, device)
-    tiles, block_m = Tiles(16, shape.group_size, num_warps=4, stages=2), 16
-    variant = many_tokens_int4(shape, arch, tiles, block_m)
-    grid = (num_programs(shape, tiles), -(-tokens // block_m), 1)
-    run(variant, grid, {**at, "num_tokens": tokens})
-    want = at["x"][:tokens].float() @ at["dense"].t()
-    if shape.has_bias:
-        want += at["bias"].float()
-    torch.testing.assert_close(at["out"].float(), want, atol=3e-2, rtol=2e-2)
-
-
 def check_dense_int4(run: Run, arch: Arch, shape: LinearShape, device: str = "cpu") -> None:
     """The weight widened as a whole: what the library multiplies."""
     at = _tensors(shape, 1, device)
@@ -248,9 +232,9 @@ def check_quantized_rows(
     assert (codes != want).float().mean() < 0.01
 
 
-MANY_INT4_SHAPES = {
-    f"many_int4_{group}": LinearShape(
-        35, 5 * group, "fp16", "fp16", layout="int4_group", group_size=group, has_bias=group == 64
+DENSE_INT4_SHAPES = {
+    f"dense_int4_{group}": LinearShape(
+        35, 5 * group, "fp16", "fp16", layout="int4_group", group_size=group
     )
     for group in INT4_GROUPS
 }

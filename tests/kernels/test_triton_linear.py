@@ -4,12 +4,11 @@ import pytest
 
 from tests.kernels.interpreted import INTERPRETER, run
 from tests.kernels.linear_cases import (
+    DENSE_INT4_SHAPES,
     LINEAR_SHAPES,
-    MANY_INT4_SHAPES,
     ONE_TOKEN_SHAPES,
     check_dense_int4,
     check_linear,
-    check_many_int4,
     check_quantized_rows,
 )
 
@@ -25,15 +24,9 @@ def test_few_tokens_kernel_equals_formula(name: str, tokens: int, split_k: int) 
     check_linear(run, INTERPRETER, LINEAR_SHAPES[name], "few", tokens, seed=tokens, split_k=split_k)
 
 
-@pytest.mark.parametrize("tokens", [1, 37])
-@pytest.mark.parametrize("name", MANY_INT4_SHAPES)
-def test_many_tokens_int4_kernel_equals_formula(name: str, tokens: int) -> None:
-    check_many_int4(run, INTERPRETER, MANY_INT4_SHAPES[name], tokens)
-
-
-@pytest.mark.parametrize("name", MANY_INT4_SHAPES)
+@pytest.mark.parametrize("name", DENSE_INT4_SHAPES)
 def test_int4_weight_is_widened_to_its_values(name: str) -> None:
-    check_dense_int4(run, INTERPRETER, MANY_INT4_SHAPES[name])
+    check_dense_int4(run, INTERPRETER, DENSE_INT4_SHAPES[name])
 
 
 @pytest.mark.parametrize("static_scale", [None, 0.015])
