@@ -267,12 +267,14 @@ class _Lowering:
         """By tiles up to some rows; beyond, the weight is widened once and the library multiplies."""
         fused = self._fused_linear(node)
         name = node.weights["weight"]
+        weight = self.graph.weights[name]
         shape = linear.LinearShape(
-            *self.graph.weights[name].shape,
+            n=weight.shape[0],
+            k=weight.shape[1],
             dtype=self.dtype,
             out_dtype=self.dtype,
-            layout="int4_group",
-            group_size=self.graph.weights[name].group_size,
+            layout=weight.layout,
+            group_size=weight.group_size,
         )
         field = "rows" if self._is_selected(node.inputs[0]) else "tokens"
 

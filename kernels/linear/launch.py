@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from kernels.launch import Scratch
 from kernels.linear.gpu import INT4_PARTS
-from kernels.variant import Argument, KernelVariant, integer, pointer
+from kernels.variant import Argument, Constant, KernelVariant, integer, pointer
 from shared.arch import Arch
 
 MAX_BLOCK_M = 64
@@ -166,7 +166,7 @@ DENSE_BLOCK_N = 32
 
 def dense_int4(shape: LinearShape, arch: Arch) -> KernelVariant:
     """The variant that writes a weight's values; its grid: blocks of rows, chunks of K."""
-    constants = {
+    constants: dict[str, Constant] = {
         "N": shape.n, "K": shape.k, "GROUP": shape.group_size, "BLOCK_N": DENSE_BLOCK_N,
         "FORMAT": _int4_format(shape), "PDL": arch.has_pdl,
     }  # fmt: skip

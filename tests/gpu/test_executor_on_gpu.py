@@ -110,8 +110,7 @@ def _truth(graph: Graph, weights: dict[str, torch.Tensor], token_ids: torch.Tens
         ("int8", True, 128, 0.03),
         ("int4", False, 128, 0.03),
         ("int4", True, 128, 0.03),
-        ("fp8", False, 1, 0.03),
-        # In steps of more than one token fp8 engines round activations too, a scale a token.
+        # But for decode steps of one token, 8-bit engines round activations too.
         ("fp8", False, 128, 0.25),
         ("fp8-static", False, 128, 0.25),
         ("w8a8-int8", False, 128, 0.1),
