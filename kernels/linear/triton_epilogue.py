@@ -101,6 +101,7 @@ def finish(
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Column scale and bias, then what the epilogue does with sums of the rows `n` and `n_second`, stored."""
     OUTPUTS: tl.constexpr = N if EPILOGUE == "plain" else N // 2
     is_token = tokens < num_tokens
     is_valid = (index < OUTPUTS)[:, None] & is_token[None, :]
