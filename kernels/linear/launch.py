@@ -264,14 +264,12 @@ def few_tokens_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
 
 def one_token_block_m(shape: LinearShape) -> int:
     """1 where the kernel for one token serves one token best; else tokens of a tile of `few_tokens`."""
-    is_large = shape.num_outputs >= 8192 or shape.k > 8192
-    return 8 if shape.layout == "int4_group" and shape.group_size == 64 and is_large else 1
+    return 16 if shape.layout == "int4_group" and shape.k > 8192 else 1
 
 
 def _one_int4_tiles(shape: LinearShape) -> Tiles:
-    """Up to 4,096 values of a row at once, a quad of 32 a thread; measured on one H100."""
-    whole = max(_power_of_two(shape.k), INT4_PARTS * shape.group_size)
-    block_k = min(whole, 2048 if shape.k > 8192 else 4096)
+    """Up to 4,096 values of a row at once, a quad of 32 a thread; measured on one H100 in a whole step."""
+    block_k = max(min(_power_of_two(shape.k), 4096), INT4_PARTS * shape.group_size)
     return Tiles(4, block_k, num_warps=max(1, block_k // 1024))
 
 
@@ -285,9 +283,7 @@ def few_tokens_block_m(shape: LinearShape, arch: Arch, most: int) -> int:
 def _few_int4_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
     """Measured on one H100 for groups of 64."""
     is_wide, block_k = shape.num_outputs >= 8192, INT4_PARTS * shape.group_size
-    if block_m == 8:
-        wanted = Tiles(16, block_k, 1, 1, 4) if is_wide else Tiles(32, block_k, 2, 0, 4, 2)
-    elif block_m == 16:
+    if block_m == 16:
         wanted = Tiles(32, block_k, 2, 1, 4) if is_wide else Tiles(64, block_k, 4, 0, 4, 4)
     elif block_m == 32:
         wanted = Tiles(128, block_k, 8, 0, 3) if is_wide else Tiles(64, block_k, 4, 0, 3, 4)
