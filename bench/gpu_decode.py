@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_kernels import LAYOUTS, read
+from bench.gpu_kernels import read
 from bench.gpu_models import (
     MODELS,
     LlamaSizes,
+    as_read,
     inv_freq,
-    llama_graph,
+    quantized_graph,
     random_weights,
     reference_logits,
     weight_bytes,
@@ -135,14 +136,14 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90")
     options = parser.parse_args()
     sizes = MODELS[options.model]
-    graph = llama_graph(sizes, LAYOUTS[options.quant], options.layers)
+    graph = quantized_graph(sizes, options.quant, options.layers)
     library = read(options.folder, f"{options.arch}.models")
     limit = read_limit_tb_s()
     packed = random_weights(graph)
     layers = int(str(graph.config["num_layers"]))
     for num_sequences in map(int, options.batches.split(",")):
         most = Sizes(num_sequences, num_sequences, num_sequences)
-        executor = CudaExecutor(graph, library, packed, most)
+        executor = CudaExecutor(graph, library, as_read(graph, packed), most)
         regime = DECODE_REGIMES[-1] if options.many else regime_for(num_sequences)
         loop = DecodeLoop(
             library, executor, sizes, layers, num_sequences, options.context + 256, regime

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from bench.gpu_models import MODELS, LlamaSizes, llama_graph
+from bench.gpu_models import MODELS, QUANTS, LlamaSizes, quantized_graph
 from kernels.aot import compile_variants, pack_kernels
 from kernels.attention import launch as attention
 from kernels.attention.launch import AttentionShape, AttentionTiles
@@ -22,7 +22,7 @@ from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant
 from shared.arch import Arch, arch_named
 
 SAMPLING_VOCAB = MODELS["llama-3.1-8b"].vocab
-LAYOUTS = {"bf16": "plain", "fp8": "fp8_channel"}
+TUNED_LAYOUTS = ("plain", "fp8_channel")
 
 
 def linear_shapes(sizes: LlamaSizes, layout: str) -> dict[str, LinearShape]:
@@ -140,7 +140,7 @@ def attention_variants(arch: Arch) -> Iterator[KernelVariant]:
 
 def tuning_variants(arch: Arch) -> Iterator[KernelVariant]:
     """Every candidate of every linear of the 8B model."""
-    for layout in LAYOUTS.values():
+    for layout in TUNED_LAYOUTS:
         for shape in linear_shapes(MODELS["llama-3.1-8b"], layout).values():
             for tiles in one_token_candidates(shape):
                 yield one_token(shape, arch, tiles)
@@ -148,11 +148,11 @@ def tuning_variants(arch: Arch) -> Iterator[KernelVariant]:
                 yield few_tokens(shape, arch, tiles, 16)
 
 
-def model_variants(arch: Arch, names: list[str]) -> Iterator[KernelVariant]:
-    """Every variant of every benchmark model."""
+def model_variants(arch: Arch, names: list[str], quants: list[str]) -> Iterator[KernelVariant]:
+    """Every variant of every benchmark model in every quantization."""
     for name in names:
-        for layout in LAYOUTS.values():
-            yield from variants(llama_graph(MODELS[name], layout, num_layers=2), arch)
+        for quant in quants:
+            yield from variants(quantized_graph(MODELS[name], quant, num_layers=2), arch)
         yield sampling.greedy_variant(MODELS[name].vocab, 16, arch)
 
 
@@ -180,12 +180,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--quants", default=",".join(QUANTS))
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--only", help="one library: models, sampling, tune or attention")
     options = parser.parse_args()
     arch = arch_named(options.arch)
     jobs: dict[str, Iterable[KernelVariant]] = {
-        "models": model_variants(arch, options.models.split(",")),
+        "models": model_variants(arch, options.models.split(","), options.quants.split(",")),
         "sampling": sampling_variants(),
     }
     if options.tune:

@@ -1,10 +1,14 @@
 """Llama-shaped models from sizes alone: the fused graph, and random weights on the GPU."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from kernels.linear.gpu import arranged
+from kernels.linear.layouts import DEFAULT_INT4_GROUP, LAYOUTS
 from shared.ir import Graph, Node, TensorSpec, WeightSpec
 
 
@@ -35,17 +39,26 @@ def inv_freq(sizes: LlamaSizes) -> tuple[float, ...]:
 
 
 def llama_graph(
-    sizes: LlamaSizes, layout: str, num_layers: int | None = None, *, like_qwen: bool = False
+    sizes: LlamaSizes,
+    layout: str,
+    num_layers: int | None = None,
+    *,
+    like_qwen: bool = False,
+    rounding: Mapping[str, Any] = MappingProxyType({}),
 ) -> Graph:
     """The fused graph; every linear but the LM head, which stays plain, is stored as `layout`.
 
-    `like_qwen` adds what Qwen has and Llama has not: q and k norms, and a bias of qkv.
+    `like_qwen` adds what Qwen has and Llama has not: q and k norms, and a bias of qkv. `rounding` are attributes of
+    those linears: how their inputs are rounded.
     """
     nodes: list[Node] = []
     weights: dict[str, WeightSpec] = {}
 
     def weight(name: str, *shape: int, stored: str = "plain") -> str:
-        weights[name] = WeightSpec(shape, (name,), (shape[0],), "bfloat16", stored)
+        group = 0
+        if stored == "int4_group":
+            group = 32 if shape[1] % DEFAULT_INT4_GROUP else DEFAULT_INT4_GROUP
+        weights[name] = WeightSpec(shape, (name,), (shape[0],), "bfloat16", stored, group)
         return name
 
     def add(
@@ -69,7 +82,7 @@ def llama_graph(
     for i in range(layers):
         qkv = weight(f"{i}.qkv", (s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden, stored=layout)
         bias = {"bias": weight(f"{i}.qkv_bias", weights[qkv].shape[0])} if like_qwen else {}
-        add("linear", [f"{i}.h"], [f"{i}.qkv"], {"weight": qkv, **bias})
+        add("linear", [f"{i}.h"], [f"{i}.qkv"], {"weight": qkv, **bias}, **rounding)
         head_norms = ("q_norm", "k_norm") if like_qwen else ()
         norms = {role: weight(f"{i}.{role}", s.head_dim) for role in head_norms}
         add("qkv_rope_write", [f"{i}.qkv"], [f"{i}.q", f"{i}.kv"], norms, layer=i, **rope)
@@ -77,14 +90,14 @@ def llama_graph(
             num_kv_heads=s.kv_heads, head_dim=s.head_dim, scale=s.head_dim**-0.5, window=0,
             soft_cap=0.0)  # fmt: skip
         out = weight(f"{i}.o", s.hidden, s.heads * s.head_dim, stored=layout)
-        add("linear", [f"{i}.a"], [f"{i}.o"], {"weight": out})
+        add("linear", [f"{i}.a"], [f"{i}.o"], {"weight": out}, **rounding)
         norm = weight(f"{i}.norm2", s.hidden)
         add("rms_norm", [f"{i}.o", residual], [f"{i}.h2", f"{i}.r"], {"weight": norm}, eps=1e-5)
         gate_up = weight(f"{i}.gate_up", 2 * s.ffn, s.hidden, stored=layout)
-        add("linear", [f"{i}.h2"], [f"{i}.gu"], {"weight": gate_up})
+        add("linear", [f"{i}.h2"], [f"{i}.gu"], {"weight": gate_up}, **rounding)
         add("silu_mul", [f"{i}.gu"], [f"{i}.s"], {})
         down = weight(f"{i}.down", s.hidden, s.ffn, stored=layout)
-        add("linear", [f"{i}.s"], [f"{i}.d"], {"weight": down})
+        add("linear", [f"{i}.s"], [f"{i}.d"], {"weight": down}, **rounding)
         norm = weight(f"{i + 1}.norm", s.hidden)
         residual_out = f"{i}.r2"
         add("rms_norm", [f"{i}.d", f"{i}.r"], [f"{i + 1}.h", residual_out], {"weight": norm},
@@ -111,11 +124,31 @@ def llama_graph(
     )
 
 
+# Layout of the linears and what rounds their inputs, by scheme.
+QUANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bf16": ("plain", {}),
+    "fp8": ("fp8_channel", {}),
+    "fp8-static": ("fp8_channel", {"activations": "fp8", "input_scale": 0.02}),
+    "int8": ("int8_channel", {}),
+    "w8a8-int8": ("int8_channel", {"activations": "int8"}),
+    "int4": ("int4_group", {}),
+}
+
+
+def quantized_graph(sizes: LlamaSizes, quant: str, num_layers: int | None = None) -> Graph:
+    """The fused graph of one of QUANTS."""
+    layout, rounding = QUANTS[quant]
+    return llama_graph(sizes, layout, num_layers, rounding=rounding)
+
+
 def random_weights(graph: Graph, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    """Packed tensors on the GPU, drawn so that activations keep a steady size."""
+    """Packed tensors on the GPU, as an engine stores them, drawn so that activations keep a steady size."""
     generator = torch.Generator("cuda").manual_seed(seed)
     packed = {}
     for name, spec in graph.weights.items():
+        if spec.layout == "int4_group":
+            packed[name] = _random_int4(spec, generator)
+            continue
         values = torch.randn(spec.shape, generator=generator, device="cuda", dtype=torch.bfloat16)
         if len(spec.shape) == 1:
             packed[name] = {"weight": 1 + 0.1 * values}
@@ -134,8 +167,31 @@ def random_weights(graph: Graph, seed: int = 0) -> dict[str, dict[str, torch.Ten
     return packed
 
 
+def _random_int4(spec: WeightSpec, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Even nibbles, whose deviation is 4.6 levels."""
+    num_rows, num_columns = spec.shape
+    groups = (num_rows, num_columns // spec.group_size)
+    step = num_columns**-0.5 / 4.6
+    nibbles = (num_rows, num_columns // 2)
+    draw = {"generator": generator, "device": "cuda"}
+    return {
+        "weight": torch.randint(256, nibbles, dtype=torch.uint8, **draw),  # type: ignore[call-overload]
+        "scale": (step * (0.5 + torch.rand(groups, **draw))).bfloat16().float(),  # type: ignore[call-overload]
+        "zero": (step * torch.rand(groups, **draw)).bfloat16().float(),  # type: ignore[call-overload]
+    }
+
+
+def as_read(
+    graph: Graph, packed: dict[str, dict[str, torch.Tensor]]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Packed tensors as kernels read them, on their device."""
+    return {name: arranged(spec, packed[name]) for name, spec in graph.weights.items()}
+
+
 def dense(packed: dict[str, torch.Tensor]) -> torch.Tensor:
     """The fp32 values that a packed weight stands for."""
+    if "zero" in packed:
+        return LAYOUTS["int4_group"].unpack(packed)
     weight = packed["weight"].float()
     return weight * packed["scale"][:, None] if "scale" in packed else weight
 

@@ -21,15 +21,16 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_kernels import LAYOUTS, read
+from bench.gpu_kernels import read
 from bench.gpu_models import (
     MODELS,
     LlamaSizes,
-    llama_graph,
+    as_read,
+    quantized_graph,
     random_weights,
     reference_logits,
     weight_bytes,
-)  # fmt: skip
+)
 from bench.gpu_roofline import Roofline, measured_limits
 from runtime_service.engine_core import ModelRunner, PendingStep
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
@@ -227,7 +228,7 @@ def main() -> None:
     parser.add_argument("--deadline-s", type=float, default=1e9, help="no case starts after it")
     options = parser.parse_args()
     sizes = MODELS[options.model]
-    graph = llama_graph(sizes, LAYOUTS[options.quant])
+    graph = quantized_graph(sizes, options.quant)
     library = read(options.folder, f"{options.arch}.models")
     device_limits = measured_limits(options.quant)
     torch.cuda.empty_cache()
@@ -237,7 +238,12 @@ def main() -> None:
     limits = RunnerOptions(kv_bytes=int(options.kv_gib * (1 << 30)))
     with torch.inference_mode():
         engine = assemble(
-            graph, library, packed, limits, CudaStream(), lambda: torch.cuda.mem_get_info()[0]
+            graph,
+            library,
+            as_read(graph, packed),
+            limits,
+            CudaStream(),
+            lambda: torch.cuda.mem_get_info()[0],
         )
         assembled = time.perf_counter()
         if not options.eager:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from bench.gpu_decode import DecodeLoop, regime_for
-from bench.gpu_kernels import LAYOUTS, read
-from bench.gpu_models import MODELS, llama_graph, random_weights
+from bench.gpu_kernels import read
+from bench.gpu_models import MODELS, as_read, quantized_graph, random_weights
 from bench.gpu_timing import captured, median_ms
 from kernels.launch import Launch, Sizes, Step, Weight
 from runtime_service.execution.cuda_executor import CudaExecutor
@@ -34,11 +34,11 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90")
     options = parser.parse_args()
     sizes = MODELS[options.model]
-    graph = llama_graph(sizes, LAYOUTS[options.quant])
+    graph = quantized_graph(sizes, options.quant)
     library = read(options.folder, f"{options.arch}.models")
     packed = random_weights(graph)
     batch = options.batch
-    executor = CudaExecutor(graph, library, packed, Sizes(batch, batch, batch))
+    executor = CudaExecutor(graph, library, as_read(graph, packed), Sizes(batch, batch, batch))
     regime = regime_for(batch)
     loop = DecodeLoop(library, executor, sizes, sizes.layers, batch, 512, regime)
     loop.start_at(torch.zeros(batch, dtype=torch.int32, device="cuda"), 256)

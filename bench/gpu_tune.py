@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench.gpu_kernels import (
-    LAYOUTS,
+    TUNED_LAYOUTS,
     few_tokens_candidates,
     linear_shapes,
     one_token_candidates,
@@ -93,7 +93,7 @@ def main() -> None:
     library = read(options.folder, f"{options.arch}.tune")
     print(f"read limit {read_limit_tb_s():.2f} TB/s", flush=True)
     rows = []
-    for layout in LAYOUTS.values():
+    for layout in TUNED_LAYOUTS:
         for name, shape in linear_shapes(MODELS["llama-3.1-8b"], layout).items():
             layers = weights(shape)
             for tokens in map(int, options.tokens.split(",")):

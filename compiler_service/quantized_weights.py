@@ -18,6 +18,7 @@ from compiler_service.quality.gate import exceeded, fewest_kept, gate_error
 from compiler_service.quality.probe import Probe, make_probe
 from compiler_service.quality.report import QUALITY_TITLE, Measurement, report_json
 from compiler_service.quantization import scheme_named
+from compiler_service.quantization.fp8_static import with_input_scales
 from compiler_service.quantization.rescale import fold_scales
 from compiler_service.quantization.scheme import InputScale
 from compiler_service.quantize import GraphQuantizer, Packed
@@ -84,14 +85,15 @@ class _Work:
         if self._scheme.calibrate is not None:
             self._enter("calibrate", self._plan.read_bytes)
             scales = self._scheme.calibrate(graph, self._calibration, self._rows_of, self._used)
+            graph = self._scheme_graph(frozenset(), scales)
         self._enter("quantize", self._plan.read_bytes)
         layers, measurement = self._write(graph, scales)
         if measurement is None:
             return QuantizedWeights(graph, layers)
         self._enter("quality", 0)
-        auto_kept = self._auto_kept(graph, scales, measurement)
+        auto_kept = self._auto_kept(scales, measurement)
         if auto_kept:
-            graph = self._scheme.apply(graph, self._quant, auto_kept)
+            graph = self._scheme_graph(auto_kept, scales)
             self._enter("quality", self._plan.read_bytes)
             layers, measurement = self._write(graph, scales)
             assert measurement is not None, "the second pass measured nothing"
@@ -112,7 +114,7 @@ class _Work:
             self._probe = make_probe(windows, tokenizer, max_positions)
 
     def _auto_kept(
-        self, graph: Graph, scales: Mapping[str, InputScale], measurement: Measurement
+        self, scales: Mapping[str, InputScale], measurement: Measurement
     ) -> frozenset[str]:
         """The weights to keep beside those asked for; none where the limits are met.
 
@@ -125,8 +127,7 @@ class _Work:
 
         def measure(kept: frozenset[str]) -> Measurement:
             self._enter("quality", self._plan.read_bytes)
-            kept_graph = self._scheme.apply(graph, self._quant, kept)
-            found = self._pass(kept_graph, scales, None)
+            found = self._pass(self._scheme_graph(kept, scales), scales, None)
             assert found is not None, "a pass with a probe measured nothing"
             return found
 
@@ -143,6 +144,13 @@ class _Work:
         with WeightWriter(self._store) as writer:
             measurement = self._pass(graph, scales, writer.add)
             return writer.finish(), measurement
+
+    def _scheme_graph(self, kept: frozenset[str], scales: Mapping[str, InputScale]) -> Graph:
+        """The graph with `kept` in bf16 too, and what calibration found written on its nodes."""
+        graph = self._plan.graph
+        if kept:
+            graph = self._scheme.apply(graph, self._quant, kept)
+        return with_input_scales(graph, scales)
 
     def _pass(
         self,

@@ -80,7 +80,14 @@ class Size:
     field: str
 
 
-Operand = Value | Temporary | Weight | Batch | KvCache | Scratch | Size
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A float that is the same in every step."""
+
+    value: float
+
+
+Operand = Value | Temporary | Weight | Batch | KvCache | Scratch | Size | Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +105,8 @@ class MatMul:
 
     Args:
         x_scale: per-token scale of an e4m3 x; then `weight` is fp8_channel.
+        dense: where a launch before it left the weight's values, in x's dtype; None: `weight` is they.
+        least_rows: steps of fewer are other launches'.
     """
 
     x: Value | Temporary
@@ -105,6 +114,8 @@ class MatMul:
     bias: str | None
     out: Value
     x_scale: Temporary | None = None
+    dense: Scratch | None = None
+    least_rows: int = 1
 
 
 Step = Launch | MatMul

@@ -7,7 +7,7 @@ runtime binds and launches them. No Triton here.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kernels.attention import launch as attention
 from kernels.launch import (
@@ -16,7 +16,9 @@ from kernels.launch import (
     KvCache,
     Launch,
     MatMul,
+    Number,
     Operand,
+    Scratch,
     Size,
     Sizes,
     Step,
@@ -25,6 +27,7 @@ from kernels.launch import (
     Weight,
 )  # fmt: skip
 from kernels.linear import launch as linear
+from kernels.linear.op import activations
 from kernels.sampling import launch as sampling
 from kernels.step_inputs import launch as step_inputs
 from kernels.variant import Argument, KernelVariant, pointer
@@ -244,56 +247,115 @@ class _Lowering:
         return Temporary(f"{name}.squares", "float32", self.num_squares[name])
 
     def _linear(self, node: Node) -> Iterator[Step]:
-        if self._is_few:
-            yield self._fused_linear(node)
-            return
-        bias = node.weights.get("bias")
-        x: Value | Temporary = Value(node.inputs[0])
         layout = self.graph.weights[node.weights["weight"]].layout
-        if layout not in ("plain", "fp8_channel"):
-            yield self._fused_linear(node)  # no library product; the tiles' kernel takes any number
+        dtype = self._activations(node)
+        quantized = scale = None
+        if dtype:
+            quantized, scale = self._quantized(node, dtype)
+            source = self.producer.get(node.inputs[0])
+            if source is None or not self._leaves_e4m3(source):
+                yield self._quantize_rows(node, quantized, scale)
+        if layout == "int4_group" and not self._is_few:
+            yield from self._many_int4(node)
             return
-        scale = None
-        if layout == "fp8_channel":
-            k = self.graph.weights[node.weights["weight"]].shape[1]
-            quantized, scale = _as_e4m3(node.inputs[0], k)
-        source = self.producer.get(node.inputs[0])
-        if scale is not None and not (source is not None and self._leaves_e4m3(source)):
-            yield self._launch(
-                "linear",
-                [pointer("x", self.dtype), pointer("out", "fp8e4nv"), pointer("scale_out", "fp32")],
-                {"K": k, "BLOCK": _power_of_two(k)},
-                _per_row if self._is_selected(node.inputs[0]) else _per_token,
-                [x, quantized, scale],
-                kernel="quantize_rows",
-                num_warps=8,
-            )
-        x = x if scale is None else quantized
+        if self._is_few or layout not in linear.LIBRARY_LAYOUTS:
+            yield self._fused_linear(node, quantized, scale)
+            return
+        x = quantized or Value(node.inputs[0])
+        bias = node.weights.get("bias")
         yield MatMul(x, node.weights["weight"], bias, Value(node.outputs[0]), scale)
 
     def _leaves_e4m3(self, node: Node) -> bool:
-        """Claims that every reader of the node's first output is a library product of e4m3 rows: then its kernel
-        quantizes what it has in registers, and no pass over it is needed."""
-        if self._is_few or node.op not in ("rms_norm", "silu_mul"):
+        """Claims that every reader of the node's first output is a linear of e4m3 rows with a scale each: then its
+        kernel quantizes what it has in registers, and no pass over it is needed."""
+        if self._is_absorbed(node) or node.op not in ("rms_norm", "silu_mul"):
             return False
         users = self.users.get(node.outputs[0], [])
         return bool(users) and all(
             user.op == "linear"
-            and self.graph.weights[user.weights["weight"]].layout == "fp8_channel"
+            and self._activations(user) == "float8_e4m3fn"
+            and "input_scale" not in user.attrs
             for user in users
+        )
+
+    def _many_int4(self, node: Node) -> Iterator[Step]:
+        """By tiles up to some rows; beyond, the weight is widened once and the library multiplies."""
+        fused = self._fused_linear(node)
+        name = node.weights["weight"]
+        weight = self.graph.weights[name]
+        shape = linear.LinearShape(
+            n=weight.shape[0],
+            k=weight.shape[1],
+            dtype=self.dtype,
+            out_dtype=self.dtype,
+            layout=weight.layout,
+            group_size=weight.group_size,
+        )
+        field = "rows" if self._is_selected(node.inputs[0]) else "tokens"
+
+        def is_widened(sizes: Sizes) -> bool:
+            return int(getattr(sizes, field)) > linear.MOST_FUSED_INT4_ROWS
+
+        yield replace(fused, grid=lambda s: (0, 0, 0) if is_widened(s) else fused.grid(s))
+        values = Scratch("dense_weight", lambda _: 2 * shape.n * shape.k)
+        yield Launch(
+            linear.dense_int4(shape, self.arch),
+            lambda s: (*linear.dense_int4_grid(shape), 1) if is_widened(s) else (0, 0, 0),
+            (Weight(name, "weight"), Weight(name, "scale"), values),
+        )
+        least = linear.MOST_FUSED_INT4_ROWS + 1
+        bias, x, out = node.weights.get("bias"), Value(node.inputs[0]), Value(node.outputs[0])
+        yield MatMul(x, name, bias, out, dense=values, least_rows=least)
+
+    def _activations(self, node: Node) -> str:
+        """torch's dtype of 8 bits that a linear's input is rounded to; empty where it is not.
+
+        One token waits for the weight alone, and keeps its input as it is.
+        """
+        if self.regime.max_tokens == 1:
+            return ""
+        layout = self.graph.weights[node.weights["weight"]].layout
+        if layout == "fp8_channel" and (self.arch.has_fp8 or not self._is_few):
+            return "float8_e4m3fn"
+        return "int8" if layout == "int8_channel" and activations(node) == "int8" else ""
+
+    def _source(self, node: Node) -> str:
+        """The value that a linear multiplies, before its rows are selected where that rides on it."""
+        source = self.producer.get(node.inputs[0])
+        if source is not None and source.op == "select_rows" and self._is_absorbed(source):
+            return source.inputs[0]
+        return node.inputs[0]
+
+    def _quantized(self, node: Node, dtype: str) -> tuple[Temporary, Temporary]:
+        """A linear's input in 8 bits, and the scale of each of its rows."""
+        width = self.graph.weights[node.weights["weight"]].shape[1]
+        return _in_eight_bits(self._source(node), dtype, width)
+
+    def _quantize_rows(self, node: Node, quantized: Temporary, scale: Temporary) -> Launch:
+        out_dtype, x = TRITON_DTYPES[quantized.dtype], self._source(node)
+        operands: tuple[Operand, ...] = (Value(x), quantized, scale)
+        is_static = "input_scale" in node.attrs
+        if is_static:
+            operands += (Number(_number(node.attrs["input_scale"])),)
+        return Launch(
+            linear.quantized_rows(
+                quantized.width, self.dtype, out_dtype, self.arch, is_static=is_static
+            ),
+            _per_row if self._is_selected(x) else _per_token,
+            operands,
         )
 
     def _is_selected(self, value: str) -> bool:
         source = self.producer.get(value)
         return source is not None and source.op == "select_rows"
 
-    def _fused_linear(self, node: Node) -> Step:
+    def _fused_linear(
+        self, node: Node, quantized: Temporary | None = None, x_scale: Temporary | None = None
+    ) -> Launch:
+        """The linear with all that rides on it; `quantized` and its scales take the place of its input."""
         weight = self.graph.weights[node.weights["weight"]]
         follower = self._follower(node)
-        source = self.producer.get(node.inputs[0])
-        rows = source if source is not None and self._is_absorbed(source) else None
-        rows = rows if rows is not None and rows.op == "select_rows" else None
-        x = rows.inputs[0] if rows else node.inputs[0]
+        x = self._source(node)
         source = self.producer.get(x)
         norm = source if source is not None and source.op == "rms_norm" else None
         if norm is not None and not self._is_absorbed(norm):
@@ -308,10 +370,12 @@ class _Lowering:
             dtype=self.dtype,
             out_dtype="fp32" if is_logits else self.dtype,
             layout=weight.layout,
+            group_size=weight.group_size,
+            activations=TRITON_DTYPES[quantized.dtype] if quantized else "",
             has_bias="bias" in node.weights,
             num_squares=self.num_squares[norm.outputs[0]] if norm else 0,
             eps=_number(norm.attrs["eps"]) if norm else 0.0,
-            has_rows=rows is not None,
+            has_rows=x != node.inputs[0],
             has_residual=adds is not None,
             has_gain=adds is not None,
             epilogue="rope" if rope else "silu_mul" if follower and not adds else "plain",
@@ -326,7 +390,7 @@ class _Lowering:
             out = follower.outputs[0]
         else:
             out = node.outputs[0]
-        operands: list[Operand] = [Value(x), Weight(node.weights["weight"], "weight")]
+        operands: list[Operand] = [quantized or Value(x), Weight(node.weights["weight"], "weight")]
         if shape.layout != "plain":
             operands.append(Weight(node.weights["weight"], "scale"))
         if shape.has_bias:
@@ -339,26 +403,33 @@ class _Lowering:
             operands += [Value(adds.inputs[1]), Weight(adds.weights["weight"], "weight")]
         operands.append(Value(out))
         if adds is not None:
-            operands += self._norm_operands(adds, linear.num_programs(shape, self._tiles(shape)))
+            operands += self._norm_operands(adds, linear.num_programs(shape, self._tiles(shape)[0]))
         if rope is not None:
             operands += _rope_operands(_integer(rope.attrs["layer"]))
         is_selected = shape.has_rows or self._is_selected(node.inputs[0])
-        return self._linear_launch(shape, operands, is_selected)
+        return self._linear_launch(shape, operands, x_scale, is_selected)
 
-    def _tiles(self, shape: linear.LinearShape) -> linear.Tiles:
+    def _tiles(self, shape: linear.LinearShape) -> tuple[linear.Tiles, int]:
+        """How the work is cut, and the tokens of a tile; 1 is the kernel for one token."""
         if self.regime.max_tokens == 1:
-            return linear.one_token_tiles(shape)
-        return linear.few_tokens_tiles(shape, self.arch, self._block_m)
-
-    @property
-    def _block_m(self) -> int:
-        return self.regime.max_tokens or linear.MAX_BLOCK_M
+            block_m = linear.one_token_block_m(shape)
+            if block_m == 1:
+                return linear.one_token_tiles(shape), 1
+            return linear.few_tokens_tiles(shape, self.arch, block_m), block_m
+        if self.regime.max_tokens == 0 and (shape.activations or shape.layout == "int4_group"):
+            return linear.many_tokens_tiles(shape, self.arch)
+        most = self.regime.max_tokens or linear.MAX_BLOCK_M
+        block_m = linear.few_tokens_block_m(shape, self.arch, most)
+        return linear.few_tokens_tiles(shape, self.arch, block_m), block_m
 
     def _linear_launch(
-        self, shape: linear.LinearShape, operands: list[Operand], is_selected: bool
+        self,
+        shape: linear.LinearShape,
+        operands: list[Operand],
+        x_scale: Temporary | None,
+        is_selected: bool,
     ) -> Launch:
-        block_m = self._block_m
-        tiles = self._tiles(shape)
+        tiles, block_m = self._tiles(shape)
         programs = linear.num_programs(shape, tiles)
         if block_m == 1:
             variant = linear.one_token(shape, self.arch, tiles)
@@ -370,7 +441,8 @@ class _Lowering:
             return programs, -(-int(getattr(sizes, field)) // block_m), tiles.split_k
 
         scratch = linear.few_tokens_scratch(shape, tiles, block_m)
-        return Launch(variant, grid, (*operands, *scratch, Size(field)))
+        scales = () if x_scale is None else (x_scale,)
+        return Launch(variant, grid, (*operands, *scratch, *scales, Size(field)))
 
     def _qkv_rope_write(self, node: Node) -> Iterator[Step]:
         heads = _integer(node.attrs["num_heads"])
@@ -498,7 +570,7 @@ class _Lowering:
         """The argument and operand of a row kernel's output, and its rows' scale where it is to be e4m3."""
         if not self._leaves_e4m3(node):
             return (pointer("out", self.dtype), Value(node.outputs[0])), None
-        quantized, scale = _as_e4m3(node.outputs[0], width)
+        quantized, scale = _in_eight_bits(node.outputs[0], "float8_e4m3fn", width)
         return (pointer("out", "fp8e4nv"), quantized), scale
 
     def _select_rows(self, node: Node) -> Iterator[Step]:
@@ -544,12 +616,9 @@ class _Lowering:
         return Launch(variant, grid, tuple(operands))  # type: ignore[arg-type]
 
 
-def _as_e4m3(value: str, width: int) -> tuple[Temporary, Temporary]:
-    """A value's e4m3 rows and their scales."""
-    return (
-        Temporary(f"{value}.fp8", "float8_e4m3fn", width),
-        Temporary(f"{value}.scale", "float32", 1),
-    )
+def _in_eight_bits(value: str, dtype: str, width: int) -> tuple[Temporary, Temporary]:
+    """A value's rows in 8 bits and their scales. dtype is torch's name."""
+    return Temporary(f"{value}.{dtype}", dtype, width), Temporary(f"{value}.scale", "float32", 1)
 
 
 def _rope_operands(layer: int) -> list[Operand]:

@@ -3,6 +3,7 @@
 from compiler_service.quantization.as_is import AS_IS
 from compiler_service.quantization.float_formats import BF16, FP32
 from compiler_service.quantization.fp8 import FP8
+from compiler_service.quantization.fp8_static import FP8_STATIC
 from compiler_service.quantization.int4_awq import INT4_AWQ
 from compiler_service.quantization.int4_gptq import INT4_GPTQ
 from compiler_service.quantization.int4_rtn import INT4_RTN
@@ -23,6 +24,7 @@ SCHEMES: dict[str, QuantScheme] = {
         INT4_AWQ,
         INT4_GPTQ,
         FP8,
+        FP8_STATIC,
         # The layouts of what the checkpoint did not quantize; as_is.py chooses the others.
         QuantScheme(AS_IS, "bfloat16", "plain", "plain", "plain", lambda arch: True),
     )

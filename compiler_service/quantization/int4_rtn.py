@@ -13,7 +13,7 @@ INT4_RTN = QuantScheme(
     linear_layout="int4_group",
     embedding_layout="int8_channel",
     head_layout="int8_channel",
-    runs_on=lambda arch: not arch.is_gpu,
+    runs_on=lambda arch: True,
     limits=FOUR_BITS,
     group_sizes=tuple(sorted(INT4_GROUPS, key=lambda size: size != DEFAULT_INT4_GROUP)),
 )

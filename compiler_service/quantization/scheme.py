@@ -39,10 +39,12 @@ class InputScale:
     Args:
         scale_K: fp32, what its columns are multiplied with and its input divided by; None = 1.
         importance_K: fp32, mean square of the input, after it is divided.
+        largest: max |x| of the input; 0 = unknown.
     """
 
-    scale_K: torch.Tensor | None
-    importance_K: torch.Tensor | None
+    scale_K: torch.Tensor | None = None
+    importance_K: torch.Tensor | None = None
+    largest: float = 0.0
 
 
 class Calibrate(Protocol):
@@ -226,7 +228,11 @@ class QuantScheme:
         return replace(graph, nodes=nodes, weights=weights)
 
     def _rounding_inputs(self, node: Node, graph: Graph, weights: Mapping[str, WeightSpec]) -> Node:
-        attrs = {name: value for name, value in node.attrs.items() if name != "activations"}
+        attrs = {
+            name: value
+            for name, value in node.attrs.items()
+            if name not in ("activations", "input_scale")
+        }
         is_inside = node.op == "linear" and node.outputs[0] not in graph.outputs
         if self.activations and is_inside and weights[node.weights["weight"]].layout != "plain":
             attrs["activations"] = self.activations

@@ -46,7 +46,6 @@ def choose_scale(
 W8A8_INT8 = replace(
     INT8,
     name="w8a8-int8",
-    runs_on=lambda arch: not arch.is_gpu,
     calibrate=choose_scales(choose_scale),
     activations="int8",
 )

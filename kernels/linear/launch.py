@@ -6,13 +6,22 @@ Pure data: read by the compiler, which compiles the variants, and by the runtime
 from dataclasses import dataclass, replace
 
 from kernels.launch import Scratch
-from kernels.variant import Argument, KernelVariant, integer, pointer
+from kernels.linear.gpu import INT4_PARTS
+from kernels.variant import Argument, Constant, KernelVariant, integer, pointer
 from shared.arch import Arch
 
 MAX_BLOCK_M = 64
 
 # Steps of more tokens are faster through torch's products, by layout; measured on one H200. int8 has none.
-MOST_FEW_TOKENS = {"plain": 64, "fp8_channel": 16, "int8_channel": 64}
+MOST_FEW_TOKENS = {"plain": 64, "fp8_channel": 64, "int8_channel": 64, "int4_group": 64}
+# Those that torch's library multiplies for many tokens.
+LIBRARY_LAYOUTS = ("plain", "fp8_channel")
+
+# int4 steps of more rows are faster widened once and multiplied by the library.
+MOST_FUSED_INT4_ROWS = 256
+
+# Values of a stored word, whose columns lie far apart (gpu.py); other layouts store value by value.
+_WORD_VALUES = {"int4_group": INT4_PARTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +32,8 @@ class LinearShape:
         n, k: rows and columns of the weight.
         dtype, out_dtype: Triton's names: `bf16`, `fp16`, `fp32`.
         layout: the weight's; one of `LAYOUTS`.
+        group_size: values that share a scale; 0 where a row does.
+        activations: "i8" or "fp8e4nv", as the weight: x comes in 8 bits with a scale per token.
         num_squares: x is an RMS norm's input times its gain, and its squares come in so many parts; 0 = no norm.
         has_rows: x's rows are gathered.
         has_gain: the result is a norm's input: it is also stored times the gain, with its squares.
@@ -34,6 +45,8 @@ class LinearShape:
     dtype: str
     out_dtype: str
     layout: str = "plain"
+    group_size: int = 0
+    activations: str = ""
     has_bias: bool = False
     num_squares: int = 0
     eps: float = 0.0
@@ -74,6 +87,14 @@ class Tiles:
 
 def one_token(shape: LinearShape, arch: Arch, tiles: Tiles) -> KernelVariant:
     """The variant for exactly one token."""
+    if shape.layout == "int4_group":
+        constants = {
+            **_constants(shape, arch),
+            "GROUP": shape.group_size,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_K": tiles.block_k,
+        }
+        return _variant("linear_one_int4", shape, arch, constants, tiles, ())
     constants = {
         **_constants(shape, arch),
         "BLOCK_N": tiles.block_n,
@@ -90,6 +111,7 @@ def few_tokens(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> Ke
     assert (tiles.split_k - 1) * share < shape.k, f"a split of K = {shape.k} is empty: {tiles}"
     constants = {
         **_constants(shape, arch),
+        "VALUES": _WORD_VALUES.get(shape.layout, 1),
         "BLOCK_M": block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
@@ -99,8 +121,71 @@ def few_tokens(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> Ke
     }
     if tiles.split_k == 1:
         constants |= {"partial": None, "counters": None}
-    more = (pointer("partial", "fp32"), pointer("counters", "i32"), integer("num_tokens"))
+    if not shape.activations:
+        constants |= {"x_scale": None}
+    more = (
+        pointer("partial", "fp32"),
+        pointer("counters", "i32"),
+        pointer("x_scale", "fp32"),
+        integer("num_tokens"),
+    )
     return _variant("linear_few", shape, arch, constants, tiles, more)
+
+
+def quantized_rows(
+    k: int, dtype: str, out_dtype: str, arch: Arch, *, is_static: bool = False
+) -> KernelVariant:
+    """The variant that gives rows of K values and their scales in 8 bits; dtypes are Triton's names.
+
+    `is_static`: all rows have one scale, the last argument.
+    """
+    most = {"i8": 127.0, "fp8e4nv": 448.0}[out_dtype]
+    return KernelVariant(
+        op="linear",
+        kernel="quantize_rows",
+        arguments=(
+            pointer("x", dtype),
+            pointer("out", out_dtype),
+            pointer("scale_out", "fp32"),
+            *((Argument("scale", "fp32", False),) if is_static else ()),
+        ),
+        constants=(
+            ("K", k),
+            ("MOST", most),
+            ("BLOCK", _power_of_two(k)),
+            ("PDL", arch.has_pdl),
+            *(() if is_static else (("scale", None),)),
+        ),
+        num_warps=8,
+        has_pdl=arch.has_pdl,
+    )
+
+
+DENSE_BLOCK_N = 32
+
+
+def dense_int4(shape: LinearShape, arch: Arch) -> KernelVariant:
+    """The variant that writes a weight's values; its grid: blocks of rows, chunks of K."""
+    constants: dict[str, Constant] = {
+        "N": shape.n, "K": shape.k, "GROUP": shape.group_size, "BLOCK_N": DENSE_BLOCK_N,
+        "FORMAT": _int4_format(shape), "PDL": arch.has_pdl,
+    }  # fmt: skip
+    return KernelVariant(
+        op="linear",
+        kernel="dense_int4",
+        arguments=(pointer("weight", "i16"), pointer("scale", "i32"), pointer("out", shape.dtype)),
+        constants=tuple(constants.items()),
+        has_pdl=arch.has_pdl,
+    )
+
+
+def dense_int4_grid(shape: LinearShape) -> tuple[int, int]:
+    """Blocks of rows, and chunks of K."""
+    return -(-shape.n // DENSE_BLOCK_N), -(-shape.k // (INT4_PARTS * shape.group_size))
+
+
+def _int4_format(shape: LinearShape) -> str:
+    return "int4" if shape.dtype == "bf16" else "int4_any"
 
 
 def few_tokens_scratch(shape: LinearShape, tiles: Tiles, block_m: int) -> tuple[Scratch, ...]:
@@ -123,6 +208,8 @@ def _blocks(tokens: int, block_m: int) -> int:
 
 def one_token_tiles(shape: LinearShape) -> Tiles:
     """The shipped choice; measured on one H100 in whole steps (docs/BENCHMARKS.md)."""
+    if shape.layout == "int4_group":
+        return _one_int4_tiles(shape)
     is_wide = shape.num_outputs >= 8192
     if shape.layout == "plain":
         if is_wide and shape.epilogue != "plain" and shape.k <= 2048:
@@ -148,7 +235,14 @@ def one_token_tiles(shape: LinearShape) -> Tiles:
 
 def few_tokens_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
     """The shipped choice; measured on one H200 (docs/BENCHMARKS.md), then fitted to the arch's shared memory."""
-    wanted = Tiles(64, 128, 4, stages=4) if shape.layout == "plain" else Tiles(64, 256, 4, stages=3)
+    if shape.layout == "int4_group":
+        return _few_int4_tiles(shape, arch, block_m)
+    if shape.activations:
+        wanted = Tiles(64, 256, 4, prefetch=0, stages=4)
+    elif shape.layout == "plain":
+        wanted = Tiles(64, 128, 4, stages=4)
+    else:
+        wanted = Tiles(64, 256, 4, stages=3)
     width = 1 if shape.epilogue == "plain" else 2
     weight_bytes = 1 if shape.layout != "plain" else 4 if shape.dtype == "fp32" else 2
     row_bytes = width * wanted.block_n * weight_bytes + 2 * block_m
@@ -162,11 +256,80 @@ def few_tokens_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
         block_k //= 2
     # Programs enough for a device of about 132 SMs, each with several chunks of K.
     split_k, programs = 1, num_programs(shape, wanted)
-    while split_k < 4 and split_k * programs < 128 and shape.k >= 8 * split_k * block_k:
+    is_split = not shape.activations or shape.k > 8192  # products of 8 bits are soon done
+    while (
+        is_split and split_k < 4 and split_k * programs < 128 and shape.k >= 8 * split_k * block_k
+    ):
         split_k *= 2
     return replace(
         wanted, block_k=block_k, stages=max(2, min(wanted.stages, stages())), split_k=split_k
     )
+
+
+def one_token_block_m(shape: LinearShape) -> int:
+    """1 where the kernel for one token serves one token best; else tokens of a tile of `few_tokens`."""
+    return 16 if shape.layout == "int4_group" and shape.k > 8192 else 1
+
+
+def _one_int4_tiles(shape: LinearShape) -> Tiles:
+    """Up to 4,096 values of a row at once, a quad of 32 a thread; measured on one H100 in a whole step."""
+    block_k = max(min(_power_of_two(shape.k), 4096), INT4_PARTS * shape.group_size)
+    return Tiles(4, block_k, num_warps=max(1, block_k // 1024))
+
+
+def few_tokens_block_m(shape: LinearShape, arch: Arch, most: int) -> int:
+    """Tokens of a tile, of `most` at once: fewer where two stages of int4's chunks of x would not fit."""
+    while most > 16 and 2 * _int4_stage_bytes(shape, 32, most) > arch.max_shared_bytes:
+        most //= 2
+    return most
+
+
+def _few_int4_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
+    """Measured on one H100 for groups of 64."""
+    is_wide, block_k = shape.num_outputs >= 8192, INT4_PARTS * shape.group_size
+    if block_m == 16:
+        wanted = Tiles(32, block_k, 2, 1, 4) if is_wide else Tiles(64, block_k, 4, 0, 4, 4)
+    elif block_m == 32:
+        wanted = Tiles(128, block_k, 8, 0, 3) if is_wide else Tiles(64, block_k, 4, 0, 3, 4)
+    else:
+        wanted = Tiles(128, block_k, 8, 1, 3) if is_wide else Tiles(64, block_k, 4, 1, 3, 2)
+    return _fitting_int4_tiles(shape, arch, wanted, block_m)
+
+
+def _fitting_int4_tiles(shape: LinearShape, arch: Arch, wanted: Tiles, block_m: int) -> Tiles:
+    """Fewer rows, then fewer stages, where shared memory is scarce; no split of K that is empty."""
+
+    def fits(tiles: Tiles) -> int:
+        return arch.max_shared_bytes // _int4_stage_bytes(shape, tiles.block_n, block_m)
+
+    tiles = wanted
+    while tiles.block_n > 32 and fits(tiles) < 2 + tiles.prefetch:
+        warps = max(4, tiles.num_warps // 2)
+        tiles = replace(tiles, block_n=tiles.block_n // 2, num_warps=warps, prefetch=0)
+    chunks, split_k = -(-shape.k // tiles.block_k), tiles.split_k
+    while split_k > 1 and (split_k - 1) * -(-chunks // split_k) >= chunks:
+        split_k //= 2
+    stages = max(2, min(tiles.stages, fits(tiles) - tiles.prefetch))
+    return replace(tiles, stages=stages, split_k=split_k)
+
+
+def _int4_stage_bytes(shape: LinearShape, block_n: int, block_m: int) -> int:
+    """Shared memory of one stage: words and scales of a chunk, and x's columns."""
+    width = 1 if shape.epilogue == "plain" else 2
+    words = width * block_n * (2 * shape.group_size + 4 * INT4_PARTS)
+    return words + 2 * INT4_PARTS * shape.group_size * block_m
+
+
+def many_tokens_tiles(shape: LinearShape, arch: Arch) -> tuple[Tiles, int]:
+    """The shipped choice where nothing rides on products of int4, or of 8 bits with 8 bits, and how many tokens a
+    tile has; measured on one H100."""
+    if shape.layout == "int4_group":
+        block_m = few_tokens_block_m(shape, arch, MAX_BLOCK_M)
+        wanted = Tiles(128, INT4_PARTS * shape.group_size, 8, prefetch=0, stages=3)
+        return _fitting_int4_tiles(shape, arch, wanted, block_m), block_m
+    is_wide = shape.n >= 8192 and arch.max_shared_bytes >= 3 * (256 + 128) * 128
+    block_k = _block_k(shape.k, 128)
+    return Tiles(128, block_k, 8, prefetch=0, stages=3), 256 if is_wide else 128
 
 
 def _block_k(k: int, wanted: int) -> int:
@@ -182,14 +345,15 @@ def num_programs(shape: LinearShape, tiles: Tiles) -> int:
 
 
 # Triton's dtype of the stored weight, by layout; a plain one has x's.
-LAYOUTS = {"plain": None, "fp8_channel": "u8", "int8_channel": "i8"}
+LAYOUTS = {"plain": None, "fp8_channel": "u8", "int8_channel": "i8", "int4_group": "i16"}
 
 
 def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
     formats = {
         "plain": "plain",
-        "int8_channel": "int8",
-        "fp8_channel": "fp8" if arch.has_fp8 else "fp8_bits",
+        "int8_channel": "int8_int8" if shape.activations else "int8",
+        "fp8_channel": "fp8_fp8" if shape.activations else "fp8" if arch.has_fp8 else "fp8_bits",
+        "int4_group": _int4_format(shape),
     }
     absent = {
         "scale": shape.layout == "plain",
@@ -229,9 +393,9 @@ def _variant(
     more: tuple[Argument, ...],
 ) -> KernelVariant:
     every = (
-        pointer("x", shape.dtype),
-        pointer("weight", LAYOUTS[shape.layout] or shape.dtype),
-        pointer("scale", "fp32"),
+        pointer("x", shape.activations or shape.dtype),
+        pointer("weight", shape.activations or LAYOUTS[shape.layout] or shape.dtype),
+        pointer("scale", "i32" if shape.group_size else "fp32"),
         pointer("bias", shape.dtype),
         pointer("squares", "fp32"),
         pointer("rows", "i32"),

@@ -3,9 +3,11 @@
     y[n] = sum_k x[k] * weight[n, k] + bias[n]
 
 Weights: weight [N, K], bias [N] (optional). How a weight is stored: kernels/linear/layouts.py.
-Attribute: activations (optional), "int8": x is rounded to 255 levels, a scale per token, first:
+Attribute: activations (optional): x is rounded first; "int8": to 255 levels, a scale per token; "fp8": to e4m3, by the
+attribute input_scale, s:
 
     s[t] = max_k |x[t, k]| / 127;   x'[t, k] = round(x[t, k] / s[t]) * s[t]
+    x'[t, k] = e4m3(clamp(x[t, k] / s, -448, 448)) * s
 
 Legend: T rows of x, N out, K in.
 """
@@ -15,8 +17,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kernels.batch import StepBatch
-from kernels.op import Op, require_inputs, require_last, widened
+from kernels.op import Op, number, require_inputs, require_last, widened
 from shared.ir import Node, TensorSpec, WeightSpec
+
+# The largest e4m3.
+FP8_MAX = 448.0
 
 
 def infer(
@@ -25,7 +30,7 @@ def infer(
     """x [., K] -> [., N]."""
     require_inputs(inputs, 1)
     assert len(weights["weight"].shape) == 2, "the weight is not [N, K]"
-    assert activations(node) in ("", "int8"), f"no activations of {activations(node)!r}"
+    assert activations(node) in ("", "int8", "fp8"), f"no activations of {activations(node)!r}"
     num_rows, num_columns = weights["weight"].shape
     require_last(inputs[0], num_columns, "x")
     if "bias" in weights:
@@ -48,8 +53,12 @@ def int8_tokens(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def multiplied(node: Node, x_TK: torch.Tensor) -> torch.Tensor:
     """The input, fp32 or fp64, as the product sees it."""
-    if activations(node) != "int8":
+    if not activations(node):
         return x_TK
+    if activations(node) == "fp8":
+        scale = number(node, "input_scale")
+        codes_TK = (x_TK / scale).clamp_(-FP8_MAX, FP8_MAX).float().to(torch.float8_e4m3fn)
+        return codes_TK.to(x_TK.dtype) * scale
     codes_TK, scale_T1 = int8_tokens(x_TK)
     return codes_TK.to(x_TK.dtype) * scale_T1
 

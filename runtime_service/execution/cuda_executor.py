@@ -15,6 +15,7 @@ from kernels.launch import (
     KvCache,
     Launch,
     MatMul,
+    Number,
     Operand,
     Scratch,
     Sizes,
@@ -137,7 +138,7 @@ class CudaExecutor:
 
     def _address(
         self, operand: Operand, buffers: dict[str, torch.Tensor], batch: DeviceBatch, sizes: Sizes
-    ) -> int:
+    ) -> int | float:
         if isinstance(operand, Value | Temporary):
             return buffers[operand.name].data_ptr()
         if isinstance(operand, Weight):
@@ -152,6 +153,8 @@ class CudaExecutor:
             return batch.step.kv_caches[operand.layer][operand.is_value].data_ptr()
         if isinstance(operand, Scratch):
             return self._scratch[operand.name].data_ptr()
+        if isinstance(operand, Number):
+            return operand.value
         if operand.field == "table_stride":
             return batch.step.block_tables_SB.stride(0)
         return int(getattr(sizes, operand.field))
@@ -159,11 +162,11 @@ class CudaExecutor:
     def _matmul(self, step: MatMul, buffers: dict[str, torch.Tensor], sizes: Sizes) -> None:
         is_logits = step.out.name in self._graph.outputs
         num_rows = sizes.rows if is_logits else sizes.tokens
-        if num_rows == 0:
+        if num_rows < step.least_rows:
             return
         x, out = buffers[step.x.name][:num_rows], buffers[step.out.name][:num_rows]
         packed = self._weights[step.weight]
-        weight = packed["weight"].t()
+        weight = packed["weight"].t() if step.dense is None else self._dense(step).t()
         if step.x_scale is not None:
             result = torch._scaled_mm(
                 x, weight, scale_a=buffers[step.x_scale.name][:num_rows],
@@ -178,6 +181,13 @@ class CudaExecutor:
             torch.mm(x, weight, out=out)
         if step.bias is not None:
             out += self._weights[step.bias]["weight"]
+
+    def _dense(self, step: MatMul) -> torch.Tensor:
+        """The weight's values in scratch memory, [N, K]."""
+        assert step.dense is not None, "the weight is as stored"
+        rows, columns = self._graph.weights[step.weight].shape
+        values = self._scratch[step.dense.name].view(self._dtype)
+        return values[: rows * columns].view(rows, columns)
 
     # Memory.
 

@@ -10,8 +10,10 @@ import structlog
 import torch
 
 from kernels.launcher import KernelLibrary
+from kernels.linear.gpu import arranged, is_arranged
 from kernels.variant import CODE_TITLE, INDEX_TITLE
 from runtime_service.execution.cuda_engine import assemble
+from runtime_service.execution.cuda_executor import PackedWeights
 from runtime_service.execution.cuda_model_runner import CudaModelRunner
 from runtime_service.execution.device_stream import CudaLane, CudaStream
 from runtime_service.execution.limits import RunnerOptions, choose_limits
@@ -117,6 +119,16 @@ def _load_cpu_runner(
     return LoadedEngine(runner, limits, phases.timings)
 
 
+def _as_kernels_read(graph: Graph, copy: WeightCopy) -> PackedWeights:
+    """The weights on the device in the order of its kernels. One that is to be arranged has to be there first."""
+    if not any(is_arranged(spec) for spec in graph.weights.values()):
+        return copy.weights
+    copy.join()
+    weights = {n: arranged(spec, copy.weights.pop(n)) for n, spec in graph.weights.items()}
+    torch.cuda.empty_cache()  # what is free decides how large the KV cache is
+    return weights
+
+
 def _load_cuda_runner(
     store: LocalStore,
     engine: EngineManifest,
@@ -140,7 +152,7 @@ def _load_cuda_runner(
         with copy:
             with phases.timed("load_kernels"):
                 loaded = assemble(
-                    graph, library, copy.weights, options, stream,
+                    graph, library, _as_kernels_read(graph, copy), options, stream,
                     lambda: torch.cuda.mem_get_info()[0],
                 )  # fmt: skip
             with phases.timed("capture_graphs"):

@@ -174,23 +174,25 @@ def test_key_changes_with_one_weight_byte(tmp_path: Path) -> None:
     assert (after.arch, after.quant, after.builder) == (before.arch, before.quant, before.builder)
 
 
+@pytest.mark.parametrize("quant", [QuantConfig("int8"), INT4], ids=str)
 def test_engine_of_another_arch_shares_weights_and_reads_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quant: QuantConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second arch adds machine code alone; what the machine code is, is tested elsewhere."""
     folder = write_checkpoint(tmp_path / "tiny")
     store = LocalStore(tmp_path / "store")
-    cpu = build(_request(folder, tmp_path), store, _silent)
+    cpu = build(_request(folder, tmp_path, quant), store, _silent)
     blobs = set((tmp_path / "store" / "blobs" / "sha256").iterdir())
     monkeypatch.setattr(builder, "machine_code", lambda graph, arch: [("kernels/x", b"code")])
     progress: list[BuildProgress] = []
-    gpu = build(_request(folder, tmp_path, arch="sm_90"), store, progress.append)
+    gpu = build(_request(folder, tmp_path, quant, arch="sm_90"), store, progress.append)
     assert gpu.layers[:-1] == cpu.layers
     assert gpu.layers[-1].title == "kernels/x"
     assert "quantize" not in {p.stage for p in progress}
     added = set((tmp_path / "store" / "blobs" / "sha256").iterdir()) - blobs
     assert sum(path.stat().st_size for path in added) < 20_000
-    alone = build(_request(folder, tmp_path, arch="sm_90"), LocalStore(tmp_path / "b"), _silent)
+    request = _request(folder, tmp_path, quant, arch="sm_90")
+    alone = build(request, LocalStore(tmp_path / "b"), _silent)
     assert alone.manifest == gpu.manifest
 
 
@@ -356,7 +358,6 @@ REFUSED: dict[str, tuple[list[str], QuantConfig, type[MillraceError], str]] = {
     "fp8 on cpu": (["sm_90", "cpu"], QuantConfig("fp8"), UnsupportedQuant, "sm_89, sm_90"),
     "fp8 on sm_80": (["sm_80"], QuantConfig("fp8"), UnsupportedQuant, "sm_80 cannot"),
     "fp32 on a GPU": (["sm_90"], QuantConfig("fp32"), UnsupportedQuant, "cpu can"),
-    "int4 on a GPU": (["sm_90"], QuantConfig("int4"), UnsupportedQuant, "cpu can"),
     "groups of 48": (["cpu"], QuantConfig("int4", 48), UnsupportedQuant, "32, 64, 128"),
     "groups of int8": (["cpu"], QuantConfig("int8", 64), UnsupportedQuant, "no groups"),
     "groups that do not divide": (["cpu"], QuantConfig("int4", 128), UnsupportedQuant, "64 col"),

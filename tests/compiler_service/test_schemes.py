@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compiler_service import builder
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.planning import plan
 from compiler_service.quantization import SCHEMES
@@ -19,15 +20,18 @@ from compiler_service.resolve import resolve
 from compiler_service.streaming import RowsOf, dense_rows
 from compiler_service.weight_table import pack_weight, read_parts
 from kernels.linear.layouts import LAYOUTS, pack_int4
+from kernels.linear.op import multiplied
 from kernels.reference import prompt_batch, run
+from shared.arch import ARCHES
 from shared.engine import QuantConfig
 from shared.errors import InvalidModel, UnsupportedQuant
-from shared.ir import Graph
+from shared.ir import Graph, Node
 from shared.store.local import LocalStore
 from tests.checkpoints import write_checkpoint
 from tests.compiler_service.quantized_engines import (
     LOOSE,
     build_quantized,
+    graph_of,
     report_of,
     write_uneven_checkpoint,
 )
@@ -211,7 +215,7 @@ def test_only_quantized_linears_inside_the_layers_round_their_inputs(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "scheme", [name for name in SCHEMES if name not in ("as-is", "fp8", "fp32")]
+    "scheme", [name for name in SCHEMES if name not in ("as-is", "fp8", "fp8-static", "fp32")]
 )
 def test_bad_weight_is_named_whatever_the_scheme(scheme: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "tiny")
@@ -222,11 +226,56 @@ def test_bad_weight_is_named_whatever_the_scheme(scheme: str, tmp_path: Path) ->
         build_quantized(folder, QuantConfig(scheme), tmp_path, LocalStore(tmp_path / "s"))
 
 
-@pytest.mark.parametrize("scheme", [*INT4, "w8a8-int8"])
+REFUSED = {
+    "fp8 on sm_80": ("fp8", "sm_80", "sm_89, sm_90, sm_100, sm_120 can; on sm_80 take int8"),
+    "fp8-static on cpu": (
+        "fp8-static",
+        "cpu",
+        "sm_89, sm_90, sm_100, sm_120 can; on cpu take int8",
+    ),
+    "fp32 on a GPU": ("fp32", "sm_90", "cpu can; on sm_90 take bf16"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
 def test_arch_that_cannot_run_a_scheme_is_told_which_can_and_what_is_nearest(
-    scheme: str, tmp_path: Path
+    case: str, tmp_path: Path
 ) -> None:
+    scheme, arch, told = REFUSED[case]
     folder = write_checkpoint(tmp_path / "tiny")
     with pytest.raises(UnsupportedQuant) as refused:
-        resolve(str(folder), ["sm_90"], QuantConfig(scheme), "", tmp_path)
-    assert "sm_90 cannot run it; cpu can; on sm_90 take int8" in str(refused.value)
+        resolve(str(folder), [arch], QuantConfig(scheme), "", tmp_path)
+    assert f"{arch} cannot run it; {told}" in str(refused.value)
+
+
+@pytest.mark.parametrize("scheme", [*INT4, "w8a8-int8", "int8", "bf16"])
+def test_scheme_runs_on_every_arch(scheme: str) -> None:
+    assert all(SCHEMES[scheme].runs_on(arch) for arch in ARCHES.values())
+
+
+def test_fp8_static_engine_holds_the_largest_input_of_every_linear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its measurement rounds inputs by just that scale; weights that are kept have none."""
+    monkeypatch.setattr(builder, "machine_code", lambda graph, arch: [])
+    folder = write_uneven_checkpoint(tmp_path / "tiny")
+    quant = QuantConfig("fp8-static", keep=("layers.0.o",), **LOOSE)
+    store, engine = build_quantized(folder, quant, tmp_path, arch="sm_90")
+    graph = graph_of(store, engine)
+    found = {
+        node.weights["weight"]: node.attrs["input_scale"]
+        for node in graph.nodes
+        if "input_scale" in node.attrs
+    }
+    inside = {f"layers.{i}.{role}" for i in (0, 1) for role in ("qkv", "o", "gate_up", "down")}
+    assert found.keys() == inside - {"layers.0.o"}
+    assert len(set(found.values())) == len(found)
+    assert all(isinstance(scale, float) and scale > 0 for scale in found.values())
+    errors = {weight["weight"]: weight["error"] for weight in report_of(store, engine)["weights"]}
+    assert 0.01 < errors["layers.1.down"] < 0.1
+
+
+def test_fp8_static_input_is_rounded_and_clipped_by_its_scale() -> None:
+    node = Node("linear", ("x",), ("y",), {}, {"activations": "fp8", "input_scale": 0.5})
+    x = torch.tensor([[0.5, 8.6, -1e6, 0.0]])
+    assert multiplied(node, x).tolist() == [[0.5, 9.0, -224.0, 0.0]]

@@ -44,7 +44,7 @@ def prebuilt_folder(variants: set[KernelVariant], arch: Arch) -> Path:
     digest = hashlib.sha256(arch.name.encode())
     for key in sorted(variant.key for variant in variants):
         digest.update(key.encode())
-    for source in sorted(root.glob("kernels/*/triton.py")):
+    for source in sorted(root.glob("kernels/*/triton*.py")):
         digest.update(source.read_bytes())
     return root / "build/gpu-tests" / digest.hexdigest()[:16]
 
@@ -60,7 +60,7 @@ class Collector:
         self,
         variant: KernelVariant,
         grid: tuple[int, int, int],
-        operands: dict[str, torch.Tensor | int],
+        operands: dict[str, torch.Tensor | int | float],
     ) -> None:
         """Launches `variant`, or only notes it before `library` is set."""
         if self.library is None:

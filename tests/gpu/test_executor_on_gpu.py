@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from bench.gpu_models import MODELS, llama_graph, random_weights
+from bench.gpu_models import MODELS, QUANTS, as_read, llama_graph, random_weights
 from kernels import reference
 from kernels.launcher import KernelLibrary
 from kernels.lowering import variants
@@ -39,23 +39,25 @@ class RelaunchedStream(CudaStream):
 
 
 @functools.cache
-def graph_and_library(layout: str, like_qwen: bool = False) -> tuple[Graph, KernelLibrary]:
+def graph_and_library(quant: str, like_qwen: bool = False) -> tuple[Graph, KernelLibrary]:
     """A tiny graph and its kernels, compiled once in a run."""
-    graph = llama_graph(MODELS["tiny"], layout, like_qwen=like_qwen)
+    layout, rounding = QUANTS[quant]
+    graph = llama_graph(MODELS["tiny"], layout, like_qwen=like_qwen, rounding=rounding)
     return graph, library_of(variants(graph, device_arch()), device_arch())
 
 
 def engine_of(
-    layout: str = "plain",
+    quant: str = "bf16",
     like_qwen: bool = False,
     stream: DeviceStream | None = None,
     options: RunnerOptions = OPTIONS,
     weights: dict[str, dict[str, torch.Tensor]] | None = None,
 ) -> CudaEngine:
     """The whole GPU path over a tiny random model."""
-    graph, library = graph_and_library(layout, like_qwen)
+    graph, library = graph_and_library(quant, like_qwen)
     packed = weights or random_weights(graph, seed=5)
-    engine = assemble(graph, library, packed, options, stream or CudaStream(), lambda: 1 << 30)
+    read = as_read(graph, packed)
+    engine = assemble(graph, library, read, options, stream or CudaStream(), lambda: 1 << 30)
     engine.graphs.capture()
     return engine
 
@@ -101,23 +103,26 @@ def _truth(graph: Graph, weights: dict[str, torch.Tensor], token_ids: torch.Tens
 
 
 @pytest.mark.parametrize(
-    ("layout", "like_qwen", "most_tokens", "tolerance"),
+    ("quant", "like_qwen", "most_tokens", "tolerance"),
     [
-        ("plain", False, 128, 0.03),
-        ("plain", True, 128, 0.03),
-        ("int8_channel", True, 128, 0.03),
-        ("fp8_channel", False, 16, 0.03),
-        # At more than 16 tokens fp8 engines quantize activations too, a scale a token.
-        ("fp8_channel", False, 128, 0.25),
+        ("bf16", False, 128, 0.03),
+        ("bf16", True, 128, 0.03),
+        ("int8", True, 128, 0.03),
+        ("int4", False, 128, 0.03),
+        ("int4", True, 128, 0.03),
+        # But for decode steps of one token, 8-bit engines round activations too.
+        ("fp8", False, 128, 0.25),
+        ("fp8-static", False, 128, 0.25),
+        ("w8a8-int8", False, 128, 0.1),
     ],
 )
 def test_steps_of_all_kinds_give_the_logits_of_whole_prompts(
-    layout: str, like_qwen: bool, most_tokens: int, tolerance: float
+    quant: str, like_qwen: bool, most_tokens: int, tolerance: float
 ) -> None:
     """Prompts in chunks of awkward sizes, then decode in buckets with padding; teacher-forced, bf16 activations."""
-    graph, _ = graph_and_library(layout, like_qwen)
+    graph, _ = graph_and_library(quant, like_qwen)
     packed = random_weights(graph, seed=5)
-    engine = engine_of(layout, like_qwen, weights=packed)
+    engine = engine_of(quant, like_qwen, weights=packed)
     cpu = {name: {role: t.cpu() for role, t in roles.items()} for name, roles in packed.items()}
     weights = reference.dense(graph, cpu)
     torch.manual_seed(1)

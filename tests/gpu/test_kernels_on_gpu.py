@@ -19,7 +19,15 @@ from tests.kernels.attention_cases import (
     attention_shape,
     check_attention,
 )
-from tests.kernels.linear_cases import LINEAR_SHAPES, check_linear, in_dtype
+from tests.kernels.linear_cases import (
+    DENSE_INT4_SHAPES,
+    LINEAR_SHAPES,
+    ONE_TOKEN_SHAPES,
+    check_dense_int4,
+    check_linear,
+    check_quantized_rows,
+    in_dtype,
+)
 from tests.kernels.row_cases import KERNELS, check_row, row_launches
 
 pytestmark = [
@@ -34,6 +42,14 @@ def _linear(shape: LinearShape, kernel: str, tokens: int, split_k: int) -> Case:
     return lambda run, arch: check_linear(
         run, arch, shape, kernel, tokens, seed=tokens, split_k=split_k, device="cuda"
     )
+
+
+def _dense_int4(shape: LinearShape) -> Case:
+    return lambda run, arch: check_dense_int4(run, arch, shape, device="cuda")
+
+
+def _quantized_rows(scale: float | None) -> Case:
+    return lambda run, arch: check_quantized_rows(run, arch, 257, scale, device="cuda")
 
 
 def _attention(tiles: AttentionTiles, lengths: list[tuple[int, int]], **shape: object) -> Case:
@@ -64,10 +80,16 @@ def _cases() -> dict[str, Case]:
     }
     for dtype in ("bf16", "fp16"):
         for name, shape in LINEAR_SHAPES.items():
-            cases[f"one-{name}-{dtype}"] = _linear(in_dtype(shape, dtype), "one", 1, 1)
+            if name in ONE_TOKEN_SHAPES:
+                cases[f"one-{name}-{dtype}"] = _linear(in_dtype(shape, dtype), "one", 1, 1)
             for tokens, split_k in ((1, 1), (5, 2), (19, 2)):
                 case = _linear(in_dtype(shape, dtype), "few", tokens, split_k)
                 cases[f"few-{name}-{dtype}-{tokens}-{split_k}"] = case
+        for name, shape in DENSE_INT4_SHAPES.items():
+            cases[f"{name}-{dtype}"] = _dense_int4(in_dtype(shape, dtype))
+        if dtype == "fp16":
+            for scale in (None, 0.015):
+                cases[f"rows-{scale}"] = _quantized_rows(scale)
         for window, soft_cap in ((0, 0.0), (37, 0.0), (0, 2.5)):
             options: dict[str, object] = {"window": window, "soft_cap": soft_cap, "dtype": dtype}
             for splits in (1, 4):

@@ -173,7 +173,7 @@ def test_steady_state_never_waits_for_the_device(engine: CudaEngine) -> None:
 
 
 def test_non_finite_logits_end_the_step() -> None:
-    graph, _ = graph_and_library("plain")
+    graph, _ = graph_and_library("bf16")
     weights = random_weights(graph, seed=5)
     weights["head"]["weight"][17] = float("nan")
     broken = engine_of(weights=weights)

@@ -26,7 +26,9 @@ INTERPRETER: Arch = replace(ARCHES["sm_80"], name="interpreter")
 
 
 def run(
-    variant: KernelVariant, grid: tuple[int, int, int], operands: dict[str, torch.Tensor | int]
+    variant: KernelVariant,
+    grid: tuple[int, int, int],
+    operands: dict[str, torch.Tensor | int | float],
 ) -> None:
     """Executes `variant` over `grid`; `operands` by argument name, more than are needed may be given."""
     kernel = getattr(importlib.import_module(f"kernels.{variant.op}.triton"), variant.kernel)

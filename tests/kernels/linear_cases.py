@@ -7,43 +7,54 @@ from dataclasses import replace
 import torch
 
 from kernels.launch import Sizes
+from kernels.linear.gpu import INT4_PARTS, arranged
 from kernels.linear.launch import (
     LinearShape,
     Tiles,
+    dense_int4,
+    dense_int4_grid,
     few_tokens,
     few_tokens_scratch,
     num_programs,
     one_token,
+    quantized_rows,
 )  # fmt: skip
+from kernels.linear.layouts import INT4_GROUPS, LAYOUTS
+from kernels.linear.op import int8_tokens
 from kernels.variant import KernelVariant
 from shared.arch import Arch
+from shared.ir import WeightSpec
 
 _EPS = 1e-5
 
-Operands = dict[str, torch.Tensor | int]
+Operands = dict[str, torch.Tensor | int | float]
 Run = Callable[[KernelVariant, tuple[int, int, int], Operands], None]
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def _operands(shape: LinearShape, tokens: int, seed: int) -> dict[str, torch.Tensor | int]:
+def _operands(shape: LinearShape, tokens: int, seed: int) -> Operands:
     torch.manual_seed(seed)
     dtype = TORCH_DTYPES[shape.dtype]
     weight = torch.randn(shape.n, shape.k) * shape.k**-0.5
-    scale = torch.rand(shape.n) + 0.5
-    if shape.layout == "plain":
-        stored = weight.to(dtype)
-    elif shape.layout == "int8_channel":
-        stored = (weight * 40).round().clamp(-127, 127).to(torch.int8)
-    else:
-        stored = weight.to(torch.float8_e4m3fn).view(torch.uint8)
+    layout = LAYOUTS[shape.layout]
+    packed = layout.pack(weight.to(dtype), shape.group_size)
+    spec = WeightSpec(
+        tuple(weight.shape), ("w",), (shape.n,), shape.dtype, shape.layout, shape.group_size
+    )
+    read = arranged(spec, packed)
+    if shape.layout == "fp8_channel":
+        read["weight"] = read["weight"].view(torch.uint8)
     slots = torch.randperm(4 * tokens)[:tokens].int()
     if tokens > 2:
         slots[1] = -1
     kv = shape.num_kv_heads * shape.head_dim
+    x = torch.randn(tokens + 3, shape.k).to(dtype)
+    codes, x_scale = int8_tokens(x.float())
     return {
-        "x": torch.randn(tokens + 3, shape.k).to(dtype),
-        "weight": stored,
-        "scale": scale,
+        "x": codes if shape.activations else x,
+        "x_scale": x_scale.flatten(),
+        **read,
+        "dense": layout.unpack(packed),
         "bias": torch.randn(shape.n).to(dtype),
         "squares": torch.rand(tokens + 3, max(1, shape.num_squares)),
         "gain": (1 + torch.randn(shape.n) / 4).to(dtype),
@@ -71,15 +82,11 @@ def _products(shape: LinearShape, at: dict[str, torch.Tensor], tokens: int) -> t
     """x @ weight.T with all that comes before the epilogue, fp32."""
     rows = at["rows"].long() if shape.has_rows else slice(0, tokens)
     x = at["x"].float()[rows]
+    if shape.activations:
+        x = x * at["x_scale"][rows][:, None]
     if shape.num_squares:
         x = x * torch.rsqrt(at["squares"][rows].sum(-1, keepdim=True) / shape.k + _EPS)
-    weight = at["weight"]
-    if shape.layout == "fp8_channel":
-        weight = weight.view(torch.float8_e4m3fn)
-    weight = weight.float()
-    if shape.layout != "plain":
-        weight = weight * at["scale"][:, None]
-    y = x @ weight.t()
+    y = x @ at["dense"].t()
     return y + at["bias"].float() if shape.has_bias else y
 
 
@@ -111,10 +118,12 @@ def _launch_and_compare(
     at = {name: value for name, value in operands.items() if isinstance(value, torch.Tensor)}
     before = at["residual"].clone()
     if kernel == "one":
-        tiles = Tiles(block_n=2, block_k=64, num_warps=4, prefetch=2)
+        block_k = INT4_PARTS * shape.group_size or 64
+        tiles = Tiles(block_n=2, block_k=block_k, num_warps=4, prefetch=2)
         variant, grid = one_token(shape, arch, tiles), (num_programs(shape, tiles), 1, 1)
     else:
-        tiles = Tiles(block_n=16, block_k=32, num_warps=4, stages=2, split_k=split_k)
+        block_k = INT4_PARTS * shape.group_size or 32
+        tiles = Tiles(block_n=16, block_k=block_k, num_warps=4, stages=2, split_k=split_k)
         variant = few_tokens(shape, arch, tiles, 16)
         grid = (num_programs(shape, tiles), -(-tokens // 16), split_k)
         for request, dtype in zip(
@@ -126,6 +135,9 @@ def _launch_and_compare(
     if shape.has_gain:
         operands["squares_out"] = at["squares_out"] = torch.full((tokens, programs), float("nan"))
     run(variant, grid, operands)
+    if kernel == "few" and shape.group_size:
+        # Tensor cores multiply values rounded to x's dtype; the kernel for one token widens to fp32.
+        at["dense"] = at["dense"].to(TORCH_DTYPES[shape.dtype]).float()
     y = _products(shape, at, tokens)
     if shape.epilogue == "rope":
         _check_rope(shape, at, y)
@@ -165,12 +177,70 @@ LINEAR_SHAPES = {
     "residual": LinearShape(40, 64, "fp16", "fp16", has_residual=True, has_gain=True),
     "int8": LinearShape(33, 96, "fp16", "fp16", layout="int8_channel", has_bias=True),
     "fp8_residual": LinearShape(33, 96, "fp16", "fp16", layout="fp8_channel", has_residual=True),
+    "int4": LinearShape(33, 160, "fp16", "fp16", layout="int4_group", group_size=32, has_bias=True),
+    "int4_residual": LinearShape(
+        50, 320, "fp16", "fp16", layout="int4_group", group_size=64, has_rows=True,
+        has_residual=True, has_gain=True,
+    ),
+    "int4_silu_mul": LinearShape(
+        70, 640, "fp16", "fp16", layout="int4_group", group_size=128, num_squares=5, eps=_EPS,
+        epilogue="silu_mul",
+    ),
+    "int8_int8": LinearShape(
+        33, 96, "fp16", "fp16", layout="int8_channel", activations="i8", has_bias=True,
+        has_rows=True, has_residual=True,
+    ),
     "silu_mul": LinearShape(70, 96, "fp16", "fp16", num_squares=5, eps=_EPS, epilogue="silu_mul"),
     "rope": LinearShape(
         8 * 8, 48, "fp16", "fp16", num_squares=5, eps=_EPS, has_bias=True, epilogue="rope",
         num_heads=4, num_kv_heads=2, head_dim=8, kv_dtype="fp16",
     ),
 }  # fmt: skip
+
+ONE_TOKEN_SHAPES = [name for name, shape in LINEAR_SHAPES.items() if not shape.activations]
+
+
+def _tensors(shape: LinearShape, tokens: int, device: str) -> dict[str, torch.Tensor]:
+    made = _operands(shape, tokens, tokens)
+    return {n: value.to(device) for n, value in made.items() if isinstance(value, torch.Tensor)}
+
+
+def check_dense_int4(run: Run, arch: Arch, shape: LinearShape, device: str = "cpu") -> None:
+    """The weight widened as a whole: what the library multiplies."""
+    at = _tensors(shape, 1, device)
+    values = torch.full((shape.n, shape.k), float("nan"), dtype=at["x"].dtype, device=device)
+    run(dense_int4(shape, arch), (*dense_int4_grid(shape), 1), {**at, "out": values})
+    torch.testing.assert_close(values.float(), at["dense"], atol=1e-6, rtol=2**-8)
+
+
+def check_quantized_rows(
+    run: Run, arch: Arch, columns: int, static_scale: float | None = None, device: str = "cpu"
+) -> None:
+    """Int8 rows are those of the formula, code for code; a row of zeros stays one."""
+    torch.manual_seed(columns)
+    x = torch.randn(5, columns, device=device).half()
+    x[3] = 0
+    codes = torch.empty(5, columns, dtype=torch.int8, device=device)
+    scale = torch.empty(5, device=device)
+    variant = quantized_rows(columns, "fp16", "i8", arch, is_static=static_scale is not None)
+    operands: Operands = {"x": x, "out": codes, "scale_out": scale, "scale": static_scale or 0.0}
+    run(variant, (5, 1, 1), operands)
+    want, want_scale = int8_tokens(x.float())
+    if static_scale is not None:
+        want_scale = torch.full_like(want_scale, static_scale)
+        want = (x.float() / static_scale).round().clamp(-127, 127).to(torch.int8)
+        assert int(want.abs().max()) == 127, "nothing is clipped"
+    torch.testing.assert_close(scale, want_scale.flatten().clamp(min=1e-12))
+    torch.testing.assert_close(codes, want, atol=1, rtol=0)
+    assert (codes != want).float().mean() < 0.01
+
+
+DENSE_INT4_SHAPES = {
+    f"dense_int4_{group}": LinearShape(
+        35, 5 * group, "fp16", "fp16", layout="int4_group", group_size=group
+    )
+    for group in INT4_GROUPS
+}
 
 
 def in_dtype(shape: LinearShape, dtype: str) -> LinearShape:

@@ -18,7 +18,7 @@ GPU_ARCHES = [arch for arch in ARCHES.values() if arch.is_gpu]
 # its kernels; arches with the same limits and features would compile the same code once more.
 _PARTS = {
     "sm_80": ("plain", Regime(1, 1)),
-    "sm_86": ("plain", Regime(64, 64)),
+    "sm_86": ("int4_group", Regime(64, 64)),
     "sm_89": ("fp8_channel", Regime(16, 16)),
     "sm_90": ("fp8_channel", Regime(0, 0)),
     "sm_100": ("fp8_channel", Regime(1, 1)),

@@ -11,6 +11,7 @@ from compiler_service.quantization import SCHEMES
 from kernels.launch import Launch, MatMul, Sizes, Temporary, Value
 from kernels.lowering import DECODE_REGIMES, REGIMES, Regime, lower, variants
 from kernels.ops import OPS
+from kernels.variant import KernelVariant
 from shared.arch import ARCHES, Arch
 from shared.engine import QuantConfig
 from shared.ir import Graph
@@ -22,7 +23,12 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 def _graph(family: str, scheme: str, **sizes: object) -> Graph:
     fused = run_passes(lower_model(tiny_config(family, **sizes), "bfloat16"), OPS)
-    return SCHEMES[scheme].apply(fused, QuantConfig(scheme))
+    group = 32 if SCHEMES[scheme].group_sizes else 0
+    return SCHEMES[scheme].apply(fused, QuantConfig(scheme, group))
+
+
+def _names(variant: KernelVariant) -> set[str]:
+    return {argument.name for argument in variant.arguments}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,7 +58,8 @@ def test_every_scheme_of_an_arch_lowers(arch: Arch, family: str) -> None:
                     elif isinstance(operand, Value | Temporary):
                         written.add(operand.name)
                 assert outputs, f"{step.variant.key} writes nothing"
-                assert all(n > 0 for n in step.grid(Sizes(3, 3, 3)))
+                grids = step.grid(Sizes(3, 3, 3)), step.grid(Sizes(8192, 3, 8192))
+                assert any(all(n > 0 for n in grid) for grid in grids)
             assert set(graph.outputs) <= written
 
 
@@ -73,11 +80,25 @@ def test_arch_without_pdl_or_fp8_uses_neither() -> None:
     assert all(v.has_pdl == (v.op not in around) for v in new)
 
 
-def test_fp8_steps_of_more_than_16_tokens_use_torch_products() -> None:
+def test_fp8_steps_of_any_number_of_tokens_use_torch_products() -> None:
     graph = llama_graph(MODELS["tiny"], "fp8_channel", num_layers=1)
     for regime in REGIMES:
         steps = lower(graph, ARCHES["sm_90"], regime)
-        assert any(isinstance(s, MatMul) for s in steps) == (regime.max_tokens not in (1, 16))
+        assert any(isinstance(s, MatMul) for s in steps) == (regime.max_tokens == 0)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "w8a8-int8"])
+def test_steps_of_one_token_alone_round_no_activations(scheme: str) -> None:
+    """One token waits for the weights, whatever it is multiplied in."""
+    graph = _graph("llama", scheme)
+    linears = sum(node.op == "linear" for node in graph.nodes)
+    for regime in REGIMES:
+        steps = lower(graph, ARCHES["sm_90"], regime)
+        launched = [s.variant for s in steps if isinstance(s, Launch)]
+        rounding = [v for v in launched if v.kernel == "quantize_rows" or "scale_out" in _names(v)]
+        # The head of w8a8-int8 multiplies what it is given.
+        expected = 0 if regime.max_tokens == 1 else linears - (scheme == "w8a8-int8")
+        assert len(rounding) == expected
 
 
 def test_norms_and_silu_leave_e4m3_where_only_fp8_products_read_them() -> None:

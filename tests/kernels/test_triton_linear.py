@@ -3,10 +3,17 @@
 import pytest
 
 from tests.kernels.interpreted import INTERPRETER, run
-from tests.kernels.linear_cases import LINEAR_SHAPES, check_linear
+from tests.kernels.linear_cases import (
+    DENSE_INT4_SHAPES,
+    LINEAR_SHAPES,
+    ONE_TOKEN_SHAPES,
+    check_dense_int4,
+    check_linear,
+    check_quantized_rows,
+)
 
 
-@pytest.mark.parametrize("name", LINEAR_SHAPES)
+@pytest.mark.parametrize("name", ONE_TOKEN_SHAPES)
 def test_one_token_kernel_equals_formula(name: str) -> None:
     check_linear(run, INTERPRETER, LINEAR_SHAPES[name], "one", 1, seed=3)
 
@@ -15,3 +22,14 @@ def test_one_token_kernel_equals_formula(name: str) -> None:
 @pytest.mark.parametrize("name", LINEAR_SHAPES)
 def test_few_tokens_kernel_equals_formula(name: str, tokens: int, split_k: int) -> None:
     check_linear(run, INTERPRETER, LINEAR_SHAPES[name], "few", tokens, seed=tokens, split_k=split_k)
+
+
+@pytest.mark.parametrize("name", DENSE_INT4_SHAPES)
+def test_int4_weight_is_widened_to_its_values(name: str) -> None:
+    check_dense_int4(run, INTERPRETER, DENSE_INT4_SHAPES[name])
+
+
+@pytest.mark.parametrize("static_scale", [None, 0.015])
+@pytest.mark.parametrize("columns", [96, 257])
+def test_rows_are_quantized_as_the_formula_says(columns: int, static_scale: float | None) -> None:
+    check_quantized_rows(run, INTERPRETER, columns, static_scale)

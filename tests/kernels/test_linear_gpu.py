@@ -1,0 +1,53 @@
+"""Law 2 of layouts: what a GPU reads is what an engine stores, bit for bit."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.linear.gpu import INT4_PARTS, arranged, stored
+from kernels.linear.layouts import INT4_GROUPS, LAYOUTS, pack_int4_levels
+from shared.ir import WeightSpec
+
+
+def _spec(rows: int, columns: int, layout: str, group: int = 0) -> WeightSpec:
+    return WeightSpec((rows, columns), ("w",), (rows,), "bfloat16", layout, group)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 40), groups=st.integers(1, 9), group=st.sampled_from(INT4_GROUPS))
+def test_int4_goes_to_the_gpus_order_and_back(rows: int, groups: int, group: int) -> None:
+    """Also where the groups do not fill the last chunk."""
+    torch.manual_seed(rows + groups)
+    spec = _spec(rows, groups * group, "int4_group", group)
+    packed = LAYOUTS["int4_group"].pack(torch.randn(spec.shape), group)
+    back = stored(spec, arranged(spec, packed))
+    assert packed.keys() == back.keys()
+    for role, tensor in packed.items():
+        assert torch.equal(tensor, back[role]), role
+
+
+def test_word_holds_the_same_place_of_four_groups() -> None:
+    levels = torch.zeros(1, 256, dtype=torch.int8)
+    for part in range(INT4_PARTS):
+        levels[0, part * 64 + 5] = part + 1
+    packed = pack_int4_levels(levels, torch.ones(1, 4), torch.arange(4.0)[None])
+    read = arranged(_spec(1, 256, "int4_group", 64), packed)
+    assert int(read["weight"][0, 5]) & 0xFFFF == 0xCBA9  # level 0 is nibble 8
+    assert read["scale"].view(torch.bfloat16).view(4, 2).tolist() == [[1, z] for z in range(4)]
+
+
+def test_groups_beyond_the_columns_weigh_nothing() -> None:
+    spec = _spec(3, 96, "int4_group", 32)
+    read = arranged(spec, LAYOUTS["int4_group"].pack(torch.randn(3, 96), 32))
+    assert read["weight"].shape == (3, 32)
+    assert read["scale"].shape == (1, 3, 4)
+    assert bool((read["scale"][..., 3] == 0).all())
+
+
+@pytest.mark.parametrize("layout", ["plain", "int8_channel", "fp8_channel"])
+def test_other_layouts_are_read_as_they_are_stored(layout: str) -> None:
+    spec = _spec(8, 64, layout)
+    packed = LAYOUTS[layout].pack(torch.randn(8, 64), 0)
+    read = arranged(spec, packed)
+    assert all(read[role] is tensor for role, tensor in packed.items())
