@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kernels.attention import launch as attention
+from kernels.kv_cache import KvFormat, kv_format
 from kernels.launch import (
     Batch,
     Grid,
@@ -49,13 +50,11 @@ class Regime:
         max_tokens: 1: one token; up to 64: few tokens in tiles of that many; 0: any number.
         max_sequences: decode only, bounds how attention splits; 0 where sequences may have several query tokens.
         block_tokens: tokens of one KV block.
-        kv_dtype: of the KV cache, torch's name.
     """
 
     max_tokens: int
     max_sequences: int
     block_tokens: int = BLOCK_TOKENS
-    kv_dtype: str = "bfloat16"
 
 
 DECODE_REGIMES = tuple(
@@ -107,6 +106,7 @@ class _Lowering:
         # Parts in which the squares of a riding norm's input come, by the norm's first output.
         self.num_squares: dict[str, int] = {}
         self.dtype = TRITON_DTYPES[str(graph.config["dtype"])]
+        self.kv_format = kv_format(graph)
         layouts = {weight.layout for weight in graph.weights.values()}
         unknown = layouts - set(linear.LAYOUTS)
         assert not unknown, f"{', '.join(sorted(unknown))} has no GPU form"
@@ -182,6 +182,8 @@ class _Lowering:
             and source.op == "linear"
             and self._has_one_use(node.inputs[0])
             and "q_norm" not in node.weights
+            # A scale is of a whole head, which lies in several of the linear's programs.
+            and not (node.op == "qkv_rope_write" and self.kv_format.is_scaled)
         )
 
     def _has_one_use(self, value: str) -> bool:
@@ -305,7 +307,7 @@ class _Lowering:
             num_heads=_integer(attrs.get("num_heads", 0)),
             num_kv_heads=_integer(attrs.get("num_kv_heads", 0)),
             head_dim=_integer(attrs.get("head_dim", 0)),
-            kv_dtype=TRITON_DTYPES[self.regime.kv_dtype] if rope else "bf16",
+            kv_dtype=TRITON_DTYPES[self.kv_format.dtype] if rope else "bf16",
         )
         if adds is not None:
             out = adds.outputs[1]
@@ -328,7 +330,7 @@ class _Lowering:
         if adds is not None:
             operands += self._norm_operands(adds, linear.num_programs(shape, self._tiles(shape)))
         if rope is not None:
-            operands += _rope_operands(_integer(rope.attrs["layer"]))
+            operands += _rope_operands(_integer(rope.attrs["layer"]), self.kv_format)
         is_selected = shape.has_rows or self._is_selected(node.inputs[0])
         return self._linear_launch(shape, operands, is_selected)
 
@@ -366,8 +368,7 @@ class _Lowering:
         block_d = _power_of_two(head_dim // 2)
         block_h = max(1, 1024 // block_d)
         blocks = -(-(heads + 2 * kv_heads) // block_h)
-        kv_dtype = TRITON_DTYPES[self.regime.kv_dtype]
-        rope = _rope_operands(_integer(node.attrs["layer"]))
+        rope = _rope_operands(_integer(node.attrs["layer"]), self.kv_format)
         arguments = [
             pointer("qkv", self.dtype),
             pointer("positions", "i32"),
@@ -382,15 +383,23 @@ class _Lowering:
                 operands.append(Weight(node.weights[role], "weight"))
             else:
                 constants[role] = None
+        kept = self.kv_format
+        stored = "u8" if kept.is_scaled else TRITON_DTYPES[kept.dtype]
         arguments += [
             pointer("q_out", self.dtype),
-            pointer("k_cache", kv_dtype),
-            pointer("v_cache", kv_dtype),
+            pointer("k_cache", stored),
+            pointer("v_cache", stored),
         ]
+        if kept.is_scaled:
+            arguments += [pointer("k_scale", "fp32"), pointer("v_scale", "fp32")]
+        else:
+            constants |= {"k_scale": None, "v_scale": None}
         operands += [Value(node.outputs[0]), *rope[3:]]
         constants |= {
             "NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
             "EPS": _number(node.attrs.get("eps", 0.0)), "BLOCK_H": block_h, "BLOCK_D": block_d,
+            "BLOCK_TOKENS": self.regime.block_tokens, "LARGEST": kept.largest,
+            "IS_FP8": kept.dtype == "float8_e4m3fn",
         }  # fmt: skip
         yield self._launch(
             "qkv_rope_write", arguments, constants, lambda s: (s.tokens, blocks, 1), operands
@@ -405,7 +414,7 @@ class _Lowering:
             window=_integer(node.attrs["window"]),
             soft_cap=_number(node.attrs["soft_cap"]),
             dtype=self.dtype,
-            kv_dtype=TRITON_DTYPES[self.regime.kv_dtype],
+            kv_dtype=TRITON_DTYPES[self.kv_format.dtype],
             block_tokens=self.regime.block_tokens,
         )
         if self.regime.max_sequences:
@@ -415,8 +424,7 @@ class _Lowering:
         layer = _integer(node.attrs["layer"])
         operands: list[Operand] = [
             Value(node.inputs[0]),
-            KvCache(layer, False),
-            KvCache(layer, True),
+            *_cache_operands(layer, self.kv_format),
             Batch("block_tables_SB"),
             Batch("seq_lens_S"),
         ]
@@ -509,14 +517,17 @@ class _Lowering:
         return Launch(variant, grid, tuple(operands))  # type: ignore[arg-type]
 
 
-def _rope_operands(layer: int) -> list[Operand]:
+def _rope_operands(layer: int, kept: KvFormat) -> list[Operand]:
     return [
         Batch("positions_T"),
         Batch("rope"),
         Batch("slot_mapping_T"),
-        KvCache(layer, False),
-        KvCache(layer, True),
+        *_cache_operands(layer, kept),
     ]
+
+
+def _cache_operands(layer: int, kept: KvFormat) -> list[Operand]:
+    return [KvCache(layer, part) for part in range(4 if kept.is_scaled else 2)]
 
 
 def _per_token(sizes: Sizes) -> Grid:

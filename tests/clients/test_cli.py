@@ -324,14 +324,17 @@ def test_recipe_that_is_not_one_is_wrong_usage(
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("int8", ("int8", 0)), ("int4-gptq", ("int4-gptq", 0)), ("int4-gptq-g32", ("int4-gptq", 32)),
-     ("int4-g128", ("int4", 128)), ("", ("", 0))],
+    [("int8", ("int8", 0, "")), ("int4-gptq", ("int4-gptq", 0, "")),
+     ("int4-gptq-g32", ("int4-gptq", 32, "")), ("int4-g128", ("int4", 128, "")), ("", ("", 0, "")),
+     ("bf16-kv-fp8", ("bf16", 0, "fp8")), ("int4-gptq-g32-kv-int8", ("int4-gptq", 32, "int8"))],
 )  # fmt: skip
-def test_quantization_is_read_as_it_is_written(text: str, expected: tuple[str, int]) -> None:
+def test_quantization_is_read_as_it_is_written(text: str, expected: tuple[str, int, str]) -> None:
     assert parse_quant(text) == expected
     if text:
-        scheme, group = expected
-        assert quant_named(text) == QuantConfig(scheme, group)
+        scheme, group, kv_cache = expected
+        named = QuantConfig(scheme, group, kv_cache=kv_cache)
+        assert quant_named(text) == named
+        assert quant_named(str(named)) == named
 
 
 def test_inspect_of_nothing_exits_with_3(daemon: ScriptedDaemon) -> None:
