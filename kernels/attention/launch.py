@@ -52,13 +52,16 @@ class AttentionTiles:
 
 def decode_tiles(shape: AttentionShape, max_sequences: int) -> AttentionTiles:
     """One query token a tile. Few sequences are split so that they still fill a device of about 132 SMs; many need
-    no split, and one warp each keeps most loads in flight. Codes take time to widen: more programs share it."""
-    most, programs = (64, 1024) if shape.is_scaled else (16, 256)
+    no split, and one warp each keeps most loads in flight. Codes take time to widen: more programs, or more of their
+    warps, share it."""
+    most, programs = (32, 1024) if shape.is_scaled else (16, 256)
     splits = 1
     while splits < most and splits * max_sequences * shape.num_kv_heads < programs:
         splits *= 2
     if splits == 1 and not shape.is_scaled:
         return AttentionTiles(1, 32, 1, num_warps=1, stages=4, is_decode=True)
+    if splits >= 16 and shape.is_scaled and shape.head_dim <= 128:
+        return AttentionTiles(1, 128, splits, num_warps=4, stages=2, is_decode=True, min_split=64)
     return AttentionTiles(1, 64, splits, num_warps=2, stages=3, is_decode=True, min_split=64)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels.attention.op import attended
 from kernels.batch import StepBatch
 from kernels.cpu import bind_node
 from kernels.cpu_form import CpuTarget
@@ -137,6 +138,33 @@ def test_cpu_forms_equal_references(
         assert close.all()
         assert (own.float() == wanted.float()).float().mean() > 0.98 or own.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+
+
+def _error_over(name: str, length: int) -> float:
+    """Of attention over codes, as a share of that over fp32. A channel of the keys is 20 times the others."""
+    torch.manual_seed(0)
+    graph = replace(_graph(name), config={**_graph(name).config, "head_dim": 64, "num_layers": 1})
+    kept = EIGHT_BIT_FORMATS[name].allocate(graph, length // BLOCK_TOKENS, BLOCK_TOKENS)
+    (cache,) = by_layer(kept)
+    k, v, q = torch.randn(length, 2, 64), torch.randn(length, 2, 64), torch.randn(1, 2, 64)
+    k[..., 5] *= 20
+    q[..., 5] /= 20
+    write(cache, torch.arange(length), k.flatten(1), v.flatten(1))
+    heads: dict[str, Attr] = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 64}
+    limits: dict[str, Attr] = {"scale": 0.125, "window": 0, "soft_cap": 0.0}
+    node = Node("attention", (), ("y",), attrs={"layer": 0, **heads, **limits})
+    last = torch.tensor([length - 1])
+    coded_k, coded_v = read(cache, torch.arange(length // BLOCK_TOKENS), length)
+    exact, coded = attended(node, q, k, v, last), attended(node, q, coded_k, coded_v, last)
+    return float(torch.linalg.vector_norm(coded - exact) / torch.linalg.vector_norm(exact))
+
+
+@BY_FORMAT
+def test_error_of_codes_does_not_grow_with_the_context(name: str) -> None:
+    """Rounding is to nearest and as often up as down: over 32,768 tokens it averages out as the values do."""
+    short, long = _error_over(name, 512), _error_over(name, 32768)
+    assert 0.001 < long < 0.08
+    assert long < 1.5 * short
 
 
 def test_bytes_of_a_token_count_codes_and_scales() -> None:

@@ -61,3 +61,11 @@ def test_ragged_step_over_eight_bit_cache_equals_formula(
 ) -> None:
     shape = attention_shape(window, soft_cap, kv_dtype=kv_dtype)
     _check(shape, AttentionTiles(4, 16, 1), RAGGED_LENGTHS, seed=window)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp16", "fp8e4nv", "i8"])
+def test_error_does_not_grow_with_the_context(kv_dtype: str) -> None:
+    """32,768 tokens, as a share of a mean that is 180 times smaller than a value: sums are fp32 from end to end."""
+    shape = attention_shape(heads=4, head_dim=32, kv_dtype=kv_dtype)
+    tiles = AttentionTiles(1, 128, 8, is_decode=True)
+    _check(shape, tiles, [(1, 32768), (1, 64)], seed=3)
