@@ -4,6 +4,7 @@ python -m bench.gpu_kernels .gpu --arch sm_90 --tune
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -153,8 +154,9 @@ def tuning_variants(arch: Arch) -> Iterator[KernelVariant]:
 def model_variants(arch: Arch, names: list[str]) -> Iterator[KernelVariant]:
     """Every variant of every benchmark model."""
     for name in names:
-        for layout in LAYOUTS.values():
-            yield from variants(llama_graph(MODELS[name], layout, num_layers=2), arch)
+        for layout, kv_cache in itertools.product(LAYOUTS.values(), ("", "fp8")):
+            graph = llama_graph(MODELS[name], layout, num_layers=2, kv_cache=kv_cache)
+            yield from variants(graph, arch)
         yield greedy_variant(MODELS[name].vocab, 16, arch)
 
 

@@ -35,7 +35,12 @@ def inv_freq(sizes: LlamaSizes) -> tuple[float, ...]:
 
 
 def llama_graph(
-    sizes: LlamaSizes, layout: str, num_layers: int | None = None, *, like_qwen: bool = False
+    sizes: LlamaSizes,
+    layout: str,
+    num_layers: int | None = None,
+    *,
+    like_qwen: bool = False,
+    kv_cache: str = "",
 ) -> Graph:
     """The fused graph; every linear but the LM head, which stays plain, is stored as `layout`.
 
@@ -107,6 +112,7 @@ def llama_graph(
             "head_dim": s.head_dim,
             "vocab_size": s.vocab,
             "max_position_embeddings": 8192,
+            **({"kv_cache": kv_cache} if kv_cache else {}),
         },
     )
 

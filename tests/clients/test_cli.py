@@ -14,6 +14,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from millrace.cli.building import Speed, parse_quant
 from millrace.cli.inspecting import graph_text
+from millrace.cli.listing import recipe_text
 from millrace.cli.output import bytes_text, duration_text
 from millrace.compiler.v1 import compiler_pb2
 from millrace.fleet.v1 import fleet_pb2
@@ -294,6 +295,7 @@ def test_build_asks_for_the_whole_recipe(
         daemon, "build", "sample:tiny", "-q", "int4-gptq-g32", "--keep", "lm_head, layers.0.*=bf16",
         "--calibration", os.path.relpath(text), "--calibration-tokens", "512", "--max-kl", "0.2",
         "--max-perplexity-increase", "0.1", "--auto-keep",
+        "--kv-cache", "int8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     asked = script.asked[0]
@@ -307,7 +309,8 @@ def test_build_asks_for_the_whole_recipe(
         0.2,
         0.1,
     )
-    assert (quant.auto_keep, quant.skip_quality) == (True, False)
+    assert (quant.auto_keep, quant.skip_quality, quant.kv_cache) == (True, False, "int8")
+    assert recipe_text(quant).startswith("int4-gptq-g32-kv-int8, keeps lm_head")
 
 
 @pytest.mark.parametrize(
