@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Of a key that is not seen.
-NEVER = tl.constexpr(-1e30)
+# Of a key that is not seen: -2^100. Of a power of two the product with any scale is exact, so that a fused
+# multiply-add of it and of the maximum that it gave is 0, not what rounding left of 2^100.
+NEVER = tl.constexpr(-1.2676506002282294e30)
 
 
 @triton.jit

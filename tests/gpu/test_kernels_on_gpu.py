@@ -55,7 +55,7 @@ def _cases() -> dict[str, Case]:
             for tokens, split_k in ((1, 1), (5, 2), (19, 2)):
                 case = _linear(in_dtype(shape, dtype), "few", tokens, split_k)
                 cases[f"few-{name}-{dtype}-{tokens}-{split_k}"] = case
-        for window, soft_cap in ((0, 0.0), (37, 0.0), (0, 2.5)):
+        for window, soft_cap in ((0, 0.0), (37, 0.0), (0, 2.5), (37, 2.5)):
             options: dict[str, object] = {"window": window, "soft_cap": soft_cap, "dtype": dtype}
             for splits in (1, 4):
                 tiles = AttentionTiles(1, 16, splits, is_decode=True)
