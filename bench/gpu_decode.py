@@ -24,11 +24,13 @@ from bench.gpu_models import (
 )  # fmt: skip
 from bench.gpu_timing import captured, median_ms, read_limit_tb_s
 from kernels.batch import StepBatch
+from kernels.kv_cache import by_layer, kv_format
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
 from kernels.lowering import DECODE_REGIMES, Regime
 from kernels.sampling.launch import greedy_grid, greedy_variant
 from runtime_service.execution.cuda_executor import CudaExecutor, DeviceBatch, rope_table
+from shared.ir import Graph
 
 _BLOCK_TOKENS = 16
 
@@ -37,17 +39,17 @@ class DecodeLoop:
     """Sequences that decode greedily on the device; `step` launches one token for each."""
 
     def __init__(
-        self, library: KernelLibrary, executor: CudaExecutor, sizes: LlamaSizes, num_layers: int,
+        self, library: KernelLibrary, executor: CudaExecutor, sizes: LlamaSizes, graph: Graph,
         num_sequences: int, max_tokens: int, regime: Regime,
     ) -> None:  # fmt: skip
         blocks = -(-max_tokens // _BLOCK_TOKENS)
         ints = {"dtype": torch.int32, "device": "cuda"}
-        shape = (num_sequences * blocks, _BLOCK_TOKENS, sizes.kv_heads, sizes.head_dim)
-        caches = [
-            (torch.zeros(shape, dtype=torch.bfloat16, device="cuda"),
-             torch.zeros(shape, dtype=torch.bfloat16, device="cuda"))
-            for _ in range(num_layers)
-        ]  # fmt: skip
+        parts = kv_format(graph).allocate(
+            graph,
+            num_sequences * blocks,
+            _BLOCK_TOKENS,
+            lambda shape, dtype: torch.zeros(shape, dtype=dtype, device="cuda"),
+        )
         tables = torch.randperm(num_sequences * blocks, device="cuda").int().view(num_sequences, -1)
         self.batch = DeviceBatch(
             token_ids_T=torch.zeros(num_sequences, **ints),
@@ -58,7 +60,7 @@ class DecodeLoop:
                 seq_lens_S=torch.ones(num_sequences, **ints),
                 query_start_S1=torch.arange(num_sequences + 1, **ints),
                 logit_rows_R=torch.arange(num_sequences, **ints),
-                kv_caches=caches,
+                kv_caches=by_layer(parts),
             ),
             rope=rope_table(inv_freq(sizes), 1.0, max_tokens),
         )
@@ -129,6 +131,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--quant", default="bf16")
+    parser.add_argument("--kv-cache", default="", help="fp8: keys and values in 8 bits")
     parser.add_argument("--batches", default="1")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--layers", type=int)
@@ -136,7 +139,8 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90")
     options = parser.parse_args()
     sizes = MODELS[options.model]
-    graph = quantized_graph(sizes, options.quant, options.layers)
+    kv_cache = options.kv_cache
+    graph = quantized_graph(sizes, options.quant, options.layers, kv_cache=kv_cache)
     library = read(options.folder, f"{options.arch}.models")
     limit = read_limit_tb_s()
     packed = random_weights(graph)
@@ -146,16 +150,17 @@ def main() -> None:
         executor = CudaExecutor(graph, library, as_read(graph, packed), most)
         regime = DECODE_REGIMES[-1] if options.many else regime_for(num_sequences)
         loop = DecodeLoop(
-            library, executor, sizes, layers, num_sequences, options.context + 256, regime
+            library, executor, sizes, graph, num_sequences, options.context + 256, regime
         )
         checked = check(loop, graph, packed, sizes)
         loop.start_at(loop.batch.token_ids_T.clone(), options.context)
         replay = captured(loop.step, warm=1)
         ms = median_ms(replay.replay, 100, 10)
-        kv = 2 * layers * num_sequences * options.context * sizes.kv_heads * sizes.head_dim * 2
+        kv = num_sequences * options.context * kv_format(graph).bytes_per_token(graph)
         moved = weight_bytes(graph, packed) + kv
         print(json.dumps({
-            "model": options.model, "quant": options.quant, "layers": layers, "batch": num_sequences,
+            "model": options.model, "quant": options.quant, "kv_cache": kv_cache,
+            "layers": layers, "batch": num_sequences,
             "tokens_in_tile": regime.max_tokens,
             "context": options.context, "ms": round(ms, 4), "tb_s": round(moved / ms / 1e9, 3),
             "read_limit_tb_s": round(limit, 3), "of_limit": round(moved / ms / 1e9 / limit, 3),

@@ -23,6 +23,9 @@ from shared.arch import Arch, arch_named
 
 SAMPLING_VOCAB = MODELS["llama-3.1-8b"].vocab
 TUNED_LAYOUTS = ("plain", "fp8_channel")
+ATTENTION_MODELS = ("llama-3.1-8b", "llama-3.2-1b")
+# Bytes of a value and of a head's scale in a cache.
+KV_BYTES = {"bf16": (2, 0), "fp8e4nv": (1, 4)}
 
 
 def linear_shapes(sizes: LlamaSizes, layout: str) -> dict[str, LinearShape]:
@@ -82,8 +85,8 @@ def few_tokens_candidates(shape: LinearShape) -> Iterator[Tiles]:
                 yield Tiles(64, block_k, 4, prefetch, stages, split)
 
 
-def attention_shape(sizes: LlamaSizes) -> AttentionShape:
-    """A model's attention, as its graph asks for it."""
+def attention_shape(sizes: LlamaSizes, kv_dtype: str = "bf16") -> AttentionShape:
+    """A model's attention, as its graph asks for it; `kv_dtype` as `AttentionShape` has it."""
     return AttentionShape(
         sizes.heads,
         sizes.kv_heads,
@@ -92,7 +95,7 @@ def attention_shape(sizes: LlamaSizes) -> AttentionShape:
         0,
         0.0,
         "bf16",
-        "bf16",
+        kv_dtype,
         16,
     )
 
@@ -100,10 +103,10 @@ def attention_shape(sizes: LlamaSizes) -> AttentionShape:
 def decode_attention_candidates(num_sequences: int) -> Iterator[AttentionTiles]:
     """Tiles worth timing where each sequence has one query."""
     if num_sequences > 16:
-        for block_n, warps, stages in ((64, 2, 3), (32, 1, 3), (32, 1, 4), (64, 4, 4)):
+        for block_n, warps, stages in ((64, 2, 2), (64, 2, 3), (32, 1, 3), (32, 1, 4), (64, 4, 4)):
             yield AttentionTiles(1, block_n, 1, warps, stages, is_decode=True)
         return
-    for splits in (8, 16, 32) if num_sequences == 1 else (1, 4, 8):
+    for splits in (8, 16, 32, 64) if num_sequences < 8 else (1, 4, 8):
         for block_n, warps, stages in ((64, 4, 2), (64, 2, 3), (128, 4, 2), (32, 2, 3)):
             for least in (64, 128):
                 if least >= block_n:
@@ -117,25 +120,26 @@ def prefill_attention_candidates(shape: AttentionShape) -> Iterator[AttentionTil
     for rows, block_n, warps, stages in (
         (64, 64, 4, 2),
         (64, 64, 4, 3),
+        (64, 32, 4, 3),
         (128, 64, 8, 2),
         (128, 64, 8, 3),
-        (128, 128, 8, 2),
         (128, 128, 8, 3),
-        (128, 64, 4, 2),
-        (64, 128, 4, 2),
+        (128, 64, 4, 3),
         (128, 32, 4, 3),
     ):
         yield AttentionTiles(rows // shape.group, block_n, 1, warps, stages)
 
 
 def attention_variants(arch: Arch) -> Iterator[KernelVariant]:
-    """Every attention candidate of the 8B model."""
-    shape = attention_shape(MODELS["llama-3.1-8b"])
-    for num_sequences in (1, 16, 256):
-        for tiles in decode_attention_candidates(num_sequences):
-            yield attention.variant(shape, arch, tiles)
-    for tiles in prefill_attention_candidates(shape):
-        yield attention.variant(shape, arch, tiles)
+    """Every attention candidate of both Llamas, over a plain cache and one of e4m3."""
+    for name in ATTENTION_MODELS:
+        for kv_dtype in KV_BYTES:
+            shape = attention_shape(MODELS[name], kv_dtype)
+            for num_sequences in (1, 16, 256):
+                for tiles in decode_attention_candidates(num_sequences):
+                    yield attention.variant(shape, arch, tiles)
+            for tiles in prefill_attention_candidates(shape):
+                yield attention.variant(shape, arch, tiles)
 
 
 def tuning_variants(arch: Arch) -> Iterator[KernelVariant]:
@@ -152,7 +156,9 @@ def model_variants(arch: Arch, names: list[str], quants: list[str]) -> Iterator[
     """Every variant of every benchmark model in every quantization."""
     for name in names:
         for quant in quants:
-            yield from variants(quantized_graph(MODELS[name], quant, num_layers=2), arch)
+            for kv_cache in ("", "fp8"):
+                graph = quantized_graph(MODELS[name], quant, 2, kv_cache=kv_cache)
+                yield from variants(graph, arch)
         yield sampling.greedy_variant(MODELS[name].vocab, 16, arch)
 
 

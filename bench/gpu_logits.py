@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.gpu_kernels import LAYOUTS, read
+from bench.gpu_kernels import read
 from bench.gpu_models import MODELS, LlamaSizes, llama_graph, random_weights
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90")
     options = parser.parse_args()
     sizes = MODELS[options.model]
-    graph = llama_graph(sizes, LAYOUTS["bf16"])
+    graph = llama_graph(sizes, "plain")
     packed = random_weights(graph)
     generator = torch.Generator("cuda").manual_seed(1)
     sequences = torch.randint(0, sizes.vocab, (4, _TOKENS), device="cuda", generator=generator)

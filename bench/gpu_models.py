@@ -45,6 +45,7 @@ def llama_graph(
     *,
     like_qwen: bool = False,
     rounding: Mapping[str, Any] = MappingProxyType({}),
+    kv_cache: str = "",
 ) -> Graph:
     """The fused graph; every linear but the LM head, which stays plain, is stored as `layout`.
 
@@ -120,6 +121,7 @@ def llama_graph(
             "head_dim": s.head_dim,
             "vocab_size": s.vocab,
             "max_position_embeddings": 8192,
+            **({"kv_cache": kv_cache} if kv_cache else {}),
         },
     )
 
@@ -135,10 +137,12 @@ QUANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def quantized_graph(sizes: LlamaSizes, quant: str, num_layers: int | None = None) -> Graph:
-    """The fused graph of one of QUANTS."""
+def quantized_graph(
+    sizes: LlamaSizes, quant: str, num_layers: int | None = None, *, kv_cache: str = ""
+) -> Graph:
+    """The fused graph of one of QUANTS; `kv_cache` as the graph's config names it."""
     layout, rounding = QUANTS[quant]
-    return llama_graph(sizes, layout, num_layers, rounding=rounding)
+    return llama_graph(sizes, layout, num_layers, rounding=rounding, kv_cache=kv_cache)
 
 
 def random_weights(graph: Graph, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:

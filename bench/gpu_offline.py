@@ -32,6 +32,7 @@ from bench.gpu_models import (
     weight_bytes,
 )
 from bench.gpu_roofline import Roofline, measured_limits
+from kernels.kv_cache import kv_format
 from runtime_service.engine_core import ModelRunner, PendingStep
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream
@@ -222,13 +223,14 @@ def main() -> None:
     parser.add_argument("--quant", default="bf16")
     parser.add_argument("--cases", default="b1,t1,t2,t3")
     parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--kv-cache", default="", choices=("", "fp8", "int8"))
     parser.add_argument("--kv-gib", type=float, default=36)
     parser.add_argument("--itl-seconds", type=float, default=6)
     parser.add_argument("--eager", action="store_true", help="capture no graphs")
     parser.add_argument("--deadline-s", type=float, default=1e9, help="no case starts after it")
     options = parser.parse_args()
     sizes = MODELS[options.model]
-    graph = quantized_graph(sizes, options.quant)
+    graph = quantized_graph(sizes, options.quant, kv_cache=options.kv_cache)
     library = read(options.folder, f"{options.arch}.models")
     device_limits = measured_limits(options.quant)
     torch.cuda.empty_cache()
@@ -253,7 +255,12 @@ def main() -> None:
     engine.runner.warm_up()
     gc.collect()
     gc.freeze()  # as the engine process does
-    common = {"model": options.model, "quant": options.quant, "gpu": torch.cuda.get_device_name()}
+    common = {
+        "model": options.model,
+        "quant": options.quant,
+        "kv_cache": options.kv_cache,
+        "gpu": torch.cuda.get_device_name(),
+    }
     start = {
         "case": "start", "weights_s": made - began, "allocate_s": assembled - made,
         "capture_s": captured - assembled, "graphs": engine.graphs.num_graphs,
@@ -262,7 +269,7 @@ def main() -> None:
     print(json.dumps(common | start), flush=True)
 
     def case_of(name: str) -> dict[str, object]:
-        kv_bytes = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim * 2  # bf16
+        kv_bytes = kv_format(graph).bytes_per_token(graph)
         roofline = Roofline(sizes, device_limits, weight_bytes(graph, packed), kv_bytes)
         return throughput(engine, sizes.vocab, name, roofline)
 

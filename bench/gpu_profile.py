@@ -40,7 +40,7 @@ def main() -> None:
     batch = options.batch
     executor = CudaExecutor(graph, library, as_read(graph, packed), Sizes(batch, batch, batch))
     regime = regime_for(batch)
-    loop = DecodeLoop(library, executor, sizes, sizes.layers, batch, 512, regime)
+    loop = DecodeLoop(library, executor, sizes, graph, batch, 512, regime)
     loop.start_at(torch.zeros(batch, dtype=torch.int32, device="cuda"), 256)
     plan = executor.plan(regime)
     moved: dict[str, int] = {}

@@ -72,8 +72,7 @@ def write_engine(root: Path, kernels: Path, model: str, quant: str) -> dict[str,
     """Publishes an engine of random weights; several threads write, as it is as large as the model."""
     import torch
 
-    from bench.gpu_kernels import LAYOUTS
-    from bench.gpu_models import MODELS, llama_graph, random_weights
+    from bench.gpu_models import MODELS, quantized_graph, random_weights
     from bench.served_store import publish_textual
     from kernels.variant import CODE_TITLE, INDEX_TITLE
     from shared.engine import (
@@ -91,7 +90,7 @@ def write_engine(root: Path, kernels: Path, model: str, quant: str) -> dict[str,
 
     began = time.perf_counter()
     store = LocalStore(root)
-    graph = llama_graph(MODELS[model], LAYOUTS[quant])
+    graph = quantized_graph(MODELS[model], quant)
     packed = random_weights(graph)
     layout = WeightLayout()
     places: dict[str, dict[str, StoredTensor]] = {}

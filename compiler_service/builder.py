@@ -232,7 +232,7 @@ def _skipped_stages(quant: QuantConfig) -> frozenset[str]:
     skipped = set()
     if scheme.calibrate is None:
         skipped.add("calibrate")
-    if scheme.limits is None or quant.skip_quality:
+    if not scheme.measures(quant):
         skipped.add("quality")
     return frozenset(skipped)
 

@@ -5,6 +5,7 @@ of other arches alone.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from compiler_service.checkpoints.checkpoint import TensorInfo
 from compiler_service.passes import run_passes
@@ -29,6 +30,8 @@ def engine_graph(
         UnsupportedQuant: `quant` asks for what cannot be done.
     """
     graph = run_passes(source, ops)
+    if quant.kv_cache:
+        graph = replace(graph, config={**graph.config, "kv_cache": quant.kv_cache})
     if quant.scheme == AS_IS:
         return keep_as_stored(graph, tensors, quant)
     return note_requantized(scheme_named(quant).apply(graph, quant), tensors, quant)

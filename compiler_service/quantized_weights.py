@@ -131,6 +131,8 @@ class _Work:
             assert found is not None, "a pass with a probe measured nothing"
             return found
 
+        if self._scheme.limits is None:  # the cache alone is beyond them
+            raise gate_error(self._quant, problem, measurement, None)
         found = fewest_kept(
             measurement.worst, measure, lambda other: not exceeded(other, self._quant)
         )

@@ -73,11 +73,20 @@ class Stream:
     Args:
         texts: token ids, each a sequence of its own.
         logit_rows: packed tokens whose logits are wanted.
+        keeps_kv: the KV cache is fp32, whatever the graph was built for.
     """
 
     def __init__(
-        self, graph: Graph, texts: Sequence[torch.Tensor], logit_rows: Sequence[int] = ()
+        self,
+        graph: Graph,
+        texts: Sequence[torch.Tensor],
+        logit_rows: Sequence[int] = (),
+        *,
+        keeps_kv: bool = True,
     ) -> None:
+        if keeps_kv:
+            config = {name: value for name, value in graph.config.items() if name != "kv_cache"}
+            graph = replace(graph, config=config)
         batch = prompt_batch(graph, [len(text) for text in texts], logit_rows=logit_rows)
         # A layer reads only what it has just written, so one cache serves all layers.
         batch.kv_caches = [batch.kv_caches[0]] * len(batch.kv_caches)
@@ -86,7 +95,7 @@ class Stream:
         self._target = replace(
             cpu_target(graph),
             activation_dtype=torch.float32,
-            kv_dtype=torch.float32,
+            kv_dtype=batch.kv_caches[0][0].dtype,
         )
         self._values = {"token_ids": torch.cat(list(texts)).int()}
         self._from_linears = {n.outputs[0] for n in graph.nodes if n.op == "linear"}

@@ -1,7 +1,6 @@
 """What a step's ops read beside their operands: positions, slots and block tables.
 
-Legend: T packed tokens, S sequences, B blocks per sequence, R rows whose logits are wanted, K kv
-heads, D head dim.
+Legend: T packed tokens, S sequences, B blocks per sequence, R rows whose logits are wanted.
 """
 
 from collections.abc import Sequence
@@ -9,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from kernels.kv_cache import LayerCache
 
 
 @dataclass(slots=True)
@@ -22,7 +23,7 @@ class StepBatch:
         seq_lens_S: tokens of each sequence after this step.
         query_start_S1: first packed token of each sequence, then T.
         logit_rows_R: packed tokens whose logits are wanted.
-        kv_caches: per layer (k_cache, v_cache), each [num_blocks, block_tokens, K, D].
+        kv_caches: per layer, as `kernels/kv_cache.py` lays them out.
         memo: per-step scratch of an executor (masks, rope tables); starts empty, never an input.
     """
 
@@ -32,5 +33,5 @@ class StepBatch:
     seq_lens_S: torch.Tensor
     query_start_S1: torch.Tensor
     logit_rows_R: torch.Tensor
-    kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    kv_caches: Sequence[LayerCache]
     memo: dict[str, Any] = field(default_factory=dict)

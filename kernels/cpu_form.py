@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kernels.kv_cache import kv_format
 from kernels.linear.layouts import LAYOUTS
 from shared.ir import Graph, Node, WeightSpec
 
@@ -33,7 +34,7 @@ class CpuTarget:
 
     Args:
         activation_dtype: of values between ops.
-        kv_dtype: of the KV cache.
+        kv_dtype: of the KV cache; codes of 8 bits have scales beside them.
         has_fbgemm: fp16-packed matrix products exist (x86 with AVX2 and F16C).
         has_mkldnn: oneDNN matrix products exist.
         reason: why activations have their dtype, for people.
@@ -80,7 +81,7 @@ def cpu_target(graph: Graph) -> CpuTarget:
     )
     return CpuTarget(
         activation_dtype=activation,
-        kv_dtype=wanted,
+        kv_dtype=getattr(torch, kv_format(graph).dtype),
         has_fbgemm="fbgemm" in torch.backends.quantized.supported_engines,
         has_mkldnn=bool(torch._C._has_mkldnn),
         reason=reason,

@@ -2,7 +2,7 @@
 
 `kernels/<op>/cpu_kernel.py` holds an op's loops; an op's `cpu.py` calls them with addresses, as the launcher does on
 a GPU. They are compiled for this machine's CPU when an engine is first loaded, and kept in a folder named by the
-kernels' sources. bf16 travels as its bits, uint16: the upper half of an fp32.
+kernels' sources. bf16 travels as its bits, uint16: the upper half of an fp32; e4m3 as uint8.
 
 A kernel is written once for all its element types. It is told them by *tags*, values that only have a type:
 `typed(address, tag)` is a pointer to the tag's type, `load` gives fp32 and `store` rounds to it.
@@ -45,6 +45,7 @@ TAGS = {
     torch.float32: np.float32(0),
     torch.bfloat16: np.uint16(0),
     torch.int8: np.int8(0),
+    torch.float8_e4m3fn: np.uint8(0),
 }
 
 
@@ -174,6 +175,13 @@ def load(context: Any, pointer: Any, index: Any) -> Any:
             return builder.bitcast(bits, ir.FloatType())
         if pointer.dtype == types.int8:
             return builder.sitofp(value, ir.FloatType())
+        if pointer.dtype == types.uint8:
+            # Exponent and mantissa to where fp32 has them; its exponent is larger by 120. No NaN is read.
+            word = builder.zext(value, _WORD)
+            sign = builder.shl(builder.and_(word, ir.Constant(_WORD, 0x80)), ir.Constant(_WORD, 24))
+            rest = builder.shl(builder.and_(word, ir.Constant(_WORD, 0x7F)), ir.Constant(_WORD, 20))
+            small = builder.bitcast(builder.or_(sign, rest), ir.FloatType())
+            return builder.fmul(small, ir.Constant(ir.FloatType(), 2.0**120))
         assert pointer.dtype == types.float32, f"kernels do not read {pointer.dtype}"
         return value
 

@@ -54,10 +54,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class KvCache:
-    """A layer's keys or values."""
+    """A part of a layer's cache: 0 keys, 1 values; where they are codes, 2 and 3 their scales."""
 
     layer: int
-    is_value: bool
+    part: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from kernels.attention import launch as attention
+from kernels.kv_cache import KvFormat, kv_format
 from kernels.launch import (
     Batch,
     Grid,
@@ -27,7 +28,7 @@ from kernels.launch import (
     Weight,
 )  # fmt: skip
 from kernels.linear import launch as linear
-from kernels.linear.op import activations
+from kernels.riding import Riding
 from kernels.sampling import launch as sampling
 from kernels.step_inputs import launch as step_inputs
 from kernels.variant import Argument, KernelVariant, pointer
@@ -52,13 +53,11 @@ class Regime:
         max_tokens: 1: one token; up to 64: few tokens in tiles of that many; 0: any number.
         max_sequences: decode only, bounds how attention splits; 0 where sequences may have several query tokens.
         block_tokens: tokens of one KV block.
-        kv_dtype: of the KV cache, torch's name.
     """
 
     max_tokens: int
     max_sequences: int
     block_tokens: int = BLOCK_TOKENS
-    kv_dtype: str = "bfloat16"
 
 
 DECODE_REGIMES = tuple(
@@ -101,7 +100,7 @@ def variants(graph: Graph, arch: Arch, regimes: Iterable[Regime] = REGIMES) -> s
 
 
 class _Lowering:
-    """One walk over the graph; `absorbed` are nodes that ride on another's kernel."""
+    """One walk over the graph."""
 
     def __init__(self, graph: Graph, arch: Arch, regime: Regime) -> None:
         self.graph = graph
@@ -110,15 +109,11 @@ class _Lowering:
         # Parts in which the squares of a riding norm's input come, by the norm's first output.
         self.num_squares: dict[str, int] = {}
         self.dtype = TRITON_DTYPES[str(graph.config["dtype"])]
+        self.kv_format = kv_format(graph)
         layouts = {weight.layout for weight in graph.weights.values()}
         unknown = layouts - set(linear.LAYOUTS)
         assert not unknown, f"{', '.join(sorted(unknown))} has no GPU form"
-        self.most_few = min(linear.MOST_FEW_TOKENS[layout] for layout in layouts)
-        self.producer = {name: node for node in graph.nodes for name in node.outputs}
-        self.users: dict[str, list[Node]] = {}
-        for node in graph.nodes:
-            for name in node.inputs:
-                self.users.setdefault(name, []).append(node)
+        self.riding = Riding(graph, arch, regime.max_tokens)
 
     def steps(self) -> Iterator[Step]:
         emit = {
@@ -132,74 +127,8 @@ class _Lowering:
         }
         for node in self.graph.nodes:
             assert node.op in emit, f"op {node.op!r} has no GPU form; run the fusing passes"
-            if not self._is_absorbed(node):
+            if not self.riding.is_absorbed(node):
                 yield from emit[node.op](node)
-
-    # Which nodes ride on a linear kernel.
-
-    @property
-    def _is_few(self) -> bool:
-        return 0 < self.regime.max_tokens <= self.most_few
-
-    def _is_absorbed(self, node: Node) -> bool:
-        if not self._is_few:
-            return False
-        if node.op == "rms_norm":
-            return self._rides_before(node) and self._rides_on_source(node)
-        if node.op == "select_rows":
-            return self._only_linears_use(node.outputs[0])
-        if node.op in ("silu_mul", "qkv_rope_write"):
-            return self._rides_after(node)
-        return False
-
-    def _only_linears_use(self, value: str) -> bool:
-        users = self.users.get(value, [])
-        return bool(users) and all(user.op == "linear" for user in users)
-
-    def _rides_before(self, norm: Node) -> bool:
-        """Claims that every reader of the norm is a linear, or a selection that linears read."""
-        users = self.users.get(norm.outputs[0], [])
-        return (
-            not norm.attrs.get("head_dim")
-            and bool(users)
-            and all(
-                user.op == "linear"
-                or (user.op == "select_rows" and self._only_linears_use(user.outputs[0]))
-                for user in users
-            )
-        )
-
-    def _rides_on_source(self, norm: Node) -> bool:
-        """Claims that what the norm reads is made by a kernel that can add the residual and give the squares."""
-        source = self.producer.get(norm.inputs[0])
-        if source is None:
-            return False
-        if len(norm.inputs) == 1:
-            return source.op == "embedding"
-        return source.op == "linear" and self._has_one_use(norm.inputs[0])
-
-    def _rides_after(self, node: Node) -> bool:
-        source = self.producer.get(node.inputs[0])
-        return (
-            source is not None
-            and source.op == "linear"
-            and self._has_one_use(node.inputs[0])
-            and "q_norm" not in node.weights
-        )
-
-    def _has_one_use(self, value: str) -> bool:
-        return len(self.users.get(value, [])) == 1 and value not in self.graph.outputs
-
-    def _follower(self, node: Node) -> Node | None:
-        """The node that rides on this linear, if any."""
-        users = self.users.get(node.outputs[0], [])
-        if len(users) != 1 or not self._is_absorbed(users[0]):
-            return None
-        follower = users[0]
-        adds = len(follower.inputs) == 2 and follower.inputs[0] == node.outputs[0]
-        if follower.op in ("silu_mul", "qkv_rope_write") or (follower.op == "rms_norm" and adds):
-            return follower
-        return None
 
     # Emission, an op each.
 
@@ -213,7 +142,7 @@ class _Lowering:
         if scaled:
             arguments.append(pointer("scale", "fp32"))
             operands.append(Weight(node.weights["weight"], "scale"))
-        norm = self._riding_norm(node)
+        norm = self.riding.riding_norm(node)
         if norm is not None:
             arguments.append(pointer("gain", self.dtype))
             operands.append(Weight(norm.weights["weight"], "weight"))
@@ -230,13 +159,6 @@ class _Lowering:
             _per_token, operands,
         )  # fmt: skip
 
-    def _riding_norm(self, node: Node) -> Node | None:
-        """The norm whose gain rides on this embedding, if any."""
-        for user in self.users.get(node.outputs[0], []):
-            if user.op == "rms_norm" and len(user.inputs) == 1 and self._is_absorbed(user):
-                return user
-        return None
-
     def _norm_operands(self, norm: Node, parts: int) -> list[Operand]:
         """Where the kernel before a riding norm leaves x * gain, and its squares in `parts`."""
         self.num_squares[norm.outputs[0]] = parts
@@ -248,35 +170,22 @@ class _Lowering:
 
     def _linear(self, node: Node) -> Iterator[Step]:
         layout = self.graph.weights[node.weights["weight"]].layout
-        dtype = self._activations(node)
+        dtype = self.riding.activations(node)
         quantized = scale = None
         if dtype:
             quantized, scale = self._quantized(node, dtype)
-            source = self.producer.get(node.inputs[0])
-            if source is None or not self._leaves_e4m3(source):
+            source = self.riding.producer.get(node.inputs[0])
+            if source is None or not self.riding.leaves_e4m3(source):
                 yield self._quantize_rows(node, quantized, scale)
-        if layout == "int4_group" and not self._is_few:
+        if layout == "int4_group" and not self.riding.is_few:
             yield from self._many_int4(node)
             return
-        if self._is_few or layout not in linear.LIBRARY_LAYOUTS:
+        if self.riding.is_few or layout not in linear.LIBRARY_LAYOUTS:
             yield self._fused_linear(node, quantized, scale)
             return
         x = quantized or Value(node.inputs[0])
         bias = node.weights.get("bias")
         yield MatMul(x, node.weights["weight"], bias, Value(node.outputs[0]), scale)
-
-    def _leaves_e4m3(self, node: Node) -> bool:
-        """Claims that every reader of the node's first output is a linear of e4m3 rows with a scale each: then its
-        kernel quantizes what it has in registers, and no pass over it is needed."""
-        if self._is_absorbed(node) or node.op not in ("rms_norm", "silu_mul"):
-            return False
-        users = self.users.get(node.outputs[0], [])
-        return bool(users) and all(
-            user.op == "linear"
-            and self._activations(user) == "float8_e4m3fn"
-            and "input_scale" not in user.attrs
-            for user in users
-        )
 
     def _many_int4(self, node: Node) -> Iterator[Step]:
         """By tiles up to some rows; beyond, the weight is widened once and the library multiplies."""
@@ -291,7 +200,7 @@ class _Lowering:
             layout=weight.layout,
             group_size=weight.group_size,
         )
-        field = "rows" if self._is_selected(node.inputs[0]) else "tokens"
+        field = "rows" if self.riding.is_selected(node.inputs[0]) else "tokens"
 
         def is_widened(sizes: Sizes) -> bool:
             return int(getattr(sizes, field)) > linear.MOST_FUSED_INT4_ROWS
@@ -307,32 +216,13 @@ class _Lowering:
         bias, x, out = node.weights.get("bias"), Value(node.inputs[0]), Value(node.outputs[0])
         yield MatMul(x, name, bias, out, dense=values, least_rows=least)
 
-    def _activations(self, node: Node) -> str:
-        """torch's dtype of 8 bits that a linear's input is rounded to; empty where it is not.
-
-        One token waits for the weight alone, and keeps its input as it is.
-        """
-        if self.regime.max_tokens == 1:
-            return ""
-        layout = self.graph.weights[node.weights["weight"]].layout
-        if layout == "fp8_channel" and (self.arch.has_fp8 or not self._is_few):
-            return "float8_e4m3fn"
-        return "int8" if layout == "int8_channel" and activations(node) == "int8" else ""
-
-    def _source(self, node: Node) -> str:
-        """The value that a linear multiplies, before its rows are selected where that rides on it."""
-        source = self.producer.get(node.inputs[0])
-        if source is not None and source.op == "select_rows" and self._is_absorbed(source):
-            return source.inputs[0]
-        return node.inputs[0]
-
     def _quantized(self, node: Node, dtype: str) -> tuple[Temporary, Temporary]:
         """A linear's input in 8 bits, and the scale of each of its rows."""
         width = self.graph.weights[node.weights["weight"]].shape[1]
-        return _in_eight_bits(self._source(node), dtype, width)
+        return _in_eight_bits(self.riding.source(node), dtype, width)
 
     def _quantize_rows(self, node: Node, quantized: Temporary, scale: Temporary) -> Launch:
-        out_dtype, x = TRITON_DTYPES[quantized.dtype], self._source(node)
+        out_dtype, x = TRITON_DTYPES[quantized.dtype], self.riding.source(node)
         operands: tuple[Operand, ...] = (Value(x), quantized, scale)
         is_static = "input_scale" in node.attrs
         if is_static:
@@ -341,24 +231,20 @@ class _Lowering:
             linear.quantized_rows(
                 quantized.width, self.dtype, out_dtype, self.arch, is_static=is_static
             ),
-            _per_row if self._is_selected(x) else _per_token,
+            _per_row if self.riding.is_selected(x) else _per_token,
             operands,
         )
-
-    def _is_selected(self, value: str) -> bool:
-        source = self.producer.get(value)
-        return source is not None and source.op == "select_rows"
 
     def _fused_linear(
         self, node: Node, quantized: Temporary | None = None, x_scale: Temporary | None = None
     ) -> Launch:
         """The linear with all that rides on it; `quantized` and its scales take the place of its input."""
         weight = self.graph.weights[node.weights["weight"]]
-        follower = self._follower(node)
-        x = self._source(node)
-        source = self.producer.get(x)
+        follower = self.riding.follower(node)
+        x = self.riding.source(node)
+        source = self.riding.producer.get(x)
         norm = source if source is not None and source.op == "rms_norm" else None
-        if norm is not None and not self._is_absorbed(norm):
+        if norm is not None and not self.riding.is_absorbed(norm):
             norm = None
         rope = follower if follower and follower.op == "qkv_rope_write" else None
         adds = follower if follower and follower.op == "rms_norm" else None
@@ -382,7 +268,7 @@ class _Lowering:
             num_heads=_integer(attrs.get("num_heads", 0)),
             num_kv_heads=_integer(attrs.get("num_kv_heads", 0)),
             head_dim=_integer(attrs.get("head_dim", 0)),
-            kv_dtype=TRITON_DTYPES[self.regime.kv_dtype] if rope else "bf16",
+            kv_dtype=TRITON_DTYPES[self.kv_format.dtype] if rope else "bf16",
         )
         if adds is not None:
             out = adds.outputs[1]
@@ -405,8 +291,8 @@ class _Lowering:
         if adds is not None:
             operands += self._norm_operands(adds, linear.num_programs(shape, self._tiles(shape)[0]))
         if rope is not None:
-            operands += _rope_operands(_integer(rope.attrs["layer"]))
-        is_selected = shape.has_rows or self._is_selected(node.inputs[0])
+            operands += _rope_operands(_integer(rope.attrs["layer"]), self.kv_format)
+        is_selected = shape.has_rows or self.riding.is_selected(node.inputs[0])
         return self._linear_launch(shape, operands, x_scale, is_selected)
 
     def _tiles(self, shape: linear.LinearShape) -> tuple[linear.Tiles, int]:
@@ -451,8 +337,7 @@ class _Lowering:
         block_d = _power_of_two(head_dim // 2)
         block_h = max(1, 1024 // block_d)
         blocks = -(-(heads + 2 * kv_heads) // block_h)
-        kv_dtype = TRITON_DTYPES[self.regime.kv_dtype]
-        rope = _rope_operands(_integer(node.attrs["layer"]))
+        rope = _rope_operands(_integer(node.attrs["layer"]), self.kv_format)
         arguments = [
             pointer("qkv", self.dtype),
             pointer("positions", "i32"),
@@ -467,15 +352,23 @@ class _Lowering:
                 operands.append(Weight(node.weights[role], "weight"))
             else:
                 constants[role] = None
+        kept = self.kv_format
+        stored = "u8" if kept.is_scaled else TRITON_DTYPES[kept.dtype]
         arguments += [
             pointer("q_out", self.dtype),
-            pointer("k_cache", kv_dtype),
-            pointer("v_cache", kv_dtype),
+            pointer("k_cache", stored),
+            pointer("v_cache", stored),
         ]
+        if kept.is_scaled:
+            arguments += [pointer("k_scale", "fp32"), pointer("v_scale", "fp32")]
+        else:
+            constants |= {"k_scale": None, "v_scale": None}
         operands += [Value(node.outputs[0]), *rope[3:]]
         constants |= {
             "NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
             "EPS": _number(node.attrs.get("eps", 0.0)), "BLOCK_H": block_h, "BLOCK_D": block_d,
+            "BLOCK_TOKENS": self.regime.block_tokens, "LARGEST": kept.largest,
+            "IS_FP8": kept.dtype == "float8_e4m3fn",
         }  # fmt: skip
         yield self._launch(
             "qkv_rope_write", arguments, constants, lambda s: (s.tokens, blocks, 1), operands
@@ -490,7 +383,7 @@ class _Lowering:
             window=_integer(node.attrs["window"]),
             soft_cap=_number(node.attrs["soft_cap"]),
             dtype=self.dtype,
-            kv_dtype=TRITON_DTYPES[self.regime.kv_dtype],
+            kv_dtype=TRITON_DTYPES[self.kv_format.dtype],
             block_tokens=self.regime.block_tokens,
         )
         if self.regime.max_sequences:
@@ -500,8 +393,7 @@ class _Lowering:
         layer = _integer(node.attrs["layer"])
         operands: list[Operand] = [
             Value(node.inputs[0]),
-            KvCache(layer, False),
-            KvCache(layer, True),
+            *_cache_operands(layer, self.kv_format),
             Batch("block_tables_SB"),
             Batch("seq_lens_S"),
         ]
@@ -546,7 +438,7 @@ class _Lowering:
         )
 
     def _silu_mul(self, node: Node) -> Iterator[Step]:
-        source = self.producer[node.inputs[0]]
+        source = self.riding.producer[node.inputs[0]]
         width = self.graph.weights[source.weights["weight"]].shape[0] // 2
         (argument, out), scale = self._row_output(node, width)
         arguments = [pointer("gate_up", self.dtype), argument]
@@ -568,7 +460,7 @@ class _Lowering:
         self, node: Node, width: int
     ) -> tuple[tuple[Argument, Value | Temporary], Temporary | None]:
         """The argument and operand of a row kernel's output, and its rows' scale where it is to be e4m3."""
-        if not self._leaves_e4m3(node):
+        if not self.riding.leaves_e4m3(node):
             return (pointer("out", self.dtype), Value(node.outputs[0])), None
         quantized, scale = _in_eight_bits(node.outputs[0], "float8_e4m3fn", width)
         return (pointer("out", "fp8e4nv"), quantized), scale
@@ -621,14 +513,17 @@ def _in_eight_bits(value: str, dtype: str, width: int) -> tuple[Temporary, Tempo
     return Temporary(f"{value}.{dtype}", dtype, width), Temporary(f"{value}.scale", "float32", 1)
 
 
-def _rope_operands(layer: int) -> list[Operand]:
+def _rope_operands(layer: int, kept: KvFormat) -> list[Operand]:
     return [
         Batch("positions_T"),
         Batch("rope"),
         Batch("slot_mapping_T"),
-        KvCache(layer, False),
-        KvCache(layer, True),
+        *_cache_operands(layer, kept),
     ]
+
+
+def _cache_operands(layer: int, kept: KvFormat) -> list[Operand]:
+    return [KvCache(layer, part) for part in range(4 if kept.is_scaled else 2)]
 
 
 def _per_token(sizes: Sizes) -> Grid:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kernels.batch import StepBatch
+from kernels.kv_cache import by_layer, kv_format
 from kernels.linear.layouts import LAYOUTS
 from kernels.ops import OPS
 from shared.ir import Graph
@@ -58,7 +59,7 @@ def prompt_batch(
     block_tokens: int = 16,
     logit_rows: Sequence[int] | None = None,
 ) -> StepBatch:
-    """A step that computes whole prompts of these lengths with a new, empty cache of `dtype`.
+    """A step that computes whole prompts of these lengths with a new cache: of the graph's 8 bits, or of `dtype`.
 
     Args:
         logit_rows: packed tokens whose logits are wanted; None wants every token's.
@@ -68,12 +69,7 @@ def prompt_batch(
     tables_SB = first[:, None] + torch.arange(max(blocks))
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     base_T = torch.repeat_interleave(first * block_tokens, torch.tensor(lengths))
-    shape = (
-        sum(blocks),
-        block_tokens,
-        int(str(graph.config["num_kv_heads"])),
-        int(str(graph.config["head_dim"])),
-    )
+    kept = kv_format(graph, str(dtype).removeprefix("torch."))
     rows = range(sum(lengths)) if logit_rows is None else logit_rows
     return StepBatch(
         positions_T=positions_T.int(),
@@ -82,8 +78,5 @@ def prompt_batch(
         seq_lens_S=torch.tensor(lengths, dtype=torch.int32),
         query_start_S1=torch.tensor([0, *lengths]).cumsum(0).int(),
         logit_rows_R=torch.tensor(list(rows), dtype=torch.int32),
-        kv_caches=[
-            (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
-            for _ in range(int(str(graph.config["num_layers"])))
-        ],
+        kv_caches=by_layer(kept.allocate(graph, sum(blocks), block_tokens)),
     )

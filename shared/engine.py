@@ -47,7 +47,7 @@ def canonical_json(value: object) -> bytes:
 class QuantConfig:
     """How weights are stored, and what that may cost: the whole recipe, as a key holds it.
 
-    Scheme and group size are what a selector finds an engine by; the rest only tells builds apart.
+    Scheme, group size and KV cache are what a selector finds an engine by; the rest only tells builds apart.
 
     Args:
         scheme: its name; an alias becomes the name that it stands for.
@@ -59,6 +59,7 @@ class QuantConfig:
         max_perplexity_increase: as a share of the unquantized perplexity; 0 = the default.
         auto_keep: beyond these the build keeps more weights in bf16 instead of failing.
         skip_quality: nothing is measured, so nothing is promised.
+        kv_cache: how keys and values are kept: "fp8" or "int8"; "" = as activations are.
     """
 
     scheme: str
@@ -70,13 +71,15 @@ class QuantConfig:
     max_perplexity_increase: float = 0.0
     auto_keep: bool = False
     skip_quality: bool = False
+    kv_cache: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scheme", SCHEME_ALIASES.get(self.scheme, self.scheme))
         object.__setattr__(self, "keep", tuple(sorted(set(self.keep))))
 
     def __str__(self) -> str:
-        return f"{self.scheme}-g{self.group_size}" if self.group_size else self.scheme
+        group = f"-g{self.group_size}" if self.group_size else ""
+        return f"{self.scheme}{group}-kv-{self.kv_cache}" if self.kv_cache else self.scheme + group
 
     @property
     def resolved(self) -> "QuantConfig":

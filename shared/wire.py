@@ -32,6 +32,7 @@ def quant_to_proto(quant: QuantConfig) -> engine_pb2.QuantConfig:
         max_perplexity_increase=quant.max_perplexity_increase,
         auto_keep=quant.auto_keep,
         skip_quality=quant.skip_quality,
+        kv_cache=quant.kv_cache,
     )
 
 
@@ -56,6 +57,7 @@ def quant_from_proto(message: engine_pb2.QuantConfig) -> QuantConfig:
         message.max_perplexity_increase,
         message.auto_keep,
         message.skip_quality,
+        message.kv_cache,
     )
 
 

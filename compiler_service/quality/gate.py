@@ -66,9 +66,10 @@ def gate_error(
     quant: QuantConfig, problem: str, measurement: Measurement, found: Kept | None
 ) -> QualityGate:
     """The error of a build whose `measurement` is beyond its limits, and how it would pass."""
-    worst = ", ".join(measurement.worst[:_NUM_NAMED])
+    worst = ", ".join(measurement.worst[:_NUM_NAMED]) or "none, as no weight is quantized"
     if found is None:
-        advice = "no choice of layers to keep passes; raise the limits or take another scheme"
+        other = "leave out --kv-cache" if quant.kv_cache else "take another scheme"
+        advice = f"no choice of layers to keep passes; raise the limits or {other}"
     else:
         keep = ",".join([*quant.keep, *sorted(found.weights)])
         advice = f"this passes: --keep {keep}"

@@ -125,6 +125,7 @@ def report_json(
             "measured_tokens": measurement.num_tokens,
             "text_digest": quant.calibration_digest,
             "calibration_tokens": quant.calibration_tokens,
+            "kv_cache": quant.kv_cache,
             "kl": {"mean": _number(measurement.kl_mean), "p99": _number(measurement.kl_p99)},
             "top1_agreement": _number(measurement.top1_agreement),
             "perplexity": {

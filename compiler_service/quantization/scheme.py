@@ -9,6 +9,7 @@ import torch
 from compiler_service.calibration.windows import DEFAULT_CALIBRATION_TOKENS
 from compiler_service.quantization.keep import kept_weights
 from compiler_service.streaming import RowsOf
+from kernels.kv_cache import EIGHT_BIT_FORMATS
 from shared.arch import ARCHES, Arch
 from shared.engine import QuantConfig
 from shared.errors import UnsupportedQuant
@@ -108,7 +109,7 @@ class QuantScheme:
         embedding_layout: of the token embedding, also where it is the LM head as well.
         head_layout: of an LM head of its own.
         runs_on: claims that kernels for this scheme exist on an arch.
-        limits: of the quality gate; None where nothing is quantized, so nothing is measured.
+        limits: of the quality gate; None where no weight is quantized.
         group_sizes: values per scale that may be asked for, the default first; empty = no groups.
         calibrate: adjusts weights before any is packed.
         prepare_pack: chooses the values of linears inside the layers; None = each to its nearest.
@@ -138,7 +139,14 @@ class QuantScheme:
 
     def needs_text(self, quant: QuantConfig) -> bool:
         """Claims that a build with this recipe calibrates or measures."""
-        return self.calibrates or (self.limits is not None and not quant.skip_quality)
+        return self.calibrates or self.measures(quant)
+
+    def measures(self, quant: QuantConfig) -> bool:
+        """Claims that a build with this recipe is measured: weights or the KV cache lose something."""
+        return self._loses(quant) and not quant.skip_quality
+
+    def _loses(self, quant: QuantConfig) -> bool:
+        return self.limits is not None or bool(quant.kv_cache)
 
     def resolve(self, quant: QuantConfig) -> QuantConfig:
         """`quant` with its defaults filled in, so that a default and its value are one key.
@@ -146,6 +154,10 @@ class QuantScheme:
         Raises:
             UnsupportedQuant: the scheme has no such groups, or not what is asked of it.
         """
+        if quant.kv_cache and quant.kv_cache not in EIGHT_BIT_FORMATS:
+            known = ", ".join(EIGHT_BIT_FORMATS)
+            problem = f"the KV cache may be {known}, or stay as it is, and not {quant.kv_cache!r}"
+            raise UnsupportedQuant(quant=self.name, problem=problem)
         limits = self._limits(quant)
         return replace(
             quant,
@@ -176,21 +188,25 @@ class QuantScheme:
 
     def _limits(self, quant: QuantConfig) -> QualityLimits:
         asked = quant.max_kl or quant.max_perplexity_increase or quant.auto_keep
-        if self.limits is None:
+        if not self._loses(quant):
             if asked or quant.keep or quant.skip_quality:
                 problem = (
                     f"{self.name} quantizes nothing, so there is nothing to keep or to measure"
                 )
                 raise UnsupportedQuant(quant=str(quant), problem=problem)
             return QualityLimits(0.0, 0.0)
+        if self.limits is None and (quant.keep or quant.auto_keep):
+            problem = f"{self.name} quantizes no weights, so there is nothing to keep"
+            raise UnsupportedQuant(quant=str(quant), problem=problem)
         if quant.skip_quality:
             if asked:
                 problem = "limits and auto_keep need the measurement that skip_quality leaves out"
                 raise UnsupportedQuant(quant=str(quant), problem=problem)
             return QualityLimits(0.0, 0.0)
+        limits = self.limits or EIGHT_BITS
         return QualityLimits(
-            quant.max_kl or self.limits.max_kl,
-            quant.max_perplexity_increase or self.limits.max_perplexity_increase,
+            quant.max_kl or limits.max_kl,
+            quant.max_perplexity_increase or limits.max_perplexity_increase,
         )
 
     def require_arch(self, quant: QuantConfig, arch: Arch) -> None:

@@ -50,20 +50,21 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
         cut = _cut_of(batch)
         out_TN = torch.empty_like(q_TN)
         q_at, out_at, tables = address(q_TN, dtype), out_TN.data_ptr(), batch.block_tables_SB
-        k_cache, v_cache = batch.kv_caches[layer]
+        k_cache, v_cache, *scales = batch.kv_caches[layer]
         k_at, v_at = address(k_cache, kv_dtype), address(v_cache, kv_dtype)
+        scales_at = [address(part, torch.float32) for part in scales] or [0, 0]
         tables_at, lens_at = address(tables, torch.int32), address(batch.seq_lens_S, torch.int32)
         sizes = tables.stride(0), k_cache.shape[1]
         if len(cut.single_rows_S):
             one_query(
                 q_at, cut.single_tokens_S.data_ptr(), tables_at, cut.single_rows_S.data_ptr(), lens_at,
-                k_at, v_at, out_at, len(cut.single_rows_S), *sizes, *heads, *how, *tags,
+                k_at, v_at, *scales_at, out_at, len(cut.single_rows_S), *sizes, *heads, *how, *tags,
             )  # fmt: skip
         if len(cut.tile_rows_I):
             many_queries(
                 q_at, cut.tile_rows_I.data_ptr(), cut.tile_starts_I.data_ptr(),
-                address(batch.query_start_S1, torch.int32), tables_at, lens_at, k_at, v_at, out_at,
-                len(cut.tile_rows_I), *sizes, *heads, *how, *tags,
+                address(batch.query_start_S1, torch.int32), tables_at, lens_at, k_at, v_at,
+                *scales_at, out_at, len(cut.tile_rows_I), *sizes, *heads, *how, *tags,
             )  # fmt: skip
         return out_TN
 

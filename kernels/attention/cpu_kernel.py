@@ -16,7 +16,7 @@ _TILE_KEYS = 64
 @kernel
 def one_query(
     q_at, tokens_at, tables_at, rows_at, seq_lens_at, k_cache_at,
-    v_cache_at, out_at, S, table_stride, block_tokens, H, K, D,
+    v_cache_at, k_scale_at, v_scale_at, out_at, S, table_stride, block_tokens, H, K, D,
     scale, window, soft_cap, tag, kv_tag, index_tag,
 ):  # fmt: skip
     """Row `tokens[s]` of out [T, H*D], from that row of q and the cached keys of sequence `rows[s]`.
@@ -28,15 +28,15 @@ def one_query(
         _attend(
             np.int64(task // K), np.int64(task % K), typed(q_at, tag), typed(tokens_at, index_tag),
             typed(tables_at, index_tag), typed(rows_at, index_tag), typed(seq_lens_at, index_tag),
-            typed(k_cache_at, kv_tag), typed(v_cache_at, kv_tag), typed(out_at, tag),
-            table_stride, block_tokens, H, K, D, scale, window, soft_cap,
+            typed(k_cache_at, kv_tag), typed(v_cache_at, kv_tag), k_scale_at != 0, typed(k_scale_at, scale),
+            typed(v_scale_at, scale), typed(out_at, tag), table_stride, block_tokens, H, K, D, scale, window, soft_cap,
         )  # fmt: skip
 
 
 @kernel
 def many_queries(
     q_at, tile_rows_at, tile_starts_at, query_start_at, tables_at, seq_lens_at, k_cache_at,
-    v_cache_at, out_at, num_tiles, table_stride, block_tokens, H, K, D,
+    v_cache_at, k_scale_at, v_scale_at, out_at, num_tiles, table_stride, block_tokens, H, K, D,
     scale, window, soft_cap, tag, kv_tag, index_tag,
 ):  # fmt: skip
     """Tiles of out [T, H*D]: TILE_QUERIES queries of sequence `tile_rows[i]` from its query `tile_starts[i]` on.
@@ -48,14 +48,14 @@ def many_queries(
             np.int64(task // K), np.int64(task % K), typed(q_at, tag), typed(tile_rows_at, index_tag),
             typed(tile_starts_at, index_tag), typed(query_start_at, index_tag),
             typed(tables_at, index_tag), typed(seq_lens_at, index_tag), typed(k_cache_at, kv_tag),
-            typed(v_cache_at, kv_tag), typed(out_at, tag),
-            table_stride, block_tokens, H, K, D, scale, window, soft_cap,
+            typed(v_cache_at, kv_tag), k_scale_at != 0, typed(k_scale_at, scale),
+            typed(v_scale_at, scale), typed(out_at, tag), table_stride, block_tokens, H, K, D, scale, window, soft_cap,
         )  # fmt: skip
 
 
 @device
 def _attend(
-    s, kv_head, q, tokens, tables, rows, seq_lens, k_cache, v_cache, out,
+    s, kv_head, q, tokens, tables, rows, seq_lens, k_cache, v_cache, is_scaled, k_scale, v_scale, out,
     table_stride, block_tokens, H, K, D, scale, window, soft_cap,
 ):  # fmt: skip
     row, G = np.int64(rows[s]), H // K
@@ -74,7 +74,8 @@ def _attend(
         start = block * block_tokens
         slot = np.int64(tables[table + block]) * block_tokens - start
         for j in range(max(first, start), min(length, start + block_tokens)):
-            _widen_at(k_cache, ((slot + j) * K + kv_head) * D, row_D, 0, D)
+            factor = _factor(is_scaled, k_scale, slot + j, kv_head, K, block_tokens)
+            _widen_at(k_cache, ((slot + j) * K + kv_head) * D, row_D, 0, D, factor)
             for g in range(G):
                 logits_GJ[g * J + j - first] = _dot(q_GD, g * D, row_D, D)
     for g in range(G):
@@ -85,7 +86,8 @@ def _attend(
         start = block * block_tokens
         slot = np.int64(tables[table + block]) * block_tokens - start
         for j in range(max(first, start), min(length, start + block_tokens)):
-            _widen_at(v_cache, ((slot + j) * K + kv_head) * D, row_D, 0, D)
+            factor = _factor(is_scaled, v_scale, slot + j, kv_head, K, block_tokens)
+            _widen_at(v_cache, ((slot + j) * K + kv_head) * D, row_D, 0, D, factor)
             for g in range(G):
                 _add_scaled(y_GD, g * D, row_D, D, logits_GJ[g * J + j - first])
     for i in range(G * D):
@@ -95,8 +97,8 @@ def _attend(
 
 @device
 def _attend_tile(
-    tile, kv_head, q, tile_rows, tile_starts, query_start, tables, seq_lens, k_cache, v_cache, out,
-    table_stride, block_tokens, H, K, D, scale, window, soft_cap,
+    tile, kv_head, q, tile_rows, tile_starts, query_start, tables, seq_lens, k_cache, v_cache,
+    is_scaled, k_scale, v_scale, out, table_stride, block_tokens, H, K, D, scale, window, soft_cap,
 ):  # fmt: skip
     row, start, G = np.int64(tile_rows[tile]), np.int64(tile_starts[tile]), H // K
     table = row * table_stride
@@ -122,8 +124,10 @@ def _attend_tile(
         high = min(low + _TILE_KEYS, position + count)
         for j in range(low, high):
             slot = np.int64(tables[table + j // block_tokens]) * block_tokens + j % block_tokens
-            _widen_apart(k_cache, (slot * K + kv_head) * D, keys_DJ, j - low, _TILE_KEYS, D)
-            _widen_at(v_cache, (slot * K + kv_head) * D, values_JD, (j - low) * D, D)
+            factor = _factor(is_scaled, k_scale, slot, kv_head, K, block_tokens)
+            _widen_apart(k_cache, (slot * K + kv_head) * D, keys_DJ, j - low, _TILE_KEYS, D, factor)
+            factor = _factor(is_scaled, v_scale, slot, kv_head, K, block_tokens)
+            _widen_at(v_cache, (slot * K + kv_head) * D, values_JD, (j - low) * D, D, factor)
         for r in range(R):
             own = position + r // G
             # What this query sees of the tile: [begin, end), from the tile's first key.
@@ -186,15 +190,24 @@ def _add_rows(out, at, width, factors, factor, rows, row, count):
 
 
 @device
-def _widen_at(cache, first, out, at, D):
-    for d in range(D):
-        out[at + d] = load(cache, first + d)
+def _factor(is_scaled, scales, slot, kv_head, K, block_tokens):
+    """What the codes of one head at a slot are multiplied with."""
+    if not is_scaled:
+        return np.float32(1)
+    block = slot // block_tokens
+    return load(scales, (block * K + kv_head) * block_tokens + slot - block * block_tokens)
 
 
 @device
-def _widen_apart(cache, first, out, at, stride, D):
+def _widen_at(cache, first, out, at, D, factor):
     for d in range(D):
-        out[at + d * stride] = load(cache, first + d)
+        out[at + d] = load(cache, first + d) * factor
+
+
+@device
+def _widen_apart(cache, first, out, at, stride, D, factor):
+    for d in range(D):
+        out[at + d * stride] = load(cache, first + d) * factor
 
 
 @device

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kernels.launch import Grid, Scratch, Sizes
-from kernels.variant import Constant, KernelVariant, integer, pointer
+from kernels.variant import Argument, Constant, KernelVariant, integer, pointer
 from shared.arch import Arch
 
 _MIN_DOT_ROWS = 16
@@ -22,6 +22,11 @@ class AttentionShape:
     dtype: str
     kv_dtype: str
     block_tokens: int
+
+    @property
+    def is_scaled(self) -> bool:
+        """Claims that the cache holds 8-bit codes, with a scale for each token and kv head."""
+        return self.kv_dtype in ("fp8e4nv", "i8")
 
     @property
     def group(self) -> int:
@@ -47,19 +52,30 @@ class AttentionTiles:
 
 def decode_tiles(shape: AttentionShape, max_sequences: int) -> AttentionTiles:
     """One query token a tile. Few sequences are split so that they still fill a device of about 132 SMs; many need
-    no split, and one warp each keeps most loads in flight."""
+    no split, and one warp each keeps most loads in flight. Codes take time to widen: more programs, or more of their
+    warps, share it."""
+    most, programs = (32, 1024) if shape.is_scaled else (16, 256)
     splits = 1
-    while splits < 16 and splits * max_sequences * shape.num_kv_heads < 256:
+    while splits < most and splits * max_sequences * shape.num_kv_heads < programs:
         splits *= 2
-    if splits == 1:
+    if splits == 1 and not shape.is_scaled:
         return AttentionTiles(1, 32, 1, num_warps=1, stages=4, is_decode=True)
+    if splits >= 16 and shape.is_scaled and shape.head_dim <= 128:
+        return AttentionTiles(1, 128, splits, num_warps=4, stages=2, is_decode=True, min_split=64)
     return AttentionTiles(1, 64, splits, num_warps=2, stages=3, is_decode=True, min_split=64)
 
 
 def prefill_tiles(shape: AttentionShape, arch: Arch) -> AttentionTiles:
-    """Tiles of 128 rows where shared memory allows it, no splits."""
-    rows = 128 if arch.max_shared_bytes > 160_000 and shape.head_dim <= 128 else 64
-    return AttentionTiles(max(1, rows // shape.group), 64 if shape.head_dim <= 128 else 32, 1)
+    """Tiles of 64 rows, no splits: one warp group each, so that a neighbour's products fill the time of a softmax.
+
+    Three stages where shared memory holds the queries and three tiles of keys and values; of codes two, as they are
+    widened into shared memory besides.
+    """
+    rows, block_n = 64, 64 if shape.head_dim <= 128 else 32
+    row_bytes = 2 * _block_d(shape)
+    fits = (rows + 3 * 2 * block_n) * row_bytes <= arch.max_shared_bytes
+    stages = 3 if fits and not shape.is_scaled else 2
+    return AttentionTiles(max(1, rows // shape.group), block_n, 1, stages=stages)
 
 
 def variant(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> KernelVariant:
@@ -74,17 +90,17 @@ def variant(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> KernelV
         "BLOCK_TOKENS": shape.block_tokens,
         "BLOCK_Q": tiles.block_q,
         "ROWS": _rows(shape, tiles),
-        "BLOCK_D": max(16, 1 << (shape.head_dim - 1).bit_length()),
+        "BLOCK_D": _block_d(shape),
         "BLOCK_N": tiles.block_n,
         "SPLITS": tiles.splits,
         "MIN_SPLIT": tiles.min_split,
+        "IS_FP8": shape.kv_dtype == "fp8e4nv",
         "STAGES": tiles.stages,
         "PDL": arch.has_pdl,
     }
     arguments = [
         pointer("q", shape.dtype),
-        pointer("k_cache", shape.kv_dtype),
-        pointer("v_cache", shape.kv_dtype),
+        *_cache_arguments(shape),
         pointer("block_tables", "i32"),
         pointer("seq_lens", "i32"),
         *(() if tiles.is_decode else (pointer("query_start", "i32"),)),
@@ -92,6 +108,8 @@ def variant(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> KernelV
     ]
     if tiles.is_decode:
         constants |= {"query_start": None}
+    if not shape.is_scaled:
+        constants |= {"k_scale": None, "v_scale": None}
     scratch = (("partial", "fp32"), ("partial_max", "fp32"), ("partial_sum", "fp32"),
                ("counters", "i32"))  # fmt: skip
     if tiles.splits > 1:
@@ -127,7 +145,7 @@ def scratch(shape: AttentionShape, tiles: AttentionTiles) -> tuple[Scratch, ...]
     if tiles.splits == 1:
         return ()
     rows = _power_of_two(tiles.block_q * shape.group)
-    block_d = max(16, 1 << (shape.head_dim - 1).bit_length())
+    block_d = _block_d(shape)
 
     def programs(sizes: Sizes) -> int:
         return num_tiles(tiles, sizes) * shape.num_kv_heads
@@ -141,6 +159,20 @@ def scratch(shape: AttentionShape, tiles: AttentionTiles) -> tuple[Scratch, ...]
         Scratch("attention_sum", per_row),
         Scratch("attention_counters", lambda sizes: programs(sizes) * 4),
     )
+
+
+def _cache_arguments(shape: AttentionShape) -> list[Argument]:
+    # Codes are read in pairs: what moves and transposes tiles for tensor cores knows 16 bits.
+    stored = "u16" if shape.is_scaled else shape.kv_dtype
+    arguments = [pointer("k_cache", stored), pointer("v_cache", stored)]
+    if shape.is_scaled:
+        arguments += [pointer("k_scale", "fp32"), pointer("v_scale", "fp32")]
+    return arguments
+
+
+def _block_d(shape: AttentionShape) -> int:
+    # Tensor cores multiply no less than 16 columns, and pairs have half of them.
+    return max(32 if shape.is_scaled else 16, _power_of_two(shape.head_dim))
 
 
 def _rows(shape: AttentionShape, tiles: AttentionTiles) -> int:

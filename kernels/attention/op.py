@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kernels.batch import StepBatch
+from kernels.kv_cache import read
 from kernels.op import EFFECT, Op, integer, number, require_inputs, require_last, widened
 from shared.ir import Node, TensorSpec, WeightSpec
 
@@ -58,10 +59,9 @@ def cached(
     node: Node, batch: StepBatch, row: int, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A sequence's first `length` keys and values, [length, K, D] each."""
-    k_cache, v_cache = batch.kv_caches[integer(node, "layer")]
-    block_tokens = k_cache.shape[1]
-    blocks = batch.block_tables_SB[row, : -(-length // block_tokens)].long()
-    return k_cache[blocks].flatten(0, 1)[:length], v_cache[blocks].flatten(0, 1)[:length]
+    cache = batch.kv_caches[integer(node, "layer")]
+    block_tokens = cache[0].shape[1]
+    return read(cache, batch.block_tables_SB[row, : -(-length // block_tokens)], length)
 
 
 def attended(

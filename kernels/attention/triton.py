@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Of a key that is not seen: -2^100. Of a power of two the product with any scale is exact, so that a fused
+# multiply-add of it and of the maximum that it gave is 0, not what rounding left of 2^100.
+NEVER = tl.constexpr(-1.2676506002282294e30)
 
 
 @triton.jit
@@ -86,17 +89,122 @@ def _combine_and_store(
 
 
 @triton.jit
+def _whole_tiles(keys, BLOCK_N: tl.constexpr):
+    """`keys` rounded up to whole tiles; none below 0."""
+    return tl.cdiv(tl.maximum(keys, 0), BLOCK_N) * BLOCK_N
+
+
+@triton.jit
+def _load_tile(cache, at, is_in, IS_MASKED: tl.constexpr):
+    if IS_MASKED:
+        return tl.load(cache + at, mask=is_in, other=0)
+    return tl.load(cache + at)
+
+
+@triton.jit
+def _codes(pairs, IS_FP8: tl.constexpr):
+    """The two 8-bit codes in each of `pairs`, low byte first, as fp16: integers, or e4m3 divided by 256.
+
+    e4m3 has fp16's bits, three mantissa bits and four of the exponent, but for the bias: 7 instead of 15.
+    """
+    if IS_FP8:
+        low = ((pairs << 7) & 0x3F80) | ((pairs << 8) & 0x8000)
+        high = ((pairs >> 1) & 0x3F80) | (pairs & 0x8000)
+        return low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True)
+    # 0x6400 is 1024 and its last bits are ones: an unsigned byte there adds itself.
+    low = ((pairs & 0xFF) ^ 0x80) | 0x6400
+    high = ((pairs >> 8) ^ 0x80) | 0x6400
+    return (
+        low.to(tl.float16, bitcast=True) - 1152.0,
+        high.to(tl.float16, bitcast=True) - 1152.0,
+    )
+
+
+@triton.jit
+def _attend(
+    acc, acc_odd, m, total, top, q_tile, q_odd, k_cache, v_cache, k_scale, v_scale,
+    table, kv_head, position, first, last, end,
+    SCALE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr, IS_FP8: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys of the tiles from `first` on, up to `last`.
+
+    A masked score is finite, so that no maximum is ever -inf: what a row that has seen no key yet sums up is wiped
+    out by its first one. Of a cache in 8 bits `acc` holds the even columns and `acc_odd` the odd ones, both divided
+    by `top`, the largest v_scale so far: p * v_scale / top is at most 1, so that fp16 holds it.
+    """
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, q_tile.shape[1])
+    # Elements of a row of the cache: values, or pairs of 8-bit ones.
+    WIDTH: tl.constexpr = HEAD_DIM if k_scale is None else HEAD_DIM // 2
+    KV: tl.constexpr = NUM_KV_HEADS * WIDTH
+    TO_SCORE: tl.constexpr = SCALE * 256 if IS_FP8 else SCALE
+    TO_LOG2: tl.constexpr = TO_SCORE * LOG2_E if SOFT_CAP == 0 else LOG2_E
+    IS_PADDED: tl.constexpr = MASKED or q_tile.shape[1] > WIDTH
+    offset = n % BLOCK_TOKENS
+    inner = offset[:, None] * KV + d[None, :] + kv_head * WIDTH
+    block_at = table + n // BLOCK_TOKENS
+    # A tile ahead, so that no key waits for its block's number.
+    next_block = tl.load(block_at + first // BLOCK_TOKENS, mask=first + n < end, other=0)
+    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
+        key = start + n
+        is_key = key < end
+        block = next_block.to(tl.int64)
+        next_block = tl.load(
+            block_at + (start + BLOCK_N) // BLOCK_TOKENS, mask=key + BLOCK_N < end, other=0
+        )
+        at = (block * (BLOCK_TOKENS * KV))[:, None] + inner
+        is_in = is_key[:, None] & (d < WIDTH)[None, :]
+        k_tile = _load_tile(k_cache, at, is_in, IS_PADDED)
+        v_tile = _load_tile(v_cache, at, is_in, IS_PADDED)
+        if k_scale is None:
+            scores = tl.dot(q_tile, tl.trans(k_tile))
+        else:
+            scale_at = (block * NUM_KV_HEADS + kv_head) * BLOCK_TOKENS + offset
+            k_even, k_odd = _codes(k_tile, IS_FP8)
+            scores = tl.dot(q_tile, tl.trans(k_even))
+            scores = tl.dot(q_odd, tl.trans(k_odd), scores)
+            scores = scores * _load_tile(k_scale, scale_at, is_key, MASKED)[None, :]
+        if SOFT_CAP > 0:  # cap * tanh(s / cap)
+            scores = SOFT_CAP * (2 * tl.sigmoid(scores * (2 * TO_SCORE / SOFT_CAP)) - 1)
+        if MASKED:
+            is_seen = is_key[None, :] & (key[None, :] <= position[:, None])
+            if WINDOW > 0:
+                is_seen = is_seen & (key[None, :] > position[:, None] - WINDOW)
+            scores = tl.where(is_seen, scores, NEVER)
+        m_new = tl.maximum(m, tl.max(scores, 1) * TO_LOG2)
+        p = tl.exp2(scores * TO_LOG2 - m_new[:, None])
+        rescale = tl.exp2(m - m_new)
+        total = total * rescale + tl.sum(p, 1)
+        m = m_new
+        if k_scale is None:
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None])
+        else:
+            scale = _load_tile(v_scale, scale_at, is_key, MASKED)
+            top_new = tl.maximum(top, tl.max(scale, 0))
+            p = (p * (scale / top_new)[None, :]).to(tl.float16)
+            rescale = rescale * (top / top_new)
+            v_even, v_odd = _codes(v_tile, IS_FP8)
+            acc = tl.dot(p, v_even, acc * rescale[:, None])
+            acc_odd = tl.dot(p, v_odd, acc_odd * rescale[:, None])
+            top = top_new
+    return acc, acc_odd, m, total, top
+
+
+@triton.jit
 def attention(
-    q, k_cache, v_cache, block_tables, seq_lens, query_start, out,
+    q, k_cache, v_cache, k_scale, v_scale, block_tables, seq_lens, query_start, out,
     partial, partial_max, partial_sum, counters, num_sequences, table_stride,
     SCALE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    IS_FP8: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Without `query_start` tile i is sequence i with one query. A sequence of length 0 is padding.
 
+    With scales, fp32 [num_blocks, K, BLOCK_TOKENS], the caches hold pairs of 8-bit codes: e4m3, or integers.
     `partial` [tiles * K * SPLITS, PART_ROWS, BLOCK_D] and friends are scratch; `counters` [tiles * K] start at 0 and
     are left at 0.
     """
@@ -105,8 +213,8 @@ def attention(
         tl.extra.cuda.gdc_wait()
     G: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     PART_ROWS: tl.constexpr = triton.next_power_of_2(BLOCK_Q * G)
-    KV: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
-    tile = tl.program_id(0)
+    # The last tiles of a prompt have the most keys: they come first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     if query_start is None:
@@ -130,9 +238,16 @@ def attention(
         r, query_begin, first_query, num_queries, kv_head, BLOCK_Q, G, NUM_HEADS, HEAD_DIM
     )
     position = first_position + query
-    is_d = d < HEAD_DIM
-    is_q = is_row[:, None] & is_d[None, :]
-    q_tile = tl.load(q + row_at[:, None] + d[None, :], mask=is_q, other=0)
+    is_q = is_row[:, None] & (d < HEAD_DIM)[None, :]
+    if k_scale is None:
+        q_tile = tl.load(q + row_at[:, None] + d[None, :], mask=is_q, other=0)
+        q_odd = 0.0
+    else:
+        pair = tl.arange(0, BLOCK_D // 2)
+        is_pair = is_row[:, None] & (2 * pair < HEAD_DIM)[None, :]
+        q_at = q + row_at[:, None] + 2 * pair[None, :]
+        q_tile = tl.load(q_at, mask=is_pair, other=0).to(tl.float16)
+        q_odd = tl.load(q_at + 1, mask=is_pair, other=0).to(tl.float16)
 
     # Keys [begin, end) are seen by some query of the tile.
     end = tl.minimum(first_position + tl.minimum(first_query + BLOCK_Q, num_queries), seq_len)
@@ -151,36 +266,38 @@ def attention(
 
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    acc = tl.zeros((ROWS, q_tile.shape[1]), tl.float32)
+    acc_odd = q_odd if k_scale is None else acc
+    top = 1e-30
     table = block_tables + sequence.to(tl.int64) * table_stride
-    n = tl.arange(0, BLOCK_N)
-    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        key = start + n
-        is_key = key < end
-        block = tl.load(table + key // BLOCK_TOKENS, mask=is_key, other=0).to(tl.int64)
-        at = (block * BLOCK_TOKENS + key % BLOCK_TOKENS) * KV + kv_head * HEAD_DIM
-        k_tile = tl.load(
-            k_cache + at[None, :] + d[:, None], mask=is_key[None, :] & is_d[:, None], other=0
-        )
-        v_tile = tl.load(
-            v_cache + at[:, None] + d[None, :], mask=is_key[:, None] & is_d[None, :], other=0
-        )
-        scores = tl.dot(q_tile, k_tile.to(q_tile.dtype)) * SCALE
-        if SOFT_CAP > 0:
-            scores = SOFT_CAP * (2 * tl.sigmoid(2 * scores / SOFT_CAP) - 1)  # cap * tanh(s / cap)
-        is_seen = is_key[None, :] & (key[None, :] <= position[:, None])
+    # Keys [unmasked, masked) are seen by all of the tile's queries; the others are masked. A single query masks all:
+    # it waits for memory, and one loop keeps more of it in flight.
+    unmasked = begin
+    masked = begin
+    if BLOCK_Q > 1:
+        first_row = first_position + first_query
         if WINDOW > 0:
-            is_seen = is_seen & (key[None, :] > position[:, None] - WINDOW)
-        scores = tl.where(is_seen, scores * LOG2_E, float("-inf"))
-        m_new = tl.maximum(m, tl.max(scores, 1))
-        # A row that has seen no key yet keeps m = -inf; exp2(-inf - 0) is 0, never nan.
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(scores - m_safe[:, None])
-        rescale = tl.exp2(m - m_safe)
-        total = total * rescale + tl.sum(p, 1)
-        acc = acc * rescale[:, None]
-        acc = tl.dot(p.to(q_tile.dtype), v_tile.to(q_tile.dtype), acc)
-        m = m_new
+            unmasked += _whole_tiles(first_row + BLOCK_Q - WINDOW - begin, BLOCK_N)
+            unmasked = tl.minimum(unmasked, end)
+            acc, acc_odd, m, total, top = _attend(
+                acc, acc_odd, m, total, top, q_tile, q_odd, k_cache, v_cache, k_scale, v_scale,
+                table, kv_head, position, begin, unmasked, end,
+                SCALE, NUM_KV_HEADS, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_TOKENS, BLOCK_N, IS_FP8, STAGES, True,
+            )  # fmt: skip
+        seen_by_all = tl.maximum(tl.minimum(first_row + 1, end) - unmasked, 0)
+        masked = unmasked + seen_by_all // BLOCK_N * BLOCK_N
+        acc, acc_odd, m, total, top = _attend(
+            acc, acc_odd, m, total, top, q_tile, q_odd, k_cache, v_cache, k_scale, v_scale,
+            table, kv_head, position, unmasked, masked, end,
+            SCALE, NUM_KV_HEADS, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_TOKENS, BLOCK_N, IS_FP8, STAGES, False,
+        )  # fmt: skip
+    acc, acc_odd, m, total, top = _attend(
+        acc, acc_odd, m, total, top, q_tile, q_odd, k_cache, v_cache, k_scale, v_scale,
+        table, kv_head, position, masked, end, end,
+        SCALE, NUM_KV_HEADS, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_TOKENS, BLOCK_N, IS_FP8, STAGES, True,
+    )  # fmt: skip
+    if k_scale is not None:
+        acc = tl.reshape(tl.join(acc, acc_odd), (ROWS, BLOCK_D)) * (top * 256 if IS_FP8 else top)
 
     if SPLITS > 1:
         if num_splits > 1:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kernels.batch import StepBatch
+from kernels.kv_cache import write
 from kernels.op import EFFECT, Op, effect_value, integer, require_inputs, require_last
 from shared.ir import Node, TensorSpec, WeightSpec
 
@@ -34,17 +35,9 @@ def reference(
     weights: Mapping[str, torch.Tensor],
     batch: StepBatch,
 ) -> tuple[torch.Tensor, ...]:
-    """Writes in place; values are rounded to the cache's dtype."""
-    write(integer(node, "layer"), inputs[0], inputs[1], batch)
+    """Writes in place; values become what the cache holds."""
+    write(batch.kv_caches[integer(node, "layer")], batch.slot_mapping_T, *inputs)
     return (effect_value(),)
-
-
-def write(layer: int, k_TN: torch.Tensor, v_TN: torch.Tensor, batch: StepBatch) -> None:
-    """Puts a step's keys and values into their slots."""
-    slots_T = batch.slot_mapping_T.long()
-    for cache, new_TN in zip(batch.kv_caches[layer], (k_TN, v_TN), strict=True):
-        heads = new_TN.reshape(-1, *cache.shape[2:]).to(cache.dtype)
-        cache.view(-1, *cache.shape[2:])[slots_T] = heads
 
 
 KV_WRITE = Op("kv_write", infer, reference)

@@ -11,6 +11,7 @@ import torch
 from kernels.batch import StepBatch
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
 from kernels.cpu_jit import TAGS, address
+from kernels.kv_cache import write
 from kernels.op import integer, number, numbers
 from kernels.qkv_rope_write.cpu_kernel import rope_write, turns
 from shared.ir import Node
@@ -27,18 +28,23 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
     if weights:
         norm_2D = torch.stack([weights[role].dense() for role in ("q_norm", "k_norm")])
     angles = _Turns(numbers(node, "inv_freq"), number(node, "attention_scaling"))
-    dtype, kv_dtype = target.activation_dtype, target.kv_dtype
-    tag, kv_tag = TAGS[dtype], TAGS[kv_dtype]
+    dtype = target.activation_dtype
 
     def run(qkv_TN: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, None]:
         q_TN = qkv_TN.new_empty(len(qkv_TN), num_heads * head_dim)
-        k_cache, v_cache = batch.kv_caches[layer]
+        k, v, *scales = cache = batch.kv_caches[layer]
+        slots_T = batch.slot_mapping_T
+        if scales:  # a head is encoded when all of it is known
+            k, v = (torch.empty(len(qkv_TN), num_kv_heads * head_dim) for _ in "kv")
+            slots_T = torch.arange(len(qkv_TN), dtype=torch.int32)
         rope_write(
-            address(qkv_TN, dtype), angles.of(batch).data_ptr(), address(batch.slot_mapping_T, torch.int32),
-            0 if norm_2D is None else norm_2D.data_ptr(), q_TN.data_ptr(), address(k_cache, kv_dtype),
-            address(v_cache, kv_dtype), len(qkv_TN), num_heads, num_kv_heads, head_dim, eps,
-            tag, kv_tag, _INDEX_TAG, TAGS[torch.float32],
+            address(qkv_TN, dtype), angles.of(batch).data_ptr(), address(slots_T, torch.int32),
+            0 if norm_2D is None else norm_2D.data_ptr(), q_TN.data_ptr(), address(k, k.dtype),
+            address(v, k.dtype), len(qkv_TN), num_heads, num_kv_heads, head_dim, eps,
+            TAGS[dtype], TAGS[k.dtype], _INDEX_TAG, TAGS[torch.float32],
         )  # fmt: skip
+        if scales:
+            write(cache, batch.slot_mapping_T, k, v)
         return q_TN, None
 
     return run

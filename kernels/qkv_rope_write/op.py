@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kernels.batch import StepBatch
-from kernels.kv_write.op import write
+from kernels.kv_cache import write
 from kernels.op import EFFECT, Op, effect_value, integer, number, require_inputs, require_last
 from kernels.rms_norm.op import normed
 from kernels.rope.op import require_rope, rotated
@@ -52,7 +52,7 @@ def reference(
             normed(k, weights["k_norm"], eps, head_dim),
         )
     q, k = rotated(node, q, batch.positions_T), rotated(node, k, batch.positions_T)
-    write(integer(node, "layer"), k, v, batch)
+    write(batch.kv_caches[integer(node, "layer")], batch.slot_mapping_T, k, v)
     return q, effect_value()
 
 

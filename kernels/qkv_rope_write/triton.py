@@ -9,13 +9,14 @@ import triton.language as tl
 
 @triton.jit
 def qkv_rope_write(
-    qkv, positions, rope, slots, q_norm, k_norm, q_out, k_cache, v_cache,
+    qkv, positions, rope, slots, q_norm, k_norm, q_out, k_cache, v_cache, k_scale, v_scale,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    EPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    EPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    LARGEST: tl.constexpr, IS_FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`rope` is [positions, cos of HEAD_DIM / 2 then sin]; a slot below 0 is padding, not written.
 
-    BLOCK_D covers HEAD_DIM / 2.
+    BLOCK_D covers HEAD_DIM / 2. With scales, fp32 [num_blocks, K, BLOCK_TOKENS], the caches take 8-bit codes.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -49,6 +50,18 @@ def qkv_rope_write(
     at = q_out + t * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + d[None, :]
     tl.store(at, turned_low.to(q_out.dtype.element_ty), mask=to_q)
     tl.store(at + HALF, turned_high.to(q_out.dtype.element_ty), mask=to_q)
+    if k_scale is not None:
+        scale = tl.maximum(tl.max(tl.abs(turned_low), 1), tl.max(tl.abs(turned_high), 1)) / LARGEST
+        # NaN and infinity make the scale NaN or infinite, and so are not lost.
+        scale = scale + tl.sum(turned_low * 0, 1) + tl.sum(turned_high * 0, 1)
+        turned_low = _codes(turned_low, scale, LARGEST, IS_FP8)
+        turned_high = _codes(turned_high, scale, LARGEST, IS_FP8)
+        scale_at = slot // BLOCK_TOKENS * NUM_KV_HEADS - NUM_HEADS + head
+        scale_at = scale_at * BLOCK_TOKENS + slot % BLOCK_TOKENS
+        is_k = ~is_q & ~is_v & (slot >= 0)
+        is_kept_v = is_v & (head < ALL) & (slot >= 0)
+        tl.store(k_scale + scale_at, scale, mask=is_k)
+        tl.store(v_scale + scale_at - NUM_KV_HEADS * BLOCK_TOKENS, scale, mask=is_kept_v)
     row = slot * NUM_KV_HEADS - NUM_HEADS
     to_k = is_in & ~is_q[:, None] & ~is_v[:, None] & (slot >= 0)
     at = k_cache + (row + head[:, None]) * HEAD_DIM + d[None, :]
@@ -58,6 +71,20 @@ def qkv_rope_write(
     at = v_cache + (row - NUM_KV_HEADS + head[:, None]) * HEAD_DIM + d[None, :]
     tl.store(at, turned_low.to(v_cache.dtype.element_ty), mask=to_v)
     tl.store(at + HALF, turned_high.to(v_cache.dtype.element_ty), mask=to_v)
+
+
+@triton.jit
+def _codes(x, scale, LARGEST: tl.constexpr, IS_FP8: tl.constexpr):
+    """x / scale to the nearest code, ties to even, as the byte that is stored."""
+    x = x / tl.maximum(scale, 1e-30)[:, None]
+    x = tl.where(x == x, tl.minimum(tl.maximum(x, -LARGEST), LARGEST), 0.0)
+    if not IS_FP8:
+        # Added to 1.5 * 2^23 a number loses its fraction.
+        return ((x + 12582912.0) - 12582912.0).to(tl.int32).to(tl.uint8)
+    # e4m3 by fp32's own bits: times 2^-120 the exponents agree, subnormal numbers too; 20 mantissa bits go.
+    bits = (tl.abs(x) * 7.52316384526264e-37).to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+    return tl.where(x < 0, bits | 0x80, bits).to(tl.uint8)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Runs a graph on the CPU: every node bound to its weights once, then called in order.
 
-Legend: T packed tokens, R rows whose logits are wanted, V vocabulary, K kv heads, D head dim.
+Legend: T packed tokens, R rows whose logits are wanted, V vocabulary.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 from kernels.batch import StepBatch
 from kernels.cpu import bind_node
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
+from kernels.kv_cache import by_layer, kv_format
 from shared.ir import Graph, Node
 
 # (form, inputs' places, outputs' places)
@@ -50,16 +51,9 @@ class CpuExecutor:
         self._num_before_rows = next(
             (i for i, node in enumerate(graph.nodes) if node.op == "select_rows"), len(graph.nodes)
         )
-        shape = (
-            num_blocks,
-            block_tokens,
-            int(str(graph.config["num_kv_heads"])),
-            int(str(graph.config["head_dim"])),
+        self._kv_caches = by_layer(
+            kv_format(graph).allocate(graph, num_blocks, block_tokens, _zeros)
         )
-        self._kv_caches = [
-            (_zeros(shape, target.kv_dtype), _zeros(shape, target.kv_dtype))
-            for _ in range(int(str(graph.config["num_layers"])))
-        ]
 
     def forward(self, token_ids_T: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """Logits [R, V], fp32."""

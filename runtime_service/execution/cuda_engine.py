@@ -18,7 +18,6 @@ from shared.ir import Graph
 
 # A step that wants all logits is cut into pieces of as many tokens as can be drawn for, and not of fewer than this.
 _MIN_LOGIT_ROWS = 64
-_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +45,15 @@ def assemble(
     Raises:
         InvalidField: as `choose_limits`.
     """
-    kv_dtype = str(graph.config["dtype"])
     max_sequences = options.max_sequences or GPU_DEFAULTS.max_sequences
     max_step_tokens = options.max_step_tokens or max(GPU_DEFAULTS.max_step_tokens, max_sequences)
     logit_rows = min(max_step_tokens, max(max_sequences, _MIN_LOGIT_ROWS))
     block_tokens = options.block_tokens or GPU_DEFAULTS.block_tokens
-    regimes = [replace(r, block_tokens=block_tokens, kv_dtype=kv_dtype) for r in REGIMES]
+    regimes = [replace(r, block_tokens=block_tokens) for r in REGIMES]
     sizes = Sizes(max_step_tokens, max_sequences, logit_rows)
     executor = CudaExecutor(graph, library, weights, sizes)
     executor.prepare(regimes)
-    item_bytes = _ITEM_BYTES[kv_dtype]
-    limits = choose_limits(graph, kv_dtype, item_bytes, free_bytes(), options, GPU_DEFAULTS)
+    limits = choose_limits(graph, free_bytes(), options, GPU_DEFAULTS)
     vocab_size = int(str(graph.config["vocab_size"]))
     rows = DeviceRows(library, limits, vocab_size, stream)
     graphs = CudaGraphExecutor(graph, executor, regimes, library, rows, limits, stream)

@@ -150,7 +150,7 @@ class CudaExecutor:
                 return batch.rope.data_ptr()
             return int(getattr(batch.step, operand.field).data_ptr())
         if isinstance(operand, KvCache):
-            return batch.step.kv_caches[operand.layer][operand.is_value].data_ptr()
+            return batch.step.kv_caches[operand.layer][operand.part].data_ptr()
         if isinstance(operand, Scratch):
             return self._scratch[operand.name].data_ptr()
         if isinstance(operand, Number):

@@ -10,9 +10,11 @@ Legend: T packed tokens, S sequences, R rows whose logits are wanted, V vocabula
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from kernels.kv_cache import by_layer, kv_format
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
 from kernels.lowering import Regime
@@ -58,11 +60,13 @@ class CudaGraphExecutor:
         self._decode = [regime for regime in regimes if regime.max_sequences]
         self._ragged = [regime for regime in regimes if not regime.max_sequences]
         self._max_sequences = limits.max_sequences
-        self._kv_LCN = _kv_cache(graph, limits, stream.device)
+        self._kv_parts = kv_format(graph).allocate(
+            graph, limits.num_blocks, limits.block_tokens, partial(_zeros, device=stream.device)
+        )
+        caches = by_layer(self._kv_parts)
         rope = _rope_of(graph, limits.max_sequence_tokens, stream.device)
-        pairs = [(layer[0], layer[1]) for layer in self._kv_LCN]
         self._inputs = StepInputs(
-            library, rows, executor.max_sizes, limits.block_tokens, pairs, rope
+            library, rows, executor.max_sizes, limits.block_tokens, caches, rope
         )
         most = min(limits.max_sequences, self._decode[-1].max_sequences, _MAX_CAPTURED_TOKENS)
         mixed = mixed_buckets(min(limits.max_step_tokens, _MAX_CAPTURED_TOKENS))
@@ -121,7 +125,8 @@ class CudaGraphExecutor:
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole KV blocks in all layers, one after the other."""
         for source, destination in copies:
-            self._kv_LCN[:, :, destination].copy_(self._kv_LCN[:, :, source])
+            for part in self._kv_parts:
+                part[:, destination].copy_(part[:, source])
 
     def _ragged_regime(self, tokens: int) -> Regime:
         return next(r for r in self._ragged if not r.max_tokens or r.max_tokens >= tokens)
@@ -176,13 +181,8 @@ def mixed_buckets(most: int) -> list[int]:
     return buckets
 
 
-def _kv_cache(graph: Graph, limits: RuntimeLimits, device: torch.device) -> torch.Tensor:
-    """All layers' keys and values, [layers, 2, num_blocks, block_tokens, K, D]."""
-    num_layers, heads, head_dim = (
-        int(str(graph.config[name])) for name in ("num_layers", "num_kv_heads", "head_dim")
-    )
-    shape = (num_layers, 2, limits.num_blocks, limits.block_tokens, heads, head_dim)
-    return torch.zeros(shape, dtype=getattr(torch, limits.kv_dtype), device=device)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _rope_of(graph: Graph, num_positions: int, device: torch.device) -> torch.Tensor:

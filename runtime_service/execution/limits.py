@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from kernels.kv_cache import kv_format
 from kernels.lowering import BLOCK_TOKENS
 from runtime_service.limits import RuntimeLimits
 from shared.errors import InvalidField
@@ -52,16 +53,12 @@ class RunnerOptions:
 
 def choose_limits(
     graph: Graph,
-    kv_dtype: str,
-    item_bytes: int,
     free_bytes: int,
     options: RunnerOptions,
     defaults: LimitDefaults = CPU_DEFAULTS,
 ) -> RuntimeLimits:
     """The limits of an engine with `free_bytes` left beside what `defaults` name.
 
-    Args:
-        kv_dtype: torch's name; `item_bytes` is its size.
     Raises:
         InvalidField: options contradict each other, the model, or the memory.
     """
@@ -74,8 +71,8 @@ def choose_limits(
     wanted_tokens = options.max_sequence_tokens or max_positions
     max_sequences = options.max_sequences or defaults.max_sequences
     block_tokens = options.block_tokens or defaults.block_tokens
-    heads = _config(graph, "num_kv_heads") * _config(graph, "head_dim")
-    block_bytes = 2 * _config(graph, "num_layers") * heads * item_bytes * block_tokens
+    kept = kv_format(graph)
+    block_bytes = kept.bytes_per_token(graph) * block_tokens
     blocks_of_one = -(-wanted_tokens // block_tokens)
     if options.kv_bytes is not None:
         num_blocks = options.kv_bytes // block_bytes
@@ -106,7 +103,7 @@ def choose_limits(
         max_step_tokens=options.max_step_tokens or max(defaults.max_step_tokens, max_sequences),
         block_tokens=block_tokens,
         num_blocks=num_blocks,
-        kv_dtype=kv_dtype,
+        kv_dtype=kept.dtype,
         kv_bytes=num_blocks * block_bytes,
         kv_reason=reason,
     )

@@ -88,13 +88,7 @@ def _load_cpu_runner(
             graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
         target = cpu_target(graph)
         free_bytes = max(psutil.virtual_memory().available - 2 * reader.num_bytes, 0)
-        limits = choose_limits(
-            graph,
-            str(target.kv_dtype).removeprefix("torch."),
-            target.kv_dtype.itemsize,
-            free_bytes,
-            options,
-        )
+        limits = choose_limits(graph, free_bytes, options)
         with phases.timed("pack_weights"):
             executor = CpuExecutor(
                 graph, reader.roles, target, limits.num_blocks, limits.block_tokens

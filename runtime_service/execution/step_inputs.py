@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels.batch import StepBatch
+from kernels.kv_cache import LayerCache
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
 from kernels.step_inputs.launch import step_inputs_grid, step_inputs_variant
@@ -21,7 +22,7 @@ class StepInputs:
     """Inputs of steps up to `max_sizes`, made from a message that was sent.
 
     Args:
-        kv_caches: per layer (k_cache, v_cache).
+        kv_caches: per layer.
         rope: as `DeviceBatch` has it.
     """
 
@@ -31,7 +32,7 @@ class StepInputs:
         rows: DeviceRows,
         max_sizes: Sizes,
         block_tokens: int,
-        kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        kv_caches: Sequence[LayerCache],
         rope: torch.Tensor,
     ) -> None:
         layout = rows.layout

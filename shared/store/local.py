@@ -329,6 +329,8 @@ class LocalStore:
     def _selector_folder(self, selector: EngineSelector) -> Path:
         quant = selector.quant.resolved
         parts = [selector.model, selector.arch, quant.scheme, quant.group_size]
+        if quant.kv_cache:
+            parts.append(quant.kv_cache)
         return self._selectors / hashlib.sha256(canonical_json(parts)).hexdigest()
 
     def _select(self, selector: EngineSelector, name: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from millrace.cli.building import Speed, parse_quant
 from millrace.cli.inspecting import graph_text
+from millrace.cli.listing import recipe_text
 from millrace.cli.output import bytes_text, duration_text
 from millrace.compiler.v1 import compiler_pb2
 from millrace.fleet.v1 import fleet_pb2
@@ -294,6 +295,7 @@ def test_build_asks_for_the_whole_recipe(
         daemon, "build", "sample:tiny", "-q", "int4-gptq-g32", "--keep", "lm_head, layers.0.*=bf16",
         "--calibration", os.path.relpath(text), "--calibration-tokens", "512", "--max-kl", "0.2",
         "--max-perplexity-increase", "0.1", "--auto-keep",
+        "--kv-cache", "int8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     asked = script.asked[0]
@@ -307,7 +309,8 @@ def test_build_asks_for_the_whole_recipe(
         0.2,
         0.1,
     )
-    assert (quant.auto_keep, quant.skip_quality) == (True, False)
+    assert (quant.auto_keep, quant.skip_quality, quant.kv_cache) == (True, False, "int8")
+    assert recipe_text(quant).startswith("int4-gptq-g32-kv-int8, keeps lm_head")
 
 
 @pytest.mark.parametrize(
@@ -324,14 +327,17 @@ def test_recipe_that_is_not_one_is_wrong_usage(
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("int8", ("int8", 0)), ("int4-gptq", ("int4-gptq", 0)), ("int4-gptq-g32", ("int4-gptq", 32)),
-     ("int4-g128", ("int4", 128)), ("", ("", 0))],
+    [("int8", ("int8", 0, "")), ("int4-gptq", ("int4-gptq", 0, "")),
+     ("int4-gptq-g32", ("int4-gptq", 32, "")), ("int4-g128", ("int4", 128, "")), ("", ("", 0, "")),
+     ("bf16-kv-fp8", ("bf16", 0, "fp8")), ("int4-gptq-g32-kv-int8", ("int4-gptq", 32, "int8"))],
 )  # fmt: skip
-def test_quantization_is_read_as_it_is_written(text: str, expected: tuple[str, int]) -> None:
+def test_quantization_is_read_as_it_is_written(text: str, expected: tuple[str, int, str]) -> None:
     assert parse_quant(text) == expected
     if text:
-        scheme, group = expected
-        assert quant_named(text) == QuantConfig(scheme, group)
+        scheme, group, kv_cache = expected
+        named = QuantConfig(scheme, group, kv_cache=kv_cache)
+        assert quant_named(text) == named
+        assert quant_named(str(named)) == named
 
 
 def test_inspect_of_nothing_exits_with_3(daemon: ScriptedDaemon) -> None:

@@ -90,7 +90,7 @@ def _cases() -> dict[str, Case]:
         if dtype == "fp16":
             for scale in (None, 0.015):
                 cases[f"rows-{scale}"] = _quantized_rows(scale)
-        for window, soft_cap in ((0, 0.0), (37, 0.0), (0, 2.5)):
+        for window, soft_cap in ((0, 0.0), (37, 0.0), (0, 2.5), (37, 2.5)):
             options: dict[str, object] = {"window": window, "soft_cap": soft_cap, "dtype": dtype}
             for splits in (1, 4):
                 tiles = AttentionTiles(1, 16, splits, is_decode=True)
@@ -108,6 +108,16 @@ def _cases() -> dict[str, Case]:
         prefill = prefill_tiles(real, ARCHES["sm_80"])
         ragged = [(1, 700), (513, 513), (130, 1100), (1, 1)]
         cases[f"prefill-shipped-{dtype}"] = _attention(prefill, ragged, **sizes)
+        for kv_dtype in ("fp8e4nv", "i8"):
+            kept = {**sizes, "kv_dtype": kv_dtype}
+            few, many = decode_tiles(real, 3), decode_tiles(real, 512)
+            cases[f"decode-{kv_dtype}-{dtype}"] = _attention(few, [*lengths, (1, 32768)], **kept)
+            cases[f"decode-many-{kv_dtype}-{dtype}"] = _attention(many, lengths, **kept)
+            cases[f"prefill-{kv_dtype}-{dtype}"] = _attention(prefill, ragged, **kept)
+            odd: dict[str, object] = {"window": 37, "soft_cap": 2.5, "dtype": dtype}
+            odd["kv_dtype"] = kv_dtype
+            tiles = AttentionTiles(4, 16, 1)
+            cases[f"ragged-{kv_dtype}-{dtype}"] = _attention(tiles, RAGGED_LENGTHS, **odd)
     return cases
 
 

@@ -31,7 +31,7 @@ def row_launches(layout: str, arch: Arch) -> list[Launch]:
     """The row kernels of a step of many tokens, each variant once."""
     graph = llama_graph(_SIZES, layout)
     graph = replace(graph, config={**graph.config, "dtype": "float16"})
-    steps = lower(graph, arch, Regime(0, 0, kv_dtype="float16"))
+    steps = lower(graph, arch, Regime(0, 0))
     launches = [s for s in steps if isinstance(s, Launch) and s.variant.kernel in _FORMULAS]
     return list({launch.variant: launch for launch in launches}.values())
 

@@ -48,6 +48,20 @@ def test_every_kernel_compiles_within_the_arch_limits(arch: Arch) -> None:
     assert all(k.shared_bytes <= arch.max_shared_bytes for k in kernels)
 
 
+@pytest.mark.parametrize("kv_cache", ["fp8", "int8"])
+@pytest.mark.parametrize("name", ["sm_80", "sm_86", "sm_90"])
+def test_attention_over_eight_bits_compiles_within_the_arch_limits(
+    name: str, kv_cache: str
+) -> None:
+    """Also where there is no e4m3 hardware: codes are read and written by their bits."""
+    arch, graph = ARCHES[name], llama_graph(MODELS["llama-3.1-8b"], "plain", num_layers=1)
+    graph = replace(graph, config={**graph.config, "kv_cache": kv_cache})
+    regimes = (Regime(1, 1), Regime(0, 512), Regime(0, 0))
+    wanted = {v for v in variants(graph, arch, regimes) if v.op in ("attention", "qkv_rope_write")}
+    kernels = compile_variants(wanted, arch)
+    assert all(k.shared_bytes <= arch.max_shared_bytes for k in kernels)
+
+
 def test_same_variants_give_the_same_bytes() -> None:
     """Law 3: each run compiles in a folder of its own, and the order of asking does not matter."""
     arch = ARCHES["sm_90"]

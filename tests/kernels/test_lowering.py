@@ -8,7 +8,7 @@ from bench.gpu_models import MODELS, llama_graph
 from compiler_service.models import lower_model
 from compiler_service.passes import run_passes
 from compiler_service.quantization import SCHEMES
-from kernels.launch import Launch, MatMul, Sizes, Temporary, Value
+from kernels.launch import KvCache, Launch, MatMul, Sizes, Temporary, Value
 from kernels.lowering import DECODE_REGIMES, REGIMES, Regime, lower, variants
 from kernels.ops import OPS
 from kernels.variant import KernelVariant
@@ -135,6 +135,24 @@ def test_unfused_graph_is_refused_by_op_name() -> None:
     graph = lower_model(tiny_config("llama"), "bfloat16")
     with pytest.raises(AssertionError, match="has no GPU form; run the fusing passes"):
         lower(graph, ARCHES["sm_90"], Regime(1, 1))
+
+
+@pytest.mark.parametrize("kv_cache", ["fp8", "int8"])
+def test_eight_bit_cache_is_written_by_a_kernel_that_sees_whole_heads(kv_cache: str) -> None:
+    """A linear's program holds a part of a head, which has one scale: it cannot write the cache."""
+    graph = llama_graph(MODELS["tiny"], "plain", 1)
+    graph = replace(graph, config={**graph.config, "kv_cache": kv_cache})
+    steps = lower(graph, ARCHES["sm_90"], Regime(1, 1))
+    launches = [s for s in steps if isinstance(s, Launch)]
+    assert [s.variant.kernel for s in launches][1:4] == [
+        "linear_one",
+        "qkv_rope_write",
+        "attention",
+    ]
+    for launch in launches[2:4]:
+        parts = [o.part for o in launch.operands if isinstance(o, KvCache)]
+        assert parts == [0, 1, 2, 3]
+        assert len(launch.operands) == len(launch.variant.arguments)
 
 
 def test_launches_carry_their_variant() -> None:

@@ -40,3 +40,32 @@ def test_splits_of_ragged_step_equal_formula() -> None:
 def test_one_query_head_per_kv_head() -> None:
     shape = attention_shape(heads=2, head_dim=16)
     _check(shape, AttentionTiles(8, 16, 1), [(11, 11), (1, 30)], seed=2)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8e4nv", "i8"])
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (37, 0.0), (0, 2.5)])
+def test_decode_over_eight_bit_cache_equals_formula(
+    kv_dtype: str, splits: int, window: int, soft_cap: float
+) -> None:
+    """The formula reads the same codes: what is left is rounding inside the kernel."""
+    tiles = AttentionTiles(1, 16, splits, is_decode=True)
+    shape = attention_shape(window, soft_cap, kv_dtype=kv_dtype)
+    _check(shape, tiles, DECODE_LENGTHS, seed=splits)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8e4nv", "i8"])
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (9, 0.0), (0, 2.5)])
+def test_ragged_step_over_eight_bit_cache_equals_formula(
+    kv_dtype: str, window: int, soft_cap: float
+) -> None:
+    shape = attention_shape(window, soft_cap, kv_dtype=kv_dtype)
+    _check(shape, AttentionTiles(4, 16, 1), RAGGED_LENGTHS, seed=window)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp16", "fp8e4nv", "i8"])
+def test_error_does_not_grow_with_the_context(kv_dtype: str) -> None:
+    """32,768 tokens, as a share of a mean that is 180 times smaller than a value: sums are fp32 from end to end."""
+    shape = attention_shape(heads=4, head_dim=32, kv_dtype=kv_dtype)
+    tiles = AttentionTiles(1, 128, 8, is_decode=True)
+    _check(shape, tiles, [(1, 32768), (1, 64)], seed=3)

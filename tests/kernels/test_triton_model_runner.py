@@ -38,9 +38,12 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder: Path = tmp_path_factory.mktemp("mistral")
+    yield from _pair(tmp_path_factory.mktemp("mistral"))
+
+
+def _pair(folder: Path, kv_cache: str = "") -> Iterator[Pair]:
     sizes = {"num_hidden_layers": 1, "intermediate_size": 64}
-    store, engine = build_tiny(folder, "mistral", **sizes)
+    store, engine = build_tiny(folder, "mistral", kv_cache=kv_cache, **sizes)
     cpu = load_runner(store, engine, _OPTIONS)
     graph = graph_of(store, engine)
     with WeightReader(store, engine) as reader:
@@ -103,6 +106,23 @@ def test_idle_time_captures_what_was_put_off(pair: Pair) -> None:
     assert pair.few_graphs == 4
     assert pair.gpu.graphs.num_graphs == 5
     assert not pair.gpu.runner.use_idle_time()
+
+
+@pytest.mark.parametrize("kv_cache", ["fp8", "int8"])
+def test_eight_bit_cache_gives_the_cpu_paths_tokens(kv_cache: str, tmp_path: Path) -> None:
+    """Kept in the same codes on both paths, through whole prompts, chunks, decode and copied blocks."""
+    stem = [(i * i * 7 + 3) % 300 for i in range(26)]
+    requests = [
+        Request(n, stem[: 8 + 6 * n], SamplingParams(), StopParams(8), num_samples=1 + n % 2)
+        for n in range(4)
+    ]
+    for pair in _pair(tmp_path, kv_cache):
+        limits = replace(pair.limits, num_blocks=12)
+        found, _ = serve(pair.gpu.runner, limits, requests, 1)
+        wanted, _ = serve(pair.cpu.runner, limits, requests, 1)
+        assert {k: tokens_of(v) for k, v in found.items()} == {
+            k: tokens_of(v) for k, v in wanted.items()
+        }
 
 
 def test_aborted_neighbours_change_nothing(pair: Pair) -> None:

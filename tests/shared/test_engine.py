@@ -33,6 +33,7 @@ quants = st.builds(
     max_perplexity_increase=limits,
     auto_keep=st.booleans(),
     skip_quality=st.booleans(),
+    kv_cache=words,
 )
 keys = st.builds(EngineKey, words, words, quants, words)
 
@@ -61,6 +62,7 @@ def test_keys_share_a_name_only_if_equal(one: EngineKey, two: EngineKey) -> None
         replace(KEY, quant=QuantConfig("int4", 64, max_perplexity_increase=0.5)),
         replace(KEY, quant=QuantConfig("int4", 64, auto_keep=True)),
         replace(KEY, quant=QuantConfig("int4", 64, skip_quality=True)),
+        replace(KEY, quant=QuantConfig("int4", 64, kv_cache="fp8")),
         replace(KEY, builder="builder2"),
     ],
 )

@@ -105,6 +105,16 @@ def test_engine_is_not_found_by_other_names(store: LocalStore) -> None:
     assert [store.find(selector) for selector in selectors] == [None] * 4
 
 
+def test_selector_names_the_kv_cache(store: LocalStore) -> None:
+    """Else whoever asks for bf16 would be given a cache that loses something."""
+    plain = publish_engine(store, engine_key(quant=QuantConfig("bf16")))
+    fp8 = publish_engine(store, engine_key(quant=QuantConfig("bf16", kv_cache="fp8")))
+    assert store.find(EngineSelector("tiny", "cpu", QuantConfig("bf16"))) == plain
+    asked = EngineSelector("tiny", "cpu", QuantConfig("bf16", kv_cache="fp8"))
+    assert store.find(asked) == fp8
+    assert store.find(EngineSelector("tiny", "cpu", QuantConfig("bf16", kv_cache="int8"))) is None
+
+
 def test_default_group_size_and_its_value_are_one_selector(store: LocalStore) -> None:
     engine = publish_engine(store, engine_key(quant=QuantConfig("int4", 64)))
     assert store.find(EngineSelector("tiny", "cpu", QuantConfig("int4"))) == engine

@@ -107,10 +107,19 @@ class AsyncClient:
         )
 
     async def load_engine(
-        self, model: str, quant: str, *, group_size: int = 0, arch: str = "", model_uri: str = ""
+        self,
+        model: str,
+        quant: str,
+        *,
+        group_size: int = 0,
+        kv_cache: str = "",
+        arch: str = "",
+        model_uri: str = "",
     ) -> engine_pb2.Engine:
         """As `Client.load_engine`."""
-        quant_config = engine_pb2.QuantConfig(scheme=quant, group_size=group_size)
+        quant_config = engine_pb2.QuantConfig(
+            scheme=quant, group_size=group_size, kv_cache=kv_cache
+        )
         selector = engine_pb2.EngineSelector(model=model, arch=arch, quant=quant_config)
         request = runtime_pb2.LoadEngineRequest(selector=selector, model_uri=model_uri)
         method = self._runtime.LoadEngine

@@ -22,6 +22,7 @@ class RecipeOptions(TypedDict, total=False):
     max_perplexity_increase: as a share (0.05 is 5 %), beyond which the build fails.
     auto_keep: keep more weights in bf16 instead of failing.
     skip_quality: measure nothing.
+    kv_cache: how keys and values are kept: `fp8` or `int8`; empty: as activations are.
     """
 
     keep: Sequence[str]
@@ -31,6 +32,7 @@ class RecipeOptions(TypedDict, total=False):
     max_perplexity_increase: float
     auto_keep: bool
     skip_quality: bool
+    kv_cache: str
 
 
 def build_request(
@@ -57,6 +59,7 @@ def build_request(
         max_perplexity_increase=recipe.get("max_perplexity_increase", 0.0),
         auto_keep=recipe.get("auto_keep", False),
         skip_quality=recipe.get("skip_quality", False),
+        kv_cache=recipe.get("kv_cache", ""),
     )
     if config.ByteSize():
         request.quant.CopyFrom(config)

@@ -244,12 +244,20 @@ class Client:
         return self._ask(self._runtime.GetStatus, request, self._runtime_address, self._timeout_s)
 
     def load_engine(
-        self, model: str, quant: str, *, group_size: int = 0, arch: str = "", model_uri: str = ""
+        self,
+        model: str,
+        quant: str,
+        *,
+        group_size: int = 0,
+        kv_cache: str = "",
+        arch: str = "",
+        model_uri: str = "",
     ) -> engine_pb2.Engine:
         """The engine that the runtime daemon serves from now on.
 
         Args:
             model: name or digest of the model.
+            kv_cache: that the engine was built with; empty for none.
             arch: empty for the daemon's own.
             model_uri: where the checkpoint is; then a missing engine is built first.
         """
@@ -257,7 +265,9 @@ class Client:
             selector=engine_pb2.EngineSelector(
                 model=model,
                 arch=arch,
-                quant=engine_pb2.QuantConfig(scheme=quant, group_size=group_size),
+                quant=engine_pb2.QuantConfig(
+                    scheme=quant, group_size=group_size, kv_cache=kv_cache
+                ),
             ),
             model_uri=model_uri,
         )

@@ -54,13 +54,20 @@ class FleetClient:
             raise from_rpc_error(raised, self._address) from None
 
     def deploy(
-        self, name: str, model: str, scheme: str, group_size: int, model_uri: str, replicas: int
+        self,
+        name: str,
+        model: str,
+        scheme: str,
+        group_size: int,
+        model_uri: str,
+        replicas: int,
+        kv_cache: str = "",
     ) -> fleet_pb2.Deployment:
         """Says what the deployment `name` serves from now on; returns at once."""
         deployment = fleet_pb2.Deployment(
             name=name,
             model=model,
-            quant=engine_pb2.QuantConfig(scheme=scheme, group_size=group_size),
+            quant=engine_pb2.QuantConfig(scheme=scheme, group_size=group_size, kv_cache=kv_cache),
             model_uri=model_uri,
             replicas=replicas,
         )

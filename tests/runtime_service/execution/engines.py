@@ -12,13 +12,14 @@ from tests.checkpoints import write_checkpoint
 
 
 def build_tiny(
-    folder: Path, family: str = "llama", quant: str = "fp32", **sizes: Any
+    folder: Path, family: str = "llama", quant: str = "fp32", kv_cache: str = "", **sizes: Any
 ) -> tuple[LocalStore, EngineManifest]:
     """A store under `folder` with one engine, whatever quantizing it costs."""
     checkpoint = write_checkpoint(folder / f"{family}-model", family, **sizes)
     cache = folder / "cache"
     cache.mkdir(exist_ok=True)
-    recipe = QuantConfig(quant, skip_quality=quant not in ("fp32", "bf16"))
+    is_measured = bool(kv_cache) or quant not in ("fp32", "bf16")
+    recipe = QuantConfig(quant, skip_quality=is_measured, kv_cache=kv_cache)
     resolved = resolve(str(checkpoint), ["cpu"], recipe, family, cache)
     store = LocalStore(folder / "store")
     request = BuildRequest(str(checkpoint), resolved.keys["cpu"], family, cache)

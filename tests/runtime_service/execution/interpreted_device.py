@@ -21,7 +21,7 @@ from shared.ir import Graph
 
 _DTYPES = {
     "i32": torch.int32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
-    "u64": torch.uint64,
+    "u64": torch.uint64, "u8": torch.uint8, "u16": torch.uint16,
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Sizes are chosen from memory and said why; flags override; contradictions are errors."""
 
+from dataclasses import replace
+
 import pytest
 
 from runtime_service.execution.limits import GPU_DEFAULTS, RunnerOptions, choose_limits
@@ -8,33 +10,41 @@ from shared.ir import Graph
 
 # 2 (k, v) * 2 layers * 64 values * 2 bytes: a token takes 512 bytes.
 GRAPH = Graph({}, (), (), {}, {
-    "num_layers": 2, "num_kv_heads": 2, "head_dim": 32, "max_position_embeddings": 1024,
+    "dtype": "bfloat16", "num_layers": 2, "num_kv_heads": 2, "head_dim": 32, "max_position_embeddings": 1024,
 })  # fmt: skip
 TOKEN_BYTES = 512
 BLOCK_BYTES = 32 * TOKEN_BYTES
 
 
 def choose(free_bytes: int, **options: int) -> object:
-    return choose_limits(GRAPH, "bfloat16", 2, free_bytes, RunnerOptions(**options))
+    return choose_limits(GRAPH, free_bytes, RunnerOptions(**options))
 
 
 def test_cache_is_no_larger_than_all_rows_can_use() -> None:
-    limits = choose_limits(GRAPH, "bfloat16", 2, 1 << 40, RunnerOptions(max_sequences=3))
+    limits = choose_limits(GRAPH, 1 << 40, RunnerOptions(max_sequences=3))
     assert limits.num_blocks == 3 * 1024 // 32
     assert limits.kv_bytes == limits.num_blocks * BLOCK_BYTES
     assert limits.kv_reason == "3 sequences of 1,024 tokens need no more"
 
 
 def test_cache_takes_a_share_of_what_is_free() -> None:
-    limits = choose_limits(GRAPH, "bfloat16", 2, 100 * BLOCK_BYTES, RunnerOptions())
+    limits = choose_limits(GRAPH, 100 * BLOCK_BYTES, RunnerOptions())
     assert limits.num_blocks == 40
     assert limits.max_sequence_tokens == 1024
     assert "40% of the" in limits.kv_reason
 
 
+def test_codes_of_eight_bits_and_their_scales_take_little_more_than_half() -> None:
+    """1 byte a value, and 4 for each of the two heads' keys and values in two layers: 288 bytes for 512."""
+    graph = replace(GRAPH, config={**GRAPH.config, "kv_cache": "fp8"})
+    limits = choose_limits(graph, 0, RunnerOptions(kv_bytes=32 * 288 * 40))
+    assert (limits.num_blocks, limits.kv_dtype) == (40, "float8_e4m3fn")
+    assert limits.kv_bytes == 32 * 288 * 40
+
+
 def test_gpu_takes_more_of_everything_and_says_why() -> None:
     free = 1000 * BLOCK_BYTES
-    limits = choose_limits(GRAPH, "bfloat16", 2, free, RunnerOptions(), GPU_DEFAULTS)
+    limits = choose_limits(GRAPH, free, RunnerOptions(), GPU_DEFAULTS)
     assert (limits.max_sequences, limits.max_step_tokens, limits.block_tokens) == (512, 8192, 16)
     assert limits.num_blocks == 1800
     assert "90% of the" in limits.kv_reason
@@ -42,7 +52,7 @@ def test_gpu_takes_more_of_everything_and_says_why() -> None:
 
 
 def test_sequences_shorten_where_memory_is_short() -> None:
-    limits = choose_limits(GRAPH, "bfloat16", 2, 20 * BLOCK_BYTES, RunnerOptions())
+    limits = choose_limits(GRAPH, 20 * BLOCK_BYTES, RunnerOptions())
     assert limits.max_sequence_tokens == 8 * 32
     assert limits.kv_reason.endswith("so sequences are limited to 256 tokens")
 
@@ -51,7 +61,7 @@ def test_flags_override() -> None:
     options = RunnerOptions(
         max_sequence_tokens=100, max_sequences=5, max_step_tokens=7, kv_bytes=10 * BLOCK_BYTES + 1
     )
-    limits = choose_limits(GRAPH, "bfloat16", 2, 0, options)
+    limits = choose_limits(GRAPH, 0, options)
     assert (limits.max_sequence_tokens, limits.max_sequences) == (100, 5)
     assert (limits.max_step_tokens, limits.num_blocks) == (7, 10)
     assert "--kv-bytes" in limits.kv_reason

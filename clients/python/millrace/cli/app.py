@@ -182,6 +182,9 @@ def build(
     skip_quality: Annotated[
         bool, typer.Option("--no-quality", help="Measure nothing, promise nothing.")
     ] = False,
+    kv_cache: Annotated[
+        str, typer.Option("--kv-cache", help="Keep keys and values in 8 bits: fp8 or int8.")
+    ] = "",
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for it.")] = False,
     compiler: Compiler = COMPILER,
     as_json: AsJson = False,
@@ -194,7 +197,7 @@ def build(
 
     archs = [local_arch()] if arch == "auto" else [a.strip() for a in arch.split(",") if a.strip()]
     model = _daemon_path(model)
-    scheme, group_size = parse_quant(quant)
+    scheme, group_size, named_kv_cache = parse_quant(quant)
     recipe: RecipeOptions = {
         "keep": parse_keep(keep),
         "calibration": _daemon_path(calibration),
@@ -203,6 +206,7 @@ def build(
         "max_perplexity_increase": max_perplexity_increase,
         "auto_keep": auto_keep,
         "skip_quality": skip_quality,
+        "kv_cache": kv_cache or named_kv_cache,
     }
     with connect(compiler) as client:
         run(client, model, archs, scheme, group_size, name, recipe, detach=detach, as_json=as_json)

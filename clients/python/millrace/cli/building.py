@@ -73,17 +73,18 @@ def build(
     return operation
 
 
-def parse_quant(text: str) -> tuple[str, int]:
-    """Scheme and group size of `int8` or `int4-g128`.
+def parse_quant(text: str) -> tuple[str, int, str]:
+    """Scheme, group size and KV cache of `int8`, `int4-g128` or `bf16-kv-fp8`.
 
     Raises:
         CommandFailed: it is not of that form.
     """
     # A scheme's own name may hold `-g`, as int4-gptq does.
-    found = re.fullmatch(r"(.*?)(?:-g(\d+))?", text)
-    if found is None or re.search(r"-g(?!ptq)", found[1]):
-        raise CommandFailed(f"--quant {text!r} is not of the form int8 or int4-awq-g64", USAGE)
-    return found[1], int(found[2] or 0)
+    found = re.fullmatch(r"(.*?)(?:-g(\d+))?(?:-kv-(fp8|int8))?", text)
+    if found is None or re.search(r"-g(?!ptq)|-kv", found[1]):
+        form = "int8, int4-awq-g64 or bf16-kv-fp8"
+        raise CommandFailed(f"--quant {text!r} is not of the form {form}", USAGE)
+    return found[1], int(found[2] or 0), found[3] or ""
 
 
 def parse_keep(text: str) -> list[str]:

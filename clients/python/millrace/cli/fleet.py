@@ -44,8 +44,8 @@ def deploy(
     Raises:
         CommandFailed: they do not, by then.
     """
-    scheme, group_size = parse_quant(quant)
-    deployment = fleet.deploy(name, model, scheme, group_size, model_uri, replicas)
+    scheme, group_size, kv_cache = parse_quant(quant)
+    deployment = fleet.deploy(name, model, scheme, group_size, model_uri, replicas, kv_cache)
     deadline = time.monotonic() + wait_s
     while wait_s and deployment.ready_replicas < replicas:
         if time.monotonic() > deadline:

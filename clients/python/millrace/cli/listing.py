@@ -54,8 +54,9 @@ def cancel_build(client: Client, name: str) -> None:
 
 
 def quant_text(quant: engine_pb2.QuantConfig) -> str:
-    """A quantization as people write it: `int4-g128`."""
-    return f"{quant.scheme}-g{quant.group_size}" if quant.group_size else quant.scheme
+    """A quantization as people write it: `int4-g128`, `bf16-kv-fp8`."""
+    group = f"-g{quant.group_size}" if quant.group_size else ""
+    return f"{quant.scheme}{group}" + (f"-kv-{quant.kv_cache}" if quant.kv_cache else "")
 
 
 def recipe_text(quant: engine_pb2.QuantConfig) -> str:

@@ -29,7 +29,11 @@ def serve(client: Client, engine: engine_pb2.Engine) -> engine_pb2.Engine:
     """Has the runtime serve the newest engine of `engine`'s selector; returns it."""
     key = engine.key
     return client.load_engine(
-        engine.model, key.quant.scheme, group_size=key.quant.group_size, arch=key.arch
+        engine.model,
+        key.quant.scheme,
+        group_size=key.quant.group_size,
+        kv_cache=key.quant.kv_cache,
+        arch=key.arch,
     )
 
 

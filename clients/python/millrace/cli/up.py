@@ -83,10 +83,17 @@ and in another:
 def _serve(stack: Stack, client: Client, model_uri: str, quant: str) -> None:
     """Builds `model_uri` for this machine, and has the runtime serve it."""
     start = time.monotonic()
-    scheme, group_size = parse_quant(quant)
+    scheme, group_size, kv_cache = parse_quant(quant)
     try:
         operation = build(
-            client, model_uri, [local_arch()], scheme, group_size, "", tell=output.say
+            client,
+            model_uri,
+            [local_arch()],
+            scheme,
+            group_size,
+            "",
+            {"kv_cache": kv_cache},
+            tell=output.say,
         )
         engine = client.get_engine(engine_names(operation.builds)[0]).engine
         if stack.num_runtimes == 1:

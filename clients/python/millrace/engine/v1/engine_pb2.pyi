@@ -70,8 +70,9 @@ Global___EngineKey: _TypeAlias = EngineKey  # noqa: Y015
 @_typing.final
 class QuantConfig(_message.Message):
     """How an engine's weights are stored, and what that may cost: a recipe. A
-    selector finds engines by scheme and group size alone; the other fields tell
-    builds apart, and among engines that differ in them the newest is found.
+    selector finds engines by scheme, group size and KV cache alone; the other
+    fields tell builds apart, and among engines that differ in them the newest is
+    found.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -85,6 +86,7 @@ class QuantConfig(_message.Message):
     MAX_PERPLEXITY_INCREASE_FIELD_NUMBER: _builtins.int
     AUTO_KEEP_FIELD_NUMBER: _builtins.int
     SKIP_QUALITY_FIELD_NUMBER: _builtins.int
+    KV_CACHE_FIELD_NUMBER: _builtins.int
     scheme: _builtins.str
     """One of the compile daemon's schemes, such as `bf16`, `int8`, `int4-awq` or
     `fp8`; docs/QUANTIZATION.md has the table. `int4` is read as `int4-rtn`.
@@ -112,6 +114,10 @@ class QuantConfig(_message.Message):
     """Keep more weights in bf16, as few as are found to do, instead of failing."""
     skip_quality: _builtins.bool
     """Measure nothing: the engine carries no quality report and passed no gate."""
+    kv_cache: _builtins.str
+    """How the runtime keeps keys and values: `fp8` (e4m3) or `int8`, a scale for
+    each token and head. Empty: in the format of the activations.
+    """
     @_builtins.property
     def keep(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Weights that stay in bf16: patterns with `*` and `?` over the names that
@@ -131,10 +137,11 @@ class QuantConfig(_message.Message):
         max_perplexity_increase: _builtins.float = ...,
         auto_keep: _builtins.bool = ...,
         skip_quality: _builtins.bool = ...,
+        kv_cache: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_keep", b"auto_keep", "calibration_digest", b"calibration_digest", "calibration_tokens", b"calibration_tokens", "group_size", b"group_size", "keep", b"keep", "max_kl", b"max_kl", "max_perplexity_increase", b"max_perplexity_increase", "scheme", b"scheme", "skip_quality", b"skip_quality"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_keep", b"auto_keep", "calibration_digest", b"calibration_digest", "calibration_tokens", b"calibration_tokens", "group_size", b"group_size", "keep", b"keep", "kv_cache", b"kv_cache", "max_kl", b"max_kl", "max_perplexity_increase", b"max_perplexity_increase", "scheme", b"scheme", "skip_quality", b"skip_quality"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,25 @@
+"""How attention is cut into tiles, on arches with much shared memory and with little."""
+
+import pytest
+
+from kernels.attention.launch import AttentionShape, prefill_tiles
+from shared.arch import ARCHES
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("arch", [a for a in ARCHES.values() if a.is_gpu], ids=lambda a: a.name)
+def test_prompt_tiles_fit_into_shared_memory_whatever_the_heads(
+    arch: object, head_dim: int
+) -> None:
+    shape = AttentionShape(32, 8, head_dim, 0.1, 0, 0.0, "bf16", "bf16", 16)
+    tiles = prefill_tiles(shape, arch)  # type: ignore[arg-type]
+    rows = tiles.block_q * shape.group
+    assert rows == 64
+    # Queries, and a tile of keys and one of values for each stage.
+    used = (rows + 2 * tiles.stages * tiles.block_n) * head_dim * 2
+    assert used <= arch.max_shared_bytes  # type: ignore[attr-defined]
+
+
+def test_groups_larger_than_a_tile_still_have_one_query() -> None:
+    shape = AttentionShape(128, 1, 128, 0.1, 0, 0.0, "bf16", "bf16", 16)
+    assert prefill_tiles(shape, ARCHES["sm_90"]).block_q == 1
