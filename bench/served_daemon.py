@@ -11,7 +11,7 @@ import sys
 
 import uvloop
 
-from runtime_service.__main__ import serve
+from runtime_service.daemon import serve
 from runtime_service.settings import RuntimeSettings
 from shared.log import configure_logging
 

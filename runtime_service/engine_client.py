@@ -14,6 +14,7 @@ from collections.abc import Callable
 import structlog
 from google.rpc import status_pb2
 
+from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_messages import (
     AddRequest,
     Command,
@@ -86,6 +87,7 @@ class EngineClient:
         spec: EngineSpec,
         metrics: RuntimeMetrics,
         *,
+        waiting: EngineInterpreter | None = None,
         max_waiting_tokens: int,
         load_timeout_s: float,
         step_timeout_s: float,
@@ -93,11 +95,13 @@ class EngineClient:
     ) -> "EngineClient":
         """A client of a new process that has loaded what `spec` says.
 
+        Args:
+            waiting: see `start_engine_process`.
         Raises:
             MillraceError: what the process says why it cannot.
             EngineLost: it died or took too long.
         """
-        process = await start_engine_process(spec)
+        process = await start_engine_process(spec, waiting)
         try:
             async with asyncio.timeout(load_timeout_s):
                 reply = await process.link.receive()

@@ -1,29 +1,28 @@
 """The process that owns the device: it loads an engine, says `Ready`, and runs the loop.
 
-The front starts it with `start_engine_process`: a fresh interpreter (nothing of the front's threads
-or gRPC state is inherited) in its own session, so that a terminal's Ctrl-C reaches the front alone.
-It dies with the front: the kernel kills it, and its socket closes.
+The front starts it with `start_engine_process`, as an `EngineInterpreter` that is told what to load.
 """
 
 import asyncio
-import contextlib
 import gc
 import importlib
-import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 
 from runtime_service.engine_core import EngineCore, LoadedEngine
+from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_messages import Failed, Ready
-from runtime_service.engine_transport import EngineSide, FrontSide, PeerGone, socket_pair
+from runtime_service.engine_transport import EngineSide, FrontSide, PeerGone
 from runtime_service.scheduling.scheduler import Scheduler
 from shared.errors import Internal, MillraceError, to_status
 from shared.log import LogFormat, configure_logging
@@ -53,7 +52,7 @@ class EngineSpec:
 class EngineProcess:
     """A running engine process, as the front holds it: `link` speaks to it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, link: FrontSide) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], link: FrontSide) -> None:
         self._process = process
         self.link = link
 
@@ -68,42 +67,47 @@ class EngineProcess:
         Nothing that it holds needs a goodbye: send `Shutdown` first for a clean exit status.
         """
         self.link.close()
-        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-            self._process.kill()
-        return await self._process.wait()
+        self._process.kill()
+        return await self.wait()
 
     async def wait(self) -> int:
         """The exit status of a process that ends by itself, negative for a signal."""
-        return await self._process.wait()
+        return await asyncio.to_thread(self._process.wait)
 
 
-async def start_engine_process(spec: EngineSpec) -> EngineProcess:
+async def start_engine_process(
+    spec: EngineSpec, waiting: EngineInterpreter | None = None
+) -> EngineProcess:
     """A process that loads what `spec` says; its first reply is `Ready` or `Failed`.
 
-    Call it from the main thread: the kernel ties the child's life to the thread that started it.
+    Call it from the main thread, as `EngineInterpreter` has to be.
+
+    Args:
+        waiting: becomes that process, unless it has been one already.
     """
-    front, engine = socket_pair()
+    if waiting is None or not waiting.take():
+        waiting = EngineInterpreter()
     try:
-        with engine:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", __name__, str(engine.fileno()), str(os.getpid())),
-                pass_fds=[engine.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        link = await FrontSide.open(waiting.front)
     except BaseException:
-        front.close()
+        waiting.end()
         raise
-    link = await FrontSide.open(front)
     link.send_bytes(pickle.dumps(spec))
-    return EngineProcess(process, link)
+    return EngineProcess(waiting.process, link)
 
 
 def main(arguments: list[str]) -> int:
-    """The engine process: `arguments` are the socket's descriptor and the front's pid."""
+    """The engine process.
+
+    Args:
+        arguments: the socket's descriptor, the front's pid, and what `EngineInterpreter` calls `ahead`.
+    """
     end_with_parent(int(arguments[1]), signal.SIGKILL)
     mailbox = EngineSide(socket.socket(fileno=int(arguments[0])))
+    share_openmp()
+    if arguments[2]:
+        # In a thread: a spec that arrives meanwhile has its weights hashed beside it.
+        threading.Thread(target=_function_named(arguments[2])).start()
     try:
         spec = pickle.loads(mailbox.receive_bytes())
         configure_logging(spec.log_level, spec.log_format, "engine")
@@ -135,11 +139,15 @@ def _serve(spec: EngineSpec, mailbox: EngineSide) -> int:
     return 0
 
 
+def _function_named(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
 def _load(spec: EngineSpec) -> tuple[LoadedEngine, Ready]:
     started = time.monotonic()
-    share_openmp()
-    module, _, function = spec.loader.partition(":")
-    load = getattr(importlib.import_module(module), function)
+    load = _function_named(spec.loader)
     imported = time.monotonic()
     loaded: LoadedEngine = load(**spec.arguments)
     warm_up_started = time.monotonic()

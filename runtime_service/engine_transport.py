@@ -15,24 +15,15 @@ import struct
 
 import msgspec
 
+from runtime_service.engine_interpreter import SOCKET_BUFFER_BYTES
 from runtime_service.engine_messages import Command, Reply
 
-# A step's outputs for thousands of sequences fit, so that the loop does not wait for the front.
-_SOCKET_BUFFER_BYTES = 8 << 20
 _RECEIVE_BYTES = 1 << 20
 _LENGTH = struct.Struct("<I")
 
 
 class PeerGone(Exception):
     """The process at the other end has closed its side or died."""
-
-
-def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Two connected ends: the front's, and the engine's to be inherited."""
-    front, engine = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    for end in (front, engine):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
-    return front, engine
 
 
 class EngineSide:
@@ -125,7 +116,7 @@ class FrontSide:
     async def open(cls, sock: socket.socket) -> "FrontSide":
         """The end at `sock`, which it owns from now on."""
         sock.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=_SOCKET_BUFFER_BYTES)
+        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=SOCKET_BUFFER_BYTES)
         return cls(reader, writer)
 
     def send_bytes(self, frame: bytes) -> None:

@@ -1,15 +1,30 @@
-"""What an engine process runs to load its engine: hashing begins first, as importing torch takes seconds."""
+"""What an engine process runs to load its engine, beside the import of torch, which takes seconds.
 
+That import may go on in another thread, and two threads that import the same modules can fail for each other's
+locks: so `loading`, which reaches torch, is the one module that is imported here after the head.
+"""
+
+import gc
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime_service.execution.limits import RunnerOptions
 from shared.store.local import LocalStore
 from shared.store.weight_files import WeightFiles
 
 if TYPE_CHECKING:
     from runtime_service.execution.loading import LoadedEngine
+
+
+def import_ahead() -> None:
+    """Imports what every engine needs; for a thread of a process that waits for what to load."""
+    gc.disable()  # imports make no garbage to speak of, and looking for it is a tenth of their time
+    try:
+        import runtime_service.execution.loading  # noqa: F401 - to have it
+    finally:
+        gc.enable()
 
 
 def load_engine(
@@ -34,7 +49,6 @@ def load_engine(
     began = time.monotonic()
     with WeightFiles(local, manifest) as files:
         files.start_verify()
-        from runtime_service.execution.limits import RunnerOptions
         from runtime_service.execution.loading import load_runner
 
         imported = ("import_torch", time.monotonic() - began)

@@ -11,7 +11,12 @@ from shared.engine import WEIGHTS_TYPE, EngineManifest
 from shared.errors import DigestMismatch
 from shared.store.local import LocalStore
 
-MAX_VERIFY_THREADS = 16
+_MOST_VERIFY_THREADS = 16
+
+
+def num_verify_threads(num_cores: int) -> int:
+    """Half of the cores at most: what a process imports while it hashes is starved otherwise."""
+    return max(1, min(num_cores // 2, _MOST_VERIFY_THREADS))
 
 
 class WeightFiles:
@@ -59,7 +64,7 @@ class WeightFiles:
             return
         # Opened here: what is hashed is what is read, whatever happens to the names.
         files = [self.file(number) for number in range(len(self._blobs))]
-        num_threads = max(1, min(len(files), os.cpu_count() or 1, MAX_VERIFY_THREADS))
+        num_threads = num_verify_threads(os.cpu_count() or 1)
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="verify-weights")
         self._hashes = [
             pool.submit(self._store.blobs.verify, file, blob.digest)

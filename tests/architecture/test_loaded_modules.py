@@ -12,9 +12,11 @@ _HEAVY = ("triton", "transformers", "sympy", "torch._dynamo", "torch._inductor")
     ("modules", "absent"),
     [
         ("runtime_service.engine_process, runtime_service.execution.loading", _HEAVY),
-        # It begins to hash weights before it imports torch.
+        # It hashes weights while torch is imported.
         ("runtime_service.engine_process, runtime_service.execution.loader", ("torch", *_HEAVY)),
-        ("runtime_service.__main__", ("torch", *_HEAVY)),
+        # It starts the engine process before it imports the daemon.
+        ("runtime_service.__main__", ("asyncio", "grpc", "pydantic", "structlog", "torch")),
+        ("runtime_service.daemon", ("torch", *_HEAVY)),
         ("runtime_service.gateway.__main__", ("torch", *_HEAVY)),
     ],
 )

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 # The daemon as it is, but for the engine that its engine process loads.
 MAIN = """
 import uvloop
-from runtime_service.__main__ import serve
+from runtime_service.daemon import serve
 from runtime_service.settings import RuntimeSettings
 from shared.log import configure_logging
 configure_logging("info", "json", "runtime")
@@ -227,9 +227,34 @@ async def test_daemon_that_cannot_serve_says_why_and_exits(
     assert process.returncode == status
 
 
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+async def test_waiting_engine_process_ends_with_a_daemon_that_loaded_nothing(
+    tmp_path: Path, port: int, ending: signal.Signals
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "runtime_service", "--store", str(tmp_path / "store")),
+        *("--listen", f"127.0.0.1:{port}", "--metrics-listen", ""),
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+    )
+    daemon = Process(process, f"127.0.0.1:{port}", "")
+    try:
+        status = await daemon.stub.GetStatus(pb.GetStatusRequest(), wait_for_ready=True)
+        assert status.state == pb.RUNTIME_STATE_IDLE
+        (engine,) = _children(process.pid)
+        process.send_signal(ending)
+        assert await daemon.exit_status() == (0 if ending == signal.SIGTERM else -ending)
+        await until(lambda: not _is_running(engine))
+    finally:
+        await daemon.channel.close()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 async def test_front_process_never_imports_torch() -> None:
     """A cached start is fast because torch is imported in the engine process alone."""
-    code = "import sys, runtime_service.__main__; sys.exit('torch' in sys.modules)"
+    code = "import sys, runtime_service.daemon; sys.exit('torch' in sys.modules)"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=ROOT)
     assert await process.wait() == 0
 

@@ -14,7 +14,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
 from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer, byte_tokenizer_files
-from runtime_service.__main__ import tell_changes
+from runtime_service.daemon import tell_changes
 from runtime_service.engine_client import EngineClient
 from runtime_service.engine_process import EngineSpec
 from runtime_service.engine_source import EngineSource

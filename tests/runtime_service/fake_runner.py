@@ -5,6 +5,7 @@ draws follows from the entry before, as in a real model: wrong blocks give wrong
 every rule of the records that cross the boundary, so that a scheduler's mistake cannot hide.
 """
 
+import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -234,6 +235,11 @@ def small_limits(
         max_sequence_tokens, max_sequences, max_step_tokens, block_tokens, num_blocks,
         kv_dtype="float32", kv_bytes=num_blocks * block_tokens * 8, kv_reason="a test asked for it",
     )  # fmt: skip
+
+
+def tell_pid() -> None:
+    """Writes the id of the process that it is run in to stdout."""
+    os.write(1, b"%d\n" % os.getpid())
 
 
 def load_fake_engine(limits: RuntimeLimits, fails_at_step: int | None = None) -> FakeEngine:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from google.rpc import status_pb2
 
+from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_messages import (
     AddRequest,
     Failed,
@@ -168,3 +169,73 @@ def test_process_dies_with_a_killed_front() -> None:
             assert ended, "the engine process outlives its front"
         finally:
             os.close(engine)
+
+
+_WAITING_FRONT = """
+import sys
+from runtime_service.engine_interpreter import EngineInterpreter
+
+with EngineInterpreter("tests.runtime_service.fake_runner:tell_pid") as waiting:
+    sys.stdin.readline()
+    if sys.argv[1] == "fails":
+        sys.exit("bad settings")
+"""
+
+
+@pytest.mark.parametrize("ending", ["kill", "interrupt", "fails", "returns"])
+def test_waiting_process_ends_with_its_front(ending: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _WAITING_FRONT, ending],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as front:
+        assert front.stdout is not None
+        # Nothing has told it what to load: it runs this while it waits.
+        engine = os.pidfd_open(int(front.stdout.readline()))
+        try:
+            if ending == "kill":
+                front.kill()
+            elif ending == "interrupt":
+                front.send_signal(signal.SIGINT)
+            else:
+                front.communicate(b"\n")
+            ended, _, _ = select.select([engine], [], [], 10)
+            assert ended, "the waiting process outlives its front"
+        finally:
+            os.close(engine)
+
+
+async def test_first_load_takes_the_waiting_process_and_the_second_starts_its_own() -> None:
+    with EngineInterpreter() as waiting:
+        first = await start_engine_process(fake_spec(), waiting)
+        second = await start_engine_process(fake_spec(), waiting)
+        try:
+            assert first.pid == waiting.process.pid != second.pid
+            for process in (first, second):
+                assert isinstance(await process.link.receive(), Ready)
+        finally:
+            assert await first.stop() == await second.stop() == -signal.SIGKILL
+
+
+async def test_waiting_process_that_died_is_not_taken() -> None:
+    with EngineInterpreter() as waiting:
+        waiting.process.kill()
+        waiting.process.wait()
+        process = await start_engine_process(fake_spec(), waiting)
+        assert process.pid != waiting.process.pid
+        assert isinstance(await process.link.receive(), Ready)
+        await process.stop()
+
+
+def test_waiting_process_is_reaped_where_it_was_not_taken() -> None:
+    with EngineInterpreter() as waiting:
+        assert waiting.process.poll() is None
+    assert waiting.process.returncode == -signal.SIGKILL
+
+
+async def test_taken_process_outlives_the_block() -> None:
+    with EngineInterpreter() as waiting:
+        process = await start_engine_process(fake_spec(), waiting)
+    assert isinstance(await process.link.receive(), Ready)
+    await process.stop()

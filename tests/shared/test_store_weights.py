@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shared.engine import WEIGHT_ALIGNMENT_BYTES, Blob, EngineDraft, EngineManifest
 from shared.errors import DigestMismatch
 from shared.store import LocalStore
+from shared.store.weight_files import num_verify_threads
 from shared.store.weights import WeightReader, WeightWriter
 from tests.shared.engines import engine_key
 
@@ -209,3 +210,8 @@ def test_missing_weight_is_a_key_error(store: LocalStore) -> None:
         assert set(reader.roles("w")) == {"weight"}
     with pytest.raises(KeyError):
         WeightReader(store, replace(engine, layers=()))
+
+
+@pytest.mark.parametrize(("num_cores", "num_threads"), [(1, 1), (2, 1), (3, 1), (16, 8), (128, 16)])
+def test_hashing_leaves_half_of_the_cores(num_cores: int, num_threads: int) -> None:
+    assert num_verify_threads(num_cores) == num_threads
