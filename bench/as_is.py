@@ -26,8 +26,8 @@ from kernels.batch import StepBatch
 from kernels.cpu_form import cpu_target
 from kernels.reference import prompt_batch, run
 from runtime_service.execution.cpu_executor import CpuExecutor
-from runtime_service.execution.limits import RunnerOptions
 from runtime_service.execution.loading import load_runner
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.scheduling.request import SamplingParams
 from shared.engine import EngineManifest, QuantConfig
 from shared.ir import Graph

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from runtime_service.execution.limits import RunnerOptions
 from runtime_service.execution.loading import LoadedEngine, load_runner
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
 from runtime_service.scheduling.request import SamplingParams, StopParams
 from shared.store.local import LocalStore

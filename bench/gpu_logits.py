@@ -19,7 +19,7 @@ from bench.gpu_kernels import read
 from bench.gpu_models import MODELS, LlamaSizes, llama_graph, random_weights
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream
-from runtime_service.execution.limits import RunnerOptions
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
 from runtime_service.scheduling.request import SamplingParams, StopParams
 

@@ -36,7 +36,7 @@ from kernels.kv_cache import kv_format
 from runtime_service.engine_core import ModelRunner, PendingStep
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream
-from runtime_service.execution.limits import RunnerOptions
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.limits import RuntimeLimits
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
 from runtime_service.scheduling.scheduler import Scheduler

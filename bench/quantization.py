@@ -17,8 +17,8 @@ from typing import Any
 from bench.cpu_decode import generate
 from compiler_service.builder import BuildRequest, build
 from compiler_service.resolve import resolve
-from runtime_service.execution.limits import RunnerOptions
 from runtime_service.execution.loading import LoadedEngine, load_runner
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.scheduling.request import SamplingParams
 from shared.engine import EngineManifest, QuantConfig
 from shared.store.local import LocalStore

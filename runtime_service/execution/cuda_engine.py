@@ -12,7 +12,8 @@ from runtime_service.execution.cuda_model_runner import CudaModelRunner
 from runtime_service.execution.device_rows import DeviceRows
 from runtime_service.execution.device_sampler import DeviceSampler
 from runtime_service.execution.device_stream import DeviceStream
-from runtime_service.execution.limits import GPU_DEFAULTS, RunnerOptions, choose_limits
+from runtime_service.execution.limits import GPU_DEFAULTS, choose_limits
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.limits import RuntimeLimits
 from shared.ir import Graph
 

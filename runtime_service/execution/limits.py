@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from kernels.kv_cache import kv_format
 from kernels.lowering import BLOCK_TOKENS
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.limits import RuntimeLimits
 from shared.errors import InvalidField
 from shared.ir import Graph
@@ -32,23 +33,6 @@ class LimitDefaults:
 CPU_DEFAULTS = LimitDefaults(64, 512, 32, 0.4, "the weights")
 # The rest is for captured graphs, tables of rows, and what libraries allocate.
 GPU_DEFAULTS = LimitDefaults(512, 8192, BLOCK_TOKENS, 0.9, "weights and activations")
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerOptions:
-    """What flags say; None lets the runtime choose.
-
-    Args:
-        num_threads: of one op on the CPU.
-        block_tokens: tokens of a KV block.
-    """
-
-    max_sequence_tokens: int | None = None
-    max_sequences: int | None = None
-    max_step_tokens: int | None = None
-    kv_bytes: int | None = None
-    num_threads: int | None = None
-    block_tokens: int | None = None
 
 
 def choose_limits(

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime_service.execution.limits import RunnerOptions
+from runtime_service.execution.options import RunnerOptions
 from shared.store.local import LocalStore
 from shared.store.weight_files import WeightFiles
 

@@ -16,8 +16,9 @@ from runtime_service.execution.cuda_engine import assemble
 from runtime_service.execution.cuda_executor import PackedWeights
 from runtime_service.execution.cuda_model_runner import CudaModelRunner
 from runtime_service.execution.device_stream import CudaLane, CudaStream
-from runtime_service.execution.limits import RunnerOptions, choose_limits
+from runtime_service.execution.limits import choose_limits
 from runtime_service.execution.model_runner import ModelRunner
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.execution.weight_copy import LANE_BYTES, NUM_LANES, WeightCopy
 from runtime_service.limits import RuntimeLimits
 from shared.arch import arch_named

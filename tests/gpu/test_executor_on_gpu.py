@@ -12,7 +12,7 @@ from kernels.launcher import KernelLibrary
 from kernels.lowering import variants
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream, DeviceStream
-from runtime_service.execution.limits import RunnerOptions
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
 from runtime_service.scheduling.request import SamplingParams, StopParams
 from shared.ir import Graph

@@ -10,8 +10,8 @@ from tests.runtime_service.execution import interpreted_device  # first: it sets
 
 # isort: split
 from runtime_service.execution.cuda_engine import CudaEngine
-from runtime_service.execution.limits import RunnerOptions
 from runtime_service.execution.loading import LoadedEngine, load_runner
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.limits import RuntimeLimits
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
 from shared.store.weights import WeightReader

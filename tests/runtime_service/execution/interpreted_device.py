@@ -16,7 +16,7 @@ import torch
 from kernels.launch import Grid
 from kernels.variant import KernelVariant
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
-from runtime_service.execution.limits import RunnerOptions
+from runtime_service.execution.options import RunnerOptions
 from shared.ir import Graph
 
 _DTYPES = {

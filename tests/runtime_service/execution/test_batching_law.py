@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from runtime_service.engine_messages import SampleOutput
-from runtime_service.execution.limits import RunnerOptions
 from runtime_service.execution.loading import LoadedEngine, load_runner
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
 from tests.runtime_service.execution.engines import build_tiny
 from tests.runtime_service.execution.serving import serve, tokens_of

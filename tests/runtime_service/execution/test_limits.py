@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from runtime_service.execution.limits import GPU_DEFAULTS, RunnerOptions, choose_limits
+from runtime_service.execution.limits import GPU_DEFAULTS, choose_limits
+from runtime_service.execution.options import RunnerOptions
 from shared.errors import InvalidField
 from shared.ir import Graph
 

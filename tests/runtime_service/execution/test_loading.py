@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime_service.execution.limits import RunnerOptions
 from runtime_service.execution.loader import load_engine
 from runtime_service.execution.loading import load_runner
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
 from runtime_service.scheduling.request import SamplingParams, StopParams
 from shared.errors import ArchMismatch, DigestMismatch

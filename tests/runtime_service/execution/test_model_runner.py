@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kernels import reference
-from runtime_service.execution.limits import RunnerOptions
 from runtime_service.execution.loading import LoadedEngine, load_runner
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.sampling.sampler import NonFiniteLogits
 from runtime_service.scheduling.output import (
     ModelRunnerOutput,
