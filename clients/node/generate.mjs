@@ -11,7 +11,10 @@ const python = process.env.PYTHON ?? join(root, ".venv/bin/python");
 const protos = join(root, "protos");
 const out = join(here, "src/gen");
 const site = execFileSync(python, ["-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]);
-const files = readdirSync(join(protos, "millrace")).map((p) => `millrace/${p}/v1/${p}.proto`);
+// The KServe protocol is others'; Triton's clients speak it.
+const files = readdirSync(join(protos, "millrace"))
+  .filter((p) => p !== "kserve")
+  .map((p) => `millrace/${p}/v1/${p}.proto`);
 
 rmSync(out, { recursive: true, force: true });
 mkdirSync(out, { recursive: true });

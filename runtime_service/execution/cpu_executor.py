@@ -51,9 +51,8 @@ class CpuExecutor:
         self._num_before_rows = next(
             (i for i, node in enumerate(graph.nodes) if node.op == "select_rows"), len(graph.nodes)
         )
-        self._kv_caches = by_layer(
-            kv_format(graph).allocate(graph, num_blocks, block_tokens, _zeros)
-        )
+        kept = kv_format(graph, str(target.kv_dtype).removeprefix("torch."))
+        self._kv_caches = by_layer(kept.allocate(graph, num_blocks, block_tokens, _zeros))
 
     def forward(self, token_ids_T: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """Logits [R, V], fp32."""

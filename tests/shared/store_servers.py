@@ -20,6 +20,7 @@ from typing import Self
 
 REGISTRY = shutil.which("docker-registry")
 _START_S, _NUM_STARTS = 40.0, 3
+_SHELL_TIMEOUT_S = 40.0  # of the command that makes the bucket; it takes about a second
 
 
 class NotStarted(Exception):
@@ -84,9 +85,13 @@ def _s3_server(folder: Path, bucket: str) -> Iterator[S3Server]:
         _wait_for(s3, process, folder)
         shell = [weed, "shell", f"-master=127.0.0.1:{master}.{master_grpc}"]
         shell.append(f"-filer=127.0.0.1:{filer}.{filer_grpc}")
-        done = subprocess.run(
-            shell, input=f"s3.bucket.create -name {bucket}\n", text=True, capture_output=True
-        )
+        try:
+            done = subprocess.run(
+                shell, input=f"s3.bucket.create -name {bucket}\n", text=True,
+                capture_output=True, timeout=_SHELL_TIMEOUT_S,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:  # it waits for ever for a server it cannot find
+            raise NotStarted(f"the shell found no server: {error}") from None
         if "created bucket" not in done.stdout:
             raise NotStarted(done.stdout + done.stderr)
         yield server

@@ -12,7 +12,6 @@ from google.protobuf.duration_pb2 import Duration
 
 from millrace.errors import from_status
 from millrace.runtime.v1 import runtime_pb2 as pb
-from millrace.tracing import current_traceparent
 
 FinishReason = Literal["stop_token", "stop_string", "length", "cancelled", "unspecified"]
 
@@ -81,8 +80,6 @@ def start_generation(
         request_id=request_id,
         priority=options.get("priority", 0),
         model=options.get("model", ""),
-        # A call of its own has it in its metadata.
-        traceparent=current_traceparent() if request_id else "",
     )
     _set_prompt(start, prompt)
     sampling: dict[str, object] = {}

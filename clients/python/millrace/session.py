@@ -13,6 +13,7 @@ from millrace.errors import MillraceError, call_ended, from_rpc_error
 from millrace.generation import GenerateOptions, Prompt, start_generation
 from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2
+from millrace.tracing import current_traceparent
 
 _Call = grpc.aio.StreamStreamCall[runtime_pb2.GenerateRequest, runtime_pb2.GenerateResponse]
 
@@ -42,6 +43,7 @@ class Session:
         """As `AsyncClient.generate`, on this session's call; the daemon alone keeps `timeout_s`."""
         self._connection()
         start = start_generation(prompt, **options)
+        start.traceparent = current_traceparent()  # a call of its own has it in its metadata
 
         def open_call(command: runtime_pb2.GenerateStreamRequest, _: float | None) -> _SharedCall:
             if self._connection().failure is not None:
