@@ -289,8 +289,9 @@ async def test_refused_commands_of_a_client_that_never_reads_cost_a_bounded_buff
     reading = asyncio.create_task(call.read(flood()))
     await asyncio.wait({reading}, timeout=0.5)
     assert not reading.done()
-    # Each refusal counts END_TOKENS, and its text.
-    assert MAX_UNREAD_TOKENS // (2 * END_TOKENS) < num_sent <= MAX_UNREAD_TOKENS // END_TOKENS + 1
+    # Each refusal counts END_TOKENS and its text, 3 tokens in the mean of these two; the last one crossed the budget.
+    assert num_sent == MAX_UNREAD_TOKENS // (END_TOKENS + 3) + 1
+    assert 0 < call._num_owed_tokens - MAX_UNREAD_TOKENS <= 2 * END_TOKENS
     messages = [pb.GenerateResponse(events=events) async for events in call.messages()]
     assert sum(len(message.events) for message in messages) == num_commands
     assert max(message.ByteSize() for message in messages) < 1 << 19
