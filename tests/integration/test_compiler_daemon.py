@@ -65,6 +65,14 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in text.split()]
 
 
+async def child_of(daemon: CompilerDaemon) -> int:
+    """The process id of its first build child, as soon as there is one."""
+    async with asyncio.timeout(60):
+        while not (children := children_of(daemon.process.pid)):
+            await asyncio.sleep(0.001)
+    return children[0]
+
+
 def metrics_of(daemon: CompilerDaemon) -> str:
     """What Prometheus would read."""
     with urllib.request.urlopen(f"http://{daemon.metrics_address}/metrics") as response:
@@ -107,15 +115,16 @@ async def test_daemon_stopped_past_its_lease_does_no_harm_when_it_goes_on(
     stopped, watching = start(), start("--no-worker")
     async with client_of(watching) as client:
         operation = await client.ask(model, "cpu")
+        # The child first, when it has only just begun: a build that is over cannot be stopped.
+        child = await child_of(stopped)
+        os.kill(child, signal.SIGSTOP)
         await build_in(client, operation, RUNNING)
-        children = children_of(stopped.process.pid)
-        for pid in (stopped.process.pid, *children):
-            os.kill(pid, signal.SIGSTOP)
+        stopped.send(signal.SIGSTOP)
         start()
         ended = await client.end_of(operation)
         assert (ended.builds[0].state, ended.builds[0].attempt) == (SUCCEEDED, 2)
-        for pid in (stopped.process.pid, *children):
-            os.kill(pid, signal.SIGCONT)
+        stopped.send(signal.SIGCONT)
+        os.kill(child, signal.SIGCONT)
         line = await asyncio.to_thread(stopped.wait_for, "build_attempt_ended")
         assert line["outcome"] == "fenced"
         after = await client.stub.GetBuild(

@@ -79,7 +79,7 @@ def _s3_server(folder: Path, bucket: str) -> Iterator[S3Server]:
         "-master.telemetry=false", f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}",
         "-volume.max=8", "-filer", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}",
         "-s3", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}", "-s3.port.iceberg=0",
-        "-s3.iam=false", "-s3.autoCreateBucket=false", f"-s3.config={folder / 's3.json'}",
+        "-s3.port.lance=0", "-s3.iam=false", "-s3.autoCreateBucket=false", f"-s3.config={folder / 's3.json'}",
     ]  # fmt: skip
     with _running(command, folder) as process:
         _wait_for(s3, process, folder)

@@ -66,7 +66,9 @@ async def test_page_chats_and_shows_the_fleet_and_builds(tmp_path: Path) -> None
     await compiler.start()
     try:
         async with (
-            running_fleet(tmp_path, 2, step_s=0.01, compiler=address) as fleet,
+            running_fleet(
+                tmp_path, 2, step_s=0.01, max_sequence_tokens=4000, compiler=address
+            ) as fleet,
             opened(fleet) as page,
         ):
             await expect(page.locator("#state")).to_have_text("2 runtimes serve")
@@ -86,6 +88,7 @@ async def test_page_chats_and_shows_the_fleet_and_builds(tmp_path: Path) -> None
 
             await page.select_option("#mode", "complete")
             await page.fill("#prompt", "la ")
+            await page.fill("#tokens", "3900")
             await page.press("#prompt", "Enter")
             await page.click("#send:has-text('Stop')")
             await expect(answer.nth(1).locator("small")).to_contain_text("stopped")
