@@ -21,6 +21,7 @@ from shared.redis import EmbeddedRedis
 from shared.store import LocalStore
 from tests.checkpoints import write_checkpoint
 from tests.integration.compiler_daemon import Client, CompilerDaemon, client_of, refusal
+from tests.runtime_service.daemon import until
 
 pytestmark = pytest.mark.redis
 
@@ -63,14 +64,6 @@ def children_of(pid: int) -> list[int]:
     """Process ids of the build children of a daemon."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in text.split()]
-
-
-async def child_of(daemon: CompilerDaemon) -> int:
-    """The process id of its first build child, as soon as there is one."""
-    async with asyncio.timeout(60):
-        while not (children := children_of(daemon.process.pid)):
-            await asyncio.sleep(0.001)
-    return children[0]
 
 
 def metrics_of(daemon: CompilerDaemon) -> str:
@@ -116,7 +109,8 @@ async def test_daemon_stopped_past_its_lease_does_no_harm_when_it_goes_on(
     async with client_of(watching) as client:
         operation = await client.ask(model, "cpu")
         # The child first, when it has only just begun: a build that is over cannot be stopped.
-        child = await child_of(stopped)
+        await until(lambda: children_of(stopped.process.pid), 60)
+        (child,) = children_of(stopped.process.pid)
         os.kill(child, signal.SIGSTOP)
         await build_in(client, operation, RUNNING)
         stopped.send(signal.SIGSTOP)

@@ -275,4 +275,4 @@ async def until(condition: Callable[[], Any], limit_s: float = 10.0) -> None:
     """Waits until `condition` holds, for what no event tells the test."""
     async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110 - see above
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.001)
