@@ -1,6 +1,7 @@
 """What a token costs the front process, and what it carries: a real daemon over an engine that only keeps a GPU's time.
 
-    python -m bench.front_path [--step-ms 25] [--streams 256] [--tokens 200] [--processes 2] [--profile FILE]
+    python -m bench.front_path [--step-ms 25] [--streams 256] [--tokens 200] [--processes 2] [--relays 0]
+        [--profile FILE]
 
 Two JSON lines: generations on multiplexed calls, and on one call each. CPU time is of the daemon's front process alone:
 IPC, detokenizing, serializing, gRPC and its threads. `--step-ms 1` asks for more than any front carries.
@@ -39,10 +40,17 @@ class Daemon:
     address: str
     front: psutil.Process
 
-    def cpu_s(self) -> float:
-        """Of the front process, all of its threads."""
-        times = self.front.cpu_times()
-        return float(times.user + times.system)
+    def cpu_s(self) -> tuple[float, float]:
+        """Of the front process and of its relays together, all of their threads."""
+        relays = [
+            child for child in self.front.children() if "runtime_service.relay" in child.cmdline()
+        ]
+        return _cpu_s(self.front), sum(map(_cpu_s, relays))
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 @contextmanager
@@ -91,11 +99,12 @@ def _wait_serving(process: "subprocess.Popen[bytes]", address: str, limit_s: flo
     raise AssertionError(f"not serving after {limit_s} s")
 
 
-def measured(daemon: Daemon, work: Work) -> tuple[dict[int, Arrivals], float]:
-    """What the clients of `work` saw, and the front's CPU seconds."""
+def measured(daemon: Daemon, work: Work) -> tuple[dict[int, Arrivals], tuple[float, float]]:
+    """What the clients of `work` saw, and the CPU seconds of the front and of its relays."""
     before = daemon.cpu_s()
     seen = drive(daemon.address, work)
-    return seen, daemon.cpu_s() - before
+    front_s, relays_s = (now - then for now, then in zip(daemon.cpu_s(), before, strict=True))
+    return seen, (front_s, relays_s)
 
 
 def main() -> None:
@@ -106,6 +115,7 @@ def main() -> None:
     parser.add_argument("--in", dest="input_tokens", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--relays", type=int, default=0)
     parser.add_argument("--only", choices=("multiplexed", "own"))
     parser.add_argument("--profile", default="")
     options = parser.parse_args()
@@ -114,6 +124,7 @@ def main() -> None:
         publish_textual(store, "paced", "cpu", "bf16", 128_000)
         environ = {STEP_MS: str(options.step_ms)}
         flags = ("--model", "paced", "--quant", "bf16", "--arch", "cpu")
+        flags = (*flags, "--relays", str(options.relays))
         with running_daemon(
             store.root, LOADER, *flags, environ=environ, profile=options.profile
         ) as daemon:
@@ -125,7 +136,8 @@ def main() -> None:
                     )  # fmt: skip
                     seen, cpu_s = measured(daemon, work)
                     emitted = read_emissions(store.root / EMISSIONS)
-                    line = {"calls": name, "step_ms": options.step_ms, "streams": work.count}
+                    line = {"calls": name, "relays": options.relays, "streams": work.count}
+                    line["step_ms"] = options.step_ms
                     print(json.dumps(line | report(work, seen, emitted, cpu_s)), flush=True)
 
 

@@ -131,10 +131,11 @@ def write_engine(root: Path, kernels: Path, model: str, quant: str) -> dict[str,
     }
 
 
-def serve_cases(daemon: Daemon, root: Path, cases: list[str]) -> Iterator[dict[str, Any]]:
+def serve_cases(daemon: Daemon, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every case both ways, and the first token of a stream that is alone."""
     from bench.gpu_offline import CASES
 
+    root: Path = options.folder
     offline = json.loads((root / _OFFLINE).read_text())
     number = 1000
     work = Work(number, _NUM_FIRST_TOKENS, 128, 2, 1, is_multiplexed=False, is_one_by_one=True)
@@ -146,12 +147,17 @@ def serve_cases(daemon: Daemon, root: Path, cases: list[str]) -> Iterator[dict[s
         "case": "ttft", "offline_ms": offline["ttft_ms"], "served_ms": round(ours, 3),
         "added_ms": round(ours - offline["ttft_ms"], 3),
     }  # fmt: skip
-    for case in cases:
+    for case in options.cases.split(","):
         count, input_tokens, output_tokens = CASES[case]
         for is_multiplexed in (True, False):
             number += 1000
             work = Work(
-                number, count, input_tokens, output_tokens, min(_CALLS, count), is_multiplexed
+                number,
+                count,
+                input_tokens,
+                output_tokens,
+                min(options.processes, count),
+                is_multiplexed,
             )
             seen, cpu_s = measured(daemon, work)
             result = report(work, seen, read_emissions(root / _EMISSIONS), cpu_s)
@@ -169,6 +175,8 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--quant", default="bf16")
     parser.add_argument("--cases", default="t1,t2")
+    parser.add_argument("--relays", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=_CALLS, help="of clients")
     parser.add_argument("--keeps", action="store_true", help="leave the store there")
     options = parser.parse_args()
     common = {"model": options.model, "quant": options.quant}
@@ -177,11 +185,12 @@ def main() -> None:
     print(json.dumps(common | {"case": "write"} | written), flush=True)
     (options.folder / _CASES).write_text(options.cases)
     flags = ("--model", options.model, "--quant", options.quant, "--kv-bytes", str(36 << 30))
+    flags = (*flags, "--relays", str(options.relays))
     try:
         with running_daemon(options.folder, LOADER, *flags) as daemon:
             offline = json.loads((options.folder / _OFFLINE).read_text())
             print(json.dumps(common | {"case": "offline"} | offline), flush=True)
-            for line in serve_cases(daemon, options.folder, options.cases.split(",")):
+            for line in serve_cases(daemon, options):
                 print(json.dumps(common | line), flush=True)
     finally:
         if not options.keeps:

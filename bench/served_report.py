@@ -7,13 +7,16 @@ from bench.served_load import Arrivals, Work
 
 
 def report(
-    work: Work, seen: Mapping[int, Arrivals], emitted: Mapping[int, Sequence[float]], cpu_s: float
+    work: Work,
+    seen: Mapping[int, Arrivals],
+    emitted: Mapping[int, Sequence[float]],
+    cpu_s: tuple[float, float],
 ) -> dict[str, object]:
     """Tokens/s, time to the first token, the front's part of a token's way, and how much was joined.
 
     Args:
         emitted: when each generation's tokens were drawn, on the same clock.
-        cpu_s: of the front process, meanwhile.
+        cpu_s: of the front process, and of its relays, meanwhile.
     """
     total = sum(count for arrivals in seen.values() for _, count in arrivals.tokens)
     expected = work.count * work.output_tokens
@@ -32,8 +35,9 @@ def report(
             "p50": _ms(_nth(delays, 0.5)), "p99": _ms(_nth(delays, 0.99)), "max": _ms(delays[-1])
         },
         "tokens_an_event": round(total / num_events, 3),
-        "front_cpu_us_a_token": round(cpu_s / total * 1e6, 2),
-        "front_cores": round(cpu_s / (ended - began), 2),
+        "front_cpu_us_a_token": round(cpu_s[0] / total * 1e6, 2),
+        "front_cores": round(cpu_s[0] / (ended - began), 2),
+        "relays_cpu_us_a_token": round(cpu_s[1] / total * 1e6, 2),
     }  # fmt: skip
 
 

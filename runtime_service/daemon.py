@@ -18,6 +18,7 @@ from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_process import EngineSpec
 from runtime_service.engine_source import EngineSource
 from runtime_service.metrics import RuntimeMetrics
+from runtime_service.relay.relays import relays_of
 from runtime_service.runtime import OnLost, Runtime
 from runtime_service.served_engine import EngineText
 from runtime_service.service import RuntimeService
@@ -112,7 +113,8 @@ async def _serve(
     await asyncio.sleep(0)  # the engine is looked for and loaded while this one goes on
     registry = daemon_registry()
     registry.register(runtime.metrics)
-    server = DaemonServer(settings.listen, settings.max_message_bytes, registry, security)
+    entrance = relays_of(settings.relays, settings, security)
+    server = DaemonServer(settings.listen, settings.max_message_bytes, registry, security, entrance)
     service = RuntimeService(runtime)
     runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(service, server.grpc)
     await server.start(SERVICE, is_serving=False)
@@ -152,7 +154,7 @@ async def _serve(
         following.cancel()
         loading.cancel()
         serving.cancel()
-        await server.grpc.stop(0)
+        await server.stop()
         if registration is not None:
             await registration.withdraw()
 

@@ -62,6 +62,17 @@ class Sample:
         return piece
 
 
+def join_chunks(last: pb.TokenChunk, chunk: pb.TokenChunk) -> bool:
+    """Appends `chunk` to one of its sample's that waits to be read, where that stays small enough."""
+    limit = MAX_EVENT_LOGPROBS if chunk.logprobs else MAX_EVENT_TOKENS
+    if chunk.prompt_logprobs or len(last.token_ids) + len(chunk.token_ids) > limit:
+        return False
+    last.token_ids.extend(chunk.token_ids)
+    last.text += chunk.text
+    last.logprobs.extend(chunk.logprobs)
+    return True
+
+
 def _event(
     request_id: str,
     index: int,

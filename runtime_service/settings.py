@@ -69,6 +69,9 @@ class RuntimeSettings(Settings):
     drain_s: float = Field(
         30.0, ge=0, description="after SIGTERM, how long running generations may go on"
     )
+    relays: int = Field(
+        0, ge=0, le=64, description="processes that take clients' calls in front of it; 0: none"
+    )
     heartbeat_s: float = Field(
         5.0, gt=0, description="between records in Redis; they expire after three"
     )

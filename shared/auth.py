@@ -194,6 +194,20 @@ def tenant_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     return ""
 
 
+def tenant_behind(identities: Iterable[bytes], metadata: Iterable[tuple[str, str | bytes]]) -> str:
+    """Whose a call is where no keys are asked for.
+
+    Who is asked for no key may divide its own cache, and reaches nobody else's.
+
+    Args:
+        identities: names in the client's certificate; none where certificates are not asked for,
+            and a name of one's own is as good as any.
+    """
+    return "\0\0".join(
+        filter(None, (b"\0".join(identities).decode("latin-1"), tenant_of(metadata)))
+    )
+
+
 def _header(metadata: Iterable[tuple[str, str | bytes]], name: str) -> str:
     for key, value in metadata:
         if key == name and isinstance(value, str):

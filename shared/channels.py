@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 import grpc
+from grpc_status import rpc_status
 
+from shared.errors import EngineLost, MillraceError, from_status, reason_of
 from shared.settings import SettingsError
 from shared.tls import TlsFiles
 
@@ -112,6 +114,15 @@ class _KeyedChannel:
             return call
 
         return make
+
+
+def error_of(raised: grpc.aio.AioRpcError) -> MillraceError:
+    """Why a runtime's call ended, in our terms: `EngineLost` where the runtime itself did not say."""
+    status = rpc_status.from_call(raised)
+    if status is not None and reason_of(status):
+        return from_status(status)
+    problem = f"{raised.code().name}: {raised.details()}".rstrip(".")
+    return EngineLost(problem=problem)
 
 
 def is_loopback(host: str) -> bool:

@@ -26,7 +26,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc import status_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shared.auth import ANYBODY, RPC_SCOPES, ApiKeys, set_caller, tenant_of
+from shared.auth import ANYBODY, RPC_SCOPES, ApiKeys, set_caller, tenant_behind
 from shared.errors import Draining, Internal, InvalidField, MillraceError, reason_of, to_status
 from shared.log import canonical_line
 from shared.tracing import call_span
@@ -163,7 +163,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
             if self.is_draining:
                 raise Draining()
             if isinstance(request, _Malformed):
-                raise _not_a_message()
+                raise not_a_message()
             if isinstance(request, Message):
                 refuse_unknown_fields(request)
             return await _run(behaviour, request, context), status_pb2.Status()
@@ -183,11 +183,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
             Unauthenticated, PermissionDenied, QuotaExceeded: the caller may not make it.
         """
         if self._api_keys is None:
-            identity = b"\0".join(identities).decode("latin-1")
-            # Who is asked for no key may divide its own cache, and reaches nobody else's.
-            behalf = tenant_of(metadata)
-            tenant = f"{identity}\0\0{behalf}" if behalf else identity
-            set_caller(replace(ANYBODY, tenant=tenant))
+            set_caller(replace(ANYBODY, tenant=tenant_behind(identities, metadata)))
             return
         principal = self._api_keys.authenticate(metadata)
         structlog.contextvars.bind_contextvars(tenant=principal.tenant, key=principal.key_id)
@@ -202,7 +198,8 @@ class _Malformed:
     """Stands for a request that is no message of its type; gRPC would call that our failure."""
 
 
-def _not_a_message() -> InvalidField:
+def not_a_message() -> InvalidField:
+    """Says that a request is no message of its type."""
     return InvalidField(field="message", problem="its bytes are no message of this method")
 
 
@@ -219,7 +216,7 @@ def _lenient(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | _
 async def _well_formed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
         if isinstance(request, _Malformed):
-            raise _not_a_message()
+            raise not_a_message()
         yield request
 
 

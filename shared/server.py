@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Protocol
 
 import grpc
 import prometheus_client
@@ -35,6 +36,24 @@ OPEN = ServerSecurity()
 _LAST_GRACE_S = 0.5
 
 
+class Entrance(Protocol):
+    """Processes that listen in a server's place and pass on to it what they take."""
+
+    # Where the server itself listens, for them alone, and what a message may have more there.
+    inner_listen: str
+    envelope_bytes: int
+
+    async def open(self, listen: str) -> str:
+        """Takes calls at `listen` from now on; returns the bound `host:port`.
+
+        Raises:
+            SettingsError: the address cannot be bound.
+        """
+
+    async def close(self) -> None:
+        """Passes on what is there, and takes nothing more; a no-op where it is closed."""
+
+
 class DaemonServer:
     """A gRPC server that is not yet started; add servicers to `grpc`, then `start`.
 
@@ -42,6 +61,7 @@ class DaemonServer:
         listen: `host:port`; port 0 takes a free one (see `address`).
         registry: gets the metrics of every call.
         security: what is asked of callers; by default nothing, on loopback alone.
+        entrance: listens in its place; None: it does so itself.
     Raises:
         SettingsError: `listen` is malformed, or needs more security.
     """
@@ -52,25 +72,18 @@ class DaemonServer:
         max_message_bytes: int,
         registry: CollectorRegistry,
         security: ServerSecurity = OPEN,
+        entrance: Entrance | None = None,
     ) -> None:
         security.check_listen(split_listen(listen)[0])
         self._security = security
         self.edge = EdgeInterceptor(registry, security.api_keys)
         self.grpc = grpc.aio.server(
             interceptors=(self.edge,),
-            options=(
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", max_message_bytes),
-                # Two daemons on one port would share its calls silently.
-                ("grpc.so_reuseport", 0),
-                # Finds clients that vanished without closing.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-                ("grpc.keepalive_permit_without_calls", 1),
+            options=server_options(
+                max_message_bytes + (entrance.envelope_bytes if entrance else 0)
             ),
         )
-        self._listen = listen
+        self._listen, self._entrance = listen, entrance
         self._health = health.aio.HealthServicer()
         self.address = ""
 
@@ -89,24 +102,28 @@ class DaemonServer:
         reflection.enable_server_reflection(
             (*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc
         )
-        host, _ = split_listen(self._listen)
         credentials = self._security.credentials()
-        try:
-            if credentials is None:
-                port = self.grpc.add_insecure_port(self._listen)
-            else:
-                port = self.grpc.add_secure_port(self._listen, credentials)
-        except RuntimeError as error:
-            raise SettingsError(f"cannot listen on {self._listen}: {error}") from None
-        self.address = f"{host}:{port}"
+        if self._entrance is None:
+            port = self._bind(self._listen, credentials)
+            self.address = f"{split_listen(self._listen)[0]}:{port}"
+        else:
+            self._bind(self._entrance.inner_listen, None)
         await self.set_serving(is_serving)
         await self.grpc.start()
+        if self._entrance is not None:
+            self.address = await self._entrance.open(self._listen)
         structlog.get_logger().info(
             "server_started",
             address=self.address,
             tls=credentials is not None,
             api_keys=self._security.api_keys is not None,
         )
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Ends; calls that still run have so long to end by themselves."""
+        await self.grpc.stop(grace_s)
+        if self._entrance is not None:
+            await self._entrance.close()
 
     async def set_serving(self, is_serving: bool) -> None:
         """Tells health checks whether calls are welcome; ignored once draining has begun."""
@@ -137,12 +154,20 @@ class DaemonServer:
         self.edge.is_draining = True
         await self._health.enter_graceful_shutdown()
         is_complete = await _run_until(self._drained(drain), signals[1], grace_s)
-        await self.grpc.stop(_LAST_GRACE_S)
+        await self.stop(_LAST_GRACE_S)
         structlog.get_logger().info(
             "server_stopped",
             is_drained=is_complete,
             duration_s=round(time.monotonic() - start, 3),
         )
+
+    def _bind(self, listen: str, credentials: grpc.ServerCredentials | None) -> int:
+        try:
+            if credentials is None:
+                return int(self.grpc.add_insecure_port(listen))
+            return int(self.grpc.add_secure_port(listen, credentials))
+        except RuntimeError as error:
+            raise SettingsError(f"cannot listen on {listen}: {error}") from None
 
     async def _drained(self, drain: Callable[[], Awaitable[None]]) -> None:
         await drain()
@@ -174,6 +199,34 @@ def start_metrics(listen: str, registry: CollectorRegistry, security: ServerSecu
     except OSError as error:
         raise SettingsError(f"cannot serve metrics on {listen}: {error}") from None
     return f"{host}:{server.server_port}"
+
+
+def message_options(max_message_bytes: int) -> tuple[tuple[str, int], ...]:
+    """What a message may have, either way."""
+    return (
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+    )
+
+
+def server_options(
+    max_message_bytes: int, *, shares_port: bool = False
+) -> tuple[tuple[str, int], ...]:
+    """How every server of ours treats its connections.
+
+    Args:
+        shares_port: others listen on the same port, and the kernel divides connections among them.
+            Two daemons there would share their calls silently.
+    """
+    return (
+        *message_options(max_message_bytes),
+        ("grpc.so_reuseport", int(shares_port)),
+        # Finds clients that vanished without closing.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    )
 
 
 def daemon_registry() -> CollectorRegistry:

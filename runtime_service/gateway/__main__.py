@@ -13,6 +13,7 @@ from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.runtime_link import LinkOptions
 from runtime_service.gateway.settings import GatewaySettings
+from runtime_service.relay.relays import relays_of
 from shared.log import configure_logging
 from shared.redis import connect
 from shared.security import ServerSecurity, peer_security
@@ -44,7 +45,8 @@ async def serve(settings: GatewaySettings) -> None:
     registry = daemon_registry()
     kept = KeptGenerations(settings.keep_s)
     gateway = Gateway(fleet, GatewayMetrics(registry), settings.wait_s, kept)
-    server = DaemonServer(settings.listen, settings.max_message_bytes, registry, security)
+    entrance = relays_of(settings.relays, settings, security)
+    server = DaemonServer(settings.listen, settings.max_message_bytes, registry, security, entrance)
     deployments = Deployments(redis) if redis is not None else None
     fleet_service = FleetService(fleet, deployments, settings.redis_url)
     add_services(server, gateway, fleet, fleet_service)
@@ -73,7 +75,7 @@ async def serve(settings: GatewaySettings) -> None:
     finally:
         for task in working:
             task.cancel()
-        await server.grpc.stop(0)
+        await server.stop()
         if http is not None:
             await http.stop()
         if builds is not None:

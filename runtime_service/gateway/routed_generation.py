@@ -16,7 +16,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.run import Run
 from runtime_service.generation_call import OnMember
-from runtime_service.sample import MAX_EVENT_LOGPROBS, MAX_EVENT_TOKENS
+from runtime_service.sample import join_chunks
 from shared.errors import EngineLost, MillraceError, to_status
 from shared.quotas import GenerationQuota, TenantQuota
 from shared.tracing import NO_SPAN
@@ -212,7 +212,7 @@ class RoutedGeneration:
                 self._placer.first_token(self.first_token_s - self.started_s)
         self.num_unread_tokens += num_tokens + len(chunk.prompt_logprobs)
         last = sample.last_unread
-        if last is None or not _join(last.tokens, chunk):
+        if last is None or not join_chunks(last.tokens, chunk):
             event.request_id = self.request_id
             self._unread.append(event)
             sample.last_unread = event
@@ -369,14 +369,3 @@ class RoutedGeneration:
 def _share(tokens: int, num_shares: int, place: int) -> int:
     """One of `num_shares` parts of `tokens`, as equal as whole numbers can be."""
     return tokens // num_shares + (place < tokens % num_shares)
-
-
-def _join(last: pb.TokenChunk, chunk: pb.TokenChunk) -> bool:
-    """Appends `chunk` to one that waits to be read, where that stays small enough."""
-    limit = MAX_EVENT_LOGPROBS if chunk.logprobs else MAX_EVENT_TOKENS
-    if chunk.prompt_logprobs or len(last.token_ids) + len(chunk.token_ids) > limit:
-        return False
-    last.token_ids.extend(chunk.token_ids)
-    last.text += chunk.text
-    last.logprobs.extend(chunk.logprobs)
-    return True

@@ -15,13 +15,12 @@ from typing import Any, Protocol
 
 import grpc
 import structlog
-from grpc_status import rpc_status
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
 from runtime_service.gateway.routing import RUNNING_TOKENS, Candidate
 from shared.auth import TENANT_METADATA
-from shared.channels import PeerSecurity
+from shared.channels import PeerSecurity, error_of
 from shared.errors import (
     Draining,
     EngineLost,
@@ -29,8 +28,6 @@ from shared.errors import (
     MillraceError,
     PermissionDenied,
     Unauthenticated,
-    from_status,
-    reason_of,
 )
 
 # What the gateway's own key, if any, has a runtime answer.
@@ -258,7 +255,7 @@ class RuntimeLink:
                 for event in response.events:
                     self._dispatch(event)
         except grpc.aio.AioRpcError as raised:
-            error = _error_of(raised)
+            error = error_of(raised)
         if self._is_open(opened):
             self._is_draining = self._is_draining or isinstance(error, Draining)
             self._break_off([opened], error)
@@ -311,7 +308,7 @@ class RuntimeLink:
             )
         except grpc.aio.AioRpcError as raised:
             # One that drains refuses this too, and finishes what it has.
-            error = _error_of(raised)
+            error = error_of(raised)
             self._is_draining = isinstance(error, Draining)
             was_refused, self._is_refused = self._is_refused, isinstance(error, KEY_REFUSALS)
             if self._is_refused and not was_refused:
@@ -348,12 +345,3 @@ class RuntimeLink:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _error_of(raised: grpc.aio.AioRpcError) -> MillraceError:
-    """Why a call ended, in our terms: `EngineLost` where the runtime itself did not say."""
-    status = rpc_status.from_call(raised)
-    if status is not None and reason_of(status):
-        return from_status(status)
-    problem = f"{raised.code().name}: {raised.details()}".rstrip(".")
-    return EngineLost(problem=problem)

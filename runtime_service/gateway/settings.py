@@ -36,6 +36,12 @@ class GatewaySettings(Settings):
     keep_s: float = Field(
         60.0, ge=0, description="how long a generation can be resumed after its call was lost"
     )
+    relays: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="processes that take clients' gRPC calls in front of it; 0: none",
+    )
     drain_s: float = Field(
         30.0, ge=0, description="after SIGTERM, how long running generations may go on"
     )

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from millrace.runtime.v1 import runtime_pb2 as pb
@@ -20,7 +21,7 @@ from millrace.runtime.v1 import runtime_pb2_grpc
 from shared.errors import reason_of
 from shared.redis import EmbeddedRedis, connect_sync
 from shared.store import LocalStore
-from tests.runtime_service.daemon import Call, publish_echo, until
+from tests.runtime_service.daemon import Call, publish_echo, rest_of, start_of, until
 
 ROOT = Path(__file__).parents[2]
 # The daemon as it is, but for the engine that its engine process loads.
@@ -269,3 +270,24 @@ def _is_running(pid: str) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+async def test_relays_pass_on_all_that_ends_with_the_daemon_and_end_with_it(
+    tmp_path: Path, port: int
+) -> None:
+    """Streams on calls of their own, over two relays, while the daemon drains."""
+    async with daemon_process(tmp_path, port, "--drain-s", "10", "--relays", "2") as daemon:
+        await daemon.serving()
+        children = psutil.Process(daemon.process.pid).children()
+        relays = [child for child in children if "runtime_service.relay" in child.cmdline()]
+        assert len(relays) == 2
+        request = pb.GenerateStreamRequest(start=start_of([40, 41], max_new_tokens=60))
+        streams = [daemon.stub.GenerateStream(request) for _ in range(8)]
+        for stream in streams:
+            await stream.read()
+        daemon.process.send_signal(signal.SIGTERM)
+        for stream in streams:
+            events = await rest_of(stream)
+            assert events[-1].finished.usage.generated_tokens == 60
+        assert await daemon.exit_status() == 0
+        assert not any(relay.is_running() for relay in relays)

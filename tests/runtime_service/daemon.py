@@ -12,6 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
+from prometheus_client import CollectorRegistry
 
 from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer, byte_tokenizer_files
 from runtime_service.daemon import tell_changes
@@ -19,6 +20,7 @@ from runtime_service.engine_client import EngineClient
 from runtime_service.engine_process import EngineSpec
 from runtime_service.engine_source import EngineSource
 from runtime_service.metrics import RuntimeMetrics
+from runtime_service.relay.relays import Relays
 from runtime_service.runtime import OnLost, Runtime
 from runtime_service.served_engine import EngineText
 from runtime_service.service import RuntimeService
@@ -68,6 +70,7 @@ class Daemon:
     channel: grpc.aio.Channel
     stub: Any
     arguments: dict[str, Any]
+    registry: CollectorRegistry
 
     @property
     def client(self) -> EngineClient:
@@ -108,6 +111,7 @@ async def running_daemon(
     loader: str = LOADER,
     publish: Callable[[LocalStore], EngineManifest] = publish_echo,
     security: ServerSecurity = OPEN,
+    relays: int = 0,
     **arguments: Any,
 ) -> AsyncIterator[Daemon]:
     """A daemon that serves the echo engine, or what `publish` and `loader` make of one.
@@ -145,20 +149,21 @@ async def running_daemon(
     )
     registry = daemon_registry()
     registry.register(metrics)
-    server = DaemonServer("127.0.0.1:0", max_message_bytes, registry, security)
+    entrance = Relays(relays, max_message_bytes, security, "error") if relays else None
+    server = DaemonServer("127.0.0.1:0", max_message_bytes, registry, security, entrance)
     runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(RuntimeService(runtime), server.grpc)
     await server.start("millrace.runtime.v1.RuntimeService", is_serving=False)
     telling = asyncio.create_task(tell_changes(server, runtime, None, changed))
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
-        daemon = Daemon(runtime, server, store, channel, stub, arguments)
+        daemon = Daemon(runtime, server, store, channel, stub, arguments, registry)
         try:
             await runtime.load(EngineSelector(engine.model, "cpu", engine.key.quant), "")
             yield daemon
         finally:
             telling.cancel()
             await runtime.close()
-            await server.grpc.stop(0)
+            await server.stop()
 
 
 @dataclass
@@ -255,6 +260,14 @@ class Call:
         while await self.read():
             pass
         return self.seen
+
+
+async def rest_of(call: Any) -> list[pb.Event]:
+    """What is left of a GenerateStream call that `read` was used on."""
+    events: list[pb.Event] = []
+    while (message := await call.read()) is not grpc.aio.EOF:
+        events += message.events
+    return events
 
 
 _STOP_FIELDS = set(pb.StopConditions.DESCRIPTOR.fields_by_name)

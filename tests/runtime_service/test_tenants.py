@@ -36,19 +36,25 @@ async def cached_tokens(daemon: Daemon, key: str) -> int:
     return seen.finished.usage.cached_prompt_tokens
 
 
+@pytest.fixture(params=[0, 2])
+def relays(request: pytest.FixtureRequest) -> int:
+    """Processes in front of the daemon."""
+    return int(request.param)
+
+
 def security(path: Path) -> dict[str, Any]:
     """What has a daemon ask for keys of that file."""
     return {"security": ServerSecurity(api_keys=ApiKeys(path))}
 
 
 async def test_two_tenants_share_no_block_and_one_tenant_does(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], relays: int
 ) -> None:
     """Whether a prompt is cached is how one tenant could learn what another one sends."""
     path = tmp_path / "keys"
     acme, acme_too = new_key(capsys, path, "acme"), new_key(capsys, path, "acme")
     globex = new_key(capsys, path, "globex")
-    async with running_daemon(tmp_path, **security(path)) as daemon:
+    async with running_daemon(tmp_path, relays=relays, **security(path)) as daemon:
         assert await cached_tokens(daemon, acme) == 0
         assert await cached_tokens(daemon, globex) == 0
         shared = await cached_tokens(daemon, acme_too)
@@ -57,12 +63,12 @@ async def test_two_tenants_share_no_block_and_one_tenant_does(
 
 
 async def test_generations_at_once_are_limited_per_tenant(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], relays: int
 ) -> None:
     """One too many ends alone; its call and its siblings go on, and an end frees its place."""
     path = tmp_path / "keys"
     key, other = new_key(capsys, path, "acme", concurrent=1), new_key(capsys, path, "globex")
-    async with running_daemon(tmp_path, **security(path)) as daemon:
+    async with running_daemon(tmp_path, relays=relays, **security(path)) as daemon:
         call = call_of(daemon, key)
         await call.start("a", PROMPT, max_new_tokens=2000, credit_tokens=4)
         await call.read_until(lambda: call.num_tokens("a") == 4)

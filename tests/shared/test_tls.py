@@ -18,6 +18,7 @@ from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2, runtime_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from runtime_service.relay.relays import Relays
 from shared.auth import caller
 from shared.channels import PeerSecurity
 from shared.errors import CompilerUnreachable
@@ -37,15 +38,18 @@ class TenantServicer(runtime_pb2_grpc.RuntimeServiceServicer):
 
 
 @asynccontextmanager
-async def serving(security: ServerSecurity, listen: str = "127.0.0.1:0") -> AsyncIterator[str]:
+async def serving(
+    security: ServerSecurity, listen: str = "127.0.0.1:0", relays: int = 0
+) -> AsyncIterator[str]:
     """The address of a server with that security."""
-    server = DaemonServer(listen, 1 << 20, CollectorRegistry(), security)
+    entrance = Relays(relays, 1 << 20, security, "error") if relays else None
+    server = DaemonServer(listen, 1 << 20, CollectorRegistry(), security, entrance)
     runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(TenantServicer(), server.grpc)  # type: ignore[abstract]
     await server.start("millrace.runtime.v1.RuntimeService")
     try:
         yield server.address
     finally:
-        await server.grpc.stop(0)
+        await server.stop()
 
 
 async def tenant(address: str, **options: str) -> str:
@@ -82,12 +86,16 @@ async def test_client_gets_in_with_the_servers_ca_alone(certs: Path, others: Pat
         assert "it may ask for TLS" in await refusal(address)
 
 
-async def test_mutual_tls_lets_in_certificates_of_its_ca_alone(certs: Path, others: Path) -> None:
+@pytest.mark.parametrize("relays", [0, 2])
+async def test_mutual_tls_lets_in_certificates_of_its_ca_alone(
+    certs: Path, others: Path, relays: int
+) -> None:
     """Where certificates alone say who calls, their name is the tenant."""
     stranger = client_options(certs) | {
         "tls_cert": str(others / "client.crt"), "tls_key": str(others / "client.key"),
     }  # fmt: skip
-    async with serving(ServerSecurity(server_files(certs, with_ca=True))) as address:
+    security = ServerSecurity(server_files(certs, with_ca=True))
+    async with serving(security, relays=relays) as address:
         assert await tenant(address, **client_options(certs, with_cert=True)) == "acme"
         assert "client certificate of its CA" in await refusal(address, **client_options(certs))
         assert "client certificate of its CA" in await refusal(address, **stranger)

@@ -23,6 +23,7 @@ from runtime_service.gateway.http.server import HttpServer
 from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.runtime_link import LinkOptions
+from runtime_service.relay.relays import Relays
 from shared.channels import PeerSecurity
 from shared.security import ServerSecurity
 from shared.server import OPEN, DaemonServer
@@ -77,12 +78,14 @@ async def running_gateway(
     security: ServerSecurity = OPEN,
     peers: PeerSecurity = PLAIN,
     compiler: str = "",
+    relays: int = 0,
 ) -> AsyncIterator[RunningGateway]:
     """A gateway in front of these runtimes, which it has met."""
     fleet = Fleet(redis, tuple(addresses), LinkOptions(0.05, silent_s, 1 << 20, peers))
     registry = CollectorRegistry()
     gateway = Gateway(fleet, GatewayMetrics(registry), wait_s, KeptGenerations(keep_s))
-    server = DaemonServer("127.0.0.1:0", 4 << 20, registry, security)
+    entrance = Relays(relays, 4 << 20, security, "error") if relays else None
+    server = DaemonServer("127.0.0.1:0", 4 << 20, registry, security, entrance)
     deployments = Deployments(redis) if redis is not None else None
     fleet_service = FleetService(fleet, deployments, "")
     add_services(server, gateway, fleet, fleet_service)
@@ -102,7 +105,7 @@ async def running_gateway(
         finally:
             following.cancel()
             await http.stop()
-            await server.grpc.stop(0)
+            await server.stop()
             if builds is not None:
                 await builds.close()
             await fleet.close()
@@ -118,6 +121,7 @@ async def running_fleet(
     gateway_security: ServerSecurity = OPEN,
     peers: PeerSecurity = PLAIN,
     compiler: str = "",
+    gateway_relays: int = 0,
     **options: Any,
 ) -> AsyncIterator[RunningGateway]:
     """A gateway in front of so many new runtimes."""
@@ -136,6 +140,7 @@ async def running_fleet(
                 security=gateway_security,
                 peers=peers,
                 compiler=compiler,
+                relays=gateway_relays,
             )
         )
 
