@@ -2,13 +2,11 @@
 
 import asyncio
 import contextlib
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import msgspec
 import structlog
@@ -51,9 +49,9 @@ class Relays:
         log_level: str = "info",
         log_format: LogFormat = "auto",
     ) -> None:
-        # Made for this user alone, as mkdtemp does: who reaches the socket is trusted as a relay is.
-        self._folder = Path(tempfile.mkdtemp(prefix="millrace-relay-"))
-        self.inner_listen = f"unix:{self._folder}/daemon.sock"
+        # For this user alone: who reaches the socket is trusted as a relay is.
+        self._folder = tempfile.TemporaryDirectory(prefix="millrace-relay-")
+        self.inner_listen = f"unix:{self._folder.name}/daemon.sock"
         self.envelope_bytes = ENVELOPE_BYTES
         self._count = count
         self._options = RelayOptions(
@@ -98,7 +96,7 @@ class Relays:
             await asyncio.wait(self._keeping)
         if self._held is not None:
             self._held.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.cleanup()
 
     async def _keep(self, first: "asyncio.Future[None]") -> None:
         """Has one relay run, again and again, until it is cancelled; the first start may fail for good."""
