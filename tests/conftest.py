@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from tests.shared.remote_stores import (
 
 # Servers run once, whichever files ask for them.
 __all__ = ["aws", "oci_url", "registry_address", "registry_folder", "remote", "s3", "s3_url", "url"]
+
+
+# A shell starts what runs in its background with Ctrl-C ignored, and processes of tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

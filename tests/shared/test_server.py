@@ -95,6 +95,7 @@ async def test_error_crosses_with_reason_and_retry(daemon: Daemon) -> None:
     status = status_of(failed.value)
     assert reason_of(status) == "BUILD_QUEUE_FULL"
     assert any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in status.details)
+    await daemon.server.edge.wait_idle()  # the client hears of it before it is counted
     assert daemon.sample("millrace_rpcs_total", rpc="GetBuild", code="RESOURCE_EXHAUSTED") == 1
 
 

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -81,10 +82,12 @@ class Stack:
         self._lock = _lock(self.state)
         self._sockets = Path(tempfile.mkdtemp(prefix="millrace-up-"))
         try:
-            self.compiler, self.runtime = _bindable(self.compiler), _bindable(self.runtime)
             self.logs.mkdir(parents=True, exist_ok=True)
             (self.state / "redis").mkdir(exist_ok=True)
-            self._start_children()
+            # Nobody else gets these ports while the daemons still begin.
+            with _held(self.compiler) as compiler, _held(self.runtime) as runtime:
+                self.compiler, self.runtime = compiler, runtime
+                self._start_children()
         except BaseException:
             self.stop()
             raise
@@ -241,21 +244,25 @@ def _lock(state: Path) -> IO[str]:
     return lock
 
 
-def _bindable(address: str) -> str:
-    """`address` with its port chosen, and free."""
+@contextmanager
+def _held(address: str) -> Iterator[str]:
+    """`address` with its port chosen, and kept: it can be listened on, and is given to nobody else.
+
+    A socket that is bound and does not listen does that, where both sides reuse addresses.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise CommandFailed(f"{address!r} is not of the form host:port")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host.strip("[]"), int(port)))
+            held.bind((host.strip("[]"), int(port)))
         except OSError as error:
             raise CommandFailed(
                 f"cannot listen on {address} ({error.strerror}); does another Millrace run?"
             ) from None
-        return f"{host}:{probe.getsockname()[1]}"
+        yield f"{host}:{held.getsockname()[1]}"
 
 
 def _redis_answers(path: Path) -> bool:
