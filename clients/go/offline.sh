@@ -8,7 +8,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 build=$PWD/build
-mkdir -p "$build/src/millrace.io"
-ln -sfn "$PWD" "$build/src/millrace.io/millrace"
+link=$build/src/millrace.io/millrace
+mkdir -p "$(dirname "$link")"
+[ "$(readlink "$link")" = "$PWD" ] || ln -sfn "$PWD" "$link"
 export GO111MODULE=off GOFLAGS= GOPATH=$build:${GOCODE:-/usr/share/gocode} GOCACHE=$build/cache
 exec go "$@"

@@ -1,6 +1,7 @@
 package millrace
 
 import (
+	"math"
 	"math/rand"
 	"time"
 )
@@ -31,24 +32,22 @@ func (r Retries) withDefaults() Retries {
 // delay is how long to wait before another try, after so many calls (at least 1); false where there
 // is to be none.
 func (r Retries) delay(err *Error, attempt int) (time.Duration, bool) {
-	var delay time.Duration
+	var delay float64 // nanoseconds: doubled often enough, it would overflow an integer
 	switch {
 	case attempt >= r.MaxAttempts:
 		return 0, false
 	case err.RetryAfter != nil:
-		delay = *err.RetryAfter
+		delay = float64(*err.RetryAfter)
 	case isLostCall(err):
-		// From here on it would overflow, and is over any limit.
-		if attempt > 30 {
-			return 0, false
-		}
-		delay = r.FirstDelay << (attempt - 1)
+		delay = math.Ldexp(float64(r.FirstDelay), attempt-1)
 	default:
 		return 0, false
 	}
-	if delay > r.MaxDelay {
+	if delay > float64(r.MaxDelay) {
 		return 0, false
 	}
-	// Spread out, so that refused clients do not come back all at once.
-	return delay + time.Duration(float64(delay)*rand.Float64()/4), true
+	// Spread out, so that refused clients do not come back all at once. Not by the shared source,
+	// which starts alike in every process before Go 1.20.
+	random := rand.New(rand.NewSource(time.Now().UnixNano()))
+	return time.Duration(delay * (1 + random.Float64()/4)), true
 }

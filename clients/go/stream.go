@@ -138,20 +138,21 @@ func (s *Stream) read() (*Chunk, error) {
 }
 
 func (s *Stream) open() error {
+	if err := s.ctx.Err(); err != nil {
+		return fromContext(err)
+	}
 	request := s.attempts.open(s.ctx)
-	ctx, cancel := s.ctx, context.CancelFunc(nil)
-	if s.attempts.deadline.IsZero() {
-		ctx, cancel = context.WithCancel(s.ctx)
+	var ctx context.Context
+	if deadline := s.attempts.deadline; deadline.IsZero() {
+		ctx, s.cancelCall = context.WithCancel(s.ctx)
 	} else {
-		ctx, cancel = context.WithDeadline(s.ctx, s.attempts.deadline)
+		ctx, s.cancelCall = context.WithDeadline(s.ctx, deadline)
 	}
-	s.cancelCall = cancel
 	call, err := s.openCall(ctx, request)
-	if err != nil {
-		return err
+	if err == nil {
+		s.call = call
 	}
-	s.call = call
-	return nil
+	return err
 }
 
 // fail ends the stream, or waits until its next call is due.

@@ -62,7 +62,10 @@ def _build_node() -> None:
 _GO = CLIENTS / "go"
 # Debian's Go libraries; of protobuf the version that knows optional fields.
 _GOCODE = f"{os.environ.get('GOCODE', '/usr/share/gocode')}/src"
-_GO_LIBRARIES = ("google.golang.org/grpc/clientconn.go", "github.com/golang/protobuf/proto/registry.go")
+_GO_LIBRARIES = (
+    f"{_GOCODE}/google.golang.org/grpc/clientconn.go",
+    f"{_GOCODE}/github.com/golang/protobuf/proto/registry.go",
+)
 
 
 def go(*arguments: str) -> None:
@@ -81,10 +84,7 @@ LANGUAGES = {
     "node": Language(
         ("node", "npm"), _build_node, ("node", str(_NODE / "dist/conformance/runner.js"))
     ),
-    "go": Language(
-        ("go", *(f"{_GOCODE}/{library}" for library in _GO_LIBRARIES)),
-        _build_go, (str(_GO / "build/bin/conformance"),),
-    ),
+    "go": Language(("go", "gcc", *_GO_LIBRARIES), _build_go, (str(_GO / "build/bin/conformance"),)),
 }
 
 
