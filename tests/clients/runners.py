@@ -60,6 +60,7 @@ def _build_node() -> None:
 
 
 _GO = CLIENTS / "go"
+_GO_RUNNER = _GO / "build/bin/conformance"
 # Debian's Go libraries; of protobuf the version that knows optional fields.
 _GOCODE = f"{os.environ.get('GOCODE', '/usr/share/gocode')}/src"
 _GO_LIBRARIES = (
@@ -74,7 +75,8 @@ def go(*arguments: str) -> None:
 
 
 def _build_go() -> None:
-    go("build", "-o", str(_GO / "build/bin/conformance"), "millrace.io/millrace/conformance")
+    # As its own tests are: one compilation of the libraries serves both.
+    go("build", "-race", "-o", str(_GO_RUNNER), "millrace.io/millrace/conformance")
 
 
 _PYTHON = (sys.executable, str(CLIENTS / "conformance/python_runner.py"))
@@ -84,7 +86,11 @@ LANGUAGES = {
     "node": Language(
         ("node", "npm"), _build_node, ("node", str(_NODE / "dist/conformance/runner.js"))
     ),
-    "go": Language(("go", "gcc", *_GO_LIBRARIES), _build_go, (str(_GO / "build/bin/conformance"),)),
+    "go": Language(
+        ("go", "gcc", *_GO_LIBRARIES),
+        _build_go,
+        ("env", "GORACE=halt_on_error=1", str(_GO_RUNNER)),  # a race fails its scenario
+    ),
 }
 
 
