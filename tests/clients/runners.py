@@ -24,7 +24,7 @@ class Language:
     """How a client's runner comes about.
 
     Args:
-        needs: programs that have to be there.
+        needs: programs, or files by their path, that have to be there.
         build: makes the runner, and does nothing where nothing has changed.
         command: starts it.
         is_required: it may not be left out on CI.
@@ -36,8 +36,9 @@ class Language:
     is_required: bool = True
 
     def missing(self) -> str:
-        """Which program is missing; "" where none is."""
-        return next((program for program in self.needs if shutil.which(program) is None), "")
+        """What is missing; "" where nothing is."""
+        is_there = (Path(need).is_file() or shutil.which(need) for need in self.needs)
+        return next((need for need, found in zip(self.needs, is_there, strict=True) if not found), "")
 
 
 def _nothing() -> None:
@@ -55,6 +56,23 @@ def _build_node() -> None:
     build_with("npm", "run", "build", cwd=_NODE)
 
 
+_JAVA = CLIENTS / "java"
+_JARS = Path("/usr/share/java")  # Debian's; where one of its packages is there, what it needs is too
+_JAVA_NEEDS = (
+    "javac",
+    "make",
+    "protoc",
+    "grpc_java_plugin",
+    *(str(_JARS / f"{jar}.jar") for jar in ("grpc-netty", "netty-transport", "perfmark-api")),
+    *(str(_JARS / f"{jar}.jar") for jar in ("gson", "junit-platform-console")),
+)
+_JAVA_COMMAND = (str(_JAVA / "build/runner"),)
+
+
+def _build_java() -> None:
+    build_with("make", f"PYTHON={sys.executable}", cwd=_JAVA)
+
+
 _PYTHON = (sys.executable, str(CLIENTS / "conformance/python_runner.py"))
 LANGUAGES = {
     "python": Language((), _nothing, _PYTHON),
@@ -62,6 +80,8 @@ LANGUAGES = {
     "node": Language(
         ("node", "npm"), _build_node, ("node", str(_NODE / "dist/conformance/runner.js"))
     ),
+    "java": Language(_JAVA_NEEDS, _build_java, _JAVA_COMMAND),
+    "java-async": Language(_JAVA_NEEDS, _build_java, (*_JAVA_COMMAND, "--async")),
 }
 
 
