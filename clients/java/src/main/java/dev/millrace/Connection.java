@@ -59,7 +59,11 @@ final class Connection extends ClientCall.Listener<GenerateResponse> {
 
   /** Ends the call, and with it what runs on it. */
   void close() {
-    end(Errors.cancelled("The session was closed."));
+    MillraceException closed = Errors.cancelled("The session was closed.");
+    synchronized (this) {
+      failure = closed; // whatever it had failed with before
+    }
+    end(closed);
     call.cancel("the session was closed", null);
   }
 
