@@ -36,7 +36,13 @@ import java.util.concurrent.Executors;
 public final class Runner {
   private static final Gson GSON = new GsonBuilder().serializeNulls().disableHtmlEscaping().create();
 
-  private final ExecutorService threads = Executors.newCachedThreadPool();
+  private final ExecutorService threads =
+      Executors.newCachedThreadPool(
+          task -> {
+            Thread thread = new Thread(task);
+            thread.setDaemon(true); // a runner that fails ends
+            return thread;
+          });
   private final boolean isAsync;
 
   private Runner(boolean isAsync) {
@@ -58,7 +64,6 @@ public final class Runner {
       answer.add("results", runner.run(JsonParser.parseString(line).getAsJsonObject()));
       out.println(GSON.toJson(answer));
     }
-    runner.threads.shutdown();
   }
 
   private JsonArray run(JsonObject task) {
