@@ -230,8 +230,8 @@ public final class Client implements Generator, AutoCloseable {
      * The client.
      *
      * @return the client, to be closed.
-     * @throws IllegalArgumentException a file cannot be used, or the key would cross a network in
-     *     plaintext.
+     * @throws IllegalArgumentException an address or a file cannot be used, or the key would cross a
+     *     network in plaintext.
      */
     public Client build() {
       return new Client(this);

@@ -38,24 +38,19 @@ final class Daemon implements AutoCloseable {
       }
     }
 
-    private ChannelCredentials credentials() {
+    private ChannelCredentials credentials() throws IOException {
       if (tlsCa == null) {
         return InsecureChannelCredentials.create();
       }
-      try {
-        var credentials = TlsChannelCredentials.newBuilder().trustManager(tlsCa.toFile());
-        if (tlsCert != null) {
-          credentials.keyManager(tlsCert.toFile(), tlsKey.toFile());
-        }
-        return credentials.build();
-      } catch (IOException error) {
-        throw unusable(error);
+      var credentials = TlsChannelCredentials.newBuilder().trustManager(tlsCa.toFile());
+      if (tlsCert != null) {
+        credentials.keyManager(tlsCert.toFile(), tlsKey.toFile());
       }
+      return credentials.build();
     }
 
-    private IllegalArgumentException unusable(Exception error) {
-      String files = tlsCert == null ? "" + tlsCa : tlsCa + ", " + tlsCert + " or " + tlsKey;
-      return new IllegalArgumentException("TLS cannot use " + files + ": " + error.getMessage());
+    private String files() {
+      return tlsCert == null ? tlsCa.toString() : tlsCa + ", " + tlsCert + " and " + tlsKey;
     }
   }
 
@@ -84,12 +79,13 @@ final class Daemon implements AutoCloseable {
           .keepAliveTimeout(20, TimeUnit.SECONDS)
           .disableRetry() // `Retries` alone decides
           .build();
-    } catch (ManagedChannelProvider.ProviderNotFoundException | IllegalArgumentException error) {
-      // How gRPC says that it cannot use PEM files, which it had only read before.
-      if (security.tlsCa() == null) {
-        throw error;
-      }
-      throw security.unusable(error);
+    } catch (IOException
+        | IllegalArgumentException
+        | ManagedChannelProvider.ProviderNotFoundException error) {
+      // gRPC finds out in one step that an address, a file, or what stands in it is of no use.
+      String with = security.tlsCa() == null ? "" : " with " + security.files();
+      throw new IllegalArgumentException(
+          "nothing can be connected to " + address + with + ": " + error.getMessage(), error);
     }
   }
 

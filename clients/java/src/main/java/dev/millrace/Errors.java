@@ -93,6 +93,7 @@ final class Errors {
     while (cause.getCause() != null) {
       cause = cause.getCause();
     }
-    return cause.getMessage() == null ? cause.toString() : cause.getMessage();
+    String hint = "it ends connections; it may ask for TLS, or for a client's certificate";
+    return cause.getMessage() == null ? hint : cause.getMessage();
   }
 }

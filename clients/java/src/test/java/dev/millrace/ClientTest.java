@@ -50,6 +50,12 @@ class ClientTest {
   }
 
   @Test
+  void wrongAddressIsNamed() {
+    var error = assertThrows(IllegalArgumentException.class, () -> Client.connect("a b:x"));
+    assertTrue(error.getMessage().contains("a b:x"), error.getMessage());
+  }
+
+  @Test
   void noAttemptsAreRefused() {
     assertThrows(IllegalArgumentException.class, () -> Retries.DEFAULT.withMaxAttempts(0));
   }
