@@ -5,7 +5,11 @@ import java.time.Duration;
 import java.util.Map;
 import java.util.Optional;
 
-/** A call or a generation failed. The message is one sentence for people. */
+/**
+ * A call or a generation failed. The message is one sentence for people.
+ *
+ * @serial exclude
+ */
 public final class MillraceException extends RuntimeException {
   private static final long serialVersionUID = 1L;
 

@@ -120,16 +120,17 @@ final class Reader implements Flow.Subscription {
   }
 
   private void take(Event event) {
+    Optional<Chunk> chunk;
     try {
-      Optional<Chunk> chunk = collector.take(event);
-      if (chunk.isPresent()) {
-        demand -= 1;
-        subscriber.onNext(chunk.get());
-      }
+      chunk = collector.take(event);
     } catch (MillraceException failed) {
       retry(failed);
+      return;
     }
-    if (collector.hasFinished()) {
+    if (chunk.isPresent()) {
+      demand -= 1;
+      subscriber.onNext(chunk.get());
+    } else if (collector.hasFinished()) {
       hasEnded = true;
       events.clear();
       subscriber.onComplete();

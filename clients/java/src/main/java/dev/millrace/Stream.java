@@ -3,6 +3,7 @@ package dev.millrace;
 import dev.millrace.runtime.v1.GenerateStreamRequest;
 import java.util.Iterator;
 import java.util.List;
+import java.util.Objects;
 import java.util.concurrent.CancellationException;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.Flow;
@@ -44,12 +45,11 @@ public final class Stream implements Iterable<Chunk>, Flow.Publisher<Chunk>, Aut
   @Override
   public synchronized Iterator<Chunk> iterator() {
     if (iterator == null) {
-      ChunkIterator first = new ChunkIterator(this);
       if (!isFirstReader()) {
         throw new IllegalStateException("the stream has a subscriber, and is read once");
       }
-      iterator = first;
-      reader.start(first);
+      iterator = new ChunkIterator(this);
+      reader.start(iterator);
     }
     return iterator;
   }
@@ -61,6 +61,7 @@ public final class Stream implements Iterable<Chunk>, Flow.Publisher<Chunk>, Aut
    */
   @Override
   public void subscribe(Flow.Subscriber<? super Chunk> subscriber) {
+    Objects.requireNonNull(subscriber);
     if (isFirstReader()) {
       reader.start(subscriber);
       return;

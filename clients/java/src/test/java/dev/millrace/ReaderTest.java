@@ -108,6 +108,24 @@ class ReaderTest {
     assertEquals(List.of("a"), watcher.seen);
   }
 
+  @Test
+  void subscriberThatThrowsCancelsTheGeneration() {
+    var failure = Errors.cancelled("of another call"); // not this generation's
+    watcher.thrown = failure;
+    stream.subscribe(watcher);
+    watcher.subscription.request(9);
+    List<Throwable> uncaught = new ArrayList<>();
+    Thread.currentThread().setUncaughtExceptionHandler((thread, error) -> uncaught.add(error));
+    try {
+      call.listener.onEvents(List.of(tokens("a"), tokens("b")));
+    } finally {
+      Thread.currentThread().setUncaughtExceptionHandler(null);
+    }
+    assertEquals(List.of(failure), uncaught);
+    assertEquals(List.of("a", "end"), watcher.seen);
+    assertEquals(true, call.numCancelled > 0);
+  }
+
   private static Event tokens(String text) {
     return Event.newBuilder()
         .setTokens(TokenChunk.newBuilder().addTokenIds(1).setText(text))
@@ -146,6 +164,7 @@ class ReaderTest {
     private final List<String> seen = new ArrayList<>();
     private Flow.Subscription subscription;
     private boolean isDoneAfterOne;
+    private RuntimeException thrown;
 
     @Override
     public void onSubscribe(Flow.Subscription subscription) {
@@ -157,6 +176,9 @@ class ReaderTest {
       seen.add(chunk.text());
       if (isDoneAfterOne) {
         subscription.cancel();
+      }
+      if (thrown != null) {
+        throw thrown;
       }
     }
 
