@@ -47,7 +47,7 @@ final class Errors {
   /** The exception that a call of the daemon at {@code address} ended with. */
   static MillraceException fromCall(Status status, Metadata trailers, String address) {
     Status.Code code = status.getCode();
-    com.google.rpc.Status told = StatusProto.fromStatusAndTrailers(status, trailers);
+    com.google.rpc.Status told = told(status, trailers);
     if (told.getDetailsCount() > 0) {
       return fromStatus(told);
     }
@@ -81,6 +81,15 @@ final class Errors {
   /** Claims that a call broke, and that its generations may go on elsewhere. */
   static boolean isLostCall(MillraceException error) {
     return error.reason().equals(UNREACHABLE) || error.reason().equals(CALL_ENDED);
+  }
+
+  private static com.google.rpc.Status told(Status status, Metadata trailers) {
+    try {
+      return StatusProto.fromStatusAndTrailers(status, trailers);
+    } catch (IllegalArgumentException broken) {
+      // Details that cannot be read, or are another status's: what gRPC itself says stands.
+      return StatusProto.fromStatusAndTrailers(status, null);
+    }
   }
 
   /** gRPC's words, and those of the failure below them: "io exception" alone tells nobody anything. */
