@@ -79,6 +79,24 @@ def _build_go() -> None:
     go("build", "-race", "-o", str(_GO_RUNNER), "millrace.io/millrace/conformance")
 
 
+_JAVA = CLIENTS / "java"
+# Debian's; where these are, what they need is too.
+_JARS = ("grpc-netty", "netty-tcnative", "perfmark-api", "gson", "junit-platform-console")
+_JAVA_NEEDS = (
+    *("javac", "make", "protoc", "grpc_java_plugin"),
+    *(f"/usr/share/java/{jar}.jar" for jar in _JARS),
+)
+# One process runs all scenarios: it is to start quickly, not to become fast.
+_JAVA_COMMAND = (
+    *(str(_JAVA / "build/java"), "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"),
+    "dev.millrace.conformance.Runner",
+)
+
+
+def _build_java() -> None:
+    build_with("make", f"PYTHON={sys.executable}", cwd=_JAVA)
+
+
 _PYTHON = (sys.executable, str(CLIENTS / "conformance/python_runner.py"))
 LANGUAGES = {
     "python": Language((), _nothing, _PYTHON),
@@ -91,6 +109,8 @@ LANGUAGES = {
         _build_go,
         ("env", "GORACE=halt_on_error=1", str(_GO_RUNNER)),  # a race fails its scenario
     ),
+    "java": Language(_JAVA_NEEDS, _build_java, _JAVA_COMMAND),
+    "java-async": Language(_JAVA_NEEDS, _build_java, (*_JAVA_COMMAND, "--async")),
 }
 
 

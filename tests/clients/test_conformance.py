@@ -12,6 +12,11 @@ from tests.clients.conformance_server import ConformanceServer, Json, load_scena
 from tests.clients.runners import CLIENTS, LANGUAGES, Runner, build_with
 
 SCENARIOS = load_scenarios()
+# In a client's folder, once it is built.
+OWN_TESTS = {
+    "node": ("node", "--test", "dist/test/client.test.js"),
+    "java": ("make", "test"),
+}
 
 
 @pytest.fixture(scope="module", params=LANGUAGES)
@@ -82,14 +87,15 @@ def _differences(expected: Any, found: Any, where: str) -> list[str]:
     return [p for key, *pair in parts for p in _differences(*pair, f"{where}.{key}")]
 
 
-def test_node_client_passes_its_own_tests() -> None:
+@pytest.mark.parametrize("name", OWN_TESTS)
+def test_client_passes_its_own_tests(name: str) -> None:
     """What a scenario cannot ask of it: wrong uses, and times that pass."""
-    language = LANGUAGES["node"]
+    language = LANGUAGES[name]
     if missing := language.missing():
         assert not os.environ.get("CI"), f"CI lacks {missing}"
-        pytest.skip(f"the node client needs {missing}")
+        pytest.skip(f"the {name} client needs {missing}")
     language.build()
-    build_with("node", "--test", "dist/test/client.test.js", cwd=CLIENTS / "node")
+    build_with(*OWN_TESTS[name], cwd=CLIENTS / name)
 
 
 def test_differences_are_found() -> None:

@@ -25,13 +25,14 @@ _sym_db = _symbol_database.Default()
 from millrace.engine.v1 import engine_pb2 as millrace_dot_engine_dot_v1_dot_engine__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#millrace/artifact/v1/artifact.proto\x12\x14millrace.artifact.v1\x1a\x1fmillrace/engine/v1/engine.proto\"\x81\x01\n\x11\x46indEngineRequest\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\x36\n\x08selector\x18\x02 \x01(\x0b\x32\".millrace.engine.v1.EngineSelectorH\x00\x12\x1a\n\x12max_format_version\x18\x03 \x01(\x05\x42\x08\n\x06target\"@\n\x12\x46indEngineResponse\x12*\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x1a.millrace.engine.v1.Engine\"7\n\x0fReadBlobRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x03\" \n\x10ReadBlobResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xcf\x01\n\x0f\x41rtifactService\x12_\n\nFindEngine\x12\'.millrace.artifact.v1.FindEngineRequest\x1a(.millrace.artifact.v1.FindEngineResponse\x12[\n\x08ReadBlob\x12%.millrace.artifact.v1.ReadBlobRequest\x1a&.millrace.artifact.v1.ReadBlobResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#millrace/artifact/v1/artifact.proto\x12\x14millrace.artifact.v1\x1a\x1fmillrace/engine/v1/engine.proto\"\x81\x01\n\x11\x46indEngineRequest\x12\x0e\n\x04name\x18\x01 \x01(\tH\x00\x12\x36\n\x08selector\x18\x02 \x01(\x0b\x32\".millrace.engine.v1.EngineSelectorH\x00\x12\x1a\n\x12max_format_version\x18\x03 \x01(\x05\x42\x08\n\x06target\"@\n\x12\x46indEngineResponse\x12*\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x1a.millrace.engine.v1.Engine\"7\n\x0fReadBlobRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x03\" \n\x10ReadBlobResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xcf\x01\n\x0f\x41rtifactService\x12_\n\nFindEngine\x12\'.millrace.artifact.v1.FindEngineRequest\x1a(.millrace.artifact.v1.FindEngineResponse\x12[\n\x08ReadBlob\x12%.millrace.artifact.v1.ReadBlobRequest\x1a&.millrace.artifact.v1.ReadBlobResponse0\x01\x42+\n\x18\x64\x65v.millrace.artifact.v1B\rArtifactProtoP\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'millrace.artifact.v1.artifact_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\030dev.millrace.artifact.v1B\rArtifactProtoP\001'
   _globals['_FINDENGINEREQUEST']._serialized_start=95
   _globals['_FINDENGINEREQUEST']._serialized_end=224
   _globals['_FINDENGINERESPONSE']._serialized_start=226
