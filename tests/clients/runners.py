@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Language:
     """How a client's runner comes about.
 
     Args:
-        needs: programs that have to be there.
+        needs: programs, or paths of files, that have to be there.
         build: makes the runner, and does nothing where nothing has changed.
         command: starts it.
         is_required: it may not be left out on CI.
@@ -36,8 +37,12 @@ class Language:
     is_required: bool = True
 
     def missing(self) -> str:
-        """Which program is missing; "" where none is."""
-        return next((program for program in self.needs if shutil.which(program) is None), "")
+        """Which of its needs is missing; "" where none is."""
+        return next((need for need in self.needs if not _is_there(need)), "")
+
+
+def _is_there(need: str) -> bool:
+    return Path(need).exists() if need.startswith("/") else shutil.which(need) is not None
 
 
 def _nothing() -> None:
@@ -55,6 +60,21 @@ def _build_node() -> None:
     build_with("npm", "run", "build", cwd=_NODE)
 
 
+_CPP = CLIENTS / "cpp"
+_CPP_BUILD = _CPP / "build"
+_CPP_NEEDS = (
+    *("cmake", "c++", "protoc", "grpc_cpp_plugin", "/usr/include/google/protobuf/message.h"),
+    *("/usr/include/grpcpp/grpcpp.h", "/usr/include/nlohmann/json.hpp"),
+    "/usr/include/doctest/doctest.h",
+)
+
+
+def _build_cpp() -> None:
+    protos = f"-DMILLRACE_GOOGLEAPIS={sysconfig.get_path('purelib')}"
+    build_with("cmake", "-B", str(_CPP_BUILD), "-DMILLRACE_TESTS=ON", protos, cwd=_CPP)
+    build_with("cmake", "--build", str(_CPP_BUILD), "--parallel", "2", cwd=_CPP)
+
+
 _PYTHON = (sys.executable, str(CLIENTS / "conformance/python_runner.py"))
 LANGUAGES = {
     "python": Language((), _nothing, _PYTHON),
@@ -62,6 +82,7 @@ LANGUAGES = {
     "node": Language(
         ("node", "npm"), _build_node, ("node", str(_NODE / "dist/conformance/runner.js"))
     ),
+    "cpp": Language(_CPP_NEEDS, _build_cpp, (str(_CPP_BUILD / "runner"),)),
 }
 
 
