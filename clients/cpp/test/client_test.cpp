@@ -10,6 +10,7 @@
 #include <string>
 
 #include "attempts.h"
+#include "call_errors.h"
 #include "commands.h"
 #include "millrace/runtime/v1/runtime.grpc.pb.h"
 
@@ -209,6 +210,24 @@ TEST_CASE("a stream starts before it is read") {
 TEST_CASE("a stream has no result before it was read") {
   Client client(nobody());
   CHECK_THROWS_AS(client.generate("hello").result(), std::logic_error);
+}
+
+TEST_CASE("a connection that TLS prevents is told from one that nobody takes") {
+  const auto message = [](const char* details) {
+    const grpc::Status ended(grpc::StatusCode::UNAVAILABLE, details);
+    return std::string(millrace::from_call(ended, "runtime:7602").what());
+  };
+  CHECK(message("failed to connect to all addresses; last error: UNKNOWN: Ssl handshake failed: "
+                "SSL_ERROR_SSL: error:0A000086:SSL routines::certificate verify failed") ==
+        "runtime:7602 cannot be spoken to: its certificate is not signed by the given CA, or has "
+        "expired");
+  CHECK(message("failed to connect to all addresses; last error: UNAVAILABLE: Socket closed") ==
+        "runtime:7602 cannot be spoken to: it ends connections; it may ask for TLS, or a client "
+        "certificate of its CA");
+  CHECK(message("Socket closed") == "No daemon answers at runtime:7602: Socket closed");
+  CHECK(message("failed to connect to all addresses; last error: Connection refused") ==
+        "No daemon answers at runtime:7602: failed to connect to all addresses; last error: "
+        "Connection refused");
 }
 
 TEST_CASE("a failure ends a stream") {
