@@ -12,6 +12,8 @@ STATE ?= .millrace
 # Debian's Go libraries.
 GOCODE ?= /usr/share/gocode
 INTERPRETED := $(wildcard tests/kernels/test_triton_*.py)
+CPP := $(wildcard $(foreach folder,conformance example include/millrace src test, \
+  clients/cpp/$(folder)/*.h clients/cpp/$(folder)/*.cpp))
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -37,6 +39,7 @@ check: $(READY_DEV)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 	$(PY) -m pytest tests/architecture
 
 # Generated code is kept in the repository; a test regenerates it and compares.

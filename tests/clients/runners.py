@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,21 @@ def _build_java() -> None:
     build_with("make", f"PYTHON={sys.executable}", cwd=_JAVA)
 
 
+_CPP = CLIENTS / "cpp"
+_CPP_BUILD = _CPP / "build"
+_CPP_NEEDS = (
+    *("cmake", "c++", "protoc", "grpc_cpp_plugin", "/usr/include/google/protobuf/message.h"),
+    *("/usr/include/grpcpp/grpcpp.h", "/usr/include/nlohmann/json.hpp"),
+    "/usr/include/doctest/doctest.h",
+)
+
+
+def _build_cpp() -> None:
+    protos = f"-DMILLRACE_GOOGLEAPIS={sysconfig.get_path('purelib')}"
+    build_with("cmake", "-B", str(_CPP_BUILD), "-DMILLRACE_TESTS=ON", protos, cwd=_CPP)
+    build_with("cmake", "--build", str(_CPP_BUILD), "--parallel", "2", cwd=_CPP)
+
+
 _PYTHON = (sys.executable, str(CLIENTS / "conformance/python_runner.py"))
 LANGUAGES = {
     "python": Language((), _nothing, _PYTHON),
@@ -111,6 +127,7 @@ LANGUAGES = {
     ),
     "java": Language(_JAVA_NEEDS, _build_java, _JAVA_COMMAND),
     "java-async": Language(_JAVA_NEEDS, _build_java, (*_JAVA_COMMAND, "--async")),
+    "cpp": Language(_CPP_NEEDS, _build_cpp, (str(_CPP_BUILD / "runner"),)),
 }
 
 

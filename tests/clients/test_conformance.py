@@ -98,6 +98,16 @@ def test_client_passes_its_own_tests(name: str) -> None:
     build_with(*OWN_TESTS[name], cwd=CLIENTS / name)
 
 
+def test_cpp_client_passes_its_own_tests() -> None:
+    """What a scenario cannot ask of it: wrong uses, other threads, and times that pass."""
+    language = LANGUAGES["cpp"]
+    if missing := language.missing():
+        assert not os.environ.get("CI"), f"CI lacks {missing}"
+        pytest.skip(f"the cpp client needs {missing}")
+    language.build()
+    build_with("build/client_test", cwd=CLIENTS / "cpp")
+
+
 def test_differences_are_found() -> None:
     """The comparison itself can fail: at a value, a length, a missing key and a limit."""
     same = {"a": [1, {"b": "c"}], "n": 5}
