@@ -280,7 +280,7 @@ async def test_bodies_that_are_no_request_are_refused(tmp_path: Path) -> None:
                 async with session.post(url, data=data, headers=headers) as response:
                     assert response.status == status
                     assert (await response.json())["error"]["message"]
-            for method, path, status in (("GET", url, 405), ("GET", url + "/x", 404)):
+            for method, path, status in (("PUT", url, 405), ("GET", url + "/x", 404)):
                 async with session.request(method, path) as response:
                     assert response.status == status
                     assert (await response.json())["error"]["type"] == "invalid_request_error"
