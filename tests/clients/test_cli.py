@@ -38,7 +38,7 @@ from tests.clients.scripted_daemon import (
 COMMAND = (sys.executable, "-m", "millrace.cli")
 COMMANDS = (
     "up", "build", "builds", "cancel", "engines", "inspect", "load", "generate", "chat", "bench",
-    "deploy", "undeploy", "status", "top", "doctor", "health", "certs", "keys", "sign", "demo",
+    "deploy", "undeploy", "status", "top", "doctor", "health", "certs", "keys", "sign", "store", "demo",
 )  # fmt: skip
 GRAPH = {
     "inputs": {"token_ids": {"dims": ["T"], "dtype": "int32"}},
