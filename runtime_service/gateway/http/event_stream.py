@@ -59,7 +59,7 @@ class EventStream:
 
     def __init__(self, answer: Answer, cache_salt: str, *, has_ids: bool) -> None:
         self.answer, self.cache_salt, self.has_ids = answer, cache_salt, has_ids
-        self.is_superseded = False
+        self.is_superseded, self.has_ended = False, asyncio.Event()
         # Of the connection that it is written to, while it is.
         self.transport: asyncio.Transport | None = None
         self._generation_ids: list[str] = []

@@ -63,14 +63,14 @@ class OpenAiApi:
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """The model's next turn of a conversation, or the rest of it."""
-        if request.method == "GET" or LAST_EVENT_ID in request.headers:
+        if request.method == "GET" or request.headers.get(LAST_EVENT_ID):
             return await self._go_on(request, ChatShape())
         asked = parse(await body_of(request), ChatRequest)
         return await self._answer(request, asked, starts_of_chat(asked), ChatShape())
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """How texts go on, or the rest of it."""
-        if request.method == "GET" or LAST_EVENT_ID in request.headers:
+        if request.method == "GET" or request.headers.get(LAST_EVENT_ID):
             return await self._go_on(request, CompletionShape())
         asked = parse(await body_of(request), CompletionRequest)
         return await self._answer(request, asked, starts_of_completion(asked), CompletionShape())
@@ -128,14 +128,16 @@ class OpenAiApi:
         if stream.is_told:
             # By which servers of events say that there is nothing to come back for.
             return web.Response(status=204)
-        return await self._stream(request, stream, stream.resumptions(), old)
+        # What it still holds of the tenant's quota is what this goes on with.
+        old.supersede()
+        await old.has_ended.wait()
+        return await self._stream(request, stream, stream.resumptions())
 
     async def _stream(
         self,
         request: web.Request,
         stream: EventStream,
         commands: Sequence[pb.StartGeneration | pb.ResumeGeneration],
-        old: EventStream | None = None,
     ) -> web.StreamResponse:
         """Server-sent events, a write for all that came in a step.
 
@@ -145,8 +147,6 @@ class OpenAiApi:
 
         def on_begun(generations: list[RoutedGeneration]) -> None:
             stream.begun(generations)
-            if old is not None:
-                old.supersede()
             if stream.has_ids:
                 self._kept.add(stream)
 
@@ -175,6 +175,7 @@ class OpenAiApi:
             await response.write(b"data: %b\n\n" % _encode(error_body(error)))
         finally:
             stream.transport = None
+            stream.has_ended.set()
             if stream.has_ids:
                 self._kept.ended(stream)
         await response.write_eof()

@@ -174,21 +174,28 @@ async def test_any_event_can_be_the_last_one(tmp_path: Path) -> None:
 
 
 async def test_a_reader_that_is_still_there_is_cut_off_when_its_client_goes_on(
-    tmp_path: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It must not take the end of its connection for the end of the answer."""
-    async with running_fleet(tmp_path, 1, step_s=0.005) as fleet:
-        old = Reader(fleet, COMPLETIONS, _LONG)
+    """It must not take that for the end of the answer; nor does it use its tenant's quota up."""
+    key = new_key(capsys, tmp_path / "keys", "acme", concurrent=1)
+    security = ServerSecurity(api_keys=ApiKeys(tmp_path / "keys"))
+    async with running_fleet(tmp_path, 1, gateway_security=security, step_s=0.005) as fleet:
+
+        def reader(last_id: str = "") -> Reader:
+            headers = {"Authorization": f"Bearer {key}"}
+            return Reader(fleet, COMPLETIONS, _LONG, headers, last_id)
+
+        old = reader()
         reading = asyncio.create_task(old.read())
         await until(lambda: len(old.events) > 3)
-        new = Reader(fleet, COMPLETIONS, _LONG, last_id=old.ids[2])
+        new = reader(old.ids[2])
         await new.read("GET")
         with pytest.raises(Lost):
             await reading
-        whole = Reader(fleet, COMPLETIONS, _LONG)
+        whole = reader()
         await whole.read()
         # What it read after that event is no place of the stream any more.
-        stale = Reader(fleet, COMPLETIONS, _LONG, last_id=old.ids[-1])
+        stale = reader(old.ids[-1])
         await stale.read("GET")
     assert told(old.events[:3] + new.events) == told(whole.events)
     assert stale.status == 404
