@@ -164,7 +164,7 @@ async def _load_first(settings: RuntimeSettings, runtime: Runtime) -> None:
     if not settings.model:
         return
     selector = EngineSelector(settings.model, runtime.arch, quant_named(settings.quant))
-    runtime.before_load = (("start_daemon", process_age_s()),)
+    runtime.startup.before = (("start_daemon", process_age_s()),)
     delay_s = 1.0
     while True:
         try:

@@ -4,7 +4,7 @@ Both give their calls back however they end, so that what a lost client started 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from typing import Protocol
 
 from millrace.runtime.v1 import runtime_pb2 as pb
@@ -59,18 +59,29 @@ async def generate_stream(
 
 
 async def generate_all(
-    keeper: CallKeeper[Member], starts: Iterable[pb.StartGeneration], caller: Principal
+    keeper: CallKeeper[Member],
+    commands: Iterable[pb.StartGeneration | pb.ResumeGeneration],
+    caller: Principal,
+    on_begun: Callable[[list[Member]], None] | None = None,
 ) -> AsyncGenerator[list[pb.Event], None]:
     """Generations of which all are wanted, on one call: the first error is the call's.
 
     Args:
-        starts: told apart by their request ids.
+        commands: told apart by their request ids.
+        on_begun: called with the generations, in order, once all are accepted.
     """
     call = keeper.open_call(caller)
     try:
-        for start in starts:
-            call.start(start)
+        members = [
+            call.start(one) if isinstance(one, pb.StartGeneration) else call.resume(one)
+            for one in commands
+        ]
         call.half_close()
+        for member in members:
+            if member.error is not None:
+                raise member.error
+        if on_begun is not None:
+            on_begun(members)
         async for events in call.messages():
             for event in events:
                 if event.HasField("error"):

@@ -22,6 +22,7 @@ from runtime_service.generation_call import GenerationCall, OnMember
 from runtime_service.generation_trace import trace_generation
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.served_engine import EngineText, ServedEngine
+from runtime_service.startup import Startup
 from shared.auth import ANYBODY, Principal
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import (
@@ -88,9 +89,7 @@ class Runtime:
         self.arch = arch
         self.metrics = metrics
         self.served: ServedEngine | None = None
-        # Phases of the last load, and what the daemon did before its first one: (name, seconds).
-        self.startup: tuple[tuple[str, float], ...] = ()
-        self.before_load: tuple[tuple[str, float], ...] = ()
+        self.startup = Startup()
         self._state = pb.RUNTIME_STATE_IDLE
         self._source = source
         self._read_text = read_text
@@ -239,17 +238,18 @@ class Runtime:
             raise ArchMismatch(built_for=selector.arch, found=self.arch, command=command)
         started = time.monotonic()
         if self.served is None:
+            self.startup.finding()
             self._become(pb.RUNTIME_STATE_LOADING)
         try:
             engine, let_go = await self._found(selector, model_uri)
-            found = ("find_engine", time.monotonic() - started)
+            found_s = time.monotonic() - started
             if not anew and self.served is not None and self.served.engine.name == engine.name:
                 let_go()
                 return engine
             wanted = Wanted(selector, model_uri, engine, let_go)
             try:
                 async with self._exchange:
-                    await self._exchange_for(wanted, found)
+                    await self._exchange_for(wanted, found_s)
             finally:
                 if self._wanted is not wanted:
                     wanted.let_go()
@@ -257,6 +257,7 @@ class Runtime:
             if self.served is None:
                 # An engine that was lost is still being restarted; else there is none.
                 is_lost = self._wanted is not None
+                self.startup.failed()
                 self._become(pb.RUNTIME_STATE_LOADING if is_lost else pb.RUNTIME_STATE_IDLE)
         return wanted.engine
 
@@ -316,22 +317,20 @@ class Runtime:
             wanted.let_go()
         self._text_threads.shutdown(wait=False)
 
-    async def _exchange_for(self, wanted: Wanted, found: tuple[str, float]) -> None:
+    async def _exchange_for(self, wanted: Wanted, found_s: float) -> None:
         with self._holding():
             old = self.served
             if old is not None:
                 await old.client.wait_idle()
             # From here on there is no way back but loading: a caller that gives up changes nothing.
-            await _to_the_end(self._run(self._replace(old, wanted, found)))
+            await _to_the_end(self._run(self._replace(old, wanted, found_s)))
 
-    async def _replace(
-        self, old: ServedEngine | None, wanted: Wanted, found: tuple[str, float]
-    ) -> None:
+    async def _replace(self, old: ServedEngine | None, wanted: Wanted, found_s: float) -> None:
         self.served = None
         try:
             if old is not None:
                 await old.client.stop()
-            await self._bring_up(wanted, found)
+            await self._bring_up(wanted, found_s)
         except Exception:  # whatever it is goes on to the caller, who is served as before
             if old is not None:
                 _log.warning("engine_swap_failed", wanted=wanted.engine.name)
@@ -366,9 +365,10 @@ class Runtime:
         """Tries to load the wanted engine, which was served before; false when it failed."""
         assert self._wanted is not None, "nothing is to be served"
         try:
-            await self._bring_up(self._wanted, ("find_engine", 0.0))
+            await self._bring_up(self._wanted, 0.0)
         except Exception as error:  # an edge: nobody else waits for this, or tries again
             known = error if isinstance(error, MillraceError) else Internal()
+            self.startup.failed()
             self._refusal = EngineLost(problem=str(known).rstrip("."), retry_after_s=retry_s)
             _log.error(
                 "engine_restart_failed",
@@ -379,11 +379,11 @@ class Runtime:
             return False
         return True
 
-    async def _bring_up(self, wanted: Wanted, found: tuple[str, float]) -> None:
+    async def _bring_up(self, wanted: Wanted, found_s: float) -> None:
         if self._state == pb.RUNTIME_STATE_DRAINING:
             raise Draining()
+        self.startup.loading(found_s)
         self._become(pb.RUNTIME_STATE_LOADING)
-        started = time.monotonic()
         try:
             served = await self._start(wanted.engine)
         except (DigestMismatch, BlobNotFound) as damage:
@@ -400,10 +400,7 @@ class Runtime:
         engine = wanted.engine
         if served.client.is_over:
             raise EngineLost(problem="it ended right after it was loaded")
-        phases = served.client.phases
-        rest = time.monotonic() - started - sum(seconds for _, seconds in phases)
-        self.startup = (*self.before_load, found, ("start_process", max(rest, 0.0)), *phases)
-        self.before_load = ()
+        self.startup.loaded(served.client.phases)
         self.served = served
         self._become(pb.RUNTIME_STATE_SERVING)
         limits = served.client.limits
@@ -411,7 +408,7 @@ class Runtime:
             "engine_loaded",
             engine=engine.name,
             model=engine.model,
-            **{f"{name}_s": round(seconds, 3) for name, seconds in self.startup},
+            **{f"{name}_s": round(seconds, 3) for name, seconds in self.startup.phases},
             max_sequence_tokens=limits.max_sequence_tokens,
             max_sequences=limits.max_sequences,
             kv_blocks=limits.num_blocks,

@@ -47,7 +47,7 @@ class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
             deployment_version=runtime.deployment_version,
             startup=[
                 pb.StartupPhase(name=name, duration=_duration(seconds))
-                for name, seconds in runtime.startup
+                for name, seconds in runtime.startup.phases
             ],
         )
         response.start_time.FromMicroseconds(round(self._started_s * 1e6))

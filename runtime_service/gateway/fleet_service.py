@@ -134,6 +134,7 @@ def _runtime(link: RuntimeLink) -> pb.Runtime:
         num_blocks=status.limits.num_blocks,
         tokens_per_s=link.tokens_per_s,
         generations=link.num_runs,
+        startup=status.startup,
     )
     runtime.silent_for.FromMilliseconds(round(link.silent_s * 1000))
     return runtime

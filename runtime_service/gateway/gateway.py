@@ -75,6 +75,11 @@ class Gateway:
         """Claims that there is a runtime for somebody."""
         return any(link.is_usable for link in self._fleet)
 
+    @property
+    def keep_s(self) -> float:
+        """How long after its end a generation can be resumed."""
+        return self._kept.keep_s
+
     # Calls and starts.
 
     def open_call(self, caller: Principal = ANYBODY) -> GenerationCall[RoutedGeneration]:

@@ -1,68 +1,93 @@
-"""Generations that a client can still go on with after it has lost its call.
+"""What a client can still go on with after it has lost its call: generations, and streams of them.
 
 What is kept is small: the start and the token ids that were sent. Going on is recomputing.
 """
 
 import asyncio
 from collections import deque
+from typing import Generic, Protocol, TypeVar
 
 from runtime_service.gateway.routed_generation import RoutedGeneration
 from shared.errors import GenerationNotFound
 
-# Of generations that have ended; the oldest go first.
+# Of what has ended; the oldest go first.
 MAX_KEPT_BYTES = 256 << 20
-_TOKEN_BYTES = 8
 
 
-class KeptGenerations:
-    """Knows generations by the id that their clients were told.
+class Keepable(Protocol):
+    """What a client can go on with.
+
+    `generation_id` is what the client was told, `cache_salt` whose it is, and `num_kept_bytes` what
+    it takes to keep it.
+    """
+
+    @property
+    def generation_id(self) -> str:
+        """Names it, and cannot be guessed."""
+
+    @property
+    def cache_salt(self) -> str:
+        """The tenant that it belongs to."""
+
+    @property
+    def num_kept_bytes(self) -> int:
+        """About what it takes."""
+
+
+Item = TypeVar("Item", bound=Keepable)
+
+
+class Kept(Generic[Item]):
+    """Knows items by the id that their clients were told.
 
     Args:
         keep_s: after their end.
     """
 
     def __init__(self, keep_s: float) -> None:
-        self._keep_s = keep_s
-        self._generations: dict[str, RoutedGeneration] = {}
-        self._ended: deque[tuple[RoutedGeneration, int]] = deque()
+        self.keep_s = keep_s
+        self._items: dict[str, Item] = {}
+        self._ended: deque[tuple[Item, int]] = deque()
         self._ended_bytes = 0
 
-    def add(self, generation: RoutedGeneration) -> None:
+    def add(self, item: Item) -> None:
         """Knows it from now on, in place of one of the same id."""
-        self._generations[generation.generation_id] = generation
+        self._items[item.generation_id] = item
 
-    def find(self, generation_id: str, cache_salt: str) -> RoutedGeneration:
-        """The generation of that id.
+    def find(self, generation_id: str, cache_salt: str) -> Item:
+        """The item of that id.
 
         Raises:
             GenerationNotFound: there is none any more, or it is another tenant's.
         """
-        found = self._generations.get(generation_id)
+        found = self._items.get(generation_id)
         if found is None or found.cache_salt != cache_salt:
             raise GenerationNotFound(generation=generation_id)
         return found
 
-    def ended(self, generation: RoutedGeneration) -> None:
+    def ended(self, item: Item) -> None:
         """Forgets it, after a while."""
-        num_tokens = sum(len(sample.token_ids) for sample in generation.samples)
-        num_bytes = generation.start.ByteSize() + _TOKEN_BYTES * num_tokens
-        self._ended.append((generation, num_bytes))
+        num_bytes = item.num_kept_bytes
+        self._ended.append((item, num_bytes))
         self._ended_bytes += num_bytes
         if self._ended_bytes > MAX_KEPT_BYTES:
             self._forget_oldest()
-        asyncio.get_running_loop().call_later(self._keep_s, self._expire, generation)
+        asyncio.get_running_loop().call_later(self.keep_s, self._expire, item)
 
-    def forget(self, generation: RoutedGeneration) -> None:
+    def forget(self, item: Item) -> None:
         """Forgets it at once; a no-op where another one has its id."""
-        if self._generations.get(generation.generation_id) is generation:
-            del self._generations[generation.generation_id]
+        if self._items.get(item.generation_id) is item:
+            del self._items[item.generation_id]
 
-    def _expire(self, generation: RoutedGeneration) -> None:
+    def _expire(self, item: Item) -> None:
         # Timers of one length fire in order: only what room was made of is gone before.
-        if self._ended and self._ended[0][0] is generation:
+        if self._ended and self._ended[0][0] is item:
             self._forget_oldest()
 
     def _forget_oldest(self) -> None:
-        generation, num_bytes = self._ended.popleft()
+        item, num_bytes = self._ended.popleft()
         self._ended_bytes -= num_bytes
-        self.forget(generation)
+        self.forget(item)
+
+
+KeptGenerations = Kept[RoutedGeneration]

@@ -24,6 +24,7 @@ from shared.tracing import NO_SPAN
 # A generation that takes its engine down with it is not tried on every runtime of the fleet: after
 # this many losses in a row without a token it is given up.
 MAX_LOSSES = 3
+_KEPT_TOKEN_BYTES = 8
 
 
 class Placer(Protocol):
@@ -173,6 +174,12 @@ class RoutedGeneration:
     def is_suspect(self) -> bool:
         """Claims that it may be what takes engines down."""
         return self._num_losses > 1 and not self.is_ended
+
+    @property
+    def num_kept_bytes(self) -> int:
+        """About what a resumption needs of it."""
+        num_tokens = sum(len(sample.token_ids) for sample in self.samples)
+        return self.start.ByteSize() + _KEPT_TOKEN_BYTES * num_tokens
 
     @property
     def elapsed_s(self) -> float:

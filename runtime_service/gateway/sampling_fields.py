@@ -25,6 +25,9 @@ _NAMES = {
     "start.stop.min_new_tokens": "min_tokens",
 }
 
+# vLLM's and SGLang's word for no limit, where ours is 0.
+_ALL_TOKENS = -1
+
 
 class Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields of a request; None is what a generation does unasked."""
@@ -68,6 +71,8 @@ def set_sampling(start: pb.StartGeneration, request: Sampling, max_tokens: int |
     ):  # fmt: skip
         if (value := getattr(request, name)) is not None:
             setattr(sampling, name, checked(value, name))
+    if sampling.top_k == _ALL_TOKENS:
+        sampling.top_k = 0
     if request.seed is not None:
         sampling.seed = request.seed % (1 << 64)
     for token, bias in (request.logit_bias or {}).items():

@@ -1,10 +1,11 @@
 """A `Registry` over HTTP: any that speaks the OCI distribution spec.
 
 What fails for a moment is tried again, with growing pauses; an upload from its start, as blobs are
-at most 256 MiB. What a tag names is looked at right before it is changed, because the spec knows no
-conditional update.
+at most 256 MiB. The spec knows no conditional update: what a tag names is looked at right before each
+attempt to change it, and the condition is sent along, for registries that follow HTTP's own.
 
-Source: OCI distribution-spec 1.1, "Pull", "Push", "Listing Tags", "Content Management".
+Source: OCI distribution-spec 1.1, "Pull", "Push", "Listing Tags", "Content Management"; RFC 9110,
+13.1, "Preconditions".
 """
 
 import random
@@ -28,6 +29,7 @@ from shared.errors import (
 )
 from shared.store import oci
 from shared.store.blob_writer import CHUNK_BYTES
+from shared.store.blobs import Sweep
 from shared.store.registry import Manifest, TagMoved
 from shared.store.registry_auth import RegistryAuth
 
@@ -36,10 +38,14 @@ _MANIFEST_TYPES = ", ".join(
 )
 _MAX_MANIFEST_BYTES = 16 << 20
 _NUM_ATTEMPTS, _MAX_WAIT_S = 5, 30.0
+# Longer than a manifest, which is kilobytes, is on its way.
+_SETTLE_S = 0.5
 _TIMEOUT = httpx2.Timeout(10.0, read=60.0, write=60.0, pool=None)
 _NAME = re.compile(
     r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*)*"
 )
+
+_DELETES_NOTHING = "it is set to delete nothing"
 
 Body = Callable[[], Iterator[bytes]]
 
@@ -88,6 +94,20 @@ class OciRegistry:
         """Returns if it answers and takes our credentials; see `Registry`."""
         with self._ask("GET", f"{self._root}/tags/list?n=1", 200, 404):
             pass
+
+    @property
+    def settle_s(self) -> float:
+        """Changes of a tag are exact where the registry follows conditions, which it does not say."""
+        return _SETTLE_S
+
+    def adopt(self, digest: str) -> bool:
+        """As `has`: how long blobs without a manifest stay is the registry's to know."""
+        return self.has(digest)
+
+    def sweep(self, grace_s: float) -> Sweep:
+        """Refused; see `Registry`."""
+        problem = "what nothing names is freed by the registry's own garbage collection"
+        raise StoreRefused(store=self.url, problem=problem)
 
     def has(self, digest: str) -> bool:
         """Claims that the blob is there; see `Registry`."""
@@ -149,13 +169,22 @@ class OciRegistry:
     ) -> Blob:
         """Puts a manifest there, and gives it the tag; see `Registry`."""
         blob = oci.blob_from(content, media_type)
-        if tag:
-            there = self.manifest(tag)
-            if (None if there is None else there[0].digest) != replaces:
-                raise TagMoved
         headers = {"Content-Type": media_type, "Content-Length": str(len(content))}
-        url = f"{self._root}/manifests/{tag or blob.digest}"
-        with self._ask("PUT", url, 201, headers=headers, body=lambda: iter([content])):
+        if tag:
+            headers |= {"If-Match": f'"{replaces}"'} if replaces else {"If-None-Match": "*"}
+
+        def unmoved() -> str:
+            there = self.manifest(tag) if tag else None
+            if tag and (None if there is None else there[0].digest) != replaces:
+                raise TagMoved
+            return f"{self._root}/manifests/{tag or blob.digest}"
+
+        # An attempt whose answer was lost may have come through: each looks anew.
+        with self._ask(
+            "PUT", unmoved, 201, 412, headers=headers, body=lambda: iter([content])
+        ) as response:
+            if response.status_code == 412:
+                raise TagMoved
             return blob
 
     def tags(self) -> tuple[str, ...]:
@@ -177,7 +206,7 @@ class OciRegistry:
         url = f"{self._root}/manifests/{digest}"
         with self._ask("DELETE", url, 200, 202, 404, 405) as response:
             if response.status_code == 405:
-                raise StoreRefused(store=self.url, problem="it is set to delete nothing")
+                raise StoreRefused(store=self.url, problem=_DELETES_NOTHING)
 
     @contextmanager
     def _ask(

@@ -32,12 +32,13 @@ from shared.errors import (
     StoreUnreachable,
 )
 from shared.store import oci
-from shared.store.local import MIN_PREFIX_CHARACTERS, LocalStore
+from shared.store.blobs import Sweep
+from shared.store.local import DEFAULT_GRACE_S, MIN_PREFIX_CHARACTERS, LocalStore
 from shared.store.pull import Report
 
 _NUM_THREADS = 4
 # An index that many change at once: each change takes a few requests.
-_MAX_CHANGES, _CHANGE_WAIT_S = 30, 0.5
+_MAX_CHANGES, _CHANGE_WAIT_S = 60, 0.5
 _ENGINE_TAG = re.compile(r"[0-9a-f]{64}")
 
 Manifest = tuple[Blob, bytes]
@@ -57,11 +58,18 @@ class Registry(Protocol):
     def url(self) -> str:
         """Where it is, for people: no secret."""
 
+    @property
+    def settle_s(self) -> float:
+        """How long a slower writer may still undo a change of a tag; 0: `replaces` is exact."""
+
     def check(self) -> None:
         """Returns if it answers and takes our credentials."""
 
     def has(self, digest: str) -> bool:
         """Claims that the blob is there."""
+
+    def adopt(self, digest: str) -> bool:
+        """Claims that the blob is there, and no sweep takes it for as long as a new one."""
 
     def read(self, digest: str, offset: int = 0) -> Iterator[bytes]:
         """A blob's bytes from `offset` on, unverified; BlobNotFound where there is none."""
@@ -87,6 +95,13 @@ class Registry(Protocol):
     def delete_manifest(self, digest: str) -> None:
         """Removes the manifest, if it is there, and the tags that name it."""
 
+    def sweep(self, grace_s: float) -> Sweep:
+        """Removes blobs that no tag leads to and that are older than `grace_s`.
+
+        Raises:
+            StoreRefused: that is the registry's own to do.
+        """
+
 
 class RegistryStore:
     """An `EngineStore` in a registry; may be used by several threads and processes at once."""
@@ -110,7 +125,7 @@ class RegistryStore:
                 engine = self._engine(entry.manifest.digest, entry.created_s)
                 if engine is not None and _fits(engine, selector, max_format, entry.model):
                     return self._with_signatures(engine)
-        # Registries know no conditional update: an index that two changed at once may lack one.
+        # Not every registry knows a conditional update: an index may still lack one.
         for engine in self.list():
             if _fits(engine, selector, max_format):
                 return engine
@@ -173,6 +188,8 @@ class RegistryStore:
                 self.registry.put_manifest(
                     text, oci.MANIFEST_TYPE, engine.key.digest, replaces=replaced
                 )
+                # A sweep that looked before the tag was there may have taken what was old.
+                self._push_blobs(local, engine, None)
             there = self._tagged(engine.key.digest)
             if there is None:
                 raise StoreUnreachable(store=self.url, problem="it forgot what was pushed")
@@ -244,6 +261,14 @@ class RegistryStore:
                 self._change(tag, (lambda _: None) if tag == referrers else remove)
         return engine
 
+    def sweep(self, grace_s: float = DEFAULT_GRACE_S) -> Sweep:
+        """Removes blobs that no engine needs and that are older than `grace_s`.
+
+        Raises:
+            StoreRefused: the registry does that by itself.
+        """
+        return self.registry.sweep(grace_s)
+
     def check(self) -> None:
         """Returns if the registry answers and takes our credentials.
 
@@ -254,7 +279,7 @@ class RegistryStore:
 
     def _push_blobs(self, local: LocalStore, engine: EngineManifest, report: Report | None) -> None:
         def push(blob: Blob) -> None:
-            if not self.registry.has(blob.digest):
+            if not self.registry.adopt(blob.digest):
                 self.registry.upload(blob, local.verified_path(blob.digest))
 
         blobs = {blob.digest: blob for blob in local.blobs_of(engine) if blob != engine.manifest}
@@ -275,16 +300,24 @@ class RegistryStore:
         """Gives the tag the index that `change` makes of its own, None being no index.
 
         It looks again at what it did: `change` gives what it is given once there is nothing to do.
+        Where an update is not conditional it looks once more later: whoever had looked before this
+        wrote has then written, and what that undid is done again, on top of it.
 
         Raises:
             StoreUnreachable: others change it all the time.
         """
+        is_settled = True
         for _ in range(_MAX_CHANGES):
             found = self.registry.manifest(tag)
             old, digest = (None, None) if found is None else (found[1], found[0].digest)
             new = change(old)
-            if new == old:
+            if new == old and is_settled:
                 return
+            if new == old:
+                is_settled = True
+                time.sleep(self.registry.settle_s * random.uniform(1.0, 1.5))
+                continue
+            is_settled = self.registry.settle_s == 0
             try:
                 if new is not None:
                     self.registry.put_manifest(new, oci.INDEX_TYPE, tag, replaces=digest)

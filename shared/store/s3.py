@@ -5,6 +5,7 @@ Below the prefix lies an OCI image layout, so that a copy of it is one on disk t
     oci-layout             the layout's version
     index.json             every tag and what it names; changed only on condition that it is as read
     blobs/sha256/<hex>     blobs and manifests
+    fresh/<hex>            a blob on its way to being as young as a new one
 
 Credentials, region and endpoint are those of the standard AWS variables, or of the machine's role.
 Source: OCI image-spec 1.1, image-layout.md; S3's conditional writes.
@@ -41,11 +42,17 @@ from shared.errors import (
 from shared.settings import s3_is_plain
 from shared.store import oci
 from shared.store.blob_writer import CHUNK_BYTES
+from shared.store.blobs import Sweep
+from shared.store.local import DEFAULT_GRACE_S
 from shared.store.registry import Manifest, TagMoved
 
 _INDEX, _LAYOUT = "index.json", "oci-layout"
 _MAX_CHANGES, _CHANGE_WAIT_S = 50, 0.2
+_BLOBS, _FRESH, _CLOCK = "blobs/sha256/", "fresh/", "fresh/clock"
+# A push may take half of what a sweep spares, and clocks may differ by some of the other half.
+_YOUNG_S = DEFAULT_GRACE_S / 2
 
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NO_RANGE = re.compile(r"<Code>InvalidRange|status code: 416")
 
 Tags = dict[str, Blob]
@@ -56,9 +63,18 @@ class S3Registry:
 
     Args:
         retry_timeout_s: how long one request may be tried again.
+        young_s: a blob that is older is made young when it is adopted.
     """
 
-    def __init__(self, bucket: str, prefix: str = "", *, retry_timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        retry_timeout_s: float = 30.0,
+        young_s: float = _YOUNG_S,
+    ) -> None:
+        self._young_s = young_s
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         try:
             self._objects = S3Store(
@@ -91,6 +107,11 @@ class S3Registry:
             raise InvalidField(field="store", problem="an s3:// URL is s3://bucket/prefix")
         return S3Registry(parts.netloc, unquote(parts.path).strip("/"))
 
+    @property
+    def settle_s(self) -> float:
+        """0: S3's conditional writes are exact."""
+        return 0.0
+
     def check(self) -> None:
         """Returns if it answers and takes our credentials; see `Registry`."""
         self._read_index()
@@ -100,6 +121,21 @@ class S3Registry:
         with self._told():
             try:
                 obstore.head(self._objects, _path(digest))
+            except FileNotFoundError:
+                return False
+        return True
+
+    def adopt(self, digest: str) -> bool:
+        """Claims that the blob is there and young: an old one is copied there and back for it."""
+        path, fresh = _path(digest), _FRESH + digest.removeprefix("sha256:")
+        with self._told():
+            try:
+                made_s = obstore.head(self._objects, path)["last_modified"].timestamp()
+                if time.time() - made_s > self._young_s:
+                    # S3 copies no object onto itself, and knows no other way to make one younger.
+                    obstore.copy(self._objects, path, fresh)
+                    obstore.copy(self._objects, fresh, path)
+                    obstore.delete(self._objects, fresh)
             except FileNotFoundError:
                 return False
         return True
@@ -171,6 +207,57 @@ class S3Registry:
         )
         with self._told():
             obstore.delete(self._objects, _path(digest))
+
+    def sweep(self, grace_s: float) -> Sweep:
+        """Removes what no tag leads to and is older than `grace_s`, by the server's clock.
+
+        A push that began later finds what it names young (`adopt`), or looks again when its tag is
+        there. Several may sweep at once.
+        """
+        with self._told():
+            obstore.put(self._objects, _CLOCK, b"")
+            old_s = obstore.head(self._objects, _CLOCK)["last_modified"].timestamp() - grace_s
+            obstore.delete(self._objects, _CLOCK)
+            found = [
+                one
+                for prefix in (_BLOBS, _FRESH)
+                for page in obstore.list(self._objects, prefix)
+                for one in page
+                if one["last_modified"].timestamp() <= old_s
+            ]
+        # Only now: what was tagged until here is kept.
+        keep = {_path(digest) for digest in self._tagged_digests()}
+        num_blobs = num_bytes = 0
+        for one in found:
+            if one["path"] not in keep and self._delete_old(one["path"], old_s):
+                num_blobs, num_bytes = num_blobs + 1, num_bytes + one["size"]
+        return Sweep(num_blobs, num_bytes)
+
+    def _delete_old(self, path: str, old_s: float) -> bool:
+        """Whether it was there, and still as old."""
+        with self._told():
+            try:
+                if obstore.head(self._objects, path)["last_modified"].timestamp() > old_s:
+                    return False
+            except FileNotFoundError:
+                return False
+            obstore.delete(self._objects, path)
+        return True
+
+    def _tagged_digests(self) -> set[str]:
+        """Everything that a tag leads to: indexes, manifests, and what these name in any field."""
+        found: set[str] = set()
+        ahead = {blob.digest for blob in self._read_index()[0].values()}
+        while ahead:
+            digest = ahead.pop()
+            found.add(digest)
+            content = self._object(_path(digest))
+            named = set(_DIGEST.findall((content or b"").decode(errors="replace")))
+            if content is not None and _media_type_of(content) == oci.INDEX_TYPE:
+                ahead |= named - found
+            else:
+                found |= named
+        return found
 
     def _read_index(self) -> tuple[Tags, str | None]:
         """What is tagged, and the version of `index.json` that says so; None where there is none."""

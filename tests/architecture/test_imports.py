@@ -82,6 +82,7 @@ def test_command_imports_what_is_slow_only_when_it_runs() -> None:
     cli = PACKAGES["millrace"] / "cli"
     interface = (
         "app", "bench_commands", "failures", "fleet_commands", "options", "security_commands",
+        "store_commands",
     )  # fmt: skip
     for name in ("__init__", "__main__", "output", *interface):
         tree = ast.parse((cli / f"{name}.py").read_text())

@@ -227,7 +227,7 @@ def test_policies_let_through_what_daemons_need_and_name_ports_that_exist() -> N
     assert policies["default"]["spec"]["podSelector"] == {}
     assert policies["default"]["spec"]["policyTypes"] == ["Ingress", "Egress"]
     calls = {("runtime", "compiler"), ("runtime", "redis"), ("gateway", "runtime"),
-             ("gateway", "redis"), ("compiler", "redis")}  # fmt: skip
+             ("gateway", "redis"), ("gateway", "compiler"), ("compiler", "redis")}  # fmt: skip
     for caller, called in calls:
         ingress = policies[called]["spec"]["ingress"]
         peers = [p["podSelector"] for rule in ingress for p in rule["from"] if "podSelector" in p]
@@ -246,6 +246,16 @@ def test_policies_let_through_what_daemons_need_and_name_ports_that_exist() -> N
             for port in rule["ports"]:
                 pods = selected(policy["spec"]["podSelector"]) - {"redis"} or {"redis"}
                 assert all(port["port"] in ports_of(WORKLOADS[pod]) for pod in pods), name
+
+
+def test_the_gateway_shows_the_compile_daemons_builds_by_a_key_that_may() -> None:
+    settings: Any = settings_of("gateway")
+    name, _, port = settings.compiler.partition(":")
+    (pod,) = selected({"matchLabels": all_of(ANY, "Service")[name]["spec"]["selector"]})
+    assert ports_of(WORKLOADS[pod])["grpc"] == int(port)
+    made = re.search(r"keys create gateway .*", OPERATIONS)
+    assert made is not None
+    assert "--scope build" in made[0]
 
 
 def test_runtimes_scale_on_a_metric_that_they_export_and_the_adapter_gives() -> None:

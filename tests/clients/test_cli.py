@@ -38,7 +38,8 @@ from tests.clients.scripted_daemon import (
 COMMAND = (sys.executable, "-m", "millrace.cli")
 COMMANDS = (
     "up", "build", "builds", "cancel", "engines", "inspect", "load", "generate", "chat", "bench",
-    "deploy", "undeploy", "status", "top", "doctor", "health", "certs", "keys", "sign", "demo",
+    "deploy", "undeploy", "status", "top", "doctor", "health", "certs", "keys", "sign", "store",
+    "demo",
 )  # fmt: skip
 GRAPH = {
     "inputs": {"token_ids": {"dims": ["T"], "dtype": "int32"}},
@@ -466,7 +467,7 @@ def test_durations_are_short(seconds: float, text: str) -> None:
 
 
 def a_fleet() -> fleet_pb2.GetFleetResponse:
-    """Two runtimes, one of which has not answered for a while."""
+    """Three runtimes, one of which has not answered for a while, and one that loads its engine."""
     serving = fleet_pb2.Runtime(
         address="10.0.0.1:7602", state=runtime_pb2.RUNTIME_STATE_SERVING, engine="engines/ab",
         model="tiny", arch="cpu", deployment="chat", deployment_version=3, num_blocks=100,
@@ -477,7 +478,11 @@ def a_fleet() -> fleet_pb2.GetFleetResponse:
     serving.load.time_to_first_token.FromMilliseconds(42)
     silent = fleet_pb2.Runtime(address="10.0.0.2:7602")
     silent.silent_for.FromMilliseconds(12_000)
-    return fleet_pb2.GetFleetResponse(runtimes=[serving, silent], redis_answers=True)
+    starting = fleet_pb2.Runtime(address="10.0.0.3:7602", state=runtime_pb2.RUNTIME_STATE_LOADING)
+    for name, milliseconds in (("find_engine", 1250), ("load_engine", 2500)):
+        for runtime in (serving, starting):
+            runtime.startup.add(name=name).duration.FromMilliseconds(milliseconds)
+    return fleet_pb2.GetFleetResponse(runtimes=[serving, silent, starting], redis_answers=True)
 
 
 def test_status_shows_every_runtime_and_deployment() -> None:
@@ -488,7 +493,11 @@ def test_status_shows_every_runtime_and_deployment() -> None:
         as_json = json.loads(millrace(daemon, "status", "--json").stdout)
     for shown in ("serving", "tiny int8", "chat v3", "75% of 100", "123", "42 ms"):
         assert shown in lines[1]
+    assert f"serving {duration_text(3.75)} tiny" in " ".join(lines[1].split())
     assert "silent 12 s" in lines[2]
+    phases = f"find_engine {duration_text(1.25)}, load_engine {duration_text(2.5)}"
+    assert phases in lines[3]
+    assert "load_engine" not in lines[1]
     assert lines[-1].split() == ["chat", "tiny", "3", "1", "of", "2"]
     assert as_json["runtimes"][0]["address"] == "10.0.0.1:7602"
 
@@ -531,7 +540,15 @@ def test_top_shows_fleet_and_builds_until_it_is_interrupted() -> None:
     script.fleet.deployments.add(name="chat", model="tiny", replicas=2, version=3)
     with ScriptedDaemon(script) as daemon:
         shown = on_a_terminal(daemon, "top", until=DIGEST[:12])
-    for part in ("2 runtimes", "tokens/s", "TTFT", "10.0.0.1:7602", "chat", "silent"):
+    for part in (
+        "3 runtimes",
+        "load_engine",
+        "tokens/s",
+        "TTFT",
+        "10.0.0.1:7602",
+        "chat",
+        "silent",
+    ):
         assert part in shown
 
 

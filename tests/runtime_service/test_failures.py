@@ -141,6 +141,37 @@ class _OutOfMemory:
         return await self._start_client(engine, on_lost)
 
 
+class _Held:
+    """Starts engine processes once it is let go."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._start_client = runtime._start_client
+        self.is_reached, self.may_go = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, engine: EngineManifest, on_lost: OnLost) -> EngineClient:
+        self.is_reached.set()
+        await self.may_go.wait()
+        return await self._start_client(engine, on_lost)
+
+
+async def test_status_tells_the_phases_of_a_load_while_it_goes_on(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        held = daemon.runtime._start_client = _Held(daemon.runtime)
+        await daemon.runtime.unload()
+        loading = asyncio.create_task(daemon.load())
+        await held.is_reached.wait()
+        seen = [await daemon.stub.GetStatus(pb.GetStatusRequest()) for _ in range(2)]
+        held.may_go.set()
+        await loading
+        done = await daemon.stub.GetStatus(pb.GetStatusRequest())
+    assert {status.state for status in seen} == {pb.RUNTIME_STATE_LOADING}
+    for status in seen:
+        assert [phase.name for phase in status.startup] == ["find_engine", "load_engine"]
+    spent = [status.startup[1].duration.ToNanoseconds() for status in seen]
+    assert 0 < spent[0] < spent[1]
+    assert [phase.name for phase in done.startup][:2] == ["find_engine", "start_process"]
+
+
 async def test_engine_comes_back_when_its_process_could_not_be_started(tmp_path: Path) -> None:
     """Whatever a restart fails with, it is tried again."""
     async with running_daemon(tmp_path) as daemon:

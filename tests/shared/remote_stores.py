@@ -87,6 +87,7 @@ class RecordingRegistry:
         self._registry, self._before_write = registry, before_write
         self.url, self.check = registry.url, registry.check
         self.has, self.manifest, self.tags = registry.has, registry.manifest, registry.tags
+        self.adopt, self.sweep, self.settle_s = registry.adopt, registry.sweep, registry.settle_s
         self.uploads: list[str] = []
         self.reads: list[tuple[str, int]] = []
         self.num_writes = 0

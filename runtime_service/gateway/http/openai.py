@@ -3,7 +3,7 @@
 What they start are the generations that gRPC starts: routed, resumed elsewhere and counted alike.
 """
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -12,6 +12,12 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.fleet import Fleet
 from runtime_service.gateway.gateway import Gateway
+from runtime_service.gateway.http.event_stream import (
+    EVENT_STREAM,
+    LAST_EVENT_ID,
+    EventStream,
+    parse_event_id,
+)
 from runtime_service.gateway.http.failures import error_body
 from runtime_service.gateway.http.openai_answers import Answer, ChatShape, CompletionShape, Json
 from runtime_service.gateway.http.openai_requests import (
@@ -22,6 +28,8 @@ from runtime_service.gateway.http.openai_requests import (
     starts_of_completion,
 )
 from runtime_service.gateway.http.server import STREAM_ERROR, Route, body_of, open_stream
+from runtime_service.gateway.kept import Kept
+from runtime_service.gateway.routed_generation import RoutedGeneration
 from runtime_service.gateway.runtime_link import RuntimeLink
 from runtime_service.generate_calls import generate_all
 from shared.auth import caller
@@ -29,6 +37,7 @@ from shared.errors import InvalidField, MillraceError, NoEngine
 
 _RUNTIME = "/millrace.runtime.v1.RuntimeService/"
 _GENERATE, _STATUS = _RUNTIME + "GenerateStream", _RUNTIME + "GetStatus"
+_CONTENT_TYPE = f"{EVENT_STREAM}; charset=utf-8"
 
 _encode = msgspec.json.Encoder().encode
 
@@ -38,24 +47,31 @@ class OpenAiApi:
 
     def __init__(self, gateway: Gateway, fleet: Fleet) -> None:
         self._gateway, self._fleet = gateway, fleet
+        self._kept = Kept[EventStream](gateway.keep_s)
 
     def routes(self) -> tuple[Route, ...]:
         """What it answers."""
         return (
             Route("POST", "/v1/chat/completions", self.chat, _GENERATE),
+            Route("GET", "/v1/chat/completions", self.chat, _GENERATE),
             Route("POST", "/v1/completions", self.complete, _GENERATE),
+            Route("GET", "/v1/completions", self.complete, _GENERATE),
             Route("POST", "/v1/embeddings", self.embed, _GENERATE),
             Route("GET", "/v1/models", self.list_models, _STATUS),
             Route("GET", "/v1/models/{model:.+}", self.get_model, _STATUS),
         )
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        """The model's next turn of a conversation."""
+        """The model's next turn of a conversation, or the rest of it."""
+        if request.method == "GET" or request.headers.get(LAST_EVENT_ID):
+            return await self._go_on(request, ChatShape())
         asked = parse(await body_of(request), ChatRequest)
         return await self._answer(request, asked, starts_of_chat(asked), ChatShape())
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
-        """How texts go on."""
+        """How texts go on, or the rest of it."""
+        if request.method == "GET" or request.headers.get(LAST_EVENT_ID):
+            return await self._go_on(request, CompletionShape())
         asked = parse(await body_of(request), CompletionRequest)
         return await self._answer(request, asked, starts_of_completion(asked), CompletionShape())
 
@@ -88,42 +104,82 @@ class OpenAiApi:
         options = asked.stream_options
         has_usage = options is not None and options.include_usage
         model = asked.model or next(iter(self._fleet.models()), "")
-        answer = Answer(shape, model, asked.n or 1, has_usage)
+        answer = Answer(shape, model, len(starts), asked.n or 1, has_usage)
+        if asked.stream:
+            has_ids = EVENT_STREAM in request.headers.get("Accept", "")
+            stream = EventStream(answer, caller().tenant, has_ids=has_ids)
+            return await self._stream(request, stream, starts)
         async with aclosing(generate_all(self._gateway, starts, caller())) as events:
-            if asked.stream:
-                return await _stream(request, answer, events)
             async for some in events:
                 answer.take(some)
         return _json(answer.body())
 
+    async def _go_on(
+        self, request: web.Request, shape: ChatShape | CompletionShape
+    ) -> web.StreamResponse:
+        """The rest of a stream, after the event that the client had last."""
+        last_id = request.headers.get(LAST_EVENT_ID, "")
+        if not last_id:
+            problem = "must be set: GET goes on with a stream, and POST begins one"
+            raise InvalidField(field=LAST_EVENT_ID, problem=problem)
+        name, number = parse_event_id(last_id, shape.id_prefix)
+        old = self._kept.find(name, caller().tenant)
+        stream = old.after(number)
+        if stream.is_told:
+            # By which servers of events say that there is nothing to come back for.
+            return web.Response(status=204)
+        # What it still holds of the tenant's quota is what this goes on with.
+        old.supersede()
+        await old.has_ended.wait()
+        return await self._stream(request, stream, stream.resumptions())
 
-async def _stream(
-    request: web.Request, answer: Answer, events: AsyncIterator[list[pb.Event]]
-) -> web.StreamResponse:
-    """Server-sent events, a write for all that came in a step.
+    async def _stream(
+        self,
+        request: web.Request,
+        stream: EventStream,
+        commands: Sequence[pb.StartGeneration | pb.ResumeGeneration],
+    ) -> web.StreamResponse:
+        """Server-sent events, a write for all that came in a step.
 
-    What fails before the first token still has a status of its own; later it is an event.
-    """
-    response: web.StreamResponse | None = None
-    try:
-        async for some in events:
-            response = response or await open_stream(request, "text/event-stream; charset=utf-8")
-            if chunks := answer.chunks(some):
-                await response.write(_sse(chunks))
-    except MillraceError as error:
-        if response is None:
-            raise
-        request[STREAM_ERROR] = error
-        await response.write(_sse([error_body(error)]))
-    else:
-        assert response is not None, "a generation has ended without an event"
-        await response.write(_sse(answer.last_chunks()) + b"data: [DONE]\n\n")
-    await response.write_eof()
-    return response
+        What fails before the first token still has a status of its own; later it is an event.
+        """
+        response: web.StreamResponse | None = None
 
+        def on_begun(generations: list[RoutedGeneration]) -> None:
+            stream.begun(generations)
+            if stream.has_ids:
+                self._kept.add(stream)
 
-def _sse(chunks: Iterable[Json]) -> bytes:
-    return b"".join([b"data: %b\n\n" % _encode(chunk) for chunk in chunks])
+        stream.transport = request.transport
+        try:
+            events = generate_all(self._gateway, commands, caller(), on_begun)
+            async with aclosing(events):
+                async for some in events:
+                    if stream.is_superseded:
+                        break
+                    response = response or await open_stream(request, _CONTENT_TYPE)
+                    if chunks := stream.answer.chunks(some):
+                        await response.write(stream.encode(chunks))
+            if stream.is_superseded or not stream.answer.is_complete:
+                # Generations that go on elsewhere end without a word. Who reads here, if anybody,
+                # must not take that for the end.
+                stream.supersede()
+                raise ConnectionResetError("its client goes on with it elsewhere")
+            response = response or await open_stream(request, _CONTENT_TYPE)
+            await response.write(stream.encode_end())
+        except MillraceError as error:
+            if response is None:
+                raise
+            request[STREAM_ERROR] = error
+            # Without an id: who comes back goes on after what came before it.
+            await response.write(b"data: %b\n\n" % _encode(error_body(error)))
+        finally:
+            stream.transport = None
+            stream.has_ended.set()
+            if stream.has_ids:
+                self._kept.ended(stream)
+        await response.write_eof()
+        return response
 
 
 def _json(body: Json) -> web.Response:

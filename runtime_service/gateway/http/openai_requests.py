@@ -29,9 +29,14 @@ DEFAULT_COMPLETION_TOKENS = 16
 # About the caller, or the answer's place in a service that this is not: taken, and without effect.
 _IGNORED = (
     "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
-    "safety_identifier", "service_tier", "user",
+    "request_id", "rid", "safety_identifier", "service_tier", "user",
 )  # fmt: skip
 _NO_TOOLS = "tools cannot be called yet"
+_TEXT_ONLY = "answers can be text only"
+_NOT_ENFORCED = "answers cannot be made to follow it yet"
+_TEMPLATE = "messages go through the model's own template, as it is"
+_HIDDEN = "special tokens are never part of the text"
+_OVER_GRPC = "is not told here; millrace.runtime.v1 has it"
 # What cannot be done, the values that do not ask for it, and what to say of all others.
 _Refusals = dict[str, tuple[tuple[object, ...], str]]
 _REFUSED: _Refusals = {
@@ -40,8 +45,8 @@ _REFUSED: _Refusals = {
     "functions": (([],), _NO_TOOLS),
     "function_call": (("none", "auto"), _NO_TOOLS),
     "response_format": (({"type": "text"},), "answers can be text only; JSON cannot be enforced yet"),
-    "modalities": ((["text"],), "answers can be text only"),
-    "audio": ((), "answers can be text only"),
+    "modalities": ((["text"],), _TEXT_ONLY),
+    "audio": ((), _TEXT_ONLY),
     "prediction": ((), "predicted outputs are not supported"),
     "reasoning_effort": ((), "is not supported; say it in the messages"),
     "verbosity": ((), "is not supported; say it in the messages"),
@@ -50,7 +55,42 @@ _REFUSED: _Refusals = {
     "best_of": ((1,), "all samples are returned; use n"),
     "echo": ((False,), "the prompt is not sent back"),
     "suffix": (("",), "text is continued, not filled in"),
+    # Not OpenAI's, and known to clients of vLLM or SGLang.
+    **dict.fromkeys(
+        (
+            "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+            "structural_tag", "json_schema", "regex", "ebnf",
+        ),
+        ((), _NOT_ENFORCED),
+    ),
+    **dict.fromkeys(("chat_template", "documents", "mm_processor_kwargs"), ((), _TEMPLATE)),
+    "chat_template_kwargs": (({},), _TEMPLATE),
+    "add_generation_prompt": ((True,), _TEMPLATE),
+    "continue_final_message": ((False,), _TEMPLATE),
+    "skip_special_tokens": ((True,), _HIDDEN),
+    "spaces_between_special_tokens": ((True,), _HIDDEN),
+    "include_stop_str_in_output": ((False,), "text ends before what stops it"),
+    "no_stop_trim": ((False,), "text ends before what stops it"),
+    "use_beam_search": ((False,), "there is no beam search; draw samples with n"),
+    "length_penalty": ((1, 1.0), "there is no beam search"),
+    "bad_words": (([],), "words cannot be banned; tokens can, by logit_bias"),
+    "allowed_token_ids": (([],), "other tokens cannot be ruled out; logit_bias favours tokens"),
+    "truncate_prompt_tokens": ((), "a prompt that is too long is refused, not cut"),
+    "prompt_logprobs": ((), _OVER_GRPC),
+    "return_token_ids": ((False,), _OVER_GRPC),
+    "return_tokens_as_token_ids": ((False,), _OVER_GRPC),
+    "return_hidden_states": ((False,), "hidden states are not kept"),
+    "cache_salt": ((), "prefixes are kept apart by tenant, as its key says"),
+    "lora_path": ((), "adapters are not supported"),
+    "logits_processors": (([],), "the engine runs no code of requests"),
+    "custom_logit_processor": ((), "the engine runs no code of requests"),
+    "thinking_token_budget": ((), "thinking is text like any other"),
+    "kv_transfer_params": ((), "prefill and decode are not apart here"),
+    "vllm_xargs": (({},), "is not supported"),
 }  # fmt: skip
+# What the tokenizer does to a prompt is what each endpoint does unasked.
+_SPECIAL_TOKENS = "add_special_tokens"
+_ADDS_SPECIAL_TOKENS = {"ChatRequest": False, "CompletionRequest": True}
 _REFUSED_IN_MESSAGES: _Refusals = {
     "tool_calls": (([],), _NO_TOOLS),
     "tool_call_id": ((), _NO_TOOLS),
@@ -66,6 +106,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 
     include_usage: bool = False
     include_obfuscation: bool = False
+    continuous_usage_stats: bool = False
 
 
 class Common(Sampling, kw_only=True):
@@ -121,7 +162,12 @@ def parse(body: bytes, kind: type[Request]) -> Request:
         raise InvalidField(field="body", problem=f"is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InvalidField(field="body", problem="must be a JSON object")
-    _drop(fields, _REFUSED, _IGNORED, "")
+    neutral = _ADDS_SPECIAL_TOKENS[kind.__name__]
+    refused = {
+        **_REFUSED,
+        _SPECIAL_TOKENS: ((neutral,), "prompts are tokenized as they always are"),
+    }
+    _drop(fields, refused, _IGNORED, "")
     messages = fields.get("messages")
     for place, message in enumerate(messages if isinstance(messages, list) else ()):
         if isinstance(message, dict):
@@ -215,6 +261,9 @@ def _begun(request: Common, max_tokens: int | None) -> pb.StartGeneration:
     """A start without its prompt."""
     if request.stream_options is not None and not request.stream:
         raise InvalidField(field="stream_options", problem="needs stream")
+    if request.stream_options is not None and request.stream_options.continuous_usage_stats:
+        problem = "usage is told at the end, by include_usage"
+        raise InvalidField(field="stream_options.continuous_usage_stats", problem=problem)
     start = pb.StartGeneration(model=request.model)
     set_sampling(start, request, max_tokens)
     return start

@@ -14,7 +14,7 @@ from millrace.kserve.v2 import inference_pb2 as kserve
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.kserve.tensors import Value, inputs_of
-from runtime_service.gateway.sampling_fields import Sampling, set_sampling
+from runtime_service.gateway.sampling_fields import Sampling, checked, set_sampling
 from shared.errors import InvalidField
 
 VERSION = "1"
@@ -29,6 +29,8 @@ INPUTS: dict[str, str] = {
     "exclude_input_in_output": "BOOL",
     "return_finish_reason": "BOOL",
     "return_cumulative_logprob": "BOOL",
+    "return_logprobs": "BOOL",
+    "return_log_probs": "BOOL",
     "return_num_input_tokens": "BOOL",
     "return_num_output_tokens": "BOOL",
     "sampling_parameters": "BYTES",
@@ -46,6 +48,7 @@ INPUTS: dict[str, str] = {
     "min_length": "INT32",
     "stop": "BYTES",
     "stop_words": "BYTES",
+    "bad_words": "BYTES",
     "end_id": "INT32",
     "pad_id": "INT32",
     "beam_width": "INT32",
@@ -55,11 +58,15 @@ OUTPUTS = {
     "text_output": ("BYTES", ""),
     "finish_reason": ("BYTES", "return_finish_reason"),
     "cumulative_logprob": ("FP32", "return_cumulative_logprob"),
+    "logprobs": ("BYTES", "return_logprobs"),
+    "cum_log_probs": ("FP32", "return_log_probs"),
+    "output_log_probs": ("FP32", "return_log_probs"),
     "num_input_tokens": ("UINT32", "return_num_input_tokens"),
     "num_output_tokens": ("UINT32", "return_num_output_tokens"),
 }
-_LISTS = ("stop", "stop_words")
-_FLAGS = ("stream", "exclude_input_in_output", *(asks for _, asks in OUTPUTS.values() if asks))
+_LISTS = ("stop", "stop_words", "bad_words")
+_FLAGS = ("stream", "exclude_input_in_output", *{asks: 0 for _, asks in OUTPUTS.values() if asks})
+_LOGPROBS = ("cumulative_logprob", "logprobs", "cum_log_probs", "output_log_probs")
 _OTHER_NAMES = {"random_seed": "seed", "min_length": "min_tokens", "stop_words": "stop"}
 _TIMEOUT, _MAX_TIMEOUT_US = "timeout", 10**12
 # Asks that the last answer be told, which it is anyway.
@@ -119,7 +126,9 @@ def parse(request: kserve.ModelInferRequest) -> Asked:
         raise InvalidField(field="priority", problem=problem)
     sampling = _sampling({**parameters, **written, **given})
     set_sampling(start, sampling, sampling.max_tokens or DEFAULT_TOKENS)
-    start.sampling.logprobs = "cumulative_logprob" in outputs
+    start.sampling.logprobs = any(name in _LOGPROBS for name in outputs)
+    if "logprobs" in outputs:
+        start.sampling.top_logprobs = checked(sampling.logprobs or 0, "logprobs")
     prefix = "" if excludes_prompt else text
     return Asked(request.id, request.model_name, start, is_stream, prefix, outputs)
 
@@ -137,7 +146,13 @@ def check_version(version: str) -> None:
         raise InvalidField(field="model_version", problem=problem)
 
 
-def _sampling(fields: dict[str, Any]) -> Sampling:
+class _Sampling(Sampling, kw_only=True):
+    """With how many of the likeliest tokens the output `logprobs` has."""
+
+    logprobs: int | None = None
+
+
+def _sampling(fields: dict[str, Any]) -> _Sampling:
     """How to generate; without what clients of the TensorRT-LLM backend say always, for nothing."""
     fields.pop("pad_id", None)
     if (width := fields.pop("beam_width", 1)) != 1:
@@ -145,12 +160,15 @@ def _sampling(fields: dict[str, Any]) -> Sampling:
     end_id = fields.pop("end_id", None)
     if not (end_id is None or isinstance(end_id, int)):
         raise InvalidField(field="end_id", problem=f"must be a token id, found {end_id!r}")
+    if any(word != "" for word in _listed(fields.pop("bad_words", None))):
+        problem = "is not supported: words cannot be banned, and tokens can by logit_bias"
+        raise InvalidField(field="bad_words", problem=problem)
     fields = {_OTHER_NAMES.get(name, name): value for name, value in fields.items()}
     if isinstance(stop := fields.get("stop"), list):
         fields["stop"] = [string for string in stop if string != ""]
     try:
         # Numbers may be written as text: clients of the vLLM backend do.
-        sampling = msgspec.convert(fields, Sampling, strict=False)
+        sampling = msgspec.convert(fields, _Sampling, strict=False)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `$")
         field = path.strip("`").lstrip(".") or "sampling_parameters"
@@ -158,6 +176,12 @@ def _sampling(fields: dict[str, Any]) -> Sampling:
     if end_id is not None:
         sampling.stop_token_ids = [*(sampling.stop_token_ids or ()), end_id]
     return sampling
+
+
+def _listed(value: object) -> list[object]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _flag(name: str, given: dict[str, Any], parameters: dict[str, Value]) -> bool:

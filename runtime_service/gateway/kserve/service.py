@@ -31,8 +31,10 @@ from shared.auth import caller
 from shared.edge import refuse_unknown_fields
 from shared.errors import InvalidField, MillraceError, from_status
 
-_SEVERAL = ("stop", "stop_words", "text_output", "finish_reason", "cumulative_logprob",
-            "num_output_tokens")  # fmt: skip
+_SEVERAL = ("stop", "stop_words", "bad_words", "text_output", "finish_reason", "logprobs",
+            "cumulative_logprob", "cum_log_probs", "num_output_tokens")  # fmt: skip
+_PLATFORM = "millrace"
+_NEEDED = "text_input"
 
 
 class InferenceService(inference_pb2_grpc.GRPCInferenceServiceServicer):
@@ -68,13 +70,32 @@ class InferenceService(inference_pb2_grpc.GRPCInferenceServiceServicer):
         check_version(request.version)
         self._fleet.check_model(request.name)
         response = kserve.ModelMetadataResponse(
-            name=request.name, versions=[VERSION], platform="millrace"
+            name=request.name, versions=[VERSION], platform=_PLATFORM
         )
         for name, datatype in INPUTS.items():
             response.inputs.add(name=name, datatype=datatype, shape=_shape(name))
         for name, (datatype, _) in OUTPUTS.items():
             response.outputs.add(name=name, datatype=datatype, shape=_shape(name))
         return response
+
+    async def ModelConfig(
+        self, request: kserve.ModelConfigRequest, context: Any
+    ) -> kserve.ModelConfigResponse:
+        """The same, as Triton's configurations of models say it."""
+        check_version(request.version)
+        self._fleet.check_model(request.name)
+        config = kserve.ModelConfig(name=request.name, platform=_PLATFORM, backend=_PLATFORM)
+        config.model_transaction_policy.decoupled = True
+        for name, datatype in INPUTS.items():
+            config.input.add(
+                name=name,
+                data_type=_config_type(datatype),
+                dims=_shape(name),
+                optional=name != _NEEDED,
+            )
+        for name, (datatype, _) in OUTPUTS.items():
+            config.output.add(name=name, data_type=_config_type(datatype), dims=_shape(name))
+        return kserve.ModelConfigResponse(config=config)
 
     async def ModelInfer(
         self, request: kserve.ModelInferRequest, context: Any
@@ -173,4 +194,10 @@ def _failed(answer: Answer, error: MillraceError) -> kserve.ModelStreamInferResp
 
 
 def _shape(name: str) -> list[int]:
+    if name == "output_log_probs":
+        return [-1, -1]
     return [-1] if name in _SEVERAL else [1]
+
+
+def _config_type(datatype: str) -> kserve.DataType.ValueType:
+    return kserve.DataType.Value("TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}")

@@ -66,10 +66,14 @@ def inputs_of(request: pb.ModelInferRequest) -> dict[str, list[Value]]:
 
 
 def add_output(
-    response: pb.ModelInferResponse, name: str, datatype: str, values: Sequence[Value]
+    response: pb.ModelInferResponse,
+    name: str,
+    datatype: str,
+    values: Sequence[Value],
+    shape: Sequence[int] | None = None,
 ) -> None:
-    """Adds a vector of `values`."""
-    response.outputs.add(name=name, datatype=datatype, shape=[len(values)])
+    """Adds a tensor of `values`, row after row; without a shape it is a vector."""
+    response.outputs.add(name=name, datatype=datatype, shape=shape or [len(values)])
     if datatype == _BYTES:
         texts = [str(value).encode() for value in values]
         packed = b"".join([_LENGTH.pack(len(text)) + text for text in texts])

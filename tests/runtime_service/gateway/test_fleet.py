@@ -151,6 +151,7 @@ async def test_fleet_is_shown_as_it_is(tmp_path: Path, redis: Redis) -> None:
         assert {r.state for r in found.runtimes} == {pb.RUNTIME_STATE_SERVING}
         assert {(r.model, r.arch, r.num_blocks) for r in found.runtimes} == {("echo", "cpu", 256)}
         assert sum(runtime.generations for runtime in found.runtimes) == 1
+        assert {r.startup[0].name for r in found.runtimes} == {"find_engine"}
         await gateway.daemons[0].server.grpc.stop(0)
         await gateway.usable(1)
         found = await gateway.fleet_stub.GetFleet(fleet_pb2.GetFleetRequest())

@@ -85,6 +85,61 @@ async def test_tritons_client_learns_what_there_is(tmp_path: Path) -> None:
     assert "UNIMPLEMENTED" in index["status"]
 
 
+async def test_tritons_client_reads_a_models_configuration(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, 1) as fleet:
+        config, unknown = await triton(fleet, ("config", {}), ("config", {"model": "gpt-4"}))
+    assert (config["name"], config["decoupled"], config["max_batch_size"]) == ("echo", True, 0)
+    assert config["needed"] == ["text_input"]
+    assert config["types"]["text_input"] == "TYPE_STRING"
+    assert (config["types"]["stream"], config["types"]["seed"]) == ("TYPE_BOOL", "TYPE_UINT64")
+    assert config["outputs"]["text_output"] == ["-1"]
+    assert "NOT_FOUND" in unknown["status"]
+
+
+async def test_tritons_client_gets_log_probabilities_as_each_backend_writes_them(
+    tmp_path: Path,
+) -> None:
+    asked = {"text_input": "ab", "max_tokens": 3, "exclude_input_in_output": True}
+    two = json.dumps({"n": 2, "logprobs": 1})
+    async with running_fleet(tmp_path, 1, step_s=0.002) as fleet:
+        vllm, alone, trtllm, too_many, (*parts,) = await triton(
+            fleet,
+            ("infer", {"inputs": {**asked, "return_logprobs": True, "sampling_parameters": two}}),
+            ("infer", {"inputs": {**asked, "return_logprobs": True}}),
+            ("infer", {"inputs": {**asked, "return_log_probs": True, "sampling_parameters": two}}),
+            ("infer", {"inputs": {**asked, "return_logprobs": True,
+                                  "sampling_parameters": json.dumps({"logprobs": 21})}}),
+            ("stream", {"requests": {"a": {**asked, "stream": True, "return_logprobs": True}}}),
+        )  # fmt: skip
+    a, b = (str(token) for token in TOKENIZER.encode("ab").ids)
+    own = {"logprob": -0.25, "rank": 1}
+    rows = [{a: {**own, "decoded_token": "a"}}, {b: {**own, "decoded_token": "b"}}]
+    assert [json.loads(one) for one in vllm["logprobs"]] == [[*rows, rows[0]]] * 2
+    assert json.loads(alone["logprobs"][0]) == [*rows, rows[0]]
+    assert trtllm["cum_log_probs"] == [-0.75, -0.75]
+    assert trtllm["output_log_probs"] == [[-0.25] * 3] * 2
+    assert too_many["error"].startswith("top_logprobs: ")
+    streamed = [row for part in parts for row in json.loads(part["logprobs"][0])]
+    assert streamed == [*rows, rows[0]]
+
+
+async def test_words_that_are_to_be_banned_are_refused_and_none_are_not(tmp_path: Path) -> None:
+    """Clients of the TensorRT-LLM backend send an empty one always."""
+    asked = {"text_input": "ab", "max_tokens": 2, "exclude_input_in_output": True}
+    listed = json.dumps({"bad_words": ["x"]})
+    async with running_fleet(tmp_path, 1) as fleet:
+        none, one, other = await triton(
+            fleet,
+            ("infer", {"inputs": {**asked, "bad_words": [""]}}),
+            ("infer", {"inputs": {**asked, "bad_words": ["x", ""]}}),
+            ("infer", {"inputs": {**asked, "sampling_parameters": listed}}),
+        )
+    assert none["text_output"] == ["ab"]
+    assert one["error"].startswith("bad_words: is not supported")
+    assert "INVALID_ARGUMENT" in one["status"]
+    assert other == one
+
+
 async def test_tritons_client_gets_one_answer(tmp_path: Path) -> None:
     """By the inputs of the TensorRT-LLM backend, and by those of the vLLM backend."""
     by_json = json.dumps({"max_tokens": "4", "temperature": "0.0", "n": 2})
@@ -128,7 +183,7 @@ async def test_tritons_client_streams_many_at_once(tmp_path: Path) -> None:
     asked = {"text_input": TEXT, "stream": True, "max_tokens": 2 * NUM_TOKENS}
     requests: dict[str, Any] = {
         "a": {**asked, "return_finish_reason": True, "return_num_output_tokens": True},
-        "bad": {**asked, "top_k": -1},
+        "bad": {**asked, "top_k": -2},
         "worse": {**asked, "wings": 2},
         "whole": {**asked, "stream": False, "exclude_input_in_output": True},
         "b": asked,

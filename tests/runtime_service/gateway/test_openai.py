@@ -249,6 +249,17 @@ async def test_every_sampling_parameter_reaches_the_runtime(tmp_path: Path) -> N
         ("messages", [{"role": "tool", "content": "4"}], "tools cannot be called yet"),
         ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "must be text"),
         ("wings", 2, "unknown field `wings`"),
+        ("top_k", -2, "from 0"),
+        ("guided_json", {"type": "object"}, "cannot be made to follow"),
+        ("structured_outputs", {"regex": "a+"}, "cannot be made to follow"),
+        ("chat_template_kwargs", {"enable_thinking": False}, "the model's own template"),
+        ("bad_words", ["x"], "logit_bias"),
+        ("skip_special_tokens", False, "special tokens"),
+        ("add_special_tokens", True, "tokenized as they always are"),
+        ("prompt_logprobs", 1, "millrace.runtime.v1"),
+        ("use_beam_search", True, "no beam search"),
+        ("cache_salt", "mine", "tenant"),
+        ("stream", {"include": 1}, "expected `bool"),
     ],
 )
 async def test_bad_fields_are_named(tmp_path: Path, field: str, value: Any, says: str) -> None:
@@ -262,6 +273,35 @@ async def test_bad_fields_are_named(tmp_path: Path, field: str, value: Any, says
     assert says in raised.value.message
     named = raised.value.param or ""
     assert named in ("body", field) or named.startswith(f"{field}[")
+
+
+NEUTRAL: dict[str, Any] = {
+    "use_beam_search": False, "length_penalty": 1.0, "skip_special_tokens": True,
+    "spaces_between_special_tokens": True, "include_stop_str_in_output": False, "bad_words": [],
+    "chat_template_kwargs": {}, "return_token_ids": False, "request_id": "r", "best_of": 1,
+    "prompt_logprobs": None, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0,
+    "stop_token_ids": [], "ignore_eos": False, "priority": 0, "guided_json": None, "no_stop_trim": False,
+}  # fmt: skip
+
+
+async def test_fields_that_other_servers_know_are_taken_where_they_ask_for_nothing(
+    tmp_path: Path,
+) -> None:
+    """What vLLM's and SGLang's clients send by default changes nothing."""
+    chat, complete = {"add_generation_prompt": True}, {"add_special_tokens": True, "echo": False}
+    async with serving(tmp_path, num_runtimes=1) as (_, client):
+        answers = [
+            await client.chat.completions.create(
+                model="echo", messages=HELLO, extra_body={**extra, "add_special_tokens": False}
+            )
+            for extra in ({}, {**NEUTRAL, **chat})
+        ]
+        texts = [
+            await client.completions.create(model="echo", prompt=TEXT, extra_body=extra)
+            for extra in ({}, {**NEUTRAL, **complete})
+        ]
+    assert answers[0].choices == answers[1].choices
+    assert texts[0].choices == texts[1].choices
 
 
 async def test_bodies_that_are_no_request_are_refused(tmp_path: Path) -> None:
@@ -280,7 +320,7 @@ async def test_bodies_that_are_no_request_are_refused(tmp_path: Path) -> None:
                 async with session.post(url, data=data, headers=headers) as response:
                     assert response.status == status
                     assert (await response.json())["error"]["message"]
-            for method, path, status in (("GET", url, 405), ("GET", url + "/x", 404)):
+            for method, path, status in (("PUT", url, 405), ("GET", url + "/x", 404)):
                 async with session.request(method, path) as response:
                     assert response.status == status
                     assert (await response.json())["error"]["type"] == "invalid_request_error"

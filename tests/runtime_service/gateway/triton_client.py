@@ -31,6 +31,20 @@ def about(client: triton.InferenceServerClient, model: str) -> dict[str, Any]:
     }
 
 
+def config(client: triton.InferenceServerClient, model: str) -> dict[str, Any]:
+    """How a model is configured."""
+    found = client.get_model_config(model).config
+    written = client.get_model_config(model, as_json=True)["config"]
+    return {
+        "name": found.name,
+        "decoupled": found.model_transaction_policy.decoupled,
+        "max_batch_size": found.max_batch_size,
+        "needed": [tensor.name for tensor in found.input if not tensor.optional],
+        "types": {tensor["name"]: tensor["data_type"] for tensor in written["input"]},
+        "outputs": {tensor["name"]: tensor["dims"] for tensor in written["output"]},
+    }
+
+
 def index(client: triton.InferenceServerClient, model: str) -> str:
     """What models there are, by a call of Triton's own."""
     return str(client.get_model_repository_index())
@@ -96,6 +110,7 @@ def _outputs(result: triton.InferResult) -> dict[str, Any]:
 
 CALLS: dict[str, Callable[..., Any]] = {
     "about": about,
+    "config": config,
     "index": index,
     "infer": infer,
     "stream": stream,

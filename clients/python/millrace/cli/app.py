@@ -31,6 +31,7 @@ from millrace.cli.options import (
     TopP,
 )
 from millrace.cli.security_commands import commands as security_commands
+from millrace.cli.store_commands import commands as store_commands
 
 if TYPE_CHECKING:
     from millrace.builds import RecipeOptions
@@ -381,6 +382,7 @@ def health(
 
 
 app.add_typer(security_commands)
+app.add_typer(store_commands)
 
 
 @app.command(epilog="Example: millrace demo --state .millrace")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _POLL_S = 1.0
 _MAX_BUILDS = 8
 _RUNTIME_COLUMNS = (
-    "runtime", "state", "serves", "deployment", "running", "waiting", "KV", "tokens/s", "TTFT",
+    "runtime", "state", "start", "serves", "deployment", "running", "waiting", "KV", "tokens/s", "TTFT",
 )  # fmt: skip
 _DEPLOYMENT_COLUMNS = ("deployment", "model", "quant", "version", "ready")
 _BUILD_COLUMNS = ("build", "model", "arch", "quant", "state", "done")
@@ -163,12 +163,14 @@ def _runtime_row(runtime: fleet_pb2.Runtime) -> tuple[str, ...]:
     state = runtime_pb2.RuntimeState.Name(runtime.state).removeprefix("RUNTIME_STATE_").lower()
     if runtime.state == runtime_pb2.RUNTIME_STATE_UNSPECIFIED:
         state = f"silent {output.duration_text(runtime.silent_for.ToMilliseconds() / 1000)}"
+    start = "-" if state.startswith("silent") else _start_text(runtime)
     used = 1 - load.free_blocks / runtime.num_blocks if runtime.num_blocks else 0.0
     first_ms = load.time_to_first_token.ToNanoseconds() / 1e6
     version = f" v{runtime.deployment_version}" if runtime.deployment_version else ""
     return (
         runtime.address,
         state,
+        start,
         f"{runtime.model} {quant_text(runtime.quant)}" if runtime.engine else "-",
         f"{runtime.deployment}{version}" or "-",
         str(load.running_sequences),
@@ -177,6 +179,16 @@ def _runtime_row(runtime: fleet_pb2.Runtime) -> tuple[str, ...]:
         f"{runtime.tokens_per_s:.0f}",
         f"{first_ms:.0f} ms" if first_ms else "-",
     )
+
+
+def _start_text(runtime: fleet_pb2.Runtime) -> str:
+    """How long its start took; of one that goes on, its phases so far."""
+    phases = [(phase.name, phase.duration.ToNanoseconds() / 1e9) for phase in runtime.startup]
+    if not phases:
+        return "-"
+    if runtime.state in (runtime_pb2.RUNTIME_STATE_BUILDING, runtime_pb2.RUNTIME_STATE_LOADING):
+        return ", ".join(f"{name} {output.duration_text(seconds)}" for name, seconds in phases)
+    return output.duration_text(sum(seconds for _, seconds in phases))
 
 
 def _deployment_row(deployment: fleet_pb2.Deployment) -> tuple[str, ...]:

@@ -92,6 +92,7 @@ class Runtime(_message.Message):
     TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     GENERATIONS_FIELD_NUMBER: _builtins.int
     SILENT_FOR_FIELD_NUMBER: _builtins.int
+    STARTUP_FIELD_NUMBER: _builtins.int
     runtime_id: _builtins.str
     """Names it in Redis."""
     address: _builtins.str
@@ -126,6 +127,12 @@ class Runtime(_message.Message):
     def silent_for(self) -> _duration_pb2.Duration:
         """Since it last answered."""
 
+    @_builtins.property
+    def startup(self) -> _containers.RepeatedCompositeFieldContainer[_runtime_pb2.StartupPhase]:
+        """As in `GetStatusResponse`: phases of its start, of one that goes on those so
+        far.
+        """
+
     def __init__(
         self,
         *,
@@ -143,10 +150,11 @@ class Runtime(_message.Message):
         tokens_per_s: _builtins.float = ...,
         generations: _builtins.int = ...,
         silent_for: _duration_pb2.Duration | None = ...,
+        startup: _abc.Iterable[_runtime_pb2.StartupPhase] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "quant", b"quant", "silent_for", b"silent_for"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arch", b"arch", "deployment", b"deployment", "deployment_version", b"deployment_version", "engine", b"engine", "generations", b"generations", "load", b"load", "model", b"model", "num_blocks", b"num_blocks", "quant", b"quant", "runtime_id", b"runtime_id", "silent_for", b"silent_for", "state", b"state", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arch", b"arch", "deployment", b"deployment", "deployment_version", b"deployment_version", "engine", b"engine", "generations", b"generations", "load", b"load", "model", b"model", "num_blocks", b"num_blocks", "quant", b"quant", "runtime_id", b"runtime_id", "silent_for", b"silent_for", "startup", b"startup", "state", b"state", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,6 +61,11 @@ class GRPCInferenceServiceStub(object):
                 request_serializer=millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelMetadataRequest.SerializeToString,
                 response_deserializer=millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelMetadataResponse.FromString,
                 _registered_method=True)
+        self.ModelConfig = channel.unary_unary(
+                '/inference.GRPCInferenceService/ModelConfig',
+                request_serializer=millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelConfigRequest.SerializeToString,
+                response_deserializer=millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelConfigResponse.FromString,
+                _registered_method=True)
         self.ModelInfer = channel.unary_unary(
                 '/inference.GRPCInferenceService/ModelInfer',
                 request_serializer=millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelInferRequest.SerializeToString,
@@ -114,6 +119,15 @@ class GRPCInferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ModelConfig(self, request, context):
+        """Describes a model as Triton's configuration of one does: clients read from it
+        what is optional, and whether answers may come in parts. Errors: `NOT_FOUND`
+        (`MODEL_NOT_SERVED`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ModelInfer(self, request, context):
         """One generation, in one answer. Cancelling the call cancels it. Errors: those
         of a generation, and `NOT_FOUND` (`MODEL_NOT_SERVED`).
@@ -159,6 +173,11 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
                     servicer.ModelMetadata,
                     request_deserializer=millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelMetadataRequest.FromString,
                     response_serializer=millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelMetadataResponse.SerializeToString,
+            ),
+            'ModelConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.ModelConfig,
+                    request_deserializer=millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelConfigRequest.FromString,
+                    response_serializer=millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelConfigResponse.SerializeToString,
             ),
             'ModelInfer': grpc.unary_unary_rpc_method_handler(
                     servicer.ModelInfer,
@@ -308,6 +327,33 @@ class GRPCInferenceService(object):
             '/inference.GRPCInferenceService/ModelMetadata',
             millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelMetadataRequest.SerializeToString,
             millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelMetadataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/ModelConfig',
+            millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelConfigRequest.SerializeToString,
+            millrace_dot_kserve_dot_v2_dot_inference__pb2.ModelConfigResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,7 +5,7 @@ The Open Inference Protocol ("KServe v2"), with the streaming call that Triton
 Inference Server adds: what a gateway serves of it, for clients that exist.
 Names and numbers are the protocol's. Source: kserve/open-inference-protocol,
 specification/protocol/inference_grpc.md; triton-inference-server/common,
-protobuf/grpc_service.proto.
+protobuf/grpc_service.proto and model_config.proto.
 """
 
 from collections import abc as _abc
@@ -52,6 +52,11 @@ class GRPCInferenceServiceStub:
     """Describes what a model takes and gives. Errors: `NOT_FOUND`
     (`MODEL_NOT_SERVED`).
     """
+    ModelConfig: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelConfigRequest, _inference_pb2.ModelConfigResponse]
+    """Describes a model as Triton's configuration of one does: clients read from it
+    what is optional, and whether answers may come in parts. Errors: `NOT_FOUND`
+    (`MODEL_NOT_SERVED`).
+    """
     ModelInfer: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelInferResponse]
     """One generation, in one answer. Cancelling the call cancels it. Errors: those
     of a generation, and `NOT_FOUND` (`MODEL_NOT_SERVED`).
@@ -80,6 +85,11 @@ class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
     """Describes the daemon."""
     ModelMetadata: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelMetadataRequest, _inference_pb2.ModelMetadataResponse]  # type: ignore[assignment]
     """Describes what a model takes and gives. Errors: `NOT_FOUND`
+    (`MODEL_NOT_SERVED`).
+    """
+    ModelConfig: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelConfigRequest, _inference_pb2.ModelConfigResponse]  # type: ignore[assignment]
+    """Describes a model as Triton's configuration of one does: clients read from it
+    what is optional, and whether answers may come in parts. Errors: `NOT_FOUND`
     (`MODEL_NOT_SERVED`).
     """
     ModelInfer: _aio.UnaryUnaryMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelInferResponse]  # type: ignore[assignment]
@@ -137,6 +147,17 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ModelMetadataResponse, _abc.Awaitable[_inference_pb2.ModelMetadataResponse]]:
         """Describes what a model takes and gives. Errors: `NOT_FOUND`
+        (`MODEL_NOT_SERVED`).
+        """
+
+    @_abc_1.abstractmethod
+    def ModelConfig(
+        self,
+        request: _inference_pb2.ModelConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ModelConfigResponse, _abc.Awaitable[_inference_pb2.ModelConfigResponse]]:
+        """Describes a model as Triton's configuration of one does: clients read from it
+        what is optional, and whether answers may come in parts. Errors: `NOT_FOUND`
         (`MODEL_NOT_SERVED`).
         """
 

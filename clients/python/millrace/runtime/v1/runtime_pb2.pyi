@@ -1090,7 +1090,9 @@ class GetStatusResponse(_message.Message):
 
     @_builtins.property
     def startup(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartupPhase]:
-        """How long each phase of the last load took, in order."""
+        """How long each phase of the last load took, in order. Of a load that goes on
+        while nothing is served, the phases so far; the last one goes on.
+        """
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
@@ -1234,8 +1236,8 @@ class StartupPhase(_message.Message):
     (buffers that weights go through), `load_kernels` and `capture_graphs`
     (while weights are copied, and still verified), `copy_weights` and
     `verify_weights` (what was left of that); on a CPU `read_graph`,
-    `pack_weights`, `verify_weights`; `warm_up` (first steps). Others may be
-    added.
+    `pack_weights`, `verify_weights`; `warm_up` (first steps). While it goes on,
+    all that follows `find_engine` is `load_engine`. Others may be added.
     """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:

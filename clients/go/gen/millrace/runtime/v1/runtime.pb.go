@@ -2102,7 +2102,8 @@ type GetStatusResponse struct {
 	Limits *RuntimeLimits `protobuf:"bytes,3,opt,name=limits,proto3" json:"limits,omitempty"`
 	// What it is doing now.
 	Load *RuntimeLoad `protobuf:"bytes,4,opt,name=load,proto3" json:"load,omitempty"`
-	// How long each phase of the last load took, in order.
+	// How long each phase of the last load took, in order. Of a load that goes on
+	// while nothing is served, the phases so far; the last one goes on.
 	Startup []*StartupPhase `protobuf:"bytes,5,rep,name=startup,proto3" json:"startup,omitempty"`
 	// When the daemon started.
 	StartTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
@@ -2439,8 +2440,8 @@ type StartupPhase struct {
 	// (buffers that weights go through), `load_kernels` and `capture_graphs`
 	// (while weights are copied, and still verified), `copy_weights` and
 	// `verify_weights` (what was left of that); on a CPU `read_graph`,
-	// `pack_weights`, `verify_weights`; `warm_up` (first steps). Others may be
-	// added.
+	// `pack_weights`, `verify_weights`; `warm_up` (first steps). While it goes on,
+	// all that follows `find_engine` is `load_engine`. Others may be added.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// How long it took; of work done beside other phases, only what had to be
 	// waited for.
