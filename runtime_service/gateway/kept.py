@@ -48,7 +48,7 @@ class KeptGenerations:
         num_bytes = generation.start.ByteSize() + _TOKEN_BYTES * num_tokens
         self._ended.append((generation, num_bytes))
         self._ended_bytes += num_bytes
-        if self._ended_bytes > MAX_KEPT_BYTES:
+        while self._ended_bytes > MAX_KEPT_BYTES:
             self._forget_oldest()
         asyncio.get_running_loop().call_later(self._keep_s, self._expire, generation)
 
