@@ -17,6 +17,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from runtime_service.gateway.run import Run
 from runtime_service.generation_call import OnMember
 from runtime_service.sample import MAX_EVENT_LOGPROBS, MAX_EVENT_TOKENS
+from runtime_service.validation import MAX_CREDIT
 from shared.errors import EngineLost, MillraceError, to_status
 from shared.quotas import GenerationQuota, TenantQuota
 from shared.tracing import NO_SPAN
@@ -263,7 +264,7 @@ class RoutedGeneration:
         start.CopyFrom(self.start)
         start.ClearField("timeout")
         if run.credit is not None:
-            start.credit_tokens = run.credit
+            start.credit_tokens = min(run.credit, MAX_CREDIT)
         if self.started is not None:
             # Only the engine that drew the tokens before draws those that come after.
             start.model = self.started.engine

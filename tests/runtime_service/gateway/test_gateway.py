@@ -130,6 +130,22 @@ async def test_samples_logprobs_and_credit_survive(tmp_path: Path) -> None:
     assert scored == prompt[1:]
 
 
+async def test_credit_beyond_what_a_message_holds_is_no_ones_loss(tmp_path: Path) -> None:
+    """A field of 32 bits tells a runtime of credit: a client that gives more goes on as all others do."""
+    most = 2**31 - 1
+    async with running_fleet(tmp_path, step_s=0.004) as fleet:
+        call = fleet.call()
+        await call.start("a", [40, 41], max_new_tokens=100, credit_tokens=most)
+        for _ in range(2):
+            await call.send(credit=pb.AddCredit(request_id="a", tokens=most))
+        await call.start("b", [40, 41], max_new_tokens=100)  # beside it: it begins alike
+        await call.read_until(lambda: min(call.num_tokens("a"), call.num_tokens("b")) > 5)
+        await kill(fleet.busiest())
+        seen = await call.finish()
+    is_whole(seen["a"], [40, 41], 100)
+    is_whole(seen["b"], [40, 41], 100)
+
+
 async def test_generation_that_kills_its_engine_is_given_up(tmp_path: Path) -> None:
     """It takes three engine processes with it, and not the fleet; bystanders go on."""
     async with running_fleet(tmp_path, step_s=0.004) as fleet:
