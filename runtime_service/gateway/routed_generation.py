@@ -265,6 +265,9 @@ class RoutedGeneration:
         start.ClearField("timeout")
         if run.credit is not None:
             start.credit_tokens = min(run.credit, MAX_CREDIT)
+        stop = start.stop
+        if stop.max_new_tokens:  # an update may have lowered it, which a start may not ask for
+            stop.min_new_tokens = min(stop.min_new_tokens, stop.max_new_tokens)
         if self.started is not None:
             # Only the engine that drew the tokens before draws those that come after.
             start.model = self.started.engine

@@ -146,6 +146,20 @@ async def test_credit_beyond_what_a_message_holds_is_no_ones_loss(tmp_path: Path
     is_whole(seen["b"], [40, 41], 100)
 
 
+async def test_limit_below_the_least_survives_a_loss(tmp_path: Path) -> None:
+    """An update may lower the limit below `min_new_tokens`: what goes on elsewhere keeps to it, too."""
+    async with running_fleet(tmp_path, step_s=0.004) as fleet:
+        call = fleet.call()
+        stop = {"min_new_tokens": 100, "max_new_tokens": 200}
+        await call.start("a", [40, 41], credit_tokens=5, **stop)
+        await call.send(update=pb.UpdateGeneration(request_id="a", max_new_tokens=60))
+        await call.read_until(lambda: call.num_tokens("a") == 5)
+        await kill(fleet.busiest())
+        await call.send(credit=pb.AddCredit(request_id="a", tokens=1000))
+        seen = await call.finish()
+    is_whole(seen["a"], [40, 41], 60)
+
+
 async def test_generation_that_kills_its_engine_is_given_up(tmp_path: Path) -> None:
     """It takes three engine processes with it, and not the fleet; bystanders go on."""
     async with running_fleet(tmp_path, step_s=0.004) as fleet:
