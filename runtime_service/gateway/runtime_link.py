@@ -259,9 +259,10 @@ class RuntimeLink:
                     self._dispatch(event)
         except grpc.aio.AioRpcError as raised:
             error = _error_of(raised)
-        if self._is_open(opened):
-            self._is_draining = self._is_draining or isinstance(error, Draining)
-            self._break_off([opened], error)
+        finally:  # also where an event made no sense: what runs there would wait for ever
+            if self._is_open(opened):
+                self._is_draining = self._is_draining or isinstance(error, Draining)
+                self._break_off([opened], error)
 
     def _dispatch(self, event: pb.Event) -> None:
         # Late events of what was forgotten have no run.
