@@ -36,6 +36,10 @@ from shared.errors import (
 # What the gateway's own key, if any, has a runtime answer.
 KEY_REFUSALS = (PermissionDenied, Unauthenticated)
 
+# Beyond so many calls, those on which nothing runs end when another tenant comes: where callers are
+# asked for no key, they may name any number of tenants.
+MAX_IDLE_CALLS = 64
+
 _LEAST_SILENT_S = 0.5
 # What a start's message has beside it.
 _ENVELOPE_BYTES = 64
@@ -231,10 +235,22 @@ class RuntimeLink:
     # Its calls.
 
     def _open_call(self, tenant: str) -> None:
+        if len(self._calls) >= MAX_IDLE_CALLS:
+            self._end_idle_calls()
         metadata = ((TENANT_METADATA, tenant.encode()),) if tenant else ()
         opened = self._calls[tenant] = _TenantCall(tenant, self._stub.Generate(metadata=metadata))
         self._run(self._write(opened))
         self._run(self._read(opened))
+
+    def _end_idle_calls(self) -> None:
+        busy = {run.tenant for run in self._runs.values()}
+        for tenant in self._calls.keys() - busy:
+            self._end_call(self._calls[tenant])
+
+    def _end_call(self, opened: _TenantCall) -> None:
+        del self._calls[opened.tenant]
+        opened.call.cancel()
+        opened.has_outbox.set()
 
     def _is_open(self, opened: _TenantCall) -> bool:
         return self._calls.get(opened.tenant) is opened
@@ -278,9 +294,7 @@ class RuntimeLink:
         if not calls:
             return
         for opened in calls:
-            del self._calls[opened.tenant]
-            opened.call.cancel()
-            opened.has_outbox.set()
+            self._end_call(opened)
         self._answers = False
         tenants = {opened.tenant for opened in calls}
         lost = {name: run for name, run in self._runs.items() if run.tenant in tenants}
