@@ -72,7 +72,9 @@ class Registration:
             self._changed.clear()
             await self._write()
             try:
-                await asyncio.wait_for(self._changed.wait(), self._heartbeat_s)
+                # Not asyncio.wait_for: in Python 3.11 it loses a cancellation that comes with a change.
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._changed.wait()
             except TimeoutError:  # nothing changed for a heartbeat
                 continue
 

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
 from runtime_service.registration import Registration
 from shared.redis import connect
 
@@ -49,3 +51,27 @@ async def test_heartbeat_that_is_not_answered_is_sent_on_a_new_connection() -> N
     async with registered() as (mute, _):
         async with asyncio.timeout(10.0):
             await mute.came_again.wait()
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("num_turns", range(6))
+async def test_change_on_the_eve_of_a_withdrawal_does_not_hold_it_up(
+    redis_url: str, num_turns: int
+) -> None:
+    """A drain is a change, and withdraws."""
+    redis, key = connect(redis_url), f"runtime:turns-{num_turns}"
+    registration = Registration(
+        connect(redis_url), f"turns-{num_turns}", lambda: {"state": "serving"}, 60.0
+    )
+    registration.start()
+    while not await redis.exists(key):
+        pass
+    for _ in range(9):  # until it waits for news
+        await redis.ping()
+    registration.refresh()
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10.0):
+        await registration.withdraw()
+    assert not await redis.exists(key)
+    await redis.aclose()
