@@ -11,6 +11,8 @@ from shared.errors import GenerationNotFound
 
 # Of generations that have ended; the oldest go first.
 MAX_KEPT_BYTES = 256 << 20
+# As measured: what one takes beside its prompt and its tokens, and a token, of a prompt or drawn.
+GENERATION_BYTES = 6 << 10
 _TOKEN_BYTES = 8
 
 
@@ -44,8 +46,10 @@ class KeptGenerations:
 
     def ended(self, generation: RoutedGeneration) -> None:
         """Forgets it, after a while."""
-        num_tokens = sum(len(sample.token_ids) for sample in generation.samples)
-        num_bytes = generation.start.ByteSize() + _TOKEN_BYTES * num_tokens
+        start = generation.start
+        num_tokens = len(start.token_ids.ids)
+        num_tokens += sum(len(sample.token_ids) for sample in generation.samples)
+        num_bytes = GENERATION_BYTES + start.ByteSize() + _TOKEN_BYTES * num_tokens
         self._ended.append((generation, num_bytes))
         self._ended_bytes += num_bytes
         while self._ended_bytes > MAX_KEPT_BYTES:

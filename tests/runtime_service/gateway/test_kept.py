@@ -1,9 +1,11 @@
 """What the gateway keeps of generations that have ended."""
 
+import tracemalloc
+
 import pytest
 from millrace.runtime.v1 import runtime_pb2 as pb
 
-from runtime_service.gateway.kept import MAX_KEPT_BYTES, KeptGenerations
+from runtime_service.gateway.kept import GENERATION_BYTES, MAX_KEPT_BYTES, KeptGenerations
 from runtime_service.gateway.routed_generation import RoutedGeneration
 from runtime_service.gateway.run import Run
 from shared.errors import GenerationNotFound
@@ -37,3 +39,29 @@ async def test_large_generations_make_room_of_as_many_small_ones_as_it_takes() -
         with pytest.raises(GenerationNotFound):
             kept.find(gone, "")
     assert kept.find("large 1", "").request_id == "large 1"
+
+
+async def test_small_generations_count_with_all_that_they_take() -> None:
+    kept = KeptGenerations(keep_s=60.0)
+    most = MAX_KEPT_BYTES // GENERATION_BYTES
+    one = RoutedGeneration("", _Nowhere(), lambda _: None, lambda _: None)
+    one.begin(pb.StartGeneration(text="x"), "", "first")
+    kept.add(one)
+    for _ in range(most + 1):  # one object stands for all: what they take is not the matter here
+        kept.ended(one)
+    with pytest.raises(GenerationNotFound):
+        kept.find("first", "")
+
+
+async def test_token_that_was_sent_takes_as_little_as_is_counted() -> None:
+    generation = RoutedGeneration("a", _Nowhere(), lambda _: None, lambda _: None)
+    generation.begin(pb.StartGeneration(text="x"), "", "a")
+    run = Run(generation, 0, 1, None)
+    tracemalloc.start()
+    for first in range(0, 100_000, 100):
+        tokens = pb.TokenChunk(token_ids=range(100_000 + first, 100_100 + first))
+        generation.run_gained(run, pb.Event(tokens=tokens))
+        list(generation.take_events())
+    num_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert num_bytes < 8 * 100_000
