@@ -89,12 +89,13 @@ async def serve(
         cache = EngineCache(local, settings.cache_bytes)
     if remote is None and settings.compiler:
         remote = GrpcStore(settings.compiler, peers)
+    source = EngineSource(local, remote, settings.compiler, peers, trusted, cache)
     metrics = RuntimeMetrics()
     changed = asyncio.Event()
     changed.set()
     runtime = Runtime(
         arch=settings.arch or own_arch(),
-        source=EngineSource(local, remote, settings.compiler, peers, trusted, cache),
+        source=source,
         read_text=lambda engine: EngineText.read(local, engine),
         start_client=_client_starter(settings, local, loader, waiting, metrics),
         metrics=metrics,
@@ -103,6 +104,7 @@ async def serve(
     try:
         await _serve(settings, security, runtime, changed)
     finally:
+        source.close()
         await runtime.close()
 
 

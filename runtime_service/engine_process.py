@@ -4,6 +4,7 @@ The front starts it with `start_engine_process`, as an `EngineInterpreter` that 
 """
 
 import asyncio
+import faulthandler
 import gc
 import importlib
 import pickle
@@ -103,6 +104,8 @@ def main(arguments: list[str]) -> int:
         arguments: the socket's descriptor, the front's pid, and what `EngineInterpreter` calls `ahead`.
     """
     end_with_parent(int(arguments[1]), signal.SIGKILL)
+    # Of a crash in native code the daemon knows the signal alone: its log gets every thread's stack.
+    faulthandler.enable()
     mailbox = EngineSide(socket.socket(fileno=int(arguments[0])))
     share_openmp()
     if arguments[2]:

@@ -26,13 +26,17 @@ from shared.errors import (
     of_compiler,
 )
 from shared.signing import TrustedKeys
-from shared.store import ArtifactStore, LocalStore, pull
+from shared.store import ArtifactStore, GrpcStore, LocalStore, pull
 from shared.store.cache import EngineCache
 from shared.tracing import trace_metadata
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.5, 10.0
 
 _log = structlog.get_logger()
+
+
+class _Closed(Exception):
+    """Ends a thread of which nobody wants anything any more."""
 
 
 class EngineSource:
@@ -62,6 +66,15 @@ class EngineSource:
         self._peers = peers or PeerSecurity()
         self._trusted = trusted
         self._cache = cache
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Breaks off what still asks or reads the other store: threads that wait keep a process from its end."""
+        self._is_closed = True
+        if isinstance(
+            self._remote, GrpcStore
+        ):  # the others give up by themselves where nothing comes
+            self._remote.close()
 
     def hold(self, engine: EngineManifest) -> Callable[[], None]:
         """Keeps the engine in a cache that others use too; gives what lets go of it.
@@ -137,8 +150,12 @@ class EngineSource:
 
     def _pull(self, remote: ArtifactStore, engine: EngineManifest) -> EngineManifest:
         if self._cache is not None:
-            return self._cache.pull(remote, engine)
-        return pull(remote, engine, self._local)
+            return self._cache.pull(remote, engine, self._go_on)
+        return pull(remote, engine, self._local, self._go_on)
+
+    def _go_on(self, num_bytes: int, total_bytes: int) -> None:
+        if self._is_closed:
+            raise _Closed("the pull was broken off; the next one resumes it")
 
     def _check(self, engine: EngineManifest) -> None:
         if self._trusted is not None:

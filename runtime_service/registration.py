@@ -15,6 +15,11 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+# Withdrawing is a courtesy: a Redis that does not answer does not put a drain off. A heartbeat may be
+# short in tests, and a new connection takes its time.
+_WITHDRAWAL_S = 1.0
+_LEAST_TIMEOUT_S = 1.0
+
 _log = structlog.get_logger()
 
 
@@ -56,8 +61,9 @@ class Registration:
         await asyncio.wait({self._task})
         self._task = None
         try:
-            await self._redis.delete(self._key)
-        except RedisError:  # then it expires by itself
+            async with asyncio.timeout(_WITHDRAWAL_S):
+                await self._redis.delete(self._key)
+        except (RedisError, OSError, TimeoutError):  # then it expires by itself
             _log.warning("withdrawal_failed", key=self._key)
         await self._redis.aclose()
 
@@ -66,20 +72,27 @@ class Registration:
             self._changed.clear()
             await self._write()
             try:
-                await asyncio.wait_for(self._changed.wait(), self._heartbeat_s)
+                # Not asyncio.wait_for: in Python 3.11 it loses a cancellation that comes with a change.
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._changed.wait()
             except TimeoutError:  # nothing changed for a heartbeat
                 continue
 
     async def _write(self) -> None:
         record: dict[Any, Any] = {**self._describe(), "seen_at": f"{time.time():.3f}"}
+        lifetime_s = 3 * self._heartbeat_s
         try:
-            async with self._redis.pipeline(transaction=True) as pipeline:
+            # A connection whose other end is gone without a word is given up, and made anew.
+            async with (
+                asyncio.timeout(max(lifetime_s, _LEAST_TIMEOUT_S)),
+                self._redis.pipeline(transaction=True) as pipeline,
+            ):
                 pipeline.delete(self._key)
                 pipeline.hset(self._key, mapping=record)
-                pipeline.pexpire(self._key, round(self._heartbeat_s * 3000))
+                pipeline.pexpire(self._key, round(lifetime_s * 1000))
                 await pipeline.execute()
         # Redis remembers who is working and nothing else: generations go on without it.
-        except RedisError as error:
+        except (RedisError, OSError, TimeoutError) as error:
             if self._is_reachable:
                 _log.warning("registration_failed", error=type(error).__name__)
             self._is_reachable = False

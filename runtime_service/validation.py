@@ -4,7 +4,6 @@ Every field's value is checked here and nowhere else (`shared.edge` refuses unkn
 needs the prompt's tokens is checked once they are known, in `to_request`.
 """
 
-import math
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
 MAX_PRIORITY = 100
 MAX_CREDIT = 2**31 - 1
+# Logits that are divided by less may become infinite, which no engine survives.
+REPETITION_PENALTIES = 0.01, 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +211,7 @@ def _parse_sampling(raw: pb.SamplingParams, vocab_size: int) -> SamplingParams:
     _check(0 < top_p <= 1, path + "top_p", top_p, "must be over 0 and at most 1")
     _check_range(raw.min_p, 0, 1, path + "min_p")
     repetition = raw.repetition_penalty if raw.HasField("repetition_penalty") else 1.0
-    _check(
-        repetition > 0 and math.isfinite(repetition),
-        path + "repetition_penalty",
-        repetition,
-        "must be over 0 and finite",
-    )
+    _check_range(repetition, *REPETITION_PENALTIES, path + "repetition_penalty")
     _check_range(raw.presence_penalty, -2, 2, path + "presence_penalty")
     _check_range(raw.frequency_penalty, -2, 2, path + "frequency_penalty")
     _check_range(raw.top_logprobs, 0, MAX_TOP_LOGPROBS, path + "top_logprobs")

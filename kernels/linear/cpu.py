@@ -23,6 +23,9 @@ bf16 products round what they read to bf16: values for many rows, scales and zer
 schemes of ours quantized have scales that are bf16 numbers already; those that checkpoints bring have not
 (docs/CHECKPOINTS.md says what that costs).
 
+oneDNN compiles a product for every number of rows and keeps it, half a megabyte each: it is asked only for a few
+numbers, which steps are padded up to (`padded_rows`). Over steps of random sizes that costs less time, too.
+
 Legend: N out, K in, J groups along K, G values per group.
 """
 
@@ -44,6 +47,10 @@ _MOST_FP32_ROWS = 4
 _TORCH_INT4_GROUPS = (32, 64, 128, 256)
 _FP16_MAX = 65504.0
 
+# Up to so many rows every number has a product of its own; beyond it, eight numbers an octave, multiples of four.
+_MOST_UNPADDED_ROWS = 16
+_LEAST_PADDING = 4
+
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -54,6 +61,29 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
     choose = _int8_product if activations(node) == "int8" else _product
     product = choose(weight, bias, target)
     return lambda x, batch: product(x)
+
+
+def padded_rows(num_rows: int) -> int:
+    """The rows that a product of `num_rows` is computed for by oneDNN: at most an eighth more, or 3."""
+    if num_rows <= _MOST_UNPADDED_ROWS:
+        return num_rows
+    multiple = max(_LEAST_PADDING, 1 << ((num_rows - 1).bit_length() - 4))
+    return -(-num_rows // multiple) * multiple
+
+
+def _padded(multiply: Product) -> Product:
+    """`multiply`, which sees padded numbers of rows alone."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        num_rows = x.shape[0]
+        num_padded = padded_rows(num_rows)
+        if num_padded == num_rows:
+            return multiply(x)
+        filled = x.new_zeros(num_padded, x.shape[1])
+        filled[:num_rows] = x
+        return multiply(filled)[:num_rows]
+
+    return run
 
 
 def _takes_fp16(weight: PackedWeight, target: CpuTarget) -> bool:
@@ -85,11 +115,11 @@ def _product(weight: PackedWeight, bias: torch.Tensor | None, target: CpuTarget)
 def _int8_product(weight: PackedWeight, bias_N: torch.Tensor | None, target: CpuTarget) -> Product:
     """Codes times codes, exact in int32, then the scales of token and channel."""
     codes_KN, scale_N = weight.tensors["weight"].t(), weight.tensors["scale"]
-    multiply = torch.ops.aten._int_mm.default
+    multiply = _padded(lambda codes_TK: torch.ops.aten._int_mm.default(codes_TK, codes_KN))
 
     def run(x_TK: torch.Tensor) -> torch.Tensor:
         codes_TK, scale_T1 = int8_tokens(x_TK.float())
-        y_TN: torch.Tensor = multiply(codes_TK, codes_KN).float().mul_(scale_T1).mul_(scale_N)
+        y_TN: torch.Tensor = multiply(codes_TK).float().mul_(scale_T1).mul_(scale_N)
         if bias_N is not None:
             y_TN.add_(bias_N)
         return y_TN.to(target.activation_dtype)
@@ -193,6 +223,6 @@ def _dense_product(dense_NK: torch.Tensor, bias: torch.Tensor | None, target: Cp
     if target.has_mkldnn and dense_NK.dtype in (torch.float32, torch.bfloat16):
         packed = torch.ops.mkldnn._reorder_linear_weight(dense_NK, MANY_ROWS)
         multiply = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: multiply(x, packed, bias, "none", [], "")
+        return _padded(lambda x: multiply(x, packed, bias, "none", [], ""))
     linear = torch.ops.aten.linear.default
     return lambda x: linear(x, dense_NK, bias)

@@ -70,7 +70,7 @@ class Kept(Generic[Item]):
         num_bytes = item.num_kept_bytes
         self._ended.append((item, num_bytes))
         self._ended_bytes += num_bytes
-        if self._ended_bytes > MAX_KEPT_BYTES:
+        while self._ended_bytes > MAX_KEPT_BYTES:
             self._forget_oldest()
         asyncio.get_running_loop().call_later(self.keep_s, self._expire, item)
 

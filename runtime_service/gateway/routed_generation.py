@@ -7,6 +7,7 @@ knows the text of the tokens before. Knows no call and no runtime: runs are plac
 """
 
 import time
+from array import array
 from asyncio import TimerHandle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from runtime_service.gateway.run import Run
 from runtime_service.generation_call import OnMember
 from runtime_service.sample import join_chunks
+from runtime_service.validation import MAX_CREDIT
 from shared.errors import EngineLost, MillraceError, to_status
 from shared.quotas import GenerationQuota, TenantQuota
 from shared.tracing import NO_SPAN
@@ -24,7 +26,8 @@ from shared.tracing import NO_SPAN
 # A generation that takes its engine down with it is not tried on every runtime of the fleet: after
 # this many losses in a row without a token it is given up.
 MAX_LOSSES = 3
-_KEPT_TOKEN_BYTES = 8
+# As measured: what one takes beside its prompt and its tokens, and a token, of a prompt or drawn.
+KEPT_GENERATION_BYTES, _KEPT_TOKEN_BYTES = 6 << 10, 8
 
 
 class Placer(Protocol):
@@ -45,9 +48,12 @@ class Placer(Protocol):
 
 @dataclass(slots=True)
 class SampleRecord:
-    """What the client was sent of one sample."""
+    """What the client was sent of one sample.
 
-    token_ids: list[int] = field(default_factory=list)
+    Token ids are kept for long: as an array they take 4 bytes each, as a list 40.
+    """
+
+    token_ids: "array[int]" = field(default_factory=lambda: array("I"))
     finish: pb.SampleFinish | None = None
     # The last event that waits to be read, which what comes next may join.
     last_unread: pb.Event | None = None
@@ -178,8 +184,9 @@ class RoutedGeneration:
     @property
     def num_kept_bytes(self) -> int:
         """About what a resumption needs of it."""
-        num_tokens = sum(len(sample.token_ids) for sample in self.samples)
-        return self.start.ByteSize() + _KEPT_TOKEN_BYTES * num_tokens
+        num_tokens = len(self.start.token_ids.ids)
+        num_tokens += sum(len(sample.token_ids) for sample in self.samples)
+        return KEPT_GENERATION_BYTES + self.start.ByteSize() + _KEPT_TOKEN_BYTES * num_tokens
 
     @property
     def elapsed_s(self) -> float:
@@ -270,7 +277,10 @@ class RoutedGeneration:
         start.CopyFrom(self.start)
         start.ClearField("timeout")
         if run.credit is not None:
-            start.credit_tokens = run.credit
+            start.credit_tokens = min(run.credit, MAX_CREDIT)
+        stop = start.stop
+        if stop.max_new_tokens:  # an update may have lowered it, which a start may not ask for
+            stop.min_new_tokens = min(stop.min_new_tokens, stop.max_new_tokens)
         if self.started is not None:
             # Only the engine that drew the tokens before draws those that come after.
             start.model = self.started.engine

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.runtime_link import RuntimeLink
+from runtime_service.validation import MAX_CREDIT
 from shared.errors import EngineLost, MillraceError, from_status
 from shared.tracing import NO_SPAN, start_span
 
@@ -120,7 +121,9 @@ class Run:
             return
         self.credit += tokens
         if self._link is not None:
-            self._send(credit=pb.AddCredit(request_id=self._name, tokens=tokens))
+            # More than a message can say is more than any generation draws.
+            most = min(tokens, MAX_CREDIT)
+            self._send(credit=pb.AddCredit(request_id=self._name, tokens=most))
 
     # What its runtime says.
 

@@ -33,6 +33,10 @@ from shared.errors import (
 # What the gateway's own key, if any, has a runtime answer.
 KEY_REFUSALS = (PermissionDenied, Unauthenticated)
 
+# Beyond so many calls, those on which nothing runs end when another tenant comes: where callers are
+# asked for no key, they may name any number of tenants.
+MAX_IDLE_CALLS = 64
+
 _LEAST_SILENT_S = 0.5
 # What a start's message has beside it.
 _ENVELOPE_BYTES = 64
@@ -228,10 +232,22 @@ class RuntimeLink:
     # Its calls.
 
     def _open_call(self, tenant: str) -> None:
+        if len(self._calls) >= MAX_IDLE_CALLS:
+            self._end_idle_calls()
         metadata = ((TENANT_METADATA, tenant.encode()),) if tenant else ()
         opened = self._calls[tenant] = _TenantCall(tenant, self._stub.Generate(metadata=metadata))
         self._run(self._write(opened))
         self._run(self._read(opened))
+
+    def _end_idle_calls(self) -> None:
+        busy = {run.tenant for run in self._runs.values()}
+        for tenant in self._calls.keys() - busy:
+            self._end_call(self._calls[tenant])
+
+    def _end_call(self, opened: _TenantCall) -> None:
+        del self._calls[opened.tenant]
+        opened.call.cancel()
+        opened.has_outbox.set()
 
     def _is_open(self, opened: _TenantCall) -> bool:
         return self._calls.get(opened.tenant) is opened
@@ -256,9 +272,10 @@ class RuntimeLink:
                     self._dispatch(event)
         except grpc.aio.AioRpcError as raised:
             error = error_of(raised)
-        if self._is_open(opened):
-            self._is_draining = self._is_draining or isinstance(error, Draining)
-            self._break_off([opened], error)
+        finally:  # also where an event made no sense: what runs there would wait for ever
+            if self._is_open(opened):
+                self._is_draining = self._is_draining or isinstance(error, Draining)
+                self._break_off([opened], error)
 
     def _dispatch(self, event: pb.Event) -> None:
         # Late events of what was forgotten have no run.
@@ -274,9 +291,7 @@ class RuntimeLink:
         if not calls:
             return
         for opened in calls:
-            del self._calls[opened.tenant]
-            opened.call.cancel()
-            opened.has_outbox.set()
+            self._end_call(opened)
         self._answers = False
         tenants = {opened.tenant for opened in calls}
         lost = {name: run for name, run in self._runs.items() if run.tenant in tenants}

@@ -15,9 +15,11 @@ import grpc
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from millrace.artifact.v1 import artifact_pb2_grpc
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
+from compiler_service.artifact_service import ArtifactService
 from shared.errors import reason_of
 from shared.redis import EmbeddedRedis, connect_sync
 from shared.store import LocalStore
@@ -118,6 +120,38 @@ async def test_idle_daemon_exits_at_once(tmp_path: Path, port: int) -> None:
         daemon.process.send_signal(signal.SIGINT)
         assert await daemon.exit_status() == 0
         assert time.monotonic() - started < 5
+
+
+class _Stalling(ArtifactService):
+    """A store that names its engines, and keeps who reads one waiting for ever."""
+
+    def __init__(self, store: LocalStore) -> None:
+        super().__init__(store)
+        self.is_read = asyncio.Event()
+
+    async def ReadBlob(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self.is_read.set()
+        await asyncio.Event().wait()
+        yield
+
+
+async def test_sigterm_ends_a_daemon_whose_pull_would_never_end(tmp_path: Path, port: int) -> None:
+    store = LocalStore(tmp_path / "elsewhere")
+    publish_echo(store)
+    stalling = _Stalling(store)
+    server = grpc.aio.server()
+    artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(stalling, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    flags = ("--store", f"grpc://{address}", "--cache", str(tmp_path / "cache"))
+    try:
+        async with daemon_process(tmp_path, port, *flags) as daemon:
+            await stalling.is_read.wait()
+            await daemon.stub.GetStatus(pb.GetStatusRequest(), wait_for_ready=True)
+            daemon.process.send_signal(signal.SIGTERM)
+            assert await daemon.exit_status() == 0
+    finally:
+        await server.stop(0)
 
 
 async def test_engine_process_dies_with_a_killed_daemon(tmp_path: Path, port: int) -> None:

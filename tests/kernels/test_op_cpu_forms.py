@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.batch import StepBatch
 from kernels.cpu import CPU_FORMS, bind_node
 from kernels.cpu_form import CpuTarget, PackedWeight
+from kernels.linear.cpu import padded_rows
 from kernels.linear.layouts import LAYOUTS
 from kernels.ops import OPS
 from shared.ir import Attr, Graph, Node, TensorSpec, WeightSpec
@@ -196,6 +199,60 @@ def test_linear_of_int8_activations_equals_its_reference(
     (expected,), (found,) = run_both(node, [x], weights, target, batch)
     limit = 0.01 if target.activation_dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit * columns**0.5)
+
+
+class _RowsSeen(TorchDispatchMode):
+    """Notes for how many rows torch is asked to multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_operator: dict[str, set[int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        if args and isinstance(args[0], torch.Tensor) and args[0].dim() == 2:
+            self.by_operator.setdefault(func.name(), set()).add(args[0].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("target", "activations", "operator"),
+    [
+        ("fp32 oneDNN", "", "mkldnn::_linear_pointwise"),
+        ("bf16", "", "mkldnn::_linear_pointwise"),
+        ("bf16", "int8", "aten::_int_mm"),
+    ],
+)
+def test_onednn_is_asked_for_few_numbers_of_rows(
+    target: str, activations: str, operator: str
+) -> None:
+    """It keeps a compiled product, half a megabyte, for every number that it has seen."""
+    of, layout = TARGETS[target], "int8_channel" if activations else "plain"
+    if operator.startswith("mkldnn") and not of.has_mkldnn:
+        pytest.skip("this CPU has no such product")
+    dtype = "float32" if of.kv_dtype == torch.float32 else "bfloat16"
+    attrs: dict[str, Attr] = {"activations": activations} if activations else {}
+    run = bind_node(
+        Node("linear", (), ("y",), attrs=attrs),
+        {"weight": packed(torch.randn(48, 64), layout, dtype)},
+        of,
+    )
+    batch = ragged_batch([(0, 1)], of.kv_dtype, scattered=False)
+    with _RowsSeen() as seen:
+        for num_tokens in range(1, 513):
+            x = torch.zeros(num_tokens, 64, dtype=of.activation_dtype)
+            assert run(x, batch).shape == (num_tokens, 48)
+    found = seen.by_operator[operator]
+    assert max(found) == 512
+    assert len(found) <= 60
+
+
+@pytest.mark.parametrize("num_rows", [*range(1, 70), 127, 128, 129, 500, 512, 513, 8191])
+def test_padding_is_an_eighth_of_the_rows_or_three(num_rows: int) -> None:
+    padded = padded_rows(num_rows)
+    assert num_rows <= padded <= num_rows + max(3, num_rows // 8)
+    assert padded_rows(padded) == padded
 
 
 def test_int8_groups_lose_nothing_when_inputs_have_a_mean() -> None:

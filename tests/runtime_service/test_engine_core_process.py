@@ -135,6 +135,18 @@ async def test_killed_process_is_seen_by_the_front(start: Start) -> None:
     assert await process.wait() == -signal.SIGKILL
 
 
+async def test_process_that_crashes_leaves_its_stacks_in_the_daemons_log(
+    start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    process = await start(fake_spec())
+    await process.link.receive()
+    os.kill(process.pid, signal.SIGSEGV)
+    assert await process.wait() == -signal.SIGSEGV
+    log = capfd.readouterr().err
+    assert "Fatal Python error: Segmentation fault" in log
+    assert "engine_process.py" in log
+
+
 async def test_process_ends_when_the_front_closes_its_side(start: Start) -> None:
     process = await start(fake_spec())
     await process.link.receive()

@@ -216,6 +216,8 @@ BAD_STARTS: dict[str, tuple[str, Any]] = {
             ("min_p", 1.1),
             ("min_p", NAN),
             ("repetition_penalty", 0.0),
+            ("repetition_penalty", 0.009),
+            ("repetition_penalty", 101.0),
             ("repetition_penalty", NAN),
             ("repetition_penalty", float("inf")),
             ("presence_penalty", 2.1),

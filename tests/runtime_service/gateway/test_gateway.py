@@ -130,6 +130,54 @@ async def test_samples_logprobs_and_credit_survive(tmp_path: Path) -> None:
     assert scored == prompt[1:]
 
 
+async def test_credit_beyond_what_a_message_holds_is_no_ones_loss(tmp_path: Path) -> None:
+    """A field of 32 bits tells a runtime of credit: a client that gives more goes on as all others do."""
+    most = 2**31 - 1
+    async with running_fleet(tmp_path, step_s=0.004) as fleet:
+        call = fleet.call()
+        await call.start("a", [40, 41], max_new_tokens=100, credit_tokens=most)
+        for _ in range(2):
+            await call.send(credit=pb.AddCredit(request_id="a", tokens=most))
+        await call.start("b", [40, 41], max_new_tokens=100)  # beside it: it begins alike
+        await call.read_until(lambda: min(call.num_tokens("a"), call.num_tokens("b")) > 5)
+        await kill(fleet.busiest())
+        seen = await call.finish()
+    is_whole(seen["a"], [40, 41], 100)
+    is_whole(seen["b"], [40, 41], 100)
+
+
+async def test_limit_below_the_least_survives_a_loss(tmp_path: Path) -> None:
+    """An update may lower the limit below `min_new_tokens`: what goes on elsewhere keeps to it, too."""
+    async with running_fleet(tmp_path, step_s=0.004) as fleet:
+        call = fleet.call()
+        stop = {"min_new_tokens": 100, "max_new_tokens": 200}
+        await call.start("a", [40, 41], credit_tokens=5, **stop)
+        await call.send(update=pb.UpdateGeneration(request_id="a", max_new_tokens=60))
+        await call.read_until(lambda: call.num_tokens("a") == 5)
+        await kill(fleet.busiest())
+        await call.send(credit=pb.AddCredit(request_id="a", tokens=1000))
+        seen = await call.finish()
+    is_whole(seen["a"], [40, 41], 60)
+
+
+async def test_runtime_that_makes_no_sense_is_lost(tmp_path: Path) -> None:
+    """One event that cannot be taken ends its call, and all that runs on it is told."""
+    async with running_fleet(tmp_path, num_runtimes=1) as fleet:
+        served = fleet.daemons[0].runtime.served
+        assert served is not None
+        mad = _Mad(served.engine.name)
+        server = grpc.aio.server()
+        runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(mad, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        async with running_gateway([address], []) as gateway:
+            call = gateway.call()
+            await call.start("a", [40, 41], max_new_tokens=9)
+            seen = await call.finish()
+        await server.stop(0)
+    assert reason_of(seen["a"].error) == "ENGINE_LOST"
+
+
 async def test_generation_that_kills_its_engine_is_given_up(tmp_path: Path) -> None:
     """It takes three engine processes with it, and not the fleet; bystanders go on."""
     async with running_fleet(tmp_path, step_s=0.004) as fleet:
@@ -260,6 +308,31 @@ class _Mute(runtime_pb2_grpc.RuntimeServiceServicer):
                 yield pb.GenerateResponse(events=events)
         finally:
             self.was_broken_off.set()
+
+
+class _Mad(runtime_pb2_grpc.RuntimeServiceServicer):
+    """A runtime that tells of samples that nobody asked for."""
+
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
+
+    async def GetStatus(self, request: Any, context: Any) -> pb.GetStatusResponse:
+        status = pb.GetStatusResponse(state=pb.RUNTIME_STATE_SERVING, runtime_id="mad")
+        status.engine.name = self._engine
+        return status
+
+    async def Generate(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:
+        async for command in request_iterator:
+            if command.HasField("start"):
+                name = command.start.request_id
+                started = pb.GenerationStarted(seed=1, prompt_tokens=2, engine=self._engine)
+                tokens = pb.TokenChunk(sample_index=7, token_ids=[1])
+                yield pb.GenerateResponse(
+                    events=[
+                        pb.Event(request_id=name, started=started),
+                        pb.Event(request_id=name, tokens=tokens),
+                    ]
+                )
 
 
 async def test_silent_runtime_is_lost_and_gets_nothing_new(tmp_path: Path) -> None:
@@ -472,7 +545,7 @@ async def test_generation_is_forgotten_after_a_while(tmp_path: Path) -> None:
             call = forgetful.call()
             await call.start("a", [40, 41], max_new_tokens=3)
             await call.finish()
-            kept = forgetful.gateway._kept._generations
+            kept = forgetful.gateway._kept._items
             await until(lambda: not kept)
             _, seen = await resumed(forgetful, generation_id_of(call), 1)
     assert reason_of(seen.error) == "GENERATION_NOT_FOUND"

@@ -19,8 +19,8 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from redis.asyncio import Redis
 
 from runtime_service.gateway.fleet import Fleet
-from runtime_service.gateway.runtime_link import LinkOptions
-from shared.auth import ApiKeys
+from runtime_service.gateway.runtime_link import MAX_IDLE_CALLS, LinkOptions
+from shared.auth import TENANT_METADATA, ApiKeys
 from shared.channels import PeerSecurity
 from shared.errors import from_status
 from shared.redis import connect
@@ -151,6 +151,28 @@ async def test_drained_call_of_an_idle_tenant_leaves_the_others_alone(
         assert (seen.reason, call.num_tokens("a")) == ("LENGTH", 20)
         assert fleet.sample("moved_generations_total", reason="DRAINING") == 0
         await draining
+
+
+async def test_calls_of_tenants_that_left_do_not_stay_open(tmp_path: Path) -> None:
+    """Who is asked for no key may name any number of tenants; what runs is none the worse for it."""
+
+    def call_for(fleet: RunningGateway, tenant: str) -> Call:
+        return Call(fleet.stub.Generate(metadata=((TENANT_METADATA, tenant.encode()),)))
+
+    async with running_fleet(tmp_path, num_runtimes=1) as fleet:
+        calls = fleet.daemons[0].runtime._calls
+        staying = call_for(fleet, "stays")
+        await staying.start("a", PROMPT, max_new_tokens=20, credit_tokens=4)
+        await staying.read_until(lambda: staying.num_tokens("a") == 4)
+        for number in range(2 * MAX_IDLE_CALLS):
+            call = call_for(fleet, f"tenant {number}")
+            await call.start("a", PROMPT, max_new_tokens=2)
+            assert (await call.finish())["a"].reason == "LENGTH"
+        await until(lambda: len(calls) <= MAX_IDLE_CALLS)
+        await staying.send(credit=pb.AddCredit(request_id="a", tokens=100))
+        seen = (await staying.finish())["a"]
+        assert (seen.reason, staying.num_tokens("a")) == ("LENGTH", 20)
+        assert fleet.sample("moved_generations_total", reason="ENGINE_LOST") == 0
 
 
 async def test_generations_at_once_are_limited_over_the_whole_fleet(

@@ -18,6 +18,7 @@ from runtime_service.sampling.sampler import (
     token_logprobs,
 )
 from runtime_service.scheduling.request import SamplingParams, StopParams
+from runtime_service.validation import REPETITION_PENALTIES
 
 VOCAB_SIZE = 61
 
@@ -240,3 +241,18 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 def test_token_logprobs_gives_each_row_as_many_as_it_asks_for() -> None:
     entries = token_logprobs(torch.randn(3, 5), torch.tensor([0, 1, 2]), [0, 9, 2])
     assert [len(entry.top) for entry in entries] == [0, 5, 2]
+
+
+@pytest.mark.parametrize("penalty", REPETITION_PENALTIES)
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+def test_greatest_penalties_leave_a_token_to_draw(
+    penalty: float, truncation: dict[str, Any]
+) -> None:
+    """One request's parameters never end the engine of all: its own scores stay finite."""
+    params = SamplingParams(temperature=1.0, repetition_penalty=penalty, seed=3, **truncation)
+    row = RowSampler(params, StopParams(5), 0, 3, 300)
+    logits_RV = 1e4 * torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
+    seen = np.arange(10, dtype=np.int32)
+    ((token_id,), _) = sample(logits_RV, [Draw(row, seen)])
+    assert 0 <= token_id < 300
+    assert logits_RV.isfinite().all()

@@ -1,8 +1,11 @@
 """The scheduler's policy: budget, order, credit, preemption, forks, ends."""
 
+import gc
+
 import pytest
 
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
+from runtime_service.scheduling.sequence import Sequence
 from tests.runtime_service.fake_runner import small_limits, tokens_alone
 from tests.runtime_service.scheduling.driving import Drive
 
@@ -372,6 +375,34 @@ def test_aborted_storm_leaves_nothing() -> None:
         drive.scheduler.abort(number // 2)
     drive.run()
     drive.check_empty()
+
+
+def test_queue_keeps_nothing_of_what_left_behind_one_that_waits() -> None:
+    """What a client cancels costs nothing, however long the one before it waits for its turn."""
+    drive = Drive(small_limits(max_sequences=1))
+    drive.add(request(0, num_tokens=40), request(1))
+    drive.step()
+    for number in range(2, 2000):
+        drive.add(request(number))
+        drive.scheduler.abort(number)
+    gc.collect()
+    assert sum(type(known) is Sequence for known in gc.get_objects()) < 500
+    drive.run()
+    expect_alone(drive, request(0, num_tokens=40), request(1))
+
+
+def test_queue_does_not_grow_with_changes_of_priority() -> None:
+    drive = Drive(small_limits(max_sequences=1))
+    drive.add(request(0, num_tokens=40), request(7777))
+    drive.step()
+    gc.collect()
+    (waiting,) = (s for s in gc.get_objects() if type(s) is Sequence and s.group.request_id == 7777)
+    for number in range(2000):
+        drive.scheduler.update(7777, priority=number % 2)
+    assert len(gc.get_referrers(waiting)) < 500
+    del waiting
+    drive.run()
+    expect_alone(drive, request(0, num_tokens=40), request(7777))
 
 
 def test_queue_reports_what_waits() -> None:

@@ -503,7 +503,7 @@ class SamplingParams(_message.Message):
     """Keeps tokens at least this likely relative to the likeliest; 0 to 1."""
     repetition_penalty: _builtins.float
     """Divides positive logits, and multiplies negative ones, of tokens in the
-    prompt or the output; over 0; unset means 1. Source: Keskar et al. 2019, "CTRL".
+    prompt or the output; 0.01 to 100; unset means 1. Source: Keskar et al. 2019, "CTRL".
     """
     presence_penalty: _builtins.float
     """Taken off the logits of tokens in the output; -2 to 2."""

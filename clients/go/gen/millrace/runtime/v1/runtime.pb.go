@@ -911,7 +911,7 @@ type SamplingParams struct {
 	// Keeps tokens at least this likely relative to the likeliest; 0 to 1.
 	MinP float32 `protobuf:"fixed32,4,opt,name=min_p,json=minP,proto3" json:"min_p,omitempty"`
 	// Divides positive logits, and multiplies negative ones, of tokens in the
-	// prompt or the output; over 0; unset means 1. Source: Keskar et al. 2019, "CTRL".
+	// prompt or the output; 0.01 to 100; unset means 1. Source: Keskar et al. 2019, "CTRL".
 	RepetitionPenalty *float32 `protobuf:"fixed32,5,opt,name=repetition_penalty,json=repetitionPenalty,proto3,oneof" json:"repetition_penalty,omitempty"`
 	// Taken off the logits of tokens in the output; -2 to 2.
 	PresencePenalty float32 `protobuf:"fixed32,6,opt,name=presence_penalty,json=presencePenalty,proto3" json:"presence_penalty,omitempty"`
