@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry
 from shared.channels import is_loopback
 from shared.edge import EdgeInterceptor
 from shared.security import ServerSecurity
-from shared.settings import SettingsError
+from shared.settings import SettingsError, split_address
 from shared.tls import TlsFiles
 
 # Asks nobody, and therefore listens on loopback alone.
@@ -53,7 +53,7 @@ class DaemonServer:
         registry: CollectorRegistry,
         security: ServerSecurity = OPEN,
     ) -> None:
-        security.check_listen(split_listen(listen)[0])
+        security.check_listen(split_address(listen)[0])
         self._security = security
         self.edge = EdgeInterceptor(registry, security.api_keys)
         self.grpc = grpc.aio.server(
@@ -89,7 +89,7 @@ class DaemonServer:
         reflection.enable_server_reflection(
             (*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc
         )
-        host, _ = split_listen(self._listen)
+        host, _ = split_address(self._listen)
         credentials = self._security.credentials()
         try:
             if credentials is None:
@@ -158,7 +158,7 @@ def start_metrics(listen: str, registry: CollectorRegistry, security: ServerSecu
     Raises:
         SettingsError: the address cannot be bound, or needs more security.
     """
-    host, port = split_listen(listen)
+    host, port = split_address(listen)
     security.check_metrics_listen(host)
     tls = TlsFiles() if is_loopback(host) else security.tls
     try:
@@ -183,18 +183,6 @@ def daemon_registry() -> CollectorRegistry:
     prometheus_client.PlatformCollector(registry=registry)
     prometheus_client.GCCollector(registry=registry)
     return registry
-
-
-def split_listen(listen: str) -> tuple[str, int]:
-    """Host and port of `host:port`.
-
-    Raises:
-        SettingsError: it is not of that form.
-    """
-    host, colon, port = listen.rpartition(":")
-    if not (colon and host and port.isdigit() and int(port) < 1 << 16):
-        raise SettingsError(f"{listen!r} is not of the form host:port")
-    return host, int(port)
 
 
 def _text(path: Path | None) -> str | None:
