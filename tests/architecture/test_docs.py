@@ -88,6 +88,20 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert gone == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text())
+    targets = {(name, anchor): page.parent / name if name else page for name, anchor in links}
+    gone = [link for link, target in targets.items() if link[1] not in anchors(target)]
+    assert gone == []
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to headings of the page are called, as GitHub has it."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_python_examples_compile() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/API.md").read_text(), re.S)
     assert len(blocks) >= 3
