@@ -88,7 +88,6 @@ class ModelRunner:
         sampled, scored = [], []
         first = 0
         for sequence in scheduled:
-            assert not sequence.draft_token_ids, "drafts are not verified here"
             end = first + sequence.num_tokens
             if sequence.is_sampled:
                 sampled.append((end - 1, sequence))

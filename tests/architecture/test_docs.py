@@ -58,6 +58,15 @@ def test_every_variable_that_is_named_exists() -> None:
     assert {n for n in named - known if not n.startswith("MILLRACE_CLI_")} - {"MILLRACE_"} == set()
 
 
+def test_variables_of_the_command_are_documented_and_exist() -> None:
+    folder = ROOT / "clients/python/millrace/cli"
+    pattern = r"MILLRACE_CLI_[A-Z_]*[A-Z]\b"
+    known = {
+        name for path in folder.rglob("*.py") for name in re.findall(pattern, path.read_text())
+    }
+    assert known == {name for page in PAGES for name in re.findall(pattern, page.read_text())}
+
+
 def test_metrics_are_documented_and_exist() -> None:
     registry = CollectorRegistry()
     EdgeInterceptor(registry)
