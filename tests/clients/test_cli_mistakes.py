@@ -7,8 +7,8 @@ import grpc
 import pytest
 from millrace.compiler.v1 import compiler_pb2
 
+from tests.clients.command import millrace
 from tests.clients.scripted_daemon import Script, ScriptedDaemon, a_build
-from tests.clients.test_cli import millrace
 
 _TOO_MANY = str(1 << 70)
 
