@@ -25,12 +25,12 @@ from typing import IO, Any
 
 import structlog
 
+from compiler_service.progress import BuildProgress
 from shared.process import end_with_parent, share_openmp
 
 share_openmp()  # torch comes with what follows
 from compiler_service.builder import (  # noqa: E402
     BuildCancelled,
-    BuildProgress,
     BuildRequest,
     IsCancelled,
     Report,
