@@ -1,4 +1,4 @@
-"""The serve daemon's settings."""
+"""The runtime daemon's settings."""
 
 import re
 from pathlib import Path
