@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,10 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 def test_help_names_every_command() -> None:
     listed = re.findall(r"^  (\w+)  ", millrace(None, "--help").stdout, re.M)
     assert set(listed) == set(COMMANDS)
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert millrace(None, "--version").stdout == f"millrace {version('millrace-server')}\n"
 
 
 def test_wrong_usage_exits_with_2_and_says_what_was_meant() -> None:

@@ -69,8 +69,22 @@ app = typer.Typer(
 _HOME = Path("~/.millrace")
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        typer.echo(f"millrace {version('millrace-server')}")
+        raise typer.Exit
+
+
 @app.callback()
 def connection(
+    is_version_asked: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+        ),
+    ] = False,
     tls_ca: Annotated[
         str,
         typer.Option(
