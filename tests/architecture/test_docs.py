@@ -42,6 +42,19 @@ def test_every_make_target_that_is_named_exists() -> None:
     assert in_pages(r"(?:^|`)make (\w+)") - targets == set()
 
 
+def test_benchmarks_that_are_named_exist_with_their_options() -> None:
+    commands = in_pages(r"(python (?:-m bench\.|bench/)[^`\n;]*)")
+    assert len(commands) > 20, "the manual names its benchmarks"
+    for command in commands:
+        module = re.search(r"bench[./](\w+)", command)
+        assert module is not None, command
+        path = ROOT / f"bench/{module[1]}.py"
+        assert path.is_file(), command
+        source = path.read_text()
+        for option in re.findall(r"--[a-z-]+", command):
+            assert f'"{option}"' in source, command
+
+
 @pytest.mark.parametrize("daemon", [CompilerSettings, RuntimeSettings, GatewaySettings])
 def test_every_setting_is_documented(daemon: type[Settings]) -> None:
     variables = {variable_of(daemon, field) for field in daemon.model_fields}
