@@ -5,9 +5,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
+from millrace.cli.app import app
 from prometheus_client import CollectorRegistry
+from typer.core import TyperGroup
 
 from compiler_service.metrics import CompilerMetrics
 from compiler_service.settings import CompilerSettings
@@ -16,7 +20,7 @@ from runtime_service.gateway.settings import GatewaySettings
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.settings import RuntimeSettings
 from shared.edge import EdgeInterceptor
-from shared.settings import Settings, variable_of
+from shared.settings import Settings, flag_of, variable_of
 from tests.architecture.test_imports import PACKAGES, ROOT, sources
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -40,6 +44,35 @@ def test_every_command_that_is_named_exists() -> None:
 def test_every_make_target_that_is_named_exists() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     assert in_pages(r"(?:^|`)make (\w+)") - targets == set()
+
+
+def test_options_of_commands_in_the_manual_exist() -> None:
+    shell = "\n".join(page.read_text().replace("\\\n", " ") for page in PAGES)
+    known = {}
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    for name, command in group.commands.items():
+        for path, one in ((name, command), *subcommands(name, command)):
+            known[path] = {option for parameter in one.params for option in parameter.opts}
+    for daemon in (CompilerSettings, RuntimeSettings, GatewaySettings):
+        flags = {flag_of(field) for field in daemon.model_fields}
+        known[daemon.component] = flags | {flag.replace("--", "--no-", 1) for flag in flags}
+    used = re.findall(r"\bmillrace(?:-| )([a-z]+)((?: [^`\n#>|;]*)?)", shell)
+    num_options = 0
+    for name, rest in used:
+        words = rest.split()
+        path = f"{name} {words[0]}" if words and f"{name} {words[0]}" in known else name
+        options = {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)}
+        num_options += len(options)
+        assert options - known.get(path, set()) - {"--help"} == set(), f"millrace {name}{rest}"
+    assert num_options > 80, "the manual shows commands with options"
+
+
+def subcommands(name: str, command: object) -> list[tuple[str, Any]]:
+    """The commands of a group, by their full names."""
+    if not isinstance(command, TyperGroup):
+        return []
+    return [(f"{name} {child}", one) for child, one in command.commands.items()]
 
 
 def test_benchmarks_that_are_named_exist_with_their_options() -> None:
