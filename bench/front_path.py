@@ -35,7 +35,7 @@ from shared.store import LocalStore
 
 @dataclass(frozen=True, slots=True)
 class Daemon:
-    """A running serve daemon, and its front process."""
+    """A running runtime daemon, and its front process."""
 
     address: str
     front: psutil.Process

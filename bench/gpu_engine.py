@@ -1,4 +1,4 @@
-"""An engine from a store, loaded as the serve daemon loads it, generating greedily from one prompt.
+"""An engine from a store, loaded as the runtime daemon loads it, generating greedily from one prompt.
 
 python -m bench.gpu_engine STORE ENGINE [--prompt "Once upon a time"]
 """

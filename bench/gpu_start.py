@@ -1,4 +1,4 @@
-"""From the start of a serve daemon's process to its first token over gRPC, the store's files in the page cache.
+"""From the start of a runtime daemon's process to its first token over gRPC, the store's files in the page cache.
 
     python -m bench.gpu_kernels build/gpu --models llama-3.1-8b,llama-3.2-1b      (needs no GPU)
     python -m bench.gpu_start build/gpu FOLDER --model llama-3.1-8b --runs 3

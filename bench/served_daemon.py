@@ -1,4 +1,4 @@
-"""The serve daemon with another loader, as benchmarks start it.
+"""The runtime daemon with another loader, as benchmarks start it.
 
     python -m bench.served_daemon LOADER PROFILE FLAGS...
 

@@ -19,18 +19,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import structlog
 
+from compiler_service.progress import BuildProgress
 from shared.process import end_with_parent, share_openmp
 
 share_openmp()  # torch comes with what follows
 from compiler_service.builder import (  # noqa: E402
     BuildCancelled,
-    BuildProgress,
     BuildRequest,
     IsCancelled,
     Report,
@@ -89,7 +88,13 @@ def _build(job: dict[str, Any], results: IO[str], is_cancelled: Callable[[], boo
         stages.setdefault(progress.stage, round(now - started_s, 3))
         if progress.stage != last_stage or now - last_s >= MIN_REPORT_INTERVAL_S:
             last_stage, last_s = progress.stage, now
-            _send(results, **asdict(progress))
+            _send(
+                results,
+                stage=progress.stage,
+                fraction=progress.fraction,
+                done_bytes=progress.done_bytes,
+                total_bytes=progress.total_bytes,
+            )
 
     engine = _built(job, request, report, is_cancelled)
     log.info(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import structlog
 from google.rpc import status_pb2
 
-from compiler_service.build_queue import BuildProgress
+from compiler_service.progress import BuildProgress
 
 _TERMINATE_S = 5.0
 _MAX_LINE_BYTES = 1 << 20

@@ -26,6 +26,7 @@ from google.rpc import status_pb2
 from redis.asyncio import Redis
 
 from compiler_service import build_scripts
+from compiler_service.progress import BuildProgress
 from shared.engine import EngineKey
 from shared.errors import (
     BuildNotFound,
@@ -89,17 +90,6 @@ class BuildJob:
         key = EngineKey.from_dict(raw["key"])
         more = (raw.get(name, "") for name in ("calibration_uri", "traceparent"))
         return BuildJob(raw["model_uri"], raw["model"], key, *more)
-
-
-@dataclass(frozen=True, slots=True)
-class BuildProgress:
-    """Where a running build is. `eta_s` is None while nothing can be said."""
-
-    stage: str
-    fraction: float
-    done_bytes: int = 0
-    total_bytes: int = 0
-    eta_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

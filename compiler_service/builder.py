@@ -27,6 +27,7 @@ from compiler_service.checkpoints.digest import FileHashes, model_digest, verify
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.fingerprints import share_weights
 from compiler_service.planning import plan
+from compiler_service.progress import BuildProgress
 from compiler_service.quantization import scheme_named
 from compiler_service.quantization.as_is import AS_IS, notes_of
 from compiler_service.quantized_weights import QuantizedWeights, quantize_weights
@@ -71,16 +72,6 @@ class BuildRequest:
     model: str
     cache_dir: Path
     calibration_uri: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class BuildProgress:
-    """Where a build is: `fraction` of the whole, bytes of the checkpoint read in this stage."""
-
-    stage: str
-    fraction: float
-    done_bytes: int = 0
-    total_bytes: int = 0
 
 
 class BuildCancelled(Exception):

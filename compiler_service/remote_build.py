@@ -8,13 +8,13 @@ import structlog
 
 from compiler_service.builder import (
     BuildCancelled,
-    BuildProgress,
     BuildRequest,
     IsCancelled,
     Report,
     build,
 )
 from compiler_service.fingerprints import share_weights
+from compiler_service.progress import BuildProgress
 from shared.engine import EngineKey, EngineManifest
 from shared.store.cache import EngineCache
 from shared.store.pull import pull

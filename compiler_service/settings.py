@@ -5,7 +5,7 @@ from typing import ClassVar, cast
 
 from pydantic import Field, model_validator
 
-from shared.settings import Settings
+from shared.settings import Address, Settings
 from shared.store import EngineStore, GrpcStore, open_store
 
 
@@ -14,8 +14,10 @@ class CompilerSettings(Settings):
 
     component: ClassVar[str] = "compiler"
 
-    listen: str = Field("127.0.0.1:7601", description="host:port of gRPC; port 0 takes a free one")
-    metrics_listen: str = Field(
+    listen: Address = Field(
+        "127.0.0.1:7601", description="host:port of gRPC; port 0 takes a free one"
+    )
+    metrics_listen: Address = Field(
         "127.0.0.1:7611", description="host:port of Prometheus metrics over HTTP; empty: none"
     )
     state_dir: Path = Field(

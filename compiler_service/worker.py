@@ -21,12 +21,12 @@ from compiler_service.build_queue import (
     MAX_ATTEMPTS,
     SUCCEEDED,
     Attempt,
-    BuildProgress,
     BuildQueue,
     Fenced,
     Lease,
 )
 from compiler_service.metrics import CompilerMetrics
+from compiler_service.progress import BuildProgress
 from shared.errors import Internal, RedisUnreachable, WorkerLost, reason_of, to_status
 from shared.log import canonical_line
 from shared.tracing import Span, start_span, trace_fields

@@ -4,7 +4,7 @@ compared with the meaning.
 Legend: T packed tokens, R rows whose logits are wanted, M model dim.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,3 +89,27 @@ def require_last(spec: TensorSpec, size: int, what: str) -> None:
     """Asserts that a value's last dim is `size`."""
     assert spec.dims, f"{what} is an effect, not a tensor"
     assert spec.dims[-1] == size, f"{what} has last dim {spec.dims[-1]}, not {size}"
+
+
+def elementwise(name: str, num_inputs: int, formula: Callable[..., torch.Tensor]) -> Op:
+    """The op that applies `formula` to the elements of inputs of one shape."""
+
+    def infer(
+        node: Node, inputs: tuple[TensorSpec, ...], weights: Mapping[str, WeightSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Inputs of one shape -> same."""
+        require_inputs(inputs, num_inputs)
+        for spec in inputs:
+            assert spec.dims == inputs[0].dims, f"{inputs[0].dims} and {spec.dims} differ"
+        return (inputs[0],)
+
+    def reference(
+        node: Node,
+        inputs: Sequence[torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
+        batch: StepBatch,
+    ) -> tuple[torch.Tensor, ...]:
+        """The formula."""
+        return (formula(*map(widened, inputs)).to(inputs[0].dtype),)
+
+    return Op(name, infer, reference)

@@ -1,1 +1,1 @@
-"""The serve daemon: engines in, tokens out."""
+"""The runtime daemon: engines in, tokens out."""

@@ -59,7 +59,7 @@ def run(waiting: EngineInterpreter) -> None:
         configure_tracing("runtime")
         # Its turns cost half of asyncio's own; a stream's token takes several.
         uvloop.run(serve(settings, waiting=waiting))
-    except SettingsError as error:
+    except (SettingsError, OSError) as error:
         exit_with(f"millrace-runtime: {error}")
     except MillraceError as error:
         sys.exit(f"millrace-runtime: {error}")

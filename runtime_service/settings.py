@@ -1,4 +1,4 @@
-"""The serve daemon's settings."""
+"""The runtime daemon's settings."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from shared.arch import ARCHES
 from shared.engine import QuantConfig
-from shared.settings import Settings
+from shared.settings import Address, Settings
 
 
 class RuntimeSettings(Settings):
@@ -16,14 +16,14 @@ class RuntimeSettings(Settings):
 
     component: ClassVar[str] = "runtime"
 
-    listen: str = Field("127.0.0.1:7602", description="host:port of the gRPC server")
-    metrics_listen: str = Field(
+    listen: Address = Field("127.0.0.1:7602", description="host:port of the gRPC server")
+    metrics_listen: Address = Field(
         "127.0.0.1:7612", description="host:port of the Prometheus metrics; empty: none"
     )
-    advertise: str = Field(
+    advertise: Address = Field(
         "", description="host:port by which clients reach this daemon; empty: as bound"
     )
-    compiler: str = Field(
+    compiler: Address = Field(
         "", description="host:port of a compile daemon to build and pull engines; empty: none"
     )
     cache: Path = Field(

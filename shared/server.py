@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry
 from shared.channels import is_loopback
 from shared.edge import EdgeInterceptor
 from shared.security import ServerSecurity
-from shared.settings import SettingsError
+from shared.settings import SettingsError, split_address
 from shared.tls import TlsFiles
 
 # Asks nobody, and therefore listens on loopback alone.
@@ -74,7 +74,7 @@ class DaemonServer:
         security: ServerSecurity = OPEN,
         entrance: Entrance | None = None,
     ) -> None:
-        security.check_listen(split_listen(listen)[0])
+        security.check_listen(split_address(listen)[0])
         self._security = security
         self.edge = EdgeInterceptor(registry, security.api_keys)
         self.grpc = grpc.aio.server(
@@ -105,7 +105,7 @@ class DaemonServer:
         credentials = self._security.credentials()
         if self._entrance is None:
             port = self._bind(self._listen, credentials)
-            self.address = f"{split_listen(self._listen)[0]}:{port}"
+            self.address = f"{split_address(self._listen)[0]}:{port}"
         else:
             self._bind(self._entrance.inner_listen, None)
         await self.set_serving(is_serving)
@@ -183,7 +183,7 @@ def start_metrics(listen: str, registry: CollectorRegistry, security: ServerSecu
     Raises:
         SettingsError: the address cannot be bound, or needs more security.
     """
-    host, port = split_listen(listen)
+    host, port = split_address(listen)
     security.check_metrics_listen(host)
     tls = TlsFiles() if is_loopback(host) else security.tls
     try:
@@ -236,18 +236,6 @@ def daemon_registry() -> CollectorRegistry:
     prometheus_client.PlatformCollector(registry=registry)
     prometheus_client.GCCollector(registry=registry)
     return registry
-
-
-def split_listen(listen: str) -> tuple[str, int]:
-    """Host and port of `host:port`.
-
-    Raises:
-        SettingsError: it is not of that form.
-    """
-    host, colon, port = listen.rpartition(":")
-    if not (colon and host and port.isdigit() and int(port) < 1 << 16):
-        raise SettingsError(f"{listen!r} is not of the form host:port")
-    return host, int(port)
 
 
 def _text(path: Path | None) -> str | None:

@@ -17,9 +17,18 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, Self, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, get_origin
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 COMPONENTS = ("compiler", "runtime", "gateway", "cli")
@@ -28,6 +37,40 @@ _PREFIX = "MILLRACE_"
 
 class SettingsError(Exception):
     """A setting is unknown, malformed or contradicts another; the message names it."""
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port`.
+
+    Raises:
+        SettingsError: it is not of that form.
+    """
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdecimal() and int(port) < 1 << 16):
+        raise SettingsError(f"{address!r} is not of the form host:port")
+    return host, int(port)
+
+
+def _check_address(address: str) -> str:
+    try:
+        if address:
+            split_address(address)
+    except SettingsError:
+        raise ValueError("it is of the form host:port") from None
+    return address
+
+
+def _is_redis_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is no number
+    except ValueError:
+        return False
+    return parts.scheme in ("redis", "rediss", "unix")
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
+"""A setting that is `host:port`, or empty."""
 
 
 class Settings(BaseModel):
@@ -93,6 +136,16 @@ class Settings(BaseModel):
     @classmethod
     def _expand_home(cls, value: Any) -> Any:
         return value.expanduser() if isinstance(value, Path) else value
+
+    @model_validator(mode="after")
+    def _check_redis_url(self) -> Self:
+        # Not a validator of the field: its message would show the URL, with the password.
+        if self.redis_url and not _is_redis_url(self.redis_url):
+            raise ValueError(
+                f"--redis-url ({_PREFIX}REDIS_URL): it is of the form redis://host:port/0, "
+                "rediss://host:port/0 or unix:///path"
+            )
+        return self
 
     @classmethod
     def load(cls) -> Self:

@@ -19,8 +19,9 @@ from runtime_service.execution.cuda_graphs import CudaGraphExecutor
 from runtime_service.execution.device_rows import DeviceRows
 from runtime_service.execution.device_sampler import DeviceSampler
 from runtime_service.execution.device_stream import DeviceStream, Mark
+from runtime_service.execution.host_draws import draw, num_scored, score
 from runtime_service.limits import RuntimeLimits
-from runtime_service.sampling.sampler import Draw, NonFiniteLogits, sample, token_logprobs
+from runtime_service.sampling.sampler import NonFiniteLogits
 from runtime_service.scheduling.output import (
     ModelRunnerOutput,
     NewSequence,
@@ -169,25 +170,6 @@ class CudaModelRunner:
     def _new_reading(self) -> Reading:
         return Reading(self._limits.max_sequences, self._vocab_size, self._stream)
 
-    # On the host.
-
-    def _draw(
-        self, scheduled: Sequence[ScheduledSequence], logits_RV: torch.Tensor
-    ) -> list[SampledSequence]:
-        if not scheduled:
-            return []
-        ends = [s.start + s.num_tokens for s in scheduled]
-        draws = [
-            Draw(self._rows.sampler(s.row), self._rows.read_tokens(s.row, end))
-            for s, end in zip(scheduled, ends, strict=True)
-        ]
-        token_ids, logprobs = sample(logits_RV, draws)
-        drawn = []
-        for s, end, token_id, entry in zip(scheduled, ends, token_ids, logprobs, strict=True):
-            self._rows.keep(s.row, end, token_id)
-            drawn.append(SampledSequence(s.row, (token_id,), () if entry is None else (entry,)))
-        return drawn
-
     def _execute_scored(self, step: SchedulerOutput) -> ReadStep:
         """The step in pieces that are small enough for all logits of each."""
         sampled: list[SampledSequence] = []
@@ -197,22 +179,15 @@ class CudaModelRunner:
             logits_TV = self._executor.run_for_all_logits(sent).cpu()
             ends = np.cumsum([s.num_tokens for s in piece]).tolist()
             for s, end in zip(piece, ends, strict=True):
-                if self._rows.scores_prompt(s):
-                    scored = self._score(s, logits_TV[end - s.num_tokens : end])
+                if count := num_scored(self._rows, s):
+                    first = end - s.num_tokens
+                    scored = score(self._rows, s, logits_TV[first : first + count])
                     scores.setdefault(s.row, []).extend(scored)
             drawing = [(s, end - 1) for s, end in zip(piece, ends, strict=True) if s.is_sampled]
             logits_RV = logits_TV[[row for _, row in drawing]]
-            sampled += self._draw([s for s, _ in drawing], logits_RV)
+            sampled += draw(self._rows, [s for s, _ in drawing], logits_RV)
         prompt_logprobs = {row: tuple(entries) for row, entries in scores.items()}
         return ReadStep(ModelRunnerOutput(step.step, tuple(sampled), prompt_logprobs))
-
-    def _score(self, s: ScheduledSequence, logits_TV: torch.Tensor) -> list[TokenLogprobs]:
-        """The token at position p scores the one at p + 1, as long as that is the prompt's."""
-        row = self._rows.sampler(s.row)
-        count = min(s.num_tokens, row.num_prompt_tokens - 1 - s.start)
-        tokens = self._rows.read_tokens(s.row, s.start + 1 + count)[s.start + 1 :]
-        num_top = row.params.num_logprobs or 0
-        return token_logprobs(logits_TV[:count], torch.from_numpy(tokens), [num_top] * count)
 
 
 def _pieces(

@@ -11,13 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from runtime_service.execution.executor import Executor
+from runtime_service.execution.host_draws import draw, num_scored, score
 from runtime_service.execution.rows import RowTable
 from runtime_service.limits import RuntimeLimits
-from runtime_service.sampling.sampler import Draw, sample, token_logprobs
 from runtime_service.scheduling.output import (
     ModelRunnerOutput,
     NewSequence,
-    SampledSequence,
     ScheduledSequence,
     SchedulerOutput,
     TokenLogprobs,
@@ -77,9 +76,14 @@ class ModelRunner:
             logit_rows += [row for rows, _ in scored for row in rows]
             token_ids_T, batch = self._rows.pack(step.scheduled, logit_rows)
             logits_RV = self._executor.forward(token_ids_T, batch)
-            drawn = self._draw([s for _, s in sampled], logits_RV[: len(sampled)])
-            scores = self._score(scored, logits_RV[len(sampled) :])
-        return ModelRunnerOutput(step.step, drawn, scores)
+            drawn = draw(self._rows, [s for _, s in sampled], logits_RV[: len(sampled)])
+            scores: dict[int, tuple[TokenLogprobs, ...]] = {}
+            first = len(sampled)
+            for rows, sequence in scored:
+                logits_TV = logits_RV[first : first + len(rows)]
+                scores[sequence.row] = tuple(score(self._rows, sequence, logits_TV))
+                first += len(rows)
+        return ModelRunnerOutput(step.step, tuple(drawn), scores)
 
     def _wanted(
         self, scheduled: Sequence[ScheduledSequence]
@@ -88,51 +92,10 @@ class ModelRunner:
         sampled, scored = [], []
         first = 0
         for sequence in scheduled:
-            assert not sequence.draft_token_ids, "drafts are not verified here"
             end = first + sequence.num_tokens
             if sequence.is_sampled:
                 sampled.append((end - 1, sequence))
-            row = self._rows.sampler(sequence.row)
-            if row.params.prompt_logprobs:
-                # The token at position p scores the one at p + 1, as long as that is the prompt's.
-                count = min(sequence.num_tokens, row.num_prompt_tokens - 1 - sequence.start)
-                if count > 0:
-                    scored.append((range(first, first + count), sequence))
+            if count := num_scored(self._rows, sequence):
+                scored.append((range(first, first + count), sequence))
             first = end
         return sampled, scored
-
-    def _draw(
-        self, scheduled: Sequence[ScheduledSequence], logits_RV: torch.Tensor
-    ) -> tuple[SampledSequence, ...]:
-        if not scheduled:
-            return ()
-        ends = [s.start + s.num_tokens for s in scheduled]
-        draws = [
-            Draw(self._rows.sampler(s.row), self._rows.tokens(s.row, end))
-            for s, end in zip(scheduled, ends, strict=True)
-        ]
-        token_ids, logprobs = sample(logits_RV, draws)
-        drawn = []
-        for s, end, token_id, entry in zip(scheduled, ends, token_ids, logprobs, strict=True):
-            self._rows.append(s.row, end, token_id)
-            drawn.append(SampledSequence(s.row, (token_id,), () if entry is None else (entry,)))
-        return tuple(drawn)
-
-    def _score(
-        self, scored: Sequence[tuple[range, ScheduledSequence]], logits_RV: torch.Tensor
-    ) -> dict[int, tuple[TokenLogprobs, ...]]:
-        result: dict[int, tuple[TokenLogprobs, ...]] = {}
-        first = 0
-        for rows, sequence in scored:
-            end = sequence.start + 1 + len(rows)
-            tokens = self._rows.tokens(sequence.row, end)[sequence.start + 1 :]
-            num_top = self._rows.sampler(sequence.row).params.num_logprobs or 0
-            result[sequence.row] = tuple(
-                token_logprobs(
-                    logits_RV[first : first + len(rows)],
-                    torch.from_numpy(tokens),
-                    [num_top] * len(rows),
-                )
-            )
-            first += len(rows)
-        return result

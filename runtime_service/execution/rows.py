@@ -67,11 +67,11 @@ class RowTable:
         )
         return _int32(self._tokens[row_of_token, positions]), batch
 
-    def tokens(self, row: int, count: int) -> Tokens:
+    def read_tokens(self, row: int, count: int) -> Tokens:
         """The row's first `count` tokens; a view."""
         return self._tokens[row, :count]
 
-    def append(self, row: int, position: int, token_id: int) -> None:
+    def keep(self, row: int, position: int, token_id: int) -> None:
         """Keeps a drawn token."""
         self._tokens[row, position] = token_id
 

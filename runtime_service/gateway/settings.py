@@ -4,7 +4,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from shared.settings import Settings
+from shared.settings import Address, Settings
 
 
 class GatewaySettings(Settings):
@@ -12,18 +12,18 @@ class GatewaySettings(Settings):
 
     component: ClassVar[str] = "gateway"
 
-    listen: str = Field("127.0.0.1:7600", description="host:port of the gRPC server")
-    http_listen: str = Field(
+    listen: Address = Field("127.0.0.1:7600", description="host:port of the gRPC server")
+    http_listen: Address = Field(
         "127.0.0.1:7620",
         description="host:port of the OpenAI-compatible HTTP server and the web page; empty: none",
     )
-    metrics_listen: str = Field(
+    metrics_listen: Address = Field(
         "127.0.0.1:7610", description="host:port of the Prometheus metrics; empty: none"
     )
-    runtimes: tuple[str, ...] = Field(
+    runtimes: tuple[Address, ...] = Field(
         (), description="host:port of runtimes, beside those that Redis knows"
     )
-    compiler: str = Field(
+    compiler: Address = Field(
         "", description="host:port of a compile daemon whose builds the web page shows"
     )
     poll_s: float = Field(1.0, gt=0, description="between looks at Redis and at each runtime")

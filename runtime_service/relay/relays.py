@@ -15,8 +15,7 @@ from runtime_service.relay.options import ENVELOPE_BYTES, RelayOptions
 from shared.log import LogFormat
 from shared.process import ending_with_parent
 from shared.security import ServerSecurity
-from shared.server import split_listen
-from shared.settings import Settings, SettingsError
+from shared.settings import Settings, SettingsError, split_address
 
 _START_S, _STOP_S = 60.0, 5.0
 _LEAST_RETRY_S, _MOST_RETRY_S = 0.2, 30.0
@@ -75,7 +74,7 @@ class Relays:
         Raises:
             SettingsError: they cannot listen there.
         """
-        host, port = split_listen(listen)
+        host, port = split_address(listen)
         self._held = _held(host, port)
         address = f"{host}:{self._held.getsockname()[1]}"
         self._options = msgspec.structs.replace(self._options, listen=address)

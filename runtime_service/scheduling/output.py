@@ -47,7 +47,6 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
         num_tokens: tokens to compute, at least 1.
         new_block_ids: appended to the row's block table before the step.
         is_sampled: the last token's logits are wanted and one token is drawn from them.
-        draft_token_ids: proposed tokens among `num_tokens`, the last ones; to be verified.
     """
 
     row: int
@@ -55,7 +54,6 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     num_tokens: int
     new_block_ids: tuple[int, ...] = ()
     is_sampled: bool = True
-    draft_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,7 @@ class TokenLogprobs:
 
 
 class SampledSequence(msgspec.Struct, frozen=True, gc=False):
-    """What one sampled row drew: 1 token, or 1 + accepted drafts.
+    """What one sampled row drew.
 
     Args:
         logprobs: one per token where asked for, else empty.

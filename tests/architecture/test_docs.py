@@ -5,9 +5,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
+from millrace.cli.app import app
 from prometheus_client import CollectorRegistry
+from typer.core import TyperGroup
 
 from compiler_service.metrics import CompilerMetrics
 from compiler_service.settings import CompilerSettings
@@ -16,7 +20,7 @@ from runtime_service.gateway.settings import GatewaySettings
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.settings import RuntimeSettings
 from shared.edge import EdgeInterceptor
-from shared.settings import Settings, variable_of
+from shared.settings import Settings, flag_of, variable_of
 from tests.architecture.test_imports import PACKAGES, ROOT, sources
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -42,6 +46,48 @@ def test_every_make_target_that_is_named_exists() -> None:
     assert in_pages(r"(?:^|`)make (\w+)") - targets == set()
 
 
+def test_options_of_commands_in_the_manual_exist() -> None:
+    shell = "\n".join(page.read_text().replace("\\\n", " ") for page in PAGES)
+    known = {}
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    for name, command in group.commands.items():
+        for path, one in ((name, command), *subcommands(name, command)):
+            known[path] = {option for parameter in one.params for option in parameter.opts}
+    for daemon in (CompilerSettings, RuntimeSettings, GatewaySettings):
+        flags = {flag_of(field) for field in daemon.model_fields}
+        known[daemon.component] = flags | {flag.replace("--", "--no-", 1) for flag in flags}
+    used = re.findall(r"\bmillrace(?:-| )([a-z]+)((?: [^`\n#>|;]*)?)", shell)
+    num_options = 0
+    for name, rest in used:
+        words = rest.split()
+        path = f"{name} {words[0]}" if words and f"{name} {words[0]}" in known else name
+        options = {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)}
+        num_options += len(options)
+        assert options - known.get(path, set()) - {"--help"} == set(), f"millrace {name}{rest}"
+    assert num_options > 80, "the manual shows commands with options"
+
+
+def subcommands(name: str, command: object) -> list[tuple[str, Any]]:
+    """The commands of a group, by their full names."""
+    if not isinstance(command, TyperGroup):
+        return []
+    return [(f"{name} {child}", one) for child, one in command.commands.items()]
+
+
+def test_benchmarks_that_are_named_exist_with_their_options() -> None:
+    commands = in_pages(r"(python (?:-m bench\.|bench/)[^`\n;]*)")
+    assert len(commands) > 20, "the manual names its benchmarks"
+    for command in commands:
+        module = re.search(r"bench[./](\w+)", command)
+        assert module is not None, command
+        path = ROOT / f"bench/{module[1]}.py"
+        assert path.is_file(), command
+        source = path.read_text()
+        for option in re.findall(r"--[a-z-]+", command):
+            assert f'"{option}"' in source, command
+
+
 @pytest.mark.parametrize("daemon", [CompilerSettings, RuntimeSettings, GatewaySettings])
 def test_every_setting_is_documented(daemon: type[Settings]) -> None:
     variables = {variable_of(daemon, field) for field in daemon.model_fields}
@@ -56,6 +102,15 @@ def test_every_variable_that_is_named_exists() -> None:
     }
     named = in_pages(r"`(MILLRACE_[A-Z_]+)`")
     assert {n for n in named - known if not n.startswith("MILLRACE_CLI_")} - {"MILLRACE_"} == set()
+
+
+def test_variables_of_the_command_are_documented_and_exist() -> None:
+    folder = ROOT / "clients/python/millrace/cli"
+    pattern = r"MILLRACE_CLI_[A-Z_]*[A-Z]\b"
+    known = {
+        name for path in folder.rglob("*.py") for name in re.findall(pattern, path.read_text())
+    }
+    assert known == {name for page in PAGES for name in re.findall(pattern, page.read_text())}
 
 
 def test_metrics_are_documented_and_exist() -> None:
@@ -86,6 +141,20 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+?)\)", page.read_text())
     gone = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert gone == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text())
+    targets = {(name, anchor): page.parent / name if name else page for name, anchor in links}
+    gone = [link for link, target in targets.items() if link[1] not in anchors(target)]
+    assert gone == []
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to headings of the page are called, as GitHub has it."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_python_examples_compile() -> None:

@@ -1,5 +1,6 @@
 """Every table is walked: its rows are what they say, under the names that they have."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from compiler_service.checkpoints.sample import SAMPLES
 from kernels.linear.layouts import LAYOUTS
 from kernels.ops import OPS
 from shared.arch import ARCHES
+from shared.auth import RPC_SCOPES
 from shared.errors import ERRORS, MillraceError
 from shared.store import STORES
 from tests.architecture.test_imports import ROOT
@@ -49,7 +51,24 @@ def test_error_is_one_sentence_and_is_documented(reason: str) -> None:
     assert issubclass(row, MillraceError)
     assert row.reason == reason
     assert row.template[0].isupper() or row.template[0] == "{"
-    assert f"`{reason}`" in API.read_text()
+    # Those without a delay of their own may be told one where they are raised.
+    retry = "(, retry)?" if row.default_retry_after_s is None else ", retry"
+    assert re.search(rf"^\| `{reason}` \| {row.code.name}{retry} \|", API.read_text(), re.M)
+
+
+def test_scopes_in_the_manual_are_those_of_the_code() -> None:
+    rows = re.findall(r"^\| `(generate|build|admin)` \| (.*) \|$", API.read_text(), re.M)
+    documented = {
+        (scope, name.rpartition(".")[2])
+        for scope, rpcs in rows
+        for name in re.findall(r"`(.*?)`", rpcs)
+    }
+    kserve = "GRPCInferenceService"
+    expected = {
+        (scope, kserve if kserve in rpc else rpc.rpartition("/")[2])
+        for rpc, scope in RPC_SCOPES.items()
+    }
+    assert documented == expected
 
 
 def test_every_error_has_a_row() -> None:

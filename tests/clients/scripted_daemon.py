@@ -180,6 +180,16 @@ class _Compiler(compiler_pb2_grpc.CompilerServiceServicer):
                 return compiler_pb2.GetEngineResponse(engine=engine, build=build)
         _abort(context, EngineNotFound(engine=request.name))
 
+    def GetBuild(self, request: Any, context: Any) -> Any:
+        for build in self._script.builds:
+            if build.name == request.name:
+                return compiler_pb2.GetBuildResponse(build=build)
+        _abort(context, BuildNotFound(build=request.name, kept="7 days"))
+
+    def DeleteEngine(self, request: Any, context: Any) -> Any:
+        self._script.asked.append(request)
+        return compiler_pb2.DeleteEngineResponse()
+
     def CancelBuild(self, request: Any, context: Any) -> Any:
         self._script.asked.append(request)
         for build in self._script.builds:
@@ -221,6 +231,10 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
     def LoadEngine(self, request: Any, context: Any) -> Any:
         self._script.asked.append(request)
         return runtime_pb2.LoadEngineResponse(engine=self._script.engines[0])
+
+    def UnloadEngine(self, request: Any, context: Any) -> Any:
+        self._script.asked.append(request)
+        return runtime_pb2.UnloadEngineResponse()
 
     def GenerateStream(self, request: Any, context: Any) -> Iterator[Any]:
         start = request.start

@@ -2,12 +2,10 @@
 
 import json
 import os
-import pty
 import re
 import resource
-import signal
 import subprocess
-import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,12 +15,11 @@ from millrace.cli.inspecting import graph_text
 from millrace.cli.listing import recipe_text
 from millrace.cli.output import bytes_text, duration_text
 from millrace.compiler.v1 import compiler_pb2
-from millrace.fleet.v1 import fleet_pb2
-from millrace.runtime.v1 import runtime_pb2
 
 from runtime_service.settings import quant_named
 from shared.engine import QuantConfig
-from shared.errors import DeploymentNotFound, Draining, InvalidModel, QueueFull, to_status
+from shared.errors import Draining, InvalidModel, QueueFull, to_status
+from tests.clients.command import COMMAND, millrace, on_a_terminal
 from tests.clients.scripted_daemon import (
     DIGEST,
     WORDS,
@@ -35,7 +32,6 @@ from tests.clients.scripted_daemon import (
     succeeded,
 )
 
-COMMAND = (sys.executable, "-m", "millrace.cli")
 COMMANDS = (
     "up", "build", "builds", "cancel", "engines", "inspect", "load", "generate", "chat", "bench",
     "deploy", "undeploy", "status", "top", "doctor", "health", "certs", "keys", "sign", "store",
@@ -58,46 +54,6 @@ GRAPH = {
     "config": {"family": "llama", "num_layers": 30,
                "checkpoint_quantization": ["Q4_1: 210 tensors kept exactly as int4_group 32"]},
 }  # fmt: skip
-
-
-def millrace(
-    daemon: ScriptedDaemon | None, *arguments: str, stdin: str = ""
-) -> subprocess.CompletedProcess[str]:
-    """Runs the command against `daemon`, with no terminal."""
-    environ = {name: v for name, v in os.environ.items() if not name.startswith("MILLRACE_")}
-    if daemon is not None:
-        for name in ("COMPILER", "RUNTIME", "GATEWAY"):
-            environ[f"MILLRACE_CLI_{name}"] = daemon.address
-    return subprocess.run(
-        [*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=60, env=environ
-    )
-
-
-def on_a_terminal(daemon: ScriptedDaemon, *arguments: str, until: str = "") -> str:
-    """What the command shows on a terminal; Ctrl-C once it shows `until`."""
-    environ = {**os.environ, "MILLRACE_CLI_COMPILER": daemon.address, "TERM": "xterm-256color",
-               "MILLRACE_CLI_GATEWAY": daemon.address, "COLUMNS": "160", "LINES": "50"}  # fmt: skip
-    environ.pop("NO_COLOR", None)
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environ
-    )
-    os.close(theirs)
-    shown = bytearray()
-    while True:
-        try:
-            part = os.read(ours, 4096)
-        except OSError:  # the terminal closed with its last process
-            break
-        if not part:
-            break
-        shown += part
-        if until and until.encode() in shown:
-            process.send_signal(signal.SIGINT)
-            until = ""
-    process.wait(60)
-    os.close(ours)
-    return shown.decode(errors="replace")
 
 
 def test_help_is_quick() -> None:
@@ -125,6 +81,10 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 def test_help_names_every_command() -> None:
     listed = re.findall(r"^  (\w+)  ", millrace(None, "--help").stdout, re.M)
     assert set(listed) == set(COMMANDS)
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert millrace(None, "--version").stdout == f"millrace {version('millrace-server')}\n"
 
 
 def test_wrong_usage_exits_with_2_and_says_what_was_meant() -> None:
@@ -464,96 +424,3 @@ def test_sizes_are_short(size: float, text: str) -> None:
 )
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
-
-
-def a_fleet() -> fleet_pb2.GetFleetResponse:
-    """Three runtimes, one of which has not answered for a while, and one that loads its engine."""
-    serving = fleet_pb2.Runtime(
-        address="10.0.0.1:7602", state=runtime_pb2.RUNTIME_STATE_SERVING, engine="engines/ab",
-        model="tiny", arch="cpu", deployment="chat", deployment_version=3, num_blocks=100,
-        tokens_per_s=123.4,
-    )  # fmt: skip
-    serving.quant.scheme = "int8"
-    serving.load.free_blocks, serving.load.running_sequences = 25, 6
-    serving.load.time_to_first_token.FromMilliseconds(42)
-    silent = fleet_pb2.Runtime(address="10.0.0.2:7602")
-    silent.silent_for.FromMilliseconds(12_000)
-    starting = fleet_pb2.Runtime(address="10.0.0.3:7602", state=runtime_pb2.RUNTIME_STATE_LOADING)
-    for name, milliseconds in (("find_engine", 1250), ("load_engine", 2500)):
-        for runtime in (serving, starting):
-            runtime.startup.add(name=name).duration.FromMilliseconds(milliseconds)
-    return fleet_pb2.GetFleetResponse(runtimes=[serving, silent, starting], redis_answers=True)
-
-
-def test_status_shows_every_runtime_and_deployment() -> None:
-    script = Script(fleet=a_fleet())
-    script.fleet.deployments.add(name="chat", model="tiny", replicas=2, version=3)
-    with ScriptedDaemon(script) as daemon:
-        lines = millrace(daemon, "status").stdout.splitlines()
-        as_json = json.loads(millrace(daemon, "status", "--json").stdout)
-    for shown in ("serving", "tiny int8", "chat v3", "75% of 100", "123", "42 ms"):
-        assert shown in lines[1]
-    assert f"serving {duration_text(3.75)} tiny" in " ".join(lines[1].split())
-    assert "silent 12 s" in lines[2]
-    phases = f"find_engine {duration_text(1.25)}, load_engine {duration_text(2.5)}"
-    assert phases in lines[3]
-    assert "load_engine" not in lines[1]
-    assert lines[-1].split() == ["chat", "tiny", "3", "1", "of", "2"]
-    assert as_json["runtimes"][0]["address"] == "10.0.0.1:7602"
-
-
-def test_status_says_that_redis_is_away() -> None:
-    with ScriptedDaemon(Script()) as daemon:
-        said = millrace(daemon, "status").stderr
-    assert "knows no runtime" in said
-    assert "Redis does not answer" in said
-
-
-def test_deploy_waits_until_all_replicas_are_ready() -> None:
-    script = Script()
-    asked = ("deploy", "chat", "--model", "tiny", "-q", "int4-g64", "--replicas", "3")
-    with ScriptedDaemon(script) as daemon:
-        at_once = millrace(daemon, *asked)
-        assert at_once.stdout == "chat  version 7  0 of 3 ready\n"
-        del script.fleet.deployments[:]
-        assert millrace(daemon, *asked, "--wait", "30").stdout == "chat  version 7  3 of 3 ready\n"
-        del script.fleet.deployments[:]
-        late = millrace(daemon, *asked, "--wait", "0.1")
-    assert (late.returncode, late.stdout) == (1, "")
-    assert "of 3 replicas of chat are ready after" in late.stderr
-    wanted = script.asked[0].deployment
-    assert (wanted.quant.scheme, wanted.quant.group_size) == ("int4", 64)
-
-
-def test_undeploying_what_is_not_there_is_an_error() -> None:
-    script = Script(failures=[DeploymentNotFound(deployment="chat")])
-    with ScriptedDaemon(script) as daemon:
-        failed = millrace(daemon, "undeploy", "chat")
-        done = millrace(daemon, "undeploy", "chat")
-    assert failed.returncode == 3
-    assert "No deployment 'chat'" in failed.stderr
-    assert done.stdout == "chat is undeployed\n"
-
-
-def test_top_shows_fleet_and_builds_until_it_is_interrupted() -> None:
-    script = Script(fleet=a_fleet(), builds=[a_build(compiler_pb2.BUILD_STATE_RUNNING)])
-    script.fleet.deployments.add(name="chat", model="tiny", replicas=2, version=3)
-    with ScriptedDaemon(script) as daemon:
-        shown = on_a_terminal(daemon, "top", until=DIGEST[:12])
-    for part in (
-        "3 runtimes",
-        "load_engine",
-        "tokens/s",
-        "TTFT",
-        "10.0.0.1:7602",
-        "chat",
-        "silent",
-    ):
-        assert part in shown
-
-
-def test_top_shows_what_does_not_answer_and_goes_on() -> None:
-    script = Script(fleet=a_fleet(), failures=[Draining()])
-    with ScriptedDaemon(script) as daemon:
-        shown = on_a_terminal(daemon, "top", until="10.0.0.1")
-    assert "stopping" in shown

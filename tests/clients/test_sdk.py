@@ -13,6 +13,7 @@ from millrace.compiler.v1 import compiler_pb2
 from millrace.errors import UNREACHABLE, from_status
 from millrace.generation import start_generation
 from millrace.retries import Retries
+from millrace.runtime.v1 import runtime_pb2
 
 from shared.errors import ERRORS, EngineLost, InvalidModel, PromptTooLong, QueueFull, to_status
 from tests.clients.scripted_daemon import (
@@ -205,6 +206,22 @@ def test_cancelled_build_is_raised(client: millrace.Client, script: Script) -> N
 def test_lists_turn_every_page(client: millrace.Client, script: Script) -> None:
     script.builds = [a_build(compiler_pb2.BUILD_STATE_QUEUED, attempt=i) for i in range(5)]
     assert [build.attempt for build in client.list_builds()] == [0, 1, 2, 3, 4]
+
+
+def test_build_is_read_by_its_name(client: millrace.Client, script: Script) -> None:
+    script.builds = [a_build(compiler_pb2.BUILD_STATE_RUNNING)]
+    assert client.get_build(script.builds[0].name) == script.builds[0]
+    with pytest.raises(millrace.MillraceError) as caught:
+        client.get_build("builds/none")
+    assert caught.value.reason == "BUILD_NOT_FOUND"
+
+
+def test_engines_are_deleted_and_unloaded(client: millrace.Client, script: Script) -> None:
+    client.delete_engine("engines/old")
+    client.unload_engine()
+    deleted, unloaded = script.asked
+    assert deleted == compiler_pb2.DeleteEngineRequest(name="engines/old")
+    assert unloaded == runtime_pb2.UnloadEngineRequest()
 
 
 def test_blob_is_verified(client: millrace.Client, script: Script) -> None:

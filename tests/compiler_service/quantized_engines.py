@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from compiler_service.builder import BuildProgress, BuildRequest, build
+from compiler_service.builder import BuildRequest, build
+from compiler_service.progress import BuildProgress
 from compiler_service.resolve import resolve
 from shared.engine import EngineManifest, QuantConfig
 from shared.ir import Graph

@@ -15,11 +15,11 @@ from compiler_service.build_queue import (
     RUNNING,
     SUCCEEDED,
     Attempt,
-    BuildProgress,
     BuildQueue,
     Fenced,
     Lease,
 )
+from compiler_service.progress import BuildProgress
 from shared.errors import (
     BuildNotFound,
     BuildQueueFull,

@@ -15,12 +15,12 @@ from compiler_service import builder
 from compiler_service.builder import (
     STAGES,
     BuildCancelled,
-    BuildProgress,
     BuildRequest,
     build,
 )
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.planning import plan
+from compiler_service.progress import BuildProgress
 from compiler_service.resolve import UNSET_QUANT, resolve, resolve_cached
 from compiler_service.weight_table import pack_weight, read_parts
 from kernels.linear.layouts import LAYOUTS

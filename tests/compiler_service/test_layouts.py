@@ -100,7 +100,9 @@ def test_int4_is_exact_when_values_lie_on_sixteen_levels(group_size: int) -> Non
 def test_scales_are_bf16_numbers_when_a_layout_is_of_integers(name: str, group_size: int) -> None:
     """A kernel that takes scales in bf16 must read the values that the nibbles were made for."""
     packed = LAYOUTS[name].pack(_weight(), group_size)
-    for role in set(packed) - {"weight"}:
+    roles = set(packed) - {"weight"}
+    assert "scale" in roles
+    for role in roles:
         assert torch.equal(packed[role].bfloat16().float(), packed[role]), role
 
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from compiler_service import builder
-from compiler_service.builder import BuildProgress
 from compiler_service.calibration.text import calibration_digest, read_calibration_text
 from compiler_service.calibration.windows import TextTokenizer, cut_windows
 from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer_files
 from compiler_service.checkpoints.digest import FileHashes
 from compiler_service.checkpoints.sources import open_checkpoint
+from compiler_service.progress import BuildProgress
 from compiler_service.quality.gate import Kept, fewest_kept
 from compiler_service.quality.logits import LogitComparison
 from compiler_service.quality.needle import hide_needles

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from compiler_service.builder import BuildCancelled, BuildProgress, BuildRequest
+from compiler_service.builder import BuildCancelled, BuildRequest
 from compiler_service.checkpoints.digest import FileHashes, model_digest
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.fingerprints import builder_for
+from compiler_service.progress import BuildProgress
 from compiler_service.remote_build import build_into
 from shared.engine import EngineKey, EngineSelector, QuantConfig
 from shared.store import LocalStore

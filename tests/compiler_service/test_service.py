@@ -12,7 +12,7 @@ from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
 from prometheus_client import CollectorRegistry
 
-from compiler_service.build_queue import SUCCEEDED, BuildProgress, BuildQueue
+from compiler_service.build_queue import SUCCEEDED, BuildQueue
 from compiler_service.compiler import Compiler
 from compiler_service.metrics import CompilerMetrics
 from compiler_service.operations import (
@@ -23,6 +23,7 @@ from compiler_service.operations import (
     Operations,
     events_key,
 )
+from compiler_service.progress import BuildProgress
 from compiler_service.service import CompilerService
 from shared.engine import FILE_TYPE, EngineDraft, EngineKey, EngineManifest, QuantConfig
 from shared.errors import reason_of

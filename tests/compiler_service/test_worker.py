@@ -36,6 +36,15 @@ from tests.compiler_service.build_helpers import (
 pytestmark = pytest.mark.redis
 
 
+@pytest.fixture(autouse=True)
+def no_child_is_left_behind() -> Iterator[None]:
+    """Every build child of this process has been waited for when a test ends."""
+    yield
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in children]
+    assert [command for command in commands if "fake_build_child" in command] == []
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> Folders:
     return Folders(tmp_path)
@@ -278,11 +287,3 @@ def test_eta_goes_on_as_the_build_began(
     elapsed_s: float, fraction: float, expected: float | None
 ) -> None:
     assert eta_s(elapsed_s, fraction) == expected
-
-
-def test_no_child_is_left_behind() -> None:
-    """Runs last in this file: every fake child of this process has been waited for."""
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    for pid in children:
-        command = Path(f"/proc/{pid}/cmdline").read_text()
-        assert "fake_build_child" not in command

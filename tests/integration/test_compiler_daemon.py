@@ -241,7 +241,8 @@ async def test_daemon_without_redis_url_brings_its_own(tmp_path: Path) -> None:
     [
         (["--lease-s", "0"], {}, "--lease-s (MILLRACE_COMPILER_LEASE_S)"),
         ([], {"MILLRACE_COMPILER_LEESE_S": "1"}, "unknown setting MILLRACE_COMPILER_LEESE_S"),
-        (["--listen", "7601"], {}, "'7601' is not of the form host:port"),
+        (["--listen", "7601"], {}, "MILLRACE_COMPILER_LISTEN): it is of the form host:port"),
+        (["--redis-url", "h:6379"], {}, "--redis-url (MILLRACE_REDIS_URL): it is of the form"),
         (["--store", "grpc://h:1"], {}, "--store (MILLRACE_STORE)"),
     ],
 )

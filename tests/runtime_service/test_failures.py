@@ -374,6 +374,7 @@ async def test_slow_reader_gets_steps_joined_and_loses_nothing(tmp_path: Path) -
         (slow,) = await _calls(daemon)
         await until(lambda: not slow._running)
         seen = await call.finish()
+        assert len(seen) == 32
         for one in seen.values():
             assert one.token_ids[0] == prompt * 4
             assert one.reason == "LENGTH"
@@ -414,6 +415,7 @@ async def test_drain_ends_what_outlives_its_grace(tmp_path: Path) -> None:
         await daemon.runtime.drain(0.1)
         seen = await call.read_rest()
         await daemon.freed()
+    assert set(seen) == {"long", "waits"}
     for one in seen.values():
         assert reason_of(one.error) == "DRAINING"
         assert from_status(one.error).retry_after_s

@@ -17,7 +17,7 @@ from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from shared.errors import BuildQueueFull, InvalidField, reason_of
-from shared.server import DaemonServer, daemon_registry, split_listen, start_metrics
+from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError
 
 SERVICE = "millrace.compiler.v1.CompilerService"
@@ -213,9 +213,3 @@ async def test_metrics_are_served_over_http() -> None:
             return str(response.read().decode())
 
     assert "process_resident_memory_bytes" in await asyncio.to_thread(read)
-
-
-@pytest.mark.parametrize("listen", ["7601", "localhost:", ":7601", "host:port", "h:70000"])
-def test_malformed_listen_address_is_named(listen: str) -> None:
-    with pytest.raises(SettingsError, match="host:port"):
-        split_listen(listen)

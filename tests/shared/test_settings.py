@@ -3,7 +3,7 @@
 import pytest
 from pydantic import Field, model_validator
 
-from shared.settings import Settings, SettingsError
+from shared.settings import Address, Settings, SettingsError, split_address
 
 
 class ExampleSettings(Settings):
@@ -14,6 +14,7 @@ class ExampleSettings(Settings):
     lease_s: float = Field(30.0, gt=0, description="seconds of a lease")
     worker: bool = Field(True, description="build here")
     archs: tuple[str, ...] = Field((), description="targets")
+    peers: tuple[Address, ...] = Field((), description="other daemons")
 
     @model_validator(mode="after")
     def _lease_needs_worker(self) -> "ExampleSettings":
@@ -57,6 +58,9 @@ def test_variables_of_other_components_and_programs_are_left_alone() -> None:
     [
         (["--lease-s", "-3"], "--lease-s (MILLRACE_COMPILER_LEASE_S): .*greater than 0, not '-3'"),
         (["--log-level", "loud"], "--log-level (MILLRACE_LOG_LEVEL): .*'loud'"),
+        (["--peers", "h:1,h"], "--peers (MILLRACE_COMPILER_PEERS): .*form host:port, not 'h'"),
+        (["--redis-url", "h:6379"], "--redis-url (MILLRACE_REDIS_URL): .*redis://host:port"),
+        (["--redis-url", "redis://h:p"], "--redis-url (MILLRACE_REDIS_URL): .*redis://host:port"),
         (["--archs", "cpu", "--no-worker"], "--archs and --no-worker contradict"),
     ],
 )
@@ -81,3 +85,15 @@ def test_help_shows_every_setting_with_default_and_variable(
     assert "seconds of a lease (default 30.0; MILLRACE_COMPILER_LEASE_S)" in text
     for field in ExampleSettings.model_fields:
         assert "--" + field.replace("_", "-") in text
+
+
+def test_malformed_redis_url_does_not_show_its_password() -> None:
+    with pytest.raises(SettingsError) as refused:
+        ExampleSettings.parse(["--redis-url", "http://user:secret@h"], {})
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("address", ["7601", "localhost:", ":7601", "host:port", "h:70000"])
+def test_malformed_address_is_named(address: str) -> None:
+    with pytest.raises(SettingsError, match="host:port"):
+        split_address(address)

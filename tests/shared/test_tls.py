@@ -23,8 +23,8 @@ from shared.auth import caller
 from shared.channels import PeerSecurity
 from shared.errors import CompilerUnreachable
 from shared.security import ServerSecurity
-from shared.server import DaemonServer, daemon_registry, split_listen, start_metrics
-from shared.settings import SettingsError
+from shared.server import DaemonServer, daemon_registry, start_metrics
+from shared.settings import SettingsError, split_address
 from shared.store import GrpcStore
 from shared.tls import TlsFiles
 from tests.shared.certificates import client_options, let_expire, made_in, server_files
@@ -186,7 +186,7 @@ def test_public_address_needs_tls_and_authentication(listen: str, certs: Path) -
             DaemonServer(listen, 1 << 20, CollectorRegistry(), security)
     mutual = ServerSecurity(server_files(certs, with_ca=True))
     for security in (mutual, ServerSecurity(is_insecure=True)):
-        security.check_listen(split_listen(listen)[0])
+        security.check_listen(split_address(listen)[0])
 
 
 def test_metrics_off_loopback_are_https(certs: Path) -> None:

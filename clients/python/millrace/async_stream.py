@@ -2,14 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from typing import Protocol, Self
 
 import grpc
 
-from millrace.attempts import Attempts
+from millrace.attempts import StreamState
 from millrace.errors import MillraceError, call_ended, from_rpc_error
-from millrace.generation import Chunk, Collector, Generation
+from millrace.generation import Chunk, Generation
 from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2
 
@@ -46,7 +45,7 @@ class SingleCall:
         self._call.cancel()
 
 
-class AsyncStream:
+class AsyncStream(StreamState):
     """One generation: as `Stream`, with `async for` and `async with`."""
 
     def __init__(
@@ -56,13 +55,11 @@ class AsyncStream:
         address: str,
         retries: Retries,
     ) -> None:
+        super().__init__(command, retries)
         self._open_call = open_call
         self._address = address
         self._call: GenerationCall | None = None
         self._is_closed = False
-        resume = command.resume
-        self._collector = Collector(resume.generation_id, resume.received_tokens)
-        self._attempts = Attempts(command, self._collector, retries)
         self._chunks = self._read()
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
@@ -79,28 +76,6 @@ class AsyncStream:
         self._is_closed = True
         if self._call is not None and self._collector.result is None:
             await self._call.cancel()
-
-    @property
-    def generation_id(self) -> str:
-        """As `Stream.generation_id`."""
-        return self._collector.generation_id
-
-    @property
-    def received_tokens(self) -> Sequence[int]:
-        """Tokens that have arrived, by sample."""
-        return tuple(self._collector.received_tokens)
-
-    @property
-    def num_resumes(self) -> int:
-        """How often its connection was lost and it went on over another one."""
-        return self._attempts.num_resumes
-
-    @property
-    def result(self) -> Generation:
-        """The finished generation; RuntimeError while the stream was not read to its end."""
-        if self._collector.result is None:
-            raise RuntimeError("the generation has not finished: read the stream to its end first")
-        return replace(self._collector.result, num_resumes=self.num_resumes)
 
     async def wait(self) -> Generation:
         """Reads what is left, and gives the finished generation."""

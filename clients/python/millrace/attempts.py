@@ -7,9 +7,10 @@ lost and none comes twice. Both end after `Retries.max_attempts` calls in a row 
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from millrace.errors import MillraceError, is_lost_call
-from millrace.generation import Collector
+from millrace.generation import Collector, Generation
 from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2 as pb
 
@@ -72,6 +73,41 @@ class Attempts:
         delay_s = self._retries.delay_s(error, self._num_fruitless)
         left_s = self.timeout_s()
         return None if delay_s is None or (left_s is not None and delay_s >= left_s) else delay_s
+
+
+class StreamState:
+    """What a stream knows of its generation; blocking and async streams have the same."""
+
+    def __init__(self, command: pb.GenerateStreamRequest, retries: Retries) -> None:
+        resume = command.resume
+        self._collector = Collector(resume.generation_id, resume.received_tokens)
+        self._attempts = Attempts(command, self._collector, retries)
+
+    @property
+    def generation_id(self) -> str:
+        """Names it for `Client.resume`; "" before it has started, and where it cannot be resumed."""
+        return self._collector.generation_id
+
+    @property
+    def received_tokens(self) -> Sequence[int]:
+        """Tokens that have arrived, by sample."""
+        return tuple(self._collector.received_tokens)
+
+    @property
+    def num_resumes(self) -> int:
+        """How often its connection was lost and it went on over another one."""
+        return self._attempts.num_resumes
+
+    @property
+    def result(self) -> Generation:
+        """The finished generation.
+
+        Raises:
+            RuntimeError: the stream was not read to its end.
+        """
+        if self._collector.result is None:
+            raise RuntimeError("the generation has not finished: read the stream to its end first")
+        return replace(self._collector.result, num_resumes=self.num_resumes)
 
 
 def resume_generation(

@@ -5,7 +5,7 @@ from typing import TypedDict, Unpack
 
 from millrace.compiler.v1 import compiler_pb2 as pb
 from millrace.engine.v1 import engine_pb2
-from millrace.errors import build_cancelled, from_status
+from millrace.errors import build_cancelled, filled, from_status
 
 TERMINAL_STATES = frozenset(
     {pb.BUILD_STATE_SUCCEEDED, pb.BUILD_STATE_FAILED, pb.BUILD_STATE_CANCELLED}
@@ -50,7 +50,8 @@ def build_request(
         model=model,
         calibration_uri=recipe.get("calibration", ""),
     )
-    config = engine_pb2.QuantConfig(
+    config = filled(
+        engine_pb2.QuantConfig,
         scheme=quant,
         group_size=group_size,
         keep=recipe.get("keep", ()),

@@ -6,9 +6,13 @@ where trying again can help, BadRequest for fields.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+
+AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 UNREACHABLE = "UNREACHABLE"
 _CALL_ENDED = "CALL_ENDED"
@@ -77,7 +81,32 @@ def from_rpc_error(raised: grpc.RpcError, address: str) -> MillraceError:
         return MillraceError(message, UNREACHABLE, code, {"address": address, "details": details})
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         details = f"The daemon at {address} did not answer in time."
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        details = f"The daemon at {address} does not offer this: it is of another kind, or older."
     return MillraceError(details or code.name, code.name, code, {"address": address})
+
+
+def filled(message: type[AnyMessage], **fields: object) -> AnyMessage:
+    """A message of those fields.
+
+    Raises:
+        MillraceError: INVALID_FIELD, a number is beyond what the field holds.
+        TypeError: a field does not exist, or its value is of another type.
+    """
+    try:
+        return message(**fields)
+    except ValueError:
+        for name, value in fields.items():
+            try:
+                message(**{name: value})
+            except ValueError:
+                raise MillraceError(
+                    f"{name}: out of range, found {value}.",
+                    "INVALID_FIELD",
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    {"field": name},
+                ) from None
+        raise
 
 
 def is_lost_call(error: MillraceError) -> bool:

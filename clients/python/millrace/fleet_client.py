@@ -6,7 +6,7 @@ import grpc
 
 from millrace.channels import DEFAULT_GATEWAY, Security, open_channel
 from millrace.engine.v1 import engine_pb2
-from millrace.errors import from_rpc_error
+from millrace.errors import filled, from_rpc_error
 from millrace.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 
 
@@ -64,10 +64,13 @@ class FleetClient:
         kv_cache: str = "",
     ) -> fleet_pb2.Deployment:
         """Says what the deployment `name` serves from now on; returns at once."""
-        deployment = fleet_pb2.Deployment(
+        deployment = filled(
+            fleet_pb2.Deployment,
             name=name,
             model=model,
-            quant=engine_pb2.QuantConfig(scheme=scheme, group_size=group_size, kv_cache=kv_cache),
+            quant=filled(
+                engine_pb2.QuantConfig, scheme=scheme, group_size=group_size, kv_cache=kv_cache
+            ),
             model_uri=model_uri,
             replicas=replicas,
         )

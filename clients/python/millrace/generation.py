@@ -10,7 +10,7 @@ from typing import Literal, TypedDict, Unpack
 
 from google.protobuf.duration_pb2 import Duration
 
-from millrace.errors import from_status
+from millrace.errors import filled, from_status
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 FinishReason = Literal["stop_token", "stop_string", "length", "cancelled", "unspecified"]
@@ -73,10 +73,12 @@ def start_generation(
 
     Raises:
         TypeError: an option does not exist, or has the wrong type.
+        MillraceError: INVALID_FIELD, a number that no field of the wire holds.
     """
     if unknown := options.keys() - GenerateOptions.__annotations__.keys():
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
-    start = pb.StartGeneration(
+    start = filled(
+        pb.StartGeneration,
         request_id=request_id,
         priority=options.get("priority", 0),
         model=options.get("model", ""),
@@ -89,8 +91,8 @@ def start_generation(
             stop[_STOP_FIELDS[name]] = value
         elif name not in ("timeout_s", "priority", "model"):
             sampling[name] = value
-    start.sampling.CopyFrom(pb.SamplingParams(**sampling))  # type: ignore[arg-type]
-    start.stop.CopyFrom(pb.StopConditions(**stop))  # type: ignore[arg-type]
+    start.sampling.CopyFrom(filled(pb.SamplingParams, **sampling))
+    start.stop.CopyFrom(filled(pb.StopConditions, **stop))
     if "timeout_s" in options:
         start.timeout.FromMilliseconds(round(options["timeout_s"] * 1000))
     return start

@@ -1,15 +1,14 @@
 """One generation read with `for`, on a call of its own."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Protocol, Self
 
 import grpc
 
-from millrace.attempts import Attempts
+from millrace.attempts import StreamState
 from millrace.errors import MillraceError, call_ended, from_rpc_error
-from millrace.generation import Chunk, Collector, Generation
+from millrace.generation import Chunk, Generation
 from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2
 
@@ -20,7 +19,7 @@ class _Call(Protocol):
     def cancel(self) -> object: ...
 
 
-class Stream:
+class Stream(StreamState):
     """One generation: iterate it for chunks; leave its block, or `close` it, to cancel the rest.
 
     A start that the daemon refuses with a retry delay is tried again as long as nothing arrived. A
@@ -37,13 +36,11 @@ class Stream:
         address: str,
         retries: Retries,
     ) -> None:
+        super().__init__(command, retries)
         self._open_call = open_call
         self._address = address
         self._call: _Call | None = None
         self._is_closed = False
-        resume = command.resume
-        self._collector = Collector(resume.generation_id, resume.received_tokens)
-        self._attempts = Attempts(command, self._collector, retries)
         self._chunks = self._read()
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -60,32 +57,6 @@ class Stream:
         self._is_closed = True
         if self._call is not None:
             self._call.cancel()
-
-    @property
-    def generation_id(self) -> str:
-        """Names it for `Client.resume`; "" before it has started, and where it cannot be resumed."""
-        return self._collector.generation_id
-
-    @property
-    def received_tokens(self) -> Sequence[int]:
-        """Tokens that have arrived, by sample."""
-        return tuple(self._collector.received_tokens)
-
-    @property
-    def num_resumes(self) -> int:
-        """How often its connection was lost and it went on over another one."""
-        return self._attempts.num_resumes
-
-    @property
-    def result(self) -> Generation:
-        """The finished generation.
-
-        Raises:
-            RuntimeError: the stream was not read to its end.
-        """
-        if self._collector.result is None:
-            raise RuntimeError("the generation has not finished: read the stream to its end first")
-        return replace(self._collector.result, num_resumes=self.num_resumes)
 
     def wait(self) -> Generation:
         """Reads what is left, and gives the finished generation."""

@@ -18,8 +18,8 @@ from shared.edge import EdgeInterceptor
 from shared.errors import Draining, Internal, InvalidField, MillraceError
 from shared.log import canonical_line
 from shared.security import ServerSecurity
-from shared.server import OPEN, split_listen
-from shared.settings import SettingsError
+from shared.server import OPEN
+from shared.settings import SettingsError, split_address
 from shared.tls import server_context
 from shared.tracing import TRACEPARENT, call_span
 
@@ -71,7 +71,7 @@ class HttpServer:
         routes: Iterable[Route],
         security: ServerSecurity = OPEN,
     ) -> None:
-        self._host, self._port = split_listen(listen)
+        self._host, self._port = split_address(listen)
         security.check_listen(self._host)
         self._edge, self._security = edge, security
         app = web.Application(middlewares=[_told_as_json], client_max_size=max_body_bytes)

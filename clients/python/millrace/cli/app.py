@@ -16,6 +16,9 @@ from millrace.cli.failures import EXIT_CODES_HELP, CommandFailed, report
 from millrace.cli.fleet_commands import commands as fleet_commands
 from millrace.cli.options import (
     COMPILER,
+    ENGINES,
+    GENERATING,
+    MACHINE,
     RUNTIME,
     AsJson,
     Compiler,
@@ -67,8 +70,22 @@ app = typer.Typer(
 _HOME = Path("~/.millrace")
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        typer.echo(f"millrace {version('millrace-server')}")
+        raise typer.Exit
+
+
 @app.callback()
 def connection(
+    is_version_asked: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+        ),
+    ] = False,
     tls_ca: Annotated[
         str,
         typer.Option(
@@ -102,7 +119,9 @@ def connection(
             os.environ[f"MILLRACE_CLI_TLS_{name}"] = path
 
 
-@app.command(epilog="Example: millrace up --model sample:smollm2-135m --quant int8")
+@app.command(
+    rich_help_panel=MACHINE, epilog="Example: millrace up --model sample:smollm2-135m --quant int8"
+)
 def up(
     model: Annotated[
         str, typer.Option("--model", metavar="URI", help="Build this model, and serve it.")
@@ -112,17 +131,21 @@ def up(
     compiler: Compiler = COMPILER,
     runtime: Runtime = RUNTIME,
     runtimes: Annotated[
-        int, typer.Option("--runtimes", min=1, help="Several: a fleet, its gateway at --runtime.")
+        int,
+        typer.Option(
+            "--runtimes", metavar="N", min=1, help="Several: a fleet, its gateway at --runtime."
+        ),
     ] = 1,
     metrics: Annotated[
         bool, typer.Option(help="Serve Prometheus metrics at ports 7611 and 7612.")
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Run the local stack in the foreground: Valkey, a compile daemon, a runtime daemon.
+    """Run the whole stack on this machine, in the foreground.
 
-    Ctrl-C stops it; what is being generated is finished first. Port 0 takes a free one. With
-    --json one line with the addresses is printed once the stack is ready.
+    Valkey, a compile daemon, and a runtime daemon or several behind a gateway. Ctrl-C stops it;
+    what is being generated is finished first. Port 0 takes a free one. With --json one line with
+    the addresses is printed once the stack is ready.
     """
     from millrace.cli.stack import Stack
     from millrace.cli.up import up as run
@@ -131,7 +154,10 @@ def up(
     run(stack, model, quant, as_json=as_json)
 
 
-@app.command(epilog="Example: millrace build sample:smollm2-135m --arch cpu,sm_90 --quant int8")
+@app.command(
+    rich_help_panel=ENGINES,
+    epilog="Example: millrace build sample:smollm2-135m --arch cpu,sm_90 --quant int8",
+)
 def build(
     model: Annotated[
         str,
@@ -146,11 +172,14 @@ def build(
         typer.Option(
             "--arch",
             "-a",
+            metavar="ARCHS",
             help="cpu, sm_80, sm_90, ...; several with commas. auto: this machine's GPU, or cpu.",
         ),
     ] = "auto",
     quant: Quant = "",
-    name: Annotated[str, typer.Option("--name", help="What runtimes call the model.")] = "",
+    name: Annotated[
+        str, typer.Option("--name", metavar="NAME", help="What runtimes call the model.")
+    ] = "",
     keep: Annotated[
         str,
         typer.Option(
@@ -166,15 +195,21 @@ def build(
         ),
     ] = "",
     calibration_tokens: Annotated[
-        int, typer.Option("--calibration-tokens", min=0, help="To look at; 0: 4096.")
+        int, typer.Option("--calibration-tokens", metavar="N", min=0, help="To look at; 0: 4096.")
     ] = 0,
     max_kl: Annotated[
-        float, typer.Option("--max-kl", min=0, help="Mean KL divergence allowed; 0: the default.")
+        float,
+        typer.Option(
+            "--max-kl", metavar="N", min=0, help="Mean KL divergence allowed; 0: the default."
+        ),
     ] = 0.0,
     max_perplexity_increase: Annotated[
         float,
         typer.Option(
-            "--max-perplexity-increase", min=0, help="Allowed, as a share: 0.05; 0: the default."
+            "--max-perplexity-increase",
+            metavar="N",
+            min=0,
+            help="Allowed, as a share: 0.05; 0: the default.",
         ),
     ] = 0.0,
     auto_keep: Annotated[
@@ -184,13 +219,19 @@ def build(
         bool, typer.Option("--no-quality", help="Measure nothing, promise nothing.")
     ] = False,
     kv_cache: Annotated[
-        str, typer.Option("--kv-cache", help="Keep keys and values in 8 bits: fp8 or int8.")
+        str,
+        typer.Option(
+            "--kv-cache", metavar="fp8|int8", help="Keep keys and values in 8 bits: fp8 or int8."
+        ),
     ] = "",
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for it.")] = False,
     compiler: Compiler = COMPILER,
     as_json: AsJson = False,
 ) -> None:
-    """Build a model into engines, one per arch, and watch. Asking twice builds once."""
+    """Build a model into engines, one per arch, and watch.
+
+    Asking twice builds once.
+    """
     from millrace.cli.building import build as run
     from millrace.cli.building import parse_keep, parse_quant
     from millrace.cli.connecting import client as connect
@@ -213,7 +254,9 @@ def build(
         run(client, model, archs, scheme, group_size, name, recipe, detach=detach, as_json=as_json)
 
 
-@app.command(epilog="Example: millrace builds --json | jq .builds[0].state")
+@app.command(
+    rich_help_panel=ENGINES, epilog="Example: millrace builds --json | jq .builds[0].state"
+)
 def builds(limit: Limit = 20, compiler: Compiler = COMPILER, as_json: AsJson = False) -> None:
     """List builds, newest first."""
     from millrace.cli.connecting import client as connect
@@ -223,7 +266,7 @@ def builds(limit: Limit = 20, compiler: Compiler = COMPILER, as_json: AsJson = F
         show_builds(client, limit, as_json)
 
 
-@app.command(epilog="Example: millrace cancel 3f9a52c01b7d")
+@app.command(rich_help_panel=ENGINES, epilog="Example: millrace cancel 3f9a52c01b7d")
 def cancel(
     build: Annotated[str, typer.Argument(metavar="BUILD", help="As `millrace builds` shows it.")],
     compiler: Compiler = COMPILER,
@@ -236,7 +279,7 @@ def cancel(
         cancel_build(client, build)
 
 
-@app.command(epilog="Example: millrace engines")
+@app.command(rich_help_panel=ENGINES, epilog="Example: millrace engines")
 def engines(limit: Limit = 50, compiler: Compiler = COMPILER, as_json: AsJson = False) -> None:
     """List the engines in the store, newest first."""
     from millrace.cli.connecting import client as connect
@@ -246,7 +289,7 @@ def engines(limit: Limit = 50, compiler: Compiler = COMPILER, as_json: AsJson = 
         show_engines(client, limit, as_json)
 
 
-@app.command(epilog="Example: millrace inspect 3f9a52 --graph")
+@app.command(rich_help_panel=ENGINES, epilog="Example: millrace inspect 3f9a52 --graph")
 def inspect(
     engine: Annotated[
         str, typer.Argument(metavar="ENGINE", help="Model name, engine name, or its first digits.")
@@ -260,7 +303,7 @@ def inspect(
     compiler: Compiler = COMPILER,
     as_json: AsJson = False,
 ) -> None:
-    """Show an engine: key, sizes, layers, graph, kernels, build times; or its quality report."""
+    """Show what an engine is made of, or what quantizing it cost."""
     from millrace.cli.connecting import client as connect
     from millrace.cli.inspecting import inspect as run
     from millrace.cli.quality import show_quality
@@ -272,7 +315,7 @@ def inspect(
             run(client, engine, with_graph=graph, as_json=as_json)
 
 
-@app.command(epilog="Example: millrace load smollm2-135m")
+@app.command(rich_help_panel=GENERATING, epilog="Example: millrace load smollm2-135m")
 def load(
     engine: Annotated[
         str, typer.Argument(metavar="ENGINE", help="Model name, engine name, or its first digits.")
@@ -282,7 +325,10 @@ def load(
     runtime: Runtime = RUNTIME,
     as_json: AsJson = False,
 ) -> None:
-    """Have the runtime serve an engine; what it is generating is finished first."""
+    """Have the runtime serve an engine.
+
+    What it is generating is finished first.
+    """
     from millrace.cli.connecting import client as connect
     from millrace.cli.loading import load as run
 
@@ -290,7 +336,10 @@ def load(
         run(client, engine, quant, as_json=as_json)
 
 
-@app.command(epilog='Example: millrace generate "Once upon a time" -m 64 -t 0.8 --seed 1')
+@app.command(
+    rich_help_panel=GENERATING,
+    epilog='Example: millrace generate "Once upon a time" -m 64 -t 0.8 --seed 1',
+)
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; -: stdin.")],
     is_chat: Annotated[
@@ -301,14 +350,18 @@ def generate(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers to draw.")] = 1,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", min=1, help="Answers to draw.")
+    ] = 1,
     stop: Stop = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on past the end.")] = False,
-    timeout_s: Annotated[float, typer.Option("--timeout", min=0, help="Seconds; 0: none.")] = 0.0,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", min=0, help="Seconds; 0: none.")
+    ] = 0.0,
     runtime: Runtime = RUNTIME,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a text, streamed; its speed is told on stderr."""
+    """Continue a text, streamed; its speed goes to stderr."""
     from millrace.cli.connecting import client as connect
     from millrace.cli.generating import generate as run
 
@@ -325,9 +378,13 @@ def generate(
         run(client, asked, options, as_json=as_json)  # type: ignore[arg-type]
 
 
-@app.command(epilog='Example: millrace chat --system "Answer in one sentence."')
+@app.command(
+    rich_help_panel=GENERATING, epilog='Example: millrace chat --system "Answer in one sentence."'
+)
 def chat(
-    system: Annotated[str, typer.Option("--system", help="What the model is told first.")] = "",
+    system: Annotated[
+        str, typer.Option("--system", metavar="TEXT", help="What the model is told first.")
+    ] = "",
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -343,21 +400,27 @@ def chat(
         run(client, system, _options(max_tokens, temperature, top_p, top_k, seed, None))
 
 
-app.add_typer(bench_commands)
+app.add_typer(bench_commands, rich_help_panel=GENERATING)
 app.add_typer(fleet_commands)
 
 
-@app.command(epilog="Example: millrace doctor")
+@app.command(rich_help_panel=MACHINE, epilog="Example: millrace doctor")
 def doctor(
     state: State = _HOME,
     redis_url: Annotated[
-        str, typer.Option("--redis-url", envvar="MILLRACE_REDIS_URL", help="Empty: embedded.")
+        str,
+        typer.Option(
+            "--redis-url",
+            metavar="URL",
+            envvar="MILLRACE_REDIS_URL",
+            help="Redis to look for; empty: an embedded one.",
+        ),
     ] = "",
     compiler: Compiler = COMPILER,
     runtime: Runtime = RUNTIME,
     as_json: AsJson = False,
 ) -> None:
-    """Look at this machine, a line each, with the fix for what lacks."""
+    """Check this machine, and say how to fix what is missing."""
     from millrace.cli.doctor import doctor as run
 
     raise typer.Exit(
@@ -365,14 +428,14 @@ def doctor(
     )
 
 
-@app.command(epilog="Example: millrace health 127.0.0.1:7602")
+@app.command(rich_help_panel=MACHINE, epilog="Example: millrace health 127.0.0.1:7602")
 def health(
     address: Annotated[str, typer.Argument(metavar="HOST:PORT")] = RUNTIME,
     answering: Annotated[
         bool, typer.Option("--answering", help="Do not ask that it serves already.")
     ] = False,
 ) -> None:
-    """Ask a daemon whether it serves: for container health checks."""
+    """Ask a daemon whether it serves, for health checks."""
     from millrace.channels import is_serving
     from millrace.cli.connecting import security
     from millrace.cli.failures import UNAVAILABLE
@@ -385,14 +448,16 @@ app.add_typer(security_commands)
 app.add_typer(store_commands)
 
 
-@app.command(epilog="Example: millrace demo --state .millrace")
+@app.command(rich_help_panel=MACHINE, epilog="Example: millrace demo --state .millrace")
 def demo(
-    question: Annotated[str, typer.Option("--question", help="What is asked.")] = "",
+    question: Annotated[
+        str, typer.Option("--question", metavar="TEXT", help="What is asked.")
+    ] = "",
     model: Annotated[str, typer.Option("--model", metavar="URI")] = "sample:smollm2-135m",
     quant: Quant = "int8",
     state: State = _HOME,
 ) -> None:
-    """Build a small real model, serve it, and stream an answer: the whole product, once."""
+    """Build a small real model, serve it, and stream an answer."""
     from millrace.cli.up import QUESTION
     from millrace.cli.up import demo as run
 

@@ -26,14 +26,21 @@ def bench() -> None:
 def serve(
     rate: Annotated[
         float | None,
-        typer.Option("--rate", help="Open loop: requests a second, whether others end or not."),
+        typer.Option(
+            "--rate", metavar="N", help="Open loop: requests a second, whether others end or not."
+        ),
     ] = None,
     burstiness: Annotated[
-        float, typer.Option("--burstiness", help="Of an open loop: 1 is Poisson, 0.2 bursts.")
+        float,
+        typer.Option(
+            "--burstiness", metavar="N", help="Of an open loop: 1 is Poisson, 0.2 bursts."
+        ),
     ] = 1.0,
     concurrency: Annotated[
         int | None,
-        typer.Option("--concurrency", "-c", min=1, help="Closed loop: requests at once (8)."),
+        typer.Option(
+            "--concurrency", "-c", metavar="N", min=1, help="Closed loop: requests at once (8)."
+        ),
     ] = None,
     trace: Annotated[
         str,
@@ -44,7 +51,8 @@ def serve(
         ),
     ] = "",
     speed: Annotated[
-        float, typer.Option("--speed", help="Play a trace's moments so many times as fast.")
+        float,
+        typer.Option("--speed", metavar="N", help="Play a trace's moments so many times as fast."),
     ] = 1.0,
     input_tokens: Annotated[
         str,
@@ -57,18 +65,24 @@ def serve(
         typer.Option("--out", metavar="N|LOW-HIGH", help="Answer tokens (128); limits likewise."),
     ] = "",
     requests: Annotated[
-        int | None, typer.Option("--requests", "-r", min=1, help="In all (100, or the trace).")
+        int | None,
+        typer.Option("--requests", "-r", metavar="N", min=1, help="In all (100, or the trace)."),
     ] = None,
     duration_s: Annotated[
-        float | None, typer.Option("--duration", help="Seconds after which nothing is sent.")
+        float | None,
+        typer.Option("--duration", metavar="SECONDS", help="Seconds after which nothing is sent."),
     ] = None,
     timeout_s: Annotated[
-        float | None, typer.Option("--timeout", help="Seconds a request may take.")
+        float | None,
+        typer.Option("--timeout", metavar="SECONDS", help="Seconds a request may take."),
     ] = None,
     warm_up: Annotated[
-        int, typer.Option("--warm-up", min=0, help="Requests before, which do not count.")
+        int,
+        typer.Option("--warm-up", metavar="N", min=0, help="Requests before, which do not count."),
     ] = 4,
-    seed: Annotated[int, typer.Option("--seed", help="Of moments, lengths and prompts.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Of moments, lengths and prompts.")
+    ] = 0,
     goodput: Annotated[
         str,
         typer.Option(
@@ -76,7 +90,8 @@ def serve(
         ),
     ] = "",
     calls: Annotated[
-        int, typer.Option("--calls", min=0, help="gRPC calls to share; 0: one a request.")
+        int,
+        typer.Option("--calls", metavar="N", min=0, help="gRPC calls to share; 0: one a request."),
     ] = 1,
     openai: Annotated[
         str,
@@ -84,7 +99,9 @@ def serve(
             "--openai", metavar="URL", help="Any server of OpenAI's API: http://HOST:PORT/v1."
         ),
     ] = "",
-    model: Annotated[str, typer.Option("--model", help="Where there are several.")] = "",
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="Where there are several.")
+    ] = "",
     json_file: Annotated[
         str, typer.Option("--json", metavar="FILE", help="Write all figures; -: to stdout.")
     ] = "",
@@ -93,7 +110,9 @@ def serve(
     ] = "",
     runtime: Runtime = RUNTIME,
 ) -> None:
-    """Measure latencies, throughput and goodput of a runtime, a gateway or an OpenAI server.
+    """Measure latencies, throughput and goodput of a server.
+
+    A runtime, a gateway, or any server of OpenAI's API.
 
     Ctrl-C ends it and shows what was measured until then. The generator's own lateness is
     measured too, and told where it matters.

@@ -46,6 +46,9 @@ def report(error: BaseException, as_json: bool) -> int | None:
     if isinstance(error, CommandFailed):
         _tell(str(error), "COMMAND_FAILED", {}, as_json)
         return error.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        _tell(f"{error.filename}: {error.strerror}", "COMMAND_FAILED", {}, as_json)
+        return FAILED
     # Imported only now: a command that does not call a daemon does not pay for gRPC.
     from millrace.errors import MillraceError
 

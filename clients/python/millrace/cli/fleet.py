@@ -111,13 +111,14 @@ def screen(fleet: FleetClient, compiler: Client) -> "RenderableType":
     except MillraceError as error:
         parts.append(Text(str(error), "red"))
     else:
-        parts += [_head(found), _table(_RUNTIME_COLUMNS, map(_runtime_row, found.runtimes))]
+        parts += [_head(found), ""]
+        parts.append(output.table(_RUNTIME_COLUMNS, map(_runtime_row, found.runtimes)))
         if found.deployments:
             rows = map(_deployment_row, found.deployments)
-            parts.append(_table(_DEPLOYMENT_COLUMNS, rows))
+            parts += ["", output.table(_DEPLOYMENT_COLUMNS, rows)]
         if not found.redis_answers:
             parts.append(Text("Redis does not answer the gateway", "yellow"))
-    parts.append(_builds(compiler))
+    parts += ["", _builds(compiler)]
     return Group(*parts)
 
 
@@ -145,17 +146,7 @@ def _builds(compiler: Client) -> "RenderableType":
         return Text(str(error), "dim")
     if not builds:
         return Text("no builds yet", "dim")
-    return _table(_BUILD_COLUMNS, map(_build_row, builds))
-
-
-def _table(columns: tuple[str, ...], rows: "map[tuple[str, ...]]") -> "RenderableType":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(*columns, box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return output.table(_BUILD_COLUMNS, map(_build_row, builds))
 
 
 def _runtime_row(runtime: fleet_pb2.Runtime) -> tuple[str, ...]:

@@ -4,29 +4,38 @@ from typing import Annotated
 
 import typer
 
-from millrace.cli.options import COMPILER, GATEWAY, AsJson, Compiler, Gateway, Quant
+from millrace.cli.options import COMPILER, FLEET, GATEWAY, AsJson, Compiler, Gateway, Quant
 
 commands = typer.Typer()
 
 
 @commands.command(
-    epilog="Example: millrace deploy chat --model smollm2-135m --quant int8 --replicas 2"
+    rich_help_panel=FLEET,
+    epilog="Example: millrace deploy chat --model smollm2-135m --quant int8 --replicas 2",
 )
 def deploy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What requests call it.")],
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help="Model name or digest.")],
     quant: Quant = "int8",
-    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Runtimes to serve it.")] = 1,
+    replicas: Annotated[
+        int, typer.Option("--replicas", metavar="N", min=1, help="Runtimes to serve it.")
+    ] = 1,
     model_uri: Annotated[
         str, typer.Option("--model-uri", metavar="URI", help="Built from, where it is missing.")
     ] = "",
     wait_s: Annotated[
-        float, typer.Option("--wait", min=0, help="Seconds to wait until all are ready; 0: none.")
+        float,
+        typer.Option(
+            "--wait", metavar="SECONDS", min=0, help="Seconds to wait until all are ready; 0: none."
+        ),
     ] = 0.0,
     gateway: Gateway = GATEWAY,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a number of runtimes are to serve; they follow without losing a generation."""
+    """Say what a number of runtimes are to serve.
+
+    They follow one by one, without losing a generation.
+    """
     from millrace.cli.connecting import fleet_client
     from millrace.cli.fleet import deploy as run
     from millrace.cli.fleet import show_deployment
@@ -36,12 +45,12 @@ def deploy(
     show_deployment(deployment, as_json=as_json)
 
 
-@commands.command(epilog="Example: millrace undeploy chat")
+@commands.command(rich_help_panel=FLEET, epilog="Example: millrace undeploy chat")
 def undeploy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `millrace status` shows it.")],
     gateway: Gateway = GATEWAY,
 ) -> None:
-    """End a deployment; its runtimes finish what they have and become idle."""
+    """End a deployment; its runtimes finish what they run."""
     from millrace.cli.connecting import fleet_client
     from millrace.cli.output import print_line
 
@@ -50,14 +59,14 @@ def undeploy(
     print_line(f"{name} is undeployed")
 
 
-@commands.command(epilog="Example: millrace status --watch")
+@commands.command(rich_help_panel=FLEET, epilog="Example: millrace status --watch")
 def status(
     watch: Annotated[bool, typer.Option("--watch", help="As `millrace top`.")] = False,
     gateway: Gateway = GATEWAY,
     compiler: Compiler = COMPILER,
     as_json: AsJson = False,
 ) -> None:
-    """Show the fleet behind a gateway: runtimes, their load, deployments."""
+    """Show the runtimes behind a gateway, and deployments."""
     if watch:
         top(gateway, compiler)
         return
@@ -68,9 +77,9 @@ def status(
         show_status(fleet, as_json=as_json)
 
 
-@commands.command(epilog="Example: millrace top")
+@commands.command(rich_help_panel=FLEET, epilog="Example: millrace top")
 def top(gateway: Gateway = GATEWAY, compiler: Compiler = COMPILER) -> None:
-    """Watch the fleet on the whole screen: load, KV use, tokens/s, TTFT, builds."""
+    """Watch runtimes, deployments and builds, on the whole screen."""
     from millrace.cli.connecting import client, fleet_client
     from millrace.cli.fleet import watch_status
 

@@ -27,9 +27,16 @@ def inspect(client: Client, name: str, *, with_graph: bool, as_json: bool) -> No
         return
     _show_key(found.engine, documents[_FINAL])
     _show_layers(found.engine)
-    _show_graphs(documents, with_graph)
-    _show_kernels(documents.get(_KERNELS))
-    _show_build(found)
+    output.print_line("")
+    output.print_fields(
+        (
+            *_graph_fields(documents),
+            *_kernel_fields(documents.get(_KERNELS)),
+            *_build_fields(found),
+        )
+    )
+    if with_graph:
+        _show_graphs(documents)
 
 
 def _read_documents(client: Client, engine: engine_pb2.Engine) -> dict[str, Any]:
@@ -146,23 +153,22 @@ def _show_layers(engine: engine_pb2.Engine) -> None:
     )
 
 
-def _show_graphs(documents: dict[str, Any], with_graph: bool) -> None:
-    titles = [title for title in (_SOURCE, _FINAL) if title in documents]
-    counts = [f"{len(documents[title]['nodes'])} nodes" for title in titles]
-    layouts = Counter(weight["layout"] for weight in documents[_FINAL]["weights"].values())
-    output.print_line("")
-    output.print_fields(
-        (
-            ("graph", " -> ".join(counts)),
-            *((f"  {name}", _ops_text(documents[title])) for title, name in _NAMES.items()
-              if title in documents),
-            ("weights", ", ".join(f"{n} {layout}" for layout, n in layouts.most_common())),
-            *(("checkpoint", note) for note in documents[_FINAL]["config"].get(_IMPORT_NOTES, ())),
-        )
-    )  # fmt: skip
-    if with_graph:
-        for title in titles:
-            output.print_line(f"\n{_NAMES[title]} ({title})")
+def _graph_fields(documents: dict[str, Any]) -> list[tuple[str, str]]:
+    graphs = {name: documents[title] for title, name in _NAMES.items() if title in documents}
+    final = documents[_FINAL]
+    layouts = Counter(weight["layout"] for weight in final["weights"].values())
+    return [
+        ("graph", " -> ".join(f"{len(graph['nodes'])} nodes" for graph in graphs.values())),
+        *((f"  {name}", _ops_text(graph)) for name, graph in graphs.items()),
+        ("weights", ", ".join(f"{n} {layout}" for layout, n in layouts.most_common())),
+        *(("checkpoint", note) for note in final["config"].get(_IMPORT_NOTES, ())),
+    ]
+
+
+def _show_graphs(documents: dict[str, Any]) -> None:
+    for title, name in _NAMES.items():
+        if title in documents:
+            output.print_line(f"\n{name} ({title})")
             for line in graph_text(documents[title]):
                 output.print_line(f"  {line}")
 
@@ -175,39 +181,30 @@ def _ops_text(graph: dict[str, Any]) -> str:
     return ", ".join(f"{count} {op}" for op, count in counts.most_common())
 
 
-def _show_kernels(index: dict[str, Any] | None) -> None:
+def _kernel_fields(index: dict[str, Any] | None) -> list[tuple[str, str]]:
     if index is None:
-        output.print_fields((("kernels", "none: torch operators run this arch"),))
-        return
+        return [("kernels", "none: a CPU compiles its own when it first loads an engine")]
     kernels = index["kernels"]
     counts = Counter(key.replace("[", "/").split("/")[0].split(".")[0] for key in kernels)
-    size = sum(kernel["code"][1] for kernel in kernels.values())
+    size = output.bytes_text(sum(kernel["code"][1] for kernel in kernels.values()))
     driver = ".".join(map(str, index["min_driver"]))
-    output.print_fields(
-        (
-            (
-                "kernels",
-                f"{len(kernels)} for {index['arch']}, {output.bytes_text(size)}, "
-                f"driver for CUDA {driver} or newer",
-            ),
-            ("", ", ".join(f"{count} {op}" for op, count in counts.most_common())),
-        )
-    )
+    text = f"{len(kernels)} for {index['arch']}, {size}, driver for CUDA {driver} or newer"
+    return [
+        ("kernels", text),
+        ("", ", ".join(f"{count} {op}" for op, count in counts.most_common())),
+    ]
 
 
-def _show_build(found: compiler_pb2.GetEngineResponse) -> None:
+def _build_fields(found: compiler_pb2.GetEngineResponse) -> list[tuple[str, str]]:
     if not found.HasField("build"):
-        output.print_fields((("built", "its record has expired"),))
-        return
+        return [("built", "its record has expired")]
     build = found.build
     seconds = (build.end_time.ToMilliseconds() - build.start_time.ToMilliseconds()) / 1000
     stages = ", ".join(
         f"{timing.stage} {output.duration_text(timing.duration.ToMilliseconds() / 1000)}"
         for timing in build.stage_timings
     )
-    output.print_fields(
-        (
-            ("built in", f"{output.duration_text(max(0.0, seconds))} from {build.model_uri}"),
-            ("", stages),
-        )
-    )
+    return [
+        ("built in", f"{output.duration_text(max(0.0, seconds))} from {build.model_uri}"),
+        ("", stages),
+    ]

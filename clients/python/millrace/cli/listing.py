@@ -44,7 +44,9 @@ def cancel_build(client: Client, name: str) -> None:
     """
     digits = name.removeprefix("builds/")
     names = [
-        b.name for b in client.list_builds() if b.name.removeprefix("builds/").startswith(digits)
+        b.name
+        for b in client.list_builds()
+        if digits and b.name.removeprefix("builds/").startswith(digits)
     ]
     if len(names) != 1:
         problem = "several builds begin" if names else "no build begins"

@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+# Groups of commands in the help.
+ENGINES, GENERATING, FLEET = "Engines", "Generating", "Many runtimes"
+MACHINE, SECURITY = "This machine", "Security"
+
 COMPILER, RUNTIME, GATEWAY = "127.0.0.1:7601", "127.0.0.1:7602", "127.0.0.1:7600"
 
 Compiler = Annotated[
@@ -42,14 +46,26 @@ Quant = Annotated[
         help="bf16, fp32, int8, int4-awq, int4-g128, fp8, as-is ...",
     ),
 ]
-Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many.")]
+Limit = Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="At most this many.")]
 MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "-m", min=0, help="Tokens to generate at most; 0: no limit.")
+    int,
+    typer.Option(
+        "--max-tokens", "-m", metavar="N", min=0, help="Tokens to generate at most; 0: no limit."
+    ),
 ]
 Temperature = Annotated[
-    float, typer.Option("--temperature", "-t", min=0, help="0 picks the likeliest token.")
+    float,
+    typer.Option("--temperature", "-t", metavar="T", min=0, help="0 picks the likeliest token."),
 ]
-TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest up to this probability.")]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="Keep the k likeliest; 0: all.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes the answer repeatable.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends it; repeatable.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", metavar="P", help="Keep the likeliest up to this probability.")
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", metavar="K", min=0, help="Keep the k likeliest; 0: all.")
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Makes the answer repeatable.")
+]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends it; repeatable.")
+]

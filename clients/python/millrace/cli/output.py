@@ -8,13 +8,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
     from rich.console import Console
+    from rich.table import Table
 
 
 @cache
@@ -58,18 +59,25 @@ def to_dict(message: "Message") -> dict[str, Any]:
     return value
 
 
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
+    """A table as terminals show it."""
+    from rich import box
+    from rich.table import Table
+
+    drawn = Table(
+        *columns, box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False
+    )
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
     """A table on stdout; `empty` is said where there are no rows."""
     if not rows:
         say(empty)
     elif is_fancy():
-        from rich import box
-        from rich.table import Table
-
-        table = Table(*columns, box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-        for row in rows:
-            table.add_row(*row)
-        console().print(table)
+        console().print(table(columns, rows))
     else:
         widths = [
             max(len(column), *(len(row[i]) for row in rows)) for i, column in enumerate(columns)
@@ -80,15 +88,21 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: st
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:
-    """Names and values on stdout, a line each."""
+    """Names and values on stdout; a value that is longer than the terminal stays in its column."""
+    if is_fancy():
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in fields:
+            grid.add_row(Text(name), Text(value))
+        console().print(grid, soft_wrap=False)
+        return
     width = max(len(name) for name, _ in fields)
     for name, value in fields:
-        if is_fancy():
-            from rich.text import Text
-
-            console().print(Text.assemble((name.ljust(width), "bold"), "  ", value))
-        else:
-            print_line(f"{name.ljust(width)}  {value}")
+        print_line(f"{name.ljust(width)}  {value}".rstrip())
 
 
 def bytes_text(size: float) -> str:

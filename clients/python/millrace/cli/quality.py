@@ -30,6 +30,10 @@ def show_quality(client: Client, name: str, *, as_json: bool) -> None:
         return
     _show_numbers(engine, report)
     _show_worst(report)
+    output.print_line(
+        "\nerror: of its own output; impact: of the residual stream that reads it; "
+        "drift: with all layers before it quantized too"
+    )
     output.print_line("\nlargest error of each layer's own output, relative:")
     for line in error_plot(report["weights"]):
         output.print_line(f"  {line}")
@@ -106,7 +110,7 @@ def _show_worst(report: dict[str, Any]) -> None:
     by_name = {weight["weight"]: weight for weight in report["weights"]}
     output.print_line("")
     output.print_table(
-        ("worst weights", "stored as", "own error", "of what is read next", "with all before it"),
+        ("worst weights", "stored as", "error", "impact", "drift"),
         [
             (name, by_name[name]["layout"], f"{by_name[name]['error']:.2%}",
              f"{by_name[name]['impact']:.2%}", f"{by_name[name]['drift']:.2%}")

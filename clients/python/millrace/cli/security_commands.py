@@ -5,22 +5,32 @@ from typing import Annotated
 
 import typer
 
-from millrace.cli.options import COMPILER, AsJson, Compiler, Quant
+from millrace.cli.options import COMPILER, SECURITY, AsJson, Compiler, Quant
 
 commands = typer.Typer()
 
 
-@commands.command(epilog="Example: millrace certs deploy/tls --host runtime.example.org")
+@commands.command(
+    rich_help_panel=SECURITY, epilog="Example: millrace certs deploy/tls --host runtime.example.org"
+)
 def certs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Gets *.crt and *.key.")],
     host: Annotated[
         list[str] | None,
-        typer.Option("--host", help="Name or address of a server beside loopback; repeatable."),
+        typer.Option(
+            "--host",
+            metavar="HOST",
+            help="Name or address of a server beside loopback; repeatable.",
+        ),
     ] = None,
-    client: Annotated[str, typer.Option("--client", help="The client's name.")] = "client",
-    days: Annotated[int, typer.Option("--days", min=1, help="How long they are valid.")] = 90,
+    client: Annotated[
+        str, typer.Option("--client", metavar="NAME", help="The client's name.")
+    ] = "client",
+    days: Annotated[
+        int, typer.Option("--days", metavar="N", min=1, help="How long they are valid.")
+    ] = 90,
 ) -> None:
-    """Make a development CA, certificates of it, and a key to sign engines with.
+    """Make a development CA, certificates and a signing key.
 
     A CA and a signing key that are in DIR are used again.
     """
@@ -29,7 +39,9 @@ def certs(
     make_certs(folder.expanduser(), host or (), client, days)
 
 
-@commands.command(epilog="Example: millrace sign smollm2-135m --key tls/signing.key")
+@commands.command(
+    rich_help_panel=SECURITY, epilog="Example: millrace sign smollm2-135m --key tls/signing.key"
+)
 def sign(
     engine: Annotated[
         str, typer.Argument(metavar="ENGINE", help="Model name, engine name, or its first digits.")
@@ -39,7 +51,7 @@ def sign(
     compiler: Compiler = COMPILER,
     as_json: AsJson = False,
 ) -> None:
-    """Sign an engine, for runtimes that load only engines of trusted keys."""
+    """Sign an engine, for runtimes that load signed ones alone."""
     from millrace.cli.connecting import client as connect
     from millrace.cli.signing import sign as run
 
@@ -52,7 +64,7 @@ keys = typer.Typer(
     help="API keys: create, list, revoke.",
     epilog="Example: millrace keys create acme --scope generate",
 )
-commands.add_typer(keys, name="keys")
+commands.add_typer(keys, name="keys", rich_help_panel=SECURITY)
 KeyFile = Annotated[
     Path,
     typer.Option(
@@ -67,21 +79,29 @@ def create_key(
     tenant: Annotated[str, typer.Argument(metavar="TENANT", help="Who will use it.")],
     scope: Annotated[
         list[str] | None,
-        typer.Option("--scope", help="generate, build, admin or delegate; repeatable."),
+        typer.Option(
+            "--scope", metavar="SCOPE", help="generate, build, admin or delegate; repeatable."
+        ),
     ] = None,
     requests_per_s: Annotated[
-        float | None, typer.Option("--requests-per-s", min=0, help="The tenant's limit; 0: none.")
+        float | None,
+        typer.Option("--requests-per-s", metavar="N", min=0, help="The tenant's limit; 0: none."),
     ] = None,
     tokens_per_min: Annotated[
-        int | None, typer.Option("--tokens-per-min", min=0, help="The tenant's limit; 0: none.")
+        int | None,
+        typer.Option("--tokens-per-min", metavar="N", min=0, help="The tenant's limit; 0: none."),
     ] = None,
     concurrent: Annotated[
-        int | None, typer.Option("--concurrent", min=0, help="Generations at once; 0: no limit.")
+        int | None,
+        typer.Option("--concurrent", metavar="N", min=0, help="Generations at once; 0: no limit."),
     ] = None,
     file: KeyFile = _KEY_FILE,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key and show it, this once. Limits are the tenant's, over all of its keys."""
+    """Make a key and show it, this once.
+
+    Limits are the tenant's, over all of its keys.
+    """
     from millrace.cli.keys import create_key as run
 
     asked = {
@@ -105,7 +125,7 @@ def revoke_key(
     key: Annotated[str, typer.Argument(metavar="ID", help="As `millrace keys list` shows it.")],
     file: KeyFile = _KEY_FILE,
 ) -> None:
-    """Make a key invalid, within a second in every daemon that reads the file."""
+    """Make a key invalid; daemons know within a second."""
     from millrace.cli.keys import revoke_key as run
 
     run(file.expanduser(), key)

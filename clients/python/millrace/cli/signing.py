@@ -33,8 +33,10 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except OSError as error:
         raise CommandFailed(f"cannot read {path}: {error.strerror}", USAGE) from None
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise CommandFailed(f"{path} is no private key in PEM: {error}", USAGE) from None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise CommandFailed(
+            f"{path} holds no private key in PEM, or one behind a password", USAGE
+        ) from None
     if not isinstance(key, Ed25519PrivateKey):
         raise CommandFailed(f"{path} is not an Ed25519 key; `millrace certs` makes one", USAGE)
     return key

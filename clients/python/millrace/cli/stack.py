@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from millrace.channels import wait_until_answering
-from millrace.cli.failures import UNAVAILABLE, CommandFailed
+from millrace.cli.failures import UNAVAILABLE, USAGE, CommandFailed
 
 _PR_SET_PDEATHSIG = 1
 _SECURITY = ("MILLRACE_TLS_", "MILLRACE_API_KEYS", "MILLRACE_PEER_", "MILLRACE_INSECURE")
@@ -252,7 +252,7 @@ def _held(address: str) -> Iterator[str]:
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise CommandFailed(f"{address!r} is not of the form host:port")
+        raise CommandFailed(f"{address!r} is not of the form host:port", USAGE)
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     with socket.socket(family) as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -14,6 +14,7 @@ from millrace.cli.generating import speed_text, stream_text
 from millrace.cli.listing import quant_text
 from millrace.cli.loading import serve
 from millrace.cli.machine import local_arch
+from millrace.cli.options import COMPILER, GATEWAY, RUNTIME
 from millrace.cli.stack import Stack
 from millrace.client import Client
 from millrace.errors import MillraceError
@@ -133,9 +134,9 @@ def _show_addresses(stack: Stack) -> None:
 
 def _show_next(stack: Stack, has_model: bool) -> None:
     where = ""
-    if stack.compiler != "127.0.0.1:7601":
+    if stack.compiler != COMPILER:
         where += f" --compiler {stack.compiler}"
-    at = f" --runtime {stack.runtime}" if stack.runtime != "127.0.0.1:7602" else ""
+    at = f" --runtime {stack.runtime}" if stack.runtime != RUNTIME else ""
     output.say("\nready; in another terminal:")
     if not has_model:
         output.say(f"  [bold]millrace build sample:smollm2-135m --quant int8{where}[/]")
@@ -145,4 +146,7 @@ def _show_next(stack: Stack, has_model: bool) -> None:
             flags = f"--replicas {stack.num_runtimes} --gateway {stack.runtime}"
             output.say(f"  [bold]millrace deploy local --model smollm2-135m {flags}[/]")
     output.say(f"  [bold]millrace chat{at}[/]")
+    if stack.num_runtimes > 1:
+        gateway = "" if stack.runtime == GATEWAY else f" --gateway {stack.runtime}"
+        output.say(f"  [bold]millrace top{gateway}{where}[/]")
     output.say("Ctrl-C stops it.")

@@ -11,7 +11,7 @@ from millrace.aio import AsyncClient
 from millrace.cli.bench.driver import RequestFailed, Target
 from millrace.cli.bench.timeline import Timeline
 from millrace.cli.connecting import async_client
-from millrace.cli.failures import CommandFailed
+from millrace.cli.failures import USAGE, CommandFailed
 from millrace.errors import MillraceError
 from millrace.retries import Retries
 from millrace.session import Session
@@ -130,6 +130,8 @@ async def openai_target(url: str, api_key: str, model: str) -> AsyncIterator[tup
     from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 
     url = url.rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise CommandFailed(f"{url!r} is not of the form http://host:port/v1", USAGE)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     async with ClientSession(
         connector=TCPConnector(limit=0),

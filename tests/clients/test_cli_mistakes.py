@@ -1,0 +1,82 @@
+"""What the `millrace` command makes of mistakes: one line on stderr, an exit code, no traceback."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from millrace.compiler.v1 import compiler_pb2
+
+from tests.clients.command import millrace
+from tests.clients.scripted_daemon import Script, ScriptedDaemon, a_build
+
+_TOO_MANY = str(1 << 70)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("generate", "hi", "--seed", "-1"), "seed: out of range, found -1."),
+        (("generate", "hi", "--seed", _TOO_MANY), f"seed: out of range, found {_TOO_MANY}."),
+        (("generate", "hi", "-m", _TOO_MANY), "max_new_tokens: out of range"),
+        (("build", "m", "--calibration-tokens", _TOO_MANY), "calibration_tokens: out of range"),
+        (("deploy", "d", "--model", "m", "--replicas", _TOO_MANY), "replicas: out of range"),
+        (
+            ("up", "--state", "{tmp}/up", "--compiler", "here"),
+            "'here' is not of the form host:port",
+        ),
+        (("bench", "serve", "--openai", "here"), "'here' is not of the form http://host:port/v1"),
+        (("sign", "m", "--key", "{tmp}/file"), "{tmp}/file holds no private key in PEM"),
+    ],
+)
+def test_wrong_input_exits_with_2_in_one_line(
+    arguments: tuple[str, ...], problem: str, daemon: ScriptedDaemon, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no key")
+    done = millrace(daemon, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    assert (done.returncode, done.stdout) == (2, "")
+    *before, last = done.stderr.splitlines()
+    assert last.startswith(f"millrace: {problem.replace('{tmp}', str(tmp_path))}")
+    assert len(before) <= 1, "more than what is being started"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("certs", "{file}/tls"),
+        ("up", "--state", "{file}/state"),
+        ("keys", "create", "acme", "--file", "{file}/keys.json"),
+    ],
+)
+def test_folder_that_cannot_be_made_is_told_in_one_line(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    done = millrace(None, *(argument.replace("{file}", str(file)) for argument in arguments))
+    assert done.returncode in (1, 2)
+    *before, last = done.stderr.splitlines()
+    assert last.startswith("millrace: ")
+    assert str(file) in last
+    assert len(before) <= 1, "more than what is being started"
+
+
+def test_no_name_cancels_no_build(daemon: ScriptedDaemon, script: Script) -> None:
+    script.builds = [a_build(compiler_pb2.BUILD_STATE_QUEUED)]
+    done = millrace(daemon, "cancel", "")
+    assert done.returncode == 3
+    assert done.stderr == "millrace: no build begins with ''; see `millrace builds`\n"
+
+
+def test_daemon_of_another_kind_is_named() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        done = millrace(None, "status", "--gateway", address)
+    finally:
+        server.stop(None)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"millrace: The daemon at {address} does not offer this: it is of another kind, or older.\n"
+    )
