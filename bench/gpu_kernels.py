@@ -152,13 +152,15 @@ def tuning_variants(arch: Arch) -> Iterator[KernelVariant]:
                 yield few_tokens(shape, arch, tiles, 16)
 
 
-def model_variants(arch: Arch, names: list[str], quants: list[str]) -> Iterator[KernelVariant]:
+def model_variants(
+    arch: Arch, names: list[str], quants: list[str], *, with_candidates: bool = False
+) -> Iterator[KernelVariant]:
     """Every variant of every benchmark model in every quantization."""
     for name in names:
         for quant in quants:
             for kv_cache in ("", "fp8"):
                 graph = quantized_graph(MODELS[name], quant, 2, kv_cache=kv_cache)
-                yield from variants(graph, arch)
+                yield from variants(graph, arch, with_candidates=with_candidates)
         yield sampling.greedy_variant(MODELS[name].vocab, 16, arch)
 
 
@@ -188,11 +190,19 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--quants", default=",".join(QUANTS))
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument(
+        "--candidates", action="store_true", help="of models: also what tuning tables may name"
+    )
     parser.add_argument("--only", help="one library: models, sampling, tune or attention")
     options = parser.parse_args()
     arch = arch_named(options.arch)
     jobs: dict[str, Iterable[KernelVariant]] = {
-        "models": model_variants(arch, options.models.split(","), options.quants.split(",")),
+        "models": model_variants(
+            arch,
+            options.models.split(","),
+            options.quants.split(","),
+            with_candidates=options.candidates,
+        ),
         "sampling": sampling_variants(),
     }
     if options.tune:

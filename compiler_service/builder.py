@@ -150,7 +150,7 @@ def machine_code(graph: Graph, arch_name: str) -> list[tuple[str, bytes]]:
     from kernels.aot import compile_variants, pack_kernels
     from kernels.lowering import variants
 
-    return pack_kernels(compile_variants(variants(graph, arch), arch), arch)
+    return pack_kernels(compile_variants(variants(graph, arch, with_candidates=True), arch), arch)
 
 
 def _published(store: LocalStore, key: EngineKey) -> EngineManifest | None:

@@ -15,6 +15,7 @@ from shared.engine import EngineManifest, Signature
 from shared.errors import BuildNotFound, Draining, EngineNotFound, InvalidField, RedisUnreachable
 from shared.signing import MAX_SIGNATURES, is_signature_of
 from shared.store import EngineStore
+from shared.tuning import MAX_TUNINGS, is_gpu_name, record_from_json
 from shared.wire import engine_to_proto
 
 DEFAULT_PAGE_SIZE = 50
@@ -134,6 +135,23 @@ class CompilerService(compiler_pb2_grpc.CompilerServiceServicer):
         if len(engine.signatures) >= MAX_SIGNATURES and signature not in engine.signatures:
             raise InvalidField(field="signature", problem=f"would be one of over {MAX_SIGNATURES}")
         return self._store.add_signature(engine, signature)
+
+    async def TuneEngine(
+        self, request: compiler_pb2.TuneEngineRequest, context: Context
+    ) -> compiler_pb2.TuneEngineResponse:
+        """The engine with the tuning record that was added."""
+        engine = await asyncio.to_thread(self._tune, request)
+        return compiler_pb2.TuneEngineResponse(engine=engine_to_proto(engine))
+
+    def _tune(self, request: compiler_pb2.TuneEngineRequest) -> EngineManifest:
+        engine = self._store.get(request.name)
+        if not is_gpu_name(request.gpu):
+            raise InvalidField(field="gpu", problem=f"{request.gpu!r} is no name of a GPU")
+        record_from_json(request.record, gpu=request.gpu, engine=engine.manifest.digest)
+        known = {tuning.title for tuning in engine.tunings}
+        if len(known | {request.gpu}) > MAX_TUNINGS:
+            raise InvalidField(field="gpu", problem=f"would be one of over {MAX_TUNINGS}")
+        return self._store.add_tuning(engine, request.gpu, request.record)
 
     async def _until_draining(self, items: AsyncIterator[Item]) -> AsyncIterator[Item]:
         """`items`, until the daemon drains: then DRAINING sends the watcher to another one."""

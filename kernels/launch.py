@@ -7,6 +7,7 @@ names to device memory.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kernels.tuning import Site
 from kernels.variant import KernelVariant
 
 Grid = tuple[int, int, int]
@@ -92,11 +93,15 @@ Operand = Value | Temporary | Weight | Batch | KvCache | Scratch | Size | Number
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel launch; `operands` in the order of the variant's arguments."""
+    """One kernel launch; `operands` in the order of the variant's arguments.
+
+    `site`: where its variant was chosen among others, if there were any.
+    """
 
     variant: KernelVariant
     grid: Callable[[Sizes], Grid]
     operands: tuple[Operand, ...]
+    site: Site | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ runtime binds and launches them. No Triton here.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from kernels.attention import candidates as attention_candidates
 from kernels.attention import launch as attention
 from kernels.kv_cache import KvFormat, kv_format
 from kernels.launch import (
@@ -27,10 +28,12 @@ from kernels.launch import (
     Value,
     Weight,
 )  # fmt: skip
+from kernels.linear import candidates as linear_candidates
 from kernels.linear import launch as linear
 from kernels.riding import Riding
 from kernels.sampling import launch as sampling
 from kernels.step_inputs import launch as step_inputs
+from kernels.tuning import BUILT_IN, FUSED, LIBRARY, Choices, Site, TuningTable
 from kernels.variant import Argument, KernelVariant, pointer
 from shared.arch import Arch
 from shared.ir import Graph, Node
@@ -76,22 +79,45 @@ DECODE_REGIMES = tuple(
 REGIMES = (*DECODE_REGIMES, Regime(16, 0), Regime(64, 0), Regime(0, 0))
 
 
-def lower(graph: Graph, arch: Arch, regime: Regime) -> tuple[Step, ...]:
+def lower(
+    graph: Graph, arch: Arch, regime: Regime, table: TuningTable = BUILT_IN
+) -> tuple[Step, ...]:
     """The launches of one step of `graph`, in order.
 
+    Args:
+        table: candidates that take the place of built-in choices.
     Raises:
         AssertionError: the graph holds an op or a layout that has no GPU form.
     """
-    return tuple(_Lowering(graph, arch, regime).steps())
+    return tuple(_Lowering(graph, arch, regime, Choices(table)).steps())
 
 
-def variants(graph: Graph, arch: Arch, regimes: Iterable[Regime] = REGIMES) -> set[KernelVariant]:
-    """Every kernel variant that the regimes launch, and those around them: inputs and draws."""
+def sites(graph: Graph, arch: Arch, regime: Regime) -> dict[Site, tuple[str, ...]]:
+    """Where a step's lowering can choose, and the names of the candidates, the built-in one first."""
+    choices = Choices()
+    for _ in _Lowering(graph, arch, regime, choices).steps():
+        pass
+    return {site: names for site, names in choices.seen.items() if len(names) > 1}
+
+
+def variants(
+    graph: Graph,
+    arch: Arch,
+    regimes: Iterable[Regime] = REGIMES,
+    *,
+    with_candidates: bool = False,
+) -> set[KernelVariant]:
+    """Every kernel variant that the regimes launch, and those around them: inputs and draws.
+
+    Args:
+        with_candidates: also those that no built-in choice wants: what a tuning table may name.
+    """
     regimes = tuple(regimes)
     launched = {
         step.variant
         for regime in regimes
-        for step in lower(graph, arch, regime)
+        for table in (_every_table(graph, arch, regime) if with_candidates else (BUILT_IN,))
+        for step in lower(graph, arch, regime, table)
         if isinstance(step, Launch)
     }
     for block_tokens in {regime.block_tokens for regime in regimes}:
@@ -99,13 +125,24 @@ def variants(graph: Graph, arch: Arch, regimes: Iterable[Regime] = REGIMES) -> s
     return launched | sampling.variants(_integer(graph.config["vocab_size"]))
 
 
+def _every_table(graph: Graph, arch: Arch, regime: Regime) -> Iterator[TuningTable]:
+    """Tables that name, together, every candidate of every site: no site's variants depend on another's choice, but
+    for that between our kernels and the library's, which is a table of its own."""
+    found = sites(graph, arch, regime)
+    yield from ({site: LIBRARY} for site, names in found.items() if LIBRARY in names)
+    others = {site: names for site, names in found.items() if LIBRARY not in names}
+    for index in range(max(map(len, others.values()), default=1)):
+        yield {site: names[min(index, len(names) - 1)] for site, names in others.items()}
+
+
 class _Lowering:
     """One walk over the graph."""
 
-    def __init__(self, graph: Graph, arch: Arch, regime: Regime) -> None:
+    def __init__(self, graph: Graph, arch: Arch, regime: Regime, choices: Choices) -> None:
         self.graph = graph
         self.arch = arch
         self.regime = regime
+        self.choices = choices
         # Parts in which the squares of a riding norm's input come, by the norm's first output.
         self.num_squares: dict[str, int] = {}
         self.dtype = TRITON_DTYPES[str(graph.config["dtype"])]
@@ -113,7 +150,17 @@ class _Lowering:
         layouts = {weight.layout for weight in graph.weights.values()}
         unknown = layouts - set(linear.LAYOUTS)
         assert not unknown, f"{', '.join(sorted(unknown))} has no GPU form"
-        self.riding = Riding(graph, arch, regime.max_tokens)
+        # With the library's products a step of few tokens is made as one of many.
+        self.max_tokens = 0 if self._uses_library() else regime.max_tokens
+        self.riding = Riding(graph, arch, self.max_tokens)
+
+    def _uses_library(self) -> bool:
+        linears = {n.weights["weight"] for n in self.graph.nodes if n.op == "linear"}
+        layouts = {self.graph.weights[name].layout for name in linears}
+        if self.regime.max_tokens <= 1 or not layouts <= set(linear.LIBRARY_LAYOUTS):
+            return False
+        site = Site("linears", self.regime.max_tokens)
+        return self.choices.of(site, {FUSED: False, LIBRARY: True})
 
     def steps(self) -> Iterator[Step]:
         emit = {
@@ -297,16 +344,9 @@ class _Lowering:
 
     def _tiles(self, shape: linear.LinearShape) -> tuple[linear.Tiles, int]:
         """How the work is cut, and the tokens of a tile; 1 is the kernel for one token."""
-        if self.regime.max_tokens == 1:
-            block_m = linear.one_token_block_m(shape)
-            if block_m == 1:
-                return linear.one_token_tiles(shape), 1
-            return linear.few_tokens_tiles(shape, self.arch, block_m), block_m
-        if self.regime.max_tokens == 0 and (shape.activations or shape.layout == "int4_group"):
-            return linear.many_tokens_tiles(shape, self.arch)
-        most = self.regime.max_tokens or linear.MAX_BLOCK_M
-        block_m = linear.few_tokens_block_m(shape, self.arch, most)
-        return linear.few_tokens_tiles(shape, self.arch, block_m), block_m
+        site = linear_candidates.site(shape, self.max_tokens)
+        ways = linear_candidates.candidates(shape, self.arch, self.max_tokens)
+        return self.choices.of(site, ways)
 
     def _linear_launch(
         self,
@@ -316,10 +356,11 @@ class _Lowering:
         is_selected: bool,
     ) -> Launch:
         tiles, block_m = self._tiles(shape)
+        site = linear_candidates.site(shape, self.max_tokens)
         programs = linear.num_programs(shape, tiles)
         if block_m == 1:
             variant = linear.one_token(shape, self.arch, tiles)
-            return Launch(variant, lambda _: (programs, 1, 1), tuple(operands))
+            return Launch(variant, lambda _: (programs, 1, 1), tuple(operands), site)
         variant = linear.few_tokens(shape, self.arch, tiles, block_m)
         field = "rows" if is_selected else "tokens"
 
@@ -328,7 +369,7 @@ class _Lowering:
 
         scratch = linear.few_tokens_scratch(shape, tiles, block_m)
         scales = () if x_scale is None else (x_scale,)
-        return Launch(variant, grid, (*operands, *scratch, *scales, Size(field)))
+        return Launch(variant, grid, (*operands, *scratch, *scales, Size(field)), site)
 
     def _qkv_rope_write(self, node: Node) -> Iterator[Step]:
         heads = _integer(node.attrs["num_heads"])
@@ -386,10 +427,10 @@ class _Lowering:
             kv_dtype=TRITON_DTYPES[self.kv_format.dtype],
             block_tokens=self.regime.block_tokens,
         )
-        if self.regime.max_sequences:
-            tiles = attention.decode_tiles(shape, self.regime.max_sequences)
-        else:
-            tiles = attention.prefill_tiles(shape, self.arch)
+        sequences = self.regime.max_sequences
+        site = attention_candidates.site(shape, self.regime.max_tokens, sequences)
+        ways = attention_candidates.candidates(shape, self.arch, sequences)
+        tiles = self.choices.of(site, ways)
         layer = _integer(node.attrs["layer"])
         operands: list[Operand] = [
             Value(node.inputs[0]),
@@ -406,6 +447,7 @@ class _Lowering:
             attention.variant(shape, self.arch, tiles),
             lambda sizes: attention.grid(shape, tiles, sizes),
             tuple(operands),
+            site,
         )
 
     def _rms_norm(self, node: Node) -> Iterator[Step]:

@@ -23,6 +23,7 @@ from runtime_service.runtime import OnLost, Runtime
 from runtime_service.served_engine import EngineText
 from runtime_service.service import RuntimeService
 from runtime_service.settings import RuntimeSettings, quant_named
+from shared.channels import PeerSecurity
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import MillraceError
 from shared.log import configure_logging
@@ -79,16 +80,7 @@ async def serve(
     security, peers = ServerSecurity.load(settings), peer_security(settings)
     trusted = None if settings.trusted_keys is None else TrustedKeys.load(settings.trusted_keys)
     peers.check(settings.compiler)
-    store = open_store(settings.store, peers)
-    cache: EngineCache | None = None
-    remote: ArtifactStore | None = None
-    if isinstance(store, LocalStore):
-        local = store
-    else:
-        local, remote = LocalStore(settings.cache), store
-        cache = EngineCache(local, settings.cache_bytes)
-    if remote is None and settings.compiler:
-        remote = GrpcStore(settings.compiler, peers)
+    local, remote, cache = open_stores(settings, peers)
     source = EngineSource(local, remote, settings.compiler, peers, trusted, cache)
     metrics = RuntimeMetrics()
     changed = asyncio.Event()
@@ -106,6 +98,18 @@ async def serve(
     finally:
         source.close()
         await runtime.close()
+
+
+def open_stores(
+    settings: RuntimeSettings, peers: PeerSecurity
+) -> tuple[LocalStore, ArtifactStore | None, EngineCache | None]:
+    """Where engines are kept here; where they come from, if from elsewhere; and whether what is here is a cache."""
+    store = open_store(settings.store, peers)
+    if not isinstance(store, LocalStore):
+        local = LocalStore(settings.cache)
+        return local, store, EngineCache(local, settings.cache_bytes)
+    remote = GrpcStore(settings.compiler, peers) if settings.compiler else None
+    return store, remote, None
 
 
 async def _serve(

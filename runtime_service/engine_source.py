@@ -12,6 +12,7 @@ from millrace.compiler.v1 import compiler_pb2 as pb
 from millrace.compiler.v1 import compiler_pb2_grpc
 
 from shared import wire
+from shared.arch import arch_named
 from shared.channels import PeerSecurity
 from shared.engine import READABLE_FORMATS, EngineManifest, EngineSelector, Signature
 from shared.errors import (
@@ -21,6 +22,7 @@ from shared.errors import (
     EngineNotFound,
     EngineNotTrusted,
     FormatMismatch,
+    MillraceError,
     StoreUnreachable,
     from_status,
     of_compiler,
@@ -28,6 +30,7 @@ from shared.errors import (
 from shared.signing import TrustedKeys
 from shared.store import ArtifactStore, GrpcStore, LocalStore, pull
 from shared.store.cache import EngineCache
+from shared.store.pull import add_tuning_from
 from shared.tracing import trace_metadata
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.5, 10.0
@@ -106,7 +109,7 @@ class EngineSource:
             engine = await asyncio.to_thread(self._find_here_or_there, selector, False)
         if engine is None:
             raise EngineNotFound(engine=selector)
-        return await asyncio.to_thread(self._checked, engine)
+        return await asyncio.to_thread(self._ready, engine)
 
     async def repair(
         self,
@@ -123,7 +126,7 @@ class EngineSource:
         if self._remote is not None:
             try:
                 repaired = await asyncio.to_thread(self._pull, self._remote, engine)
-                return await asyncio.to_thread(self._checked, repaired)
+                return await asyncio.to_thread(self._ready, repaired)
             except (BlobNotFound, DigestMismatch) as error:
                 # The other store is the same one, or as damaged.
                 _log.warning("repair_needs_a_build", engine=engine.name, problem=str(error))
@@ -176,6 +179,23 @@ class EngineSource:
             for signature in self._signed_there(engine):
                 engine = self._local.add_signature(engine, signature)
             self._check(engine)
+        return engine
+
+    def _ready(self, engine: EngineManifest) -> EngineManifest:
+        """`engine`, which lies in the local store: one to be trusted, with all tuning records that there are.
+
+        Raises:
+            EngineNotTrusted: as `_checked`.
+        """
+        engine = self._checked(engine)
+        if self._remote is None or not arch_named(engine.key.arch).is_gpu:
+            return engine
+        try:
+            # Another runtime may have measured since it was pulled.
+            for tuning in set(self._remote.get(engine.name).tunings) - set(engine.tunings):
+                engine = add_tuning_from(self._remote, engine, tuning, self._local)
+        except MillraceError as error:  # none is needed to serve
+            _log.warning("tunings_not_found", engine=engine.name, problem=str(error))
         return engine
 
     def _signed_there(self, engine: EngineManifest) -> tuple[Signature, ...]:

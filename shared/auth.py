@@ -46,6 +46,7 @@ RPC_SCOPES: Mapping[str, Scope] = {
     "/millrace.compiler.v1.CompilerService/GetEngine": "build",
     "/millrace.compiler.v1.CompilerService/DeleteEngine": "admin",
     "/millrace.compiler.v1.CompilerService/SignEngine": "build",
+    "/millrace.compiler.v1.CompilerService/TuneEngine": "build",
     "/millrace.fleet.v1.FleetService/GetFleet": "generate",
     "/millrace.fleet.v1.FleetService/ApplyDeployment": "admin",
     "/millrace.fleet.v1.FleetService/DeleteDeployment": "admin",

@@ -21,6 +21,7 @@ WEIGHTS_TYPE = "application/vnd.millrace.engine.weights.v1"
 FILE_TYPE = "application/vnd.millrace.engine.file.v1"
 QUALITY_TYPE = "application/vnd.millrace.engine.quality.v1+json"
 KERNELS_TYPE = "application/vnd.millrace.engine.kernels.v1"
+TUNING_TYPE = "application/vnd.millrace.tuning.v1+json"
 
 MAX_WEIGHT_BLOB_BYTES = 256 << 20
 WEIGHT_ALIGNMENT_BYTES = 256
@@ -196,6 +197,7 @@ class EngineManifest:
         manifest: descriptor of the OCI manifest itself.
         created_s: Unix time of publication: from the store's index, never from a hashed blob.
         signatures: by whom, whoever that is; nobody has verified them.
+        tunings: what was measured of it (`shared/tuning.py`), a blob for each GPU, titled by the GPU's name.
     """
 
     key: EngineKey
@@ -205,6 +207,7 @@ class EngineManifest:
     manifest: Blob
     created_s: float
     signatures: tuple[Signature, ...] = ()
+    tunings: tuple[Blob, ...] = ()
 
     @property
     def name(self) -> str:

@@ -326,6 +326,15 @@ class EngineNotTrusted(MillraceError):
     template = "{engine} was not loaded: {problem}; sign it with `millrace sign`, or trust its signer's key."
 
 
+class TuningRefused(MillraceError):
+    """A tuning record is not one of this GPU and engine."""
+
+    reason, code = "TUNING_REFUSED", _S.INVALID_ARGUMENT
+    template = (
+        "The tuning record for {gpu} was refused: {problem}; measure again with `millrace tune`."
+    )
+
+
 class WorkerLost(MillraceError):
     """A build lost its worker too often."""
 
@@ -361,7 +370,7 @@ ERRORS: dict[str, type[MillraceError]] = {
         QueueFull, DiskFull, Draining, EngineLost, RedisUnreachable, CompilerUnreachable,
         StoreUnreachable, StoreRefused, StoreNotFound, CacheTooSmall,
         DeadlineExceeded, Unauthenticated, PermissionDenied, GatewayRefused, QuotaExceeded,
-        EngineNotTrusted, WorkerLost, ModelChanged, DigestMismatch, Internal,
+        EngineNotTrusted, TuningRefused, WorkerLost, ModelChanged, DigestMismatch, Internal,
     )
 }  # fmt: skip
 

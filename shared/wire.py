@@ -134,6 +134,7 @@ def engine_to_proto(engine: EngineManifest) -> engine_pb2.Engine:
     message.create_time.FromMicroseconds(round(engine.created_s * 1_000_000))
     for signature in engine.signatures:
         message.signatures.add(public_key=signature.public_key, signature=signature.signature)
+    message.tunings.extend(map(blob_to_proto, engine.tunings))
     return message
 
 
@@ -147,4 +148,5 @@ def engine_from_proto(message: engine_pb2.Engine) -> EngineManifest:
         manifest=blob_from_proto(message.manifest),
         created_s=message.create_time.ToMicroseconds() / 1_000_000,
         signatures=tuple(Signature(s.public_key, s.signature) for s in message.signatures),
+        tunings=tuple(blob_from_proto(blob) for blob in message.tunings),
     )

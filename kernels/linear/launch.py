@@ -206,6 +206,23 @@ def _blocks(tokens: int, block_m: int) -> int:
     return -(-tokens // block_m)
 
 
+def built_in_tiles(shape: LinearShape, arch: Arch, max_tokens: int) -> tuple[Tiles, int]:
+    """How the work is cut where no table says otherwise, and the tokens of a tile; 1 is the kernel for one token.
+
+    Args:
+        max_tokens: of a step, as `Regime` has it.
+    """
+    if max_tokens == 1:
+        block_m = one_token_block_m(shape)
+        if block_m == 1:
+            return one_token_tiles(shape), 1
+        return few_tokens_tiles(shape, arch, block_m), block_m
+    if max_tokens == 0 and (shape.activations or shape.layout == "int4_group"):
+        return many_tokens_tiles(shape, arch)
+    block_m = few_tokens_block_m(shape, arch, max_tokens or MAX_BLOCK_M)
+    return few_tokens_tiles(shape, arch, block_m), block_m
+
+
 def one_token_tiles(shape: LinearShape) -> Tiles:
     """The shipped choice; measured on one H100 in whole steps (docs/BENCHMARKS.md)."""
     if shape.layout == "int4_group":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
 from kernels.lowering import REGIMES
+from kernels.tuning import BUILT_IN, TuningTable
 from runtime_service.execution.cuda_executor import CudaExecutor, PackedWeights
 from runtime_service.execution.cuda_graphs import CudaGraphExecutor
 from runtime_service.execution.cuda_model_runner import CudaModelRunner
@@ -38,11 +39,13 @@ def assemble(
     options: RunnerOptions,
     stream: DeviceStream,
     free_bytes: Callable[[], int],
+    table: TuningTable = BUILT_IN,
 ) -> CudaEngine:
     """Allocates everything: activations, then the KV cache from what is free, then tables and inputs.
 
     Args:
         free_bytes: of the device's memory, at the time that it is called.
+        table: what takes the place of built-in choices of kernels.
     Raises:
         InvalidField: as `choose_limits`.
     """
@@ -53,7 +56,7 @@ def assemble(
     regimes = [replace(r, block_tokens=block_tokens) for r in REGIMES]
     sizes = Sizes(max_step_tokens, max_sequences, logit_rows)
     executor = CudaExecutor(graph, library, weights, sizes)
-    executor.prepare(regimes)
+    executor.prepare(regimes, table)
     limits = choose_limits(graph, free_bytes(), options, GPU_DEFAULTS)
     vocab_size = int(str(graph.config["vocab_size"]))
     rows = DeviceRows(library, limits, vocab_size, stream)

@@ -27,6 +27,7 @@ from kernels.launch import (
 from kernels.launcher import KernelLibrary
 from kernels.lowering import Regime, lower
 from kernels.ops import OPS
+from kernels.tuning import BUILT_IN, TuningTable
 from shared.ir import Graph
 
 PackedWeights = Mapping[str, Mapping[str, torch.Tensor]]
@@ -90,12 +91,16 @@ class CudaExecutor:
         """The largest step."""
         return self._max_sizes
 
-    def prepare(self, regimes: Sequence[Regime]) -> None:
+    def prepare(self, regimes: Sequence[Regime], table: TuningTable = BUILT_IN) -> None:
         """Loads the regimes' kernels and allocates their memory: afterwards nothing is allocated, so that
-        steps can be captured."""
+        steps can be captured.
+
+        Args:
+            table: what takes the place of built-in choices.
+        """
         layouts = {}
         for regime in regimes:
-            plan = lower(self._graph, self._library.arch, regime)
+            plan = lower(self._graph, self._library.arch, regime, table)
             for step in plan:
                 if isinstance(step, Launch):
                     self._library.kernel(step.variant)

@@ -64,7 +64,7 @@ class CudaGraphExecutor:
             graph, limits.num_blocks, limits.block_tokens, partial(_zeros, device=stream.device)
         )
         caches = by_layer(self._kv_parts)
-        rope = _rope_of(graph, limits.max_sequence_tokens, stream.device)
+        rope = rope_of(graph, limits.max_sequence_tokens, stream.device)
         self._inputs = StepInputs(
             library, rows, executor.max_sizes, limits.block_tokens, caches, rope
         )
@@ -185,7 +185,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _rope_of(graph: Graph, num_positions: int, device: torch.device) -> torch.Tensor:
+def rope_of(graph: Graph, num_positions: int, device: torch.device) -> torch.Tensor:
+    """The rotations of a graph's positions, as `rope_table` gives them."""
     nodes = [node for node in graph.nodes if node.op == "qkv_rope_write"]
     forms = {(node.attrs["inv_freq"], node.attrs["attention_scaling"]) for node in nodes}
     assert len(forms) == 1, f"layers rotate in {len(forms)} ways"

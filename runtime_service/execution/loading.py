@@ -1,7 +1,7 @@
 """An engine from the store onto its device: mapped, packed for this machine, verified."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from runtime_service.execution.device_stream import CudaLane, CudaStream
 from runtime_service.execution.limits import choose_limits
 from runtime_service.execution.model_runner import ModelRunner
 from runtime_service.execution.options import RunnerOptions
+from runtime_service.execution.tuned import tuning_table
 from runtime_service.execution.weight_copy import LANE_BYTES, NUM_LANES, WeightCopy
 from runtime_service.limits import RuntimeLimits
 from shared.arch import arch_named
@@ -86,7 +87,7 @@ def _load_cpu_runner(
     with WeightReader(store, engine, files) as reader:
         reader.start_verify()
         with phases.timed("read_graph"):
-            graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
+            graph = read_graph(store, engine)
         target = cpu_target(graph)
         free_bytes = max(psutil.virtual_memory().available - 2 * reader.num_bytes, 0)
         limits = choose_limits(graph, free_bytes, options)
@@ -114,7 +115,23 @@ def _load_cpu_runner(
     return LoadedEngine(runner, limits, phases.timings)
 
 
-def _as_kernels_read(graph: Graph, copy: WeightCopy) -> PackedWeights:
+def read_graph(store: LocalStore, engine: EngineManifest) -> Graph:
+    """The graph that the engine runs."""
+    return Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
+
+
+def library_of(store: LocalStore, engine: EngineManifest) -> Callable[[], KernelLibrary]:
+    """What opens the engine's machine code, which is read now, on the current device.
+
+    Raises:
+        DigestMismatch, BlobNotFound: the store's copy is not whole.
+    """
+    code = store.read_all(engine.layer(CODE_TITLE).digest)
+    index = store.read_all(engine.layer(INDEX_TITLE).digest)
+    return lambda: KernelLibrary(index, lambda offset, size: code[offset : offset + size])
+
+
+def as_kernels_read(graph: Graph, copy: WeightCopy) -> PackedWeights:
     """The weights on the device in the order of its kernels. One that is to be arranged has to be there first."""
     if not any(is_arranged(spec) for spec in graph.weights.values()):
         return copy.weights
@@ -131,15 +148,16 @@ def _load_cuda_runner(
     files: WeightFiles | None,
     phases: "_Phases",
 ) -> LoadedEngine:
-    code = store.read_all(engine.layer(CODE_TITLE).digest)
-    index = store.read_all(engine.layer(INDEX_TITLE).digest)
-    graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
+    graph = read_graph(store, engine)
+    open_library = library_of(store, engine)
     with WeightReader(store, engine, files) as reader:
         reader.start_verify()  # beside all that follows
         with phases.timed("device_context"):
             stream = CudaStream()
         with phases.timed("check_device"):
-            library = KernelLibrary(index, lambda offset, size: code[offset : offset + size])
+            library = open_library()
+            gpu = torch.cuda.get_device_name()
+            table = tuning_table(store, engine, graph, library, gpu)
         with phases.timed("start_copy"):
             lanes = [CudaLane(LANE_BYTES) for _ in range(NUM_LANES)]
             copy = WeightCopy(reader, graph.weights, stream.device, lanes)
@@ -147,8 +165,8 @@ def _load_cuda_runner(
         with copy:
             with phases.timed("load_kernels"):
                 loaded = assemble(
-                    graph, library, _as_kernels_read(graph, copy), options, stream,
-                    lambda: torch.cuda.mem_get_info()[0],
+                    graph, library, as_kernels_read(graph, copy), options, stream,
+                    lambda: torch.cuda.mem_get_info()[0], table,
                 )  # fmt: skip
             with phases.timed("capture_graphs"):
                 loaded.graphs.capture_few()
@@ -160,7 +178,8 @@ def _load_cuda_runner(
     _log.info(
         "engine_loaded",
         engine=engine.name,
-        device=torch.cuda.get_device_name(),
+        device=gpu,
+        tuned_sites=len(table),
         captured_graphs=loaded.graphs.num_graphs,
         kv_bytes=limits.kv_bytes,
         kv_reason=limits.kv_reason,

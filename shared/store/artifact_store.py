@@ -7,7 +7,10 @@ from shared.engine import EngineManifest, EngineSelector, Signature
 
 
 class ArtifactStore(Protocol):
-    """The read side of a store. All methods block; a store may be used from several threads."""
+    """What readers see of a store, and the one thing that they add: what they measured.
+
+    All methods block; a store may be used from several threads.
+    """
 
     def find(self, selector: EngineSelector, max_format: int = 0) -> EngineManifest | None:
         """The newest engine that fits, None where there is none.
@@ -36,6 +39,13 @@ class ArtifactStore(Protocol):
             BlobNotFound: there is none.
             DigestMismatch: the store's copy is corrupt.
             InvalidField: a malformed digest, or an offset past the end.
+        """
+
+    def add_tuning(self, engine: EngineManifest, gpu: str, record: bytes) -> EngineManifest:
+        """Keeps a GPU's tuning record with the engine, in the place of an older one; gives it with all that it has.
+
+        Raises:
+            EngineNotFound: it has gone.
         """
 
 

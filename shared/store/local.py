@@ -9,6 +9,7 @@ else (`index.json`, the selectors) follows from the names.
     engines/<key digest>            the engine's manifest descriptor and its time of publication
     selectors/<selector digest>/    a name `<key digest>` for every engine that was named so
     signatures/<key digest>/        descriptors of the artifacts that sign the engine
+    tunings/<key digest>/<GPU>      descriptor of the artifact that holds what was measured on a GPU of this name
     locks/names                     held while names and index.json change
 """
 
@@ -26,6 +27,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from shared.engine import (
+    TUNING_TYPE,
     Blob,
     EngineDraft,
     EngineKey,
@@ -56,8 +58,9 @@ class LocalStore:
         self._engines = self.root / "engines"
         self._selectors = self.root / "selectors"
         self._signatures = self.root / "signatures"
+        self._tunings = self.root / "tunings"
         self.blobs = BlobFolder(self.root)
-        for folder in (self._engines, self._selectors, self._signatures):
+        for folder in (self._engines, self._selectors, self._signatures, self._tunings):
             folder.mkdir(exist_ok=True)
         if not (self.root / "oci-layout").exists():
             sync_folder(self.root / "blobs")
@@ -214,6 +217,22 @@ class LocalStore:
             self._write_index()
             return self.get(engine.name)
 
+    def add_tuning(self, engine: EngineManifest, gpu: str, record: bytes) -> EngineManifest:
+        """Keeps a GPU's tuning record with the engine, in the place of an older one; see `EngineStore`."""
+        with self.pin(), self._naming():
+            engine = self.get(engine.name)
+            self.blobs.write([oci.EMPTY_CONTENT], oci.EMPTY.media_type)
+            blob = self.blobs.write([record], TUNING_TYPE, gpu)
+            content = oci.tuning_json(blob, engine.manifest)
+            manifest = self.blobs.write([content], oci.MANIFEST_TYPE)
+            folder = self._tunings / engine.key.digest
+            folder.mkdir(exist_ok=True)
+            descriptor = self._write_beside(canonical_json(oci.descriptor(manifest)))
+            os.replace(descriptor, folder / hashlib.sha256(gpu.encode()).hexdigest())
+            sync_folder(folder)
+            self._write_index()
+            return self.get(engine.name)
+
     def delete(self, name: str) -> EngineManifest:
         """Removes the engine's name; its blobs go with a later sweep.
 
@@ -262,7 +281,8 @@ class LocalStore:
         (self._engines / engine.key.digest).unlink(missing_ok=True)
         for path in self._selectors.glob(f"*/{engine.key.digest}"):
             path.unlink()
-        shutil.rmtree(self._signatures / engine.key.digest, ignore_errors=True)
+        for kept in (self._signatures, self._tunings):
+            shutil.rmtree(kept / engine.key.digest, ignore_errors=True)
         self._write_index()
 
     def sweep(self, grace_s: float = DEFAULT_GRACE_S) -> Sweep:
@@ -299,7 +319,9 @@ class LocalStore:
         try:
             record = json.loads((self._engines / name).read_bytes())
             engine = self._require(oci.blob_of(record["manifest"]), record["created_s"])
-            return replace(engine, signatures=self._signatures_of(name))
+            return replace(
+                engine, signatures=self._signatures_of(name), tunings=self._tunings_of(name)
+            )
         except (FileNotFoundError, BlobNotFound, DigestMismatch):
             return None
 
@@ -312,19 +334,35 @@ class LocalStore:
                 raise BlobNotFound(digest=blob.digest)
         return engine
 
-    def _signature_blobs(self, name: str) -> Iterator[Blob]:
-        folder = self._signatures / name
-        for path in sorted(folder.iterdir()) if folder.exists() else ():
-            yield oci.blob_of(json.loads(path.read_bytes()))
+    def _referrers(self, name: str) -> oci.Referrers:
+        signatures, tunings = (
+            tuple(
+                oci.blob_of(json.loads(path.read_bytes()))
+                for path in (sorted(folder.iterdir()) if folder.exists() else ())
+            )
+            for folder in (self._signatures / name, self._tunings / name)
+        )
+        return oci.Referrers(signatures, tunings)
 
     def _signatures_of(self, name: str) -> tuple[Signature, ...]:
         found = []
-        for blob in self._signature_blobs(name):
+        for blob in self._referrers(name).signatures:
             try:
                 found.append(oci.signature_of(self.blobs.read_all(blob.digest)))
             except (BlobNotFound, DigestMismatch):  # one that is lost signs nothing
                 continue
         return tuple(found)
+
+    def _tunings_of(self, name: str) -> tuple[Blob, ...]:
+        found = []
+        for blob in self._referrers(name).tunings:
+            try:
+                record = oci.tuning_of(self.blobs.read_all(blob.digest))
+            except (BlobNotFound, DigestMismatch):  # one that is lost tells nothing
+                continue
+            if self.blobs.has(record):
+                found.append(record)
+        return tuple(sorted(found, key=lambda record: record.title))
 
     def _selector_folder(self, selector: EngineSelector) -> Path:
         quant = selector.quant.resolved
@@ -359,8 +397,9 @@ class LocalStore:
             refs.append((ref, self.blobs.write([oci.index_json(group)], oci.INDEX_TYPE)))
         refs += [(engine.key.digest, engine.manifest) for engine in engines]
         for engine in engines:
-            if signatures := tuple(self._signature_blobs(engine.key.digest)):
-                index = self.blobs.write([oci.referrers_json(signatures)], oci.INDEX_TYPE)
+            referrers = self._referrers(engine.key.digest)
+            if referrers != oci.Referrers():
+                index = self.blobs.write([oci.referrers_json(referrers)], oci.INDEX_TYPE)
                 refs.append((oci.referrers_ref(engine.manifest), index))
         self._replace(self.root / "index.json", oci.layout_index_json(refs))
 
@@ -379,10 +418,16 @@ class LocalStore:
         except (BlobNotFound, DigestMismatch):  # it no longer says what it names
             return set()
         layers = [oci.blob_of(raw).digest for raw in json.loads(text)["layers"]]
-        signatures = [blob.digest for blob in self._signature_blobs(record.name)]
-        if signatures:
-            signatures.append(oci.EMPTY.digest)
-        return {manifest.digest, oci.config_of(text).digest, *layers, *signatures}
+        referrers = self._referrers(record.name)
+        kept = {blob.digest for blob in (*referrers.signatures, *referrers.tunings)}
+        for blob in referrers.tunings:
+            with contextlib.suppress(
+                BlobNotFound, DigestMismatch
+            ):  # it no longer says what it names
+                kept.add(oci.tuning_of(self.blobs.read_in_sweep(blob.digest)).digest)
+        if kept:
+            kept.add(oci.EMPTY.digest)
+        return {manifest.digest, oci.config_of(text).digest, *layers, *kept}
 
     def _write_beside(self, content: bytes) -> Path:
         path = self.blobs.partial / f"{os.getpid()}-{uuid.uuid4().hex}"

@@ -34,6 +34,7 @@ MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 SIGNATURE_TYPE = "application/vnd.millrace.signature.v1"
+TUNING_ARTIFACT_TYPE = "application/vnd.millrace.tuning.v1"
 EMPTY_CONTENT = b"{}"
 EMPTY = Blob(
     "application/vnd.oci.empty.v1+json",
@@ -113,15 +114,26 @@ def signature_json(signature: Signature, subject: Blob) -> bytes:
         PUBLIC_KEY: base64.b64encode(signature.public_key).decode(),
         SIGNATURE: base64.b64encode(signature.signature).decode(),
     }
+    return _referrer_json(SIGNATURE_TYPE, EMPTY, subject, {"annotations": encoded})
+
+
+def tuning_json(record: Blob, subject: Blob) -> bytes:
+    """The manifest of a tuning record's artifact, which refers to the manifest of the engine that was measured."""
+    return _referrer_json(TUNING_ARTIFACT_TYPE, record, subject, {})
+
+
+def _referrer_json(
+    artifact_type: str, layer: Blob, subject: Blob, more: dict[str, dict[str, str]]
+) -> bytes:
     return canonical_json(
         {
             "schemaVersion": 2,
             "mediaType": MANIFEST_TYPE,
-            "artifactType": SIGNATURE_TYPE,
+            "artifactType": artifact_type,
             "config": descriptor(EMPTY),
-            "layers": [descriptor(EMPTY)],
+            "layers": [descriptor(layer)],
             "subject": descriptor(subject),
-            "annotations": encoded,
+            **more,
         }
     )
 
@@ -133,9 +145,37 @@ def signature_of(manifest_text: bytes) -> Signature:
     return Signature(key, signature)
 
 
-def referrers_json(signatures: Iterable[Blob]) -> bytes:
-    """The index of what refers to one manifest, as registries without a referrers API keep it."""
-    return _index({**descriptor(blob), "artifactType": SIGNATURE_TYPE} for blob in signatures)
+def tuning_of(manifest_text: bytes) -> Blob:
+    """The record in an artifact that `tuning_json` wrote."""
+    return blob_of(json.loads(manifest_text)["layers"][0])
+
+
+@dataclass(frozen=True, slots=True)
+class Referrers:
+    """Manifests of the artifacts that refer to one engine."""
+
+    signatures: tuple[Blob, ...] = ()
+    tunings: tuple[Blob, ...] = ()
+
+
+def referrers_json(referrers: Referrers) -> bytes:
+    """Their index, as registries without a referrers API keep it."""
+    kinds = {SIGNATURE_TYPE: referrers.signatures, TUNING_ARTIFACT_TYPE: referrers.tunings}
+    return _index(
+        {**descriptor(blob), "artifactType": kind}
+        for kind, blobs in kinds.items()
+        for blob in blobs
+    )
+
+
+def referrers_of(index_text: bytes) -> Referrers:
+    """What an index that `referrers_json` wrote lists; artifacts of other kinds are others'."""
+    rows = json.loads(index_text)["manifests"]
+
+    def of(kind: str) -> tuple[Blob, ...]:
+        return tuple(blob_of(raw) for raw in rows if raw.get("artifactType") == kind)
+
+    return Referrers(of(SIGNATURE_TYPE), of(TUNING_ARTIFACT_TYPE))
 
 
 def referrers_ref(subject: Blob) -> str:
@@ -254,11 +294,6 @@ def tags_in_layout(text: bytes) -> dict[str, Blob]:
 def blob_from(content: bytes, media_type: str) -> Blob:
     """The descriptor of bytes at hand."""
     return Blob(media_type, f"sha256:{hashlib.sha256(content).hexdigest()}", len(content))
-
-
-def blobs_in_index(text: bytes) -> tuple[Blob, ...]:
-    """What an image index names."""
-    return tuple(blob_of(raw) for raw in json.loads(text)["manifests"])
 
 
 def _rfc3339(time_s: float) -> str:

@@ -1,5 +1,6 @@
 """Copying an engine into a local store, every byte verified."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 
 from shared.engine import Blob, EngineManifest
-from shared.errors import DigestMismatch, MillraceError
+from shared.errors import BlobNotFound, DigestMismatch, MillraceError
 from shared.store import oci
 from shared.store.artifact_store import ArtifactStore
 from shared.store.blobs import BlobFolder
@@ -71,7 +72,23 @@ def pull(
         pulled = into.commit(pulled.manifest, pulled.key, pulled.model, pulled.created_s)
         for signature in engine.signatures:
             pulled = into.add_signature(pulled, signature)
+        for tuning in engine.tunings:
+            with contextlib.suppress(BlobNotFound):  # another one took its place meanwhile
+                pulled = add_tuning_from(source, pulled, tuning, into)
         return pulled
+
+
+def add_tuning_from(
+    source: ArtifactStore, engine: EngineManifest, tuning: Blob, into: LocalStore
+) -> EngineManifest:
+    """The engine, which lies in `into`, with a tuning record that `source` has of it.
+
+    Raises:
+        DigestMismatch, BlobNotFound, CompilerUnreachable, StoreUnreachable, DiskFull: as `pull`.
+    """
+    with into.pin():
+        _fetch(source, tuning, into.blobs, lambda num_bytes: None)
+        return into.add_tuning(engine, tuning.title, into.read_all(tuning.digest))
 
 
 def _fetch(

@@ -23,7 +23,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from shared.engine import Blob, EngineKey, EngineManifest, EngineSelector, Signature
+from shared.engine import (
+    TUNING_TYPE,
+    Blob,
+    EngineKey,
+    EngineManifest,
+    EngineSelector,
+    Signature,
+)
 from shared.errors import (
     BlobNotFound,
     DigestMismatch,
@@ -124,7 +131,7 @@ class RegistryStore:
             if entry.arch in ("", selector.arch):
                 engine = self._engine(entry.manifest.digest, entry.created_s)
                 if engine is not None and _fits(engine, selector, max_format, entry.model):
-                    return self._with_signatures(engine)
+                    return self._with_referrers(engine)
         # Not every registry knows a conditional update: an index may still lack one.
         for engine in self.list():
             if _fits(engine, selector, max_format):
@@ -136,7 +143,7 @@ class RegistryStore:
         engine = self._tagged(self._resolve(name))
         if engine is None:
             raise EngineNotFound(engine=name)
-        return self._with_signatures(self._dated(engine))
+        return self._with_referrers(self._dated(engine))
 
     def list(self) -> tuple[EngineManifest, ...]:
         """All engines, newest first."""
@@ -146,7 +153,7 @@ class RegistryStore:
             indexes = pool.map(self._entries, {_digest_ref(engine.key) for engine in found})
             created = {e.manifest.digest: e.created_s for entries in indexes for e in entries}
             dated = [replace(e, created_s=created.get(e.manifest.digest, 0.0)) for e in found]
-            signed = tuple(pool.map(self._with_signatures, dated))
+            signed = tuple(pool.map(self._with_referrers, dated))
         return tuple(sorted(signed, key=lambda e: (e.created_s, e.key.digest), reverse=True))
 
     def read(self, digest: str, offset: int = 0) -> Iterator[bytes]:
@@ -199,7 +206,9 @@ class RegistryStore:
         there = self._dated(there)
         for signature in engine.signatures:
             there = self.add_signature(there, signature)
-        return self._with_signatures(there)
+        for tuning in engine.tunings:
+            there = self.add_tuning(there, tuning.title, local.read_all(tuning.digest))
+        return self._with_referrers(there)
 
     def add_model_name(self, engine: EngineManifest, model: str) -> None:
         """Lets selectors find the engine by this model name too."""
@@ -228,12 +237,33 @@ class RegistryStore:
         manifest = self.registry.put_manifest(content, oci.MANIFEST_TYPE)
 
         def add(index: bytes | None) -> bytes:
-            blobs = () if index is None else oci.blobs_in_index(index)
-            is_there = any(blob.digest == manifest.digest for blob in blobs)
-            return index if index and is_there else oci.referrers_json([*blobs, manifest])
+            old = oci.Referrers() if index is None else oci.referrers_of(index)
+            is_there = any(blob.digest == manifest.digest for blob in old.signatures)
+            new = replace(old, signatures=(*old.signatures, manifest))
+            return index if index and is_there else oci.referrers_json(new)
 
         self._change(oci.referrers_ref(engine.manifest), add)
-        return self._with_signatures(engine)
+        return self._with_referrers(engine)
+
+    def add_tuning(self, engine: EngineManifest, gpu: str, record: bytes) -> EngineManifest:
+        """Keeps a GPU's tuning record with the engine, in the place of an older one; see `EngineStore`."""
+        engine = self.get(engine.name)
+        blob = replace(oci.blob_from(record, TUNING_TYPE), title=gpu)
+        for each, content in ((oci.EMPTY, oci.EMPTY_CONTENT), (blob, record)):
+            if not self.registry.has(each.digest):
+                self.registry.upload(each, content)
+        text = oci.tuning_json(blob, engine.manifest)
+        manifest = self.registry.put_manifest(text, oci.MANIFEST_TYPE)
+
+        def add(index: bytes | None) -> bytes:
+            old = oci.Referrers() if index is None else oci.referrers_of(index)
+            if index and any(b.digest == manifest.digest for b in old.tunings):
+                return index
+            others = tuple(b for b in old.tunings if self._tuning_of(b).title != gpu)
+            return oci.referrers_json(replace(old, tunings=(*others, manifest)))
+
+        self._change(oci.referrers_ref(engine.manifest), add)
+        return self._with_referrers(engine)
 
     def delete(self, name: str) -> EngineManifest:
         """Removes the engine's manifest, and with it all of its names; blobs are the registry's.
@@ -245,7 +275,8 @@ class RegistryStore:
         engine = self.get(name)
         digest = engine.manifest.digest
         self.registry.delete_manifest(digest)
-        for blob in self._signature_blobs(engine.manifest):
+        found = self._referrers(engine.manifest)
+        for blob in (*found.signatures, *found.tunings):
             self.registry.delete_manifest(blob.digest)
         referrers = oci.referrers_ref(engine.manifest)
 
@@ -363,16 +394,22 @@ class RegistryStore:
                 return replace(engine, created_s=entry.created_s)
         return engine
 
-    def _with_signatures(self, engine: EngineManifest) -> EngineManifest:
-        artifacts = (
-            self.registry.manifest(b.digest) for b in self._signature_blobs(engine.manifest)
-        )
+    def _with_referrers(self, engine: EngineManifest) -> EngineManifest:
+        referrers = self._referrers(engine.manifest)
+        artifacts = (self.registry.manifest(blob.digest) for blob in referrers.signatures)
         found = {oci.signature_of(artifact[1]) for artifact in artifacts if artifact is not None}
-        return replace(engine, signatures=tuple(sorted(found)))
+        tunings = sorted(map(self._tuning_of, referrers.tunings), key=lambda blob: blob.title)
+        return replace(engine, signatures=tuple(sorted(found)), tunings=tuple(tunings))
 
-    def _signature_blobs(self, manifest: Blob) -> tuple[Blob, ...]:
+    def _tuning_of(self, artifact: Blob) -> Blob:
+        found = self.registry.manifest(artifact.digest)
+        if found is None:
+            raise BlobNotFound(digest=artifact.digest)
+        return oci.tuning_of(found[1])
+
+    def _referrers(self, manifest: Blob) -> oci.Referrers:
         found = self.registry.manifest(oci.referrers_ref(manifest))
-        return () if found is None else oci.blobs_in_index(found[1])
+        return oci.Referrers() if found is None else oci.referrers_of(found[1])
 
     def _entries(self, tag: str) -> tuple[oci.IndexEntry, ...]:
         found = self.registry.manifest(tag)

@@ -100,6 +100,16 @@ class GrpcStore:
         finally:
             call.cancel()
 
+    def add_tuning(self, engine: EngineManifest, gpu: str, record: bytes) -> EngineManifest:
+        """Has the compile daemon keep a GPU's tuning record with the engine; see `EngineStore`.
+
+        Raises:
+            CompilerUnreachable: it does not answer.
+            TuningRefused, InvalidField: it does not take the record.
+        """
+        request = compiler_pb2.TuneEngineRequest(name=engine.name, gpu=gpu, record=record)
+        return wire.engine_from_proto(self._call(self._compiler.TuneEngine, request).engine)
+
     def _find(self, request: artifact_pb2.FindEngineRequest) -> EngineManifest:
         return wire.engine_from_proto(self._call(self._artifacts.FindEngine, request).engine)
 

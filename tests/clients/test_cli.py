@@ -35,7 +35,7 @@ from tests.clients.scripted_daemon import (
 COMMANDS = (
     "up", "build", "builds", "cancel", "engines", "inspect", "load", "generate", "chat", "bench",
     "deploy", "undeploy", "status", "top", "doctor", "health", "certs", "keys", "sign", "store",
-    "demo",
+    "tune", "demo",
 )  # fmt: skip
 GRAPH = {
     "inputs": {"token_ids": {"dims": ["T"], "dtype": "int32"}},
@@ -199,7 +199,7 @@ def test_inspect_shows_key_layers_graph_kernels_and_times(
     for part in ("cd" * 32, "llama: 30 layers", "91 nodes -> 91 nodes", "30 attention",
                  "2 for sm_90, 4.0 kB, driver for CUDA 12.0", "quantize 4.00 s", "before (",
                  "30 times:", "1 plain", "Q4_1: 210 tensors kept exactly",
-                 "signed by     nobody"):  # fmt: skip
+                 "signed by     nobody", "tuned on      nothing"):  # fmt: skip
         assert part in done.stdout, part
 
 

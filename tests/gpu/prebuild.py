@@ -16,7 +16,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", default="sm_90")
     arch = arch_named(parser.parse_args().arch)
-    for wanted in (sampler_variants(), variants(llama_graph(MODELS["tiny"], "plain"), arch)):
+    tiny = llama_graph(MODELS["tiny"], "plain")
+    for wanted in (
+        sampler_variants(),
+        variants(tiny, arch),
+        variants(tiny, arch, with_candidates=True),
+    ):
         index, code = compiled(wanted, arch)
         folder = prebuilt_folder(wanted, arch)
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,14 @@ import torch
 from bench.gpu_models import MODELS, QUANTS, as_read, llama_graph, random_weights
 from kernels import reference
 from kernels.launcher import KernelLibrary
-from kernels.lowering import variants
+from kernels.lowering import REGIMES, sites, variants
+from kernels.tuning import BUILT_IN, LIBRARY, TuningTable
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream, DeviceStream
 from runtime_service.execution.options import RunnerOptions
+from runtime_service.execution.step_timer import CudaClock, StepTimer, TimedSteps
+from runtime_service.execution.tuned import site_of
+from runtime_service.execution.tuner import tune
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
 from runtime_service.scheduling.request import SamplingParams, StopParams
 from shared.ir import Graph
@@ -47,7 +51,8 @@ def graph_and_library(
     graph = llama_graph(
         MODELS["tiny"], layout, like_qwen=like_qwen, rounding=rounding, kv_cache=kv_cache
     )
-    return graph, library_of(variants(graph, device_arch()), device_arch())
+    wanted = variants(graph, device_arch(), with_candidates=True)
+    return graph, library_of(wanted, device_arch())
 
 
 def engine_of(
@@ -57,12 +62,14 @@ def engine_of(
     options: RunnerOptions = OPTIONS,
     weights: dict[str, dict[str, torch.Tensor]] | None = None,
     kv_cache: str = "",
+    table: TuningTable = BUILT_IN,
 ) -> CudaEngine:
     """The whole GPU path over a tiny random model."""
     graph, library = graph_and_library(quant, like_qwen, kv_cache)
     packed = weights or random_weights(graph, seed=5)
     read = as_read(graph, packed)
-    engine = assemble(graph, library, read, options, stream or CudaStream(), lambda: 1 << 30)
+    free = lambda: 1 << 30  # noqa: E731
+    engine = assemble(graph, library, read, options, stream or CudaStream(), free, table)
     engine.graphs.capture()
     return engine
 
@@ -128,9 +135,48 @@ def test_steps_of_all_kinds_give_the_logits_of_whole_prompts(
     quant: str, like_qwen: bool, kv_cache: str, most_tokens: int, tolerance: float
 ) -> None:
     """Prompts in chunks of awkward sizes, then decode in buckets with padding; teacher-forced, bf16 activations."""
+    assert _worst_error(quant, like_qwen, kv_cache, most_tokens) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("quant", "kv_cache", "tolerance"),
+    [("bf16", "", 0.03), ("int8", "", 0.03), ("int4", "", 0.03), ("fp8", "", 0.25),
+     ("w8a8-int8", "", 0.1), ("bf16", "fp8", 0.06)],
+)  # fmt: skip
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_candidates_give_the_logits_that_built_in_choices_give(
+    quant: str, kv_cache: str, tolerance: float, place: int
+) -> None:
+    """Each site's candidate of that place, or its last one; the library's products in the second."""
+    graph, library = graph_and_library(quant, kv_cache=kv_cache)
+    table = {
+        site: names[min(place, len(names) - 1) if LIBRARY not in names else int(place == 2)]
+        for regime in REGIMES
+        for site, names in sites(graph, library.arch, regime).items()
+    }
+    assert _worst_error(quant, False, kv_cache, 128, table) < tolerance
+
+
+def test_every_choice_is_timed_and_chosen_from() -> None:
+    """The whole of tuning on a model that is tiny: what it chooses is another matter."""
+    graph, library = graph_and_library("bf16")
+    weights = as_read(graph, random_weights(graph, seed=5))
+    steps = TimedSteps(sequences=16, prompt_tokens=128, context_tokens=128, readings=5)
+    timer = StepTimer(graph, library, weights, CudaStream(), CudaClock(), steps)
+    with torch.inference_mode():
+        rows = tune(graph, library.arch, timer, lambda row: None)
+    wanted = {s for regime in REGIMES for s in sites(graph, library.arch, regime)}
+    assert {site_of(row) for row in rows} == wanted
+    assert all(0.0 < row.choice_us <= row.built_in_us < 1e4 for row in rows)
+
+
+def _worst_error(
+    quant: str, like_qwen: bool, kv_cache: str, most_tokens: int, table: TuningTable = BUILT_IN
+) -> float:
+    """The largest relative error of a step's logits to those of whole prompts in fp32."""
     graph, _ = graph_and_library(quant, like_qwen, kv_cache)
     packed = random_weights(graph, seed=5)
-    engine = engine_of(quant, like_qwen, weights=packed, kv_cache=kv_cache)
+    engine = engine_of(quant, like_qwen, weights=packed, kv_cache=kv_cache, table=table)
     cpu = {name: {role: t.cpu() for role, t in roles.items()} for name, roles in packed.items()}
     weights = reference.dense(graph, cpu)
     torch.manual_seed(1)
@@ -159,7 +205,7 @@ def test_steps_of_all_kinds_give_the_logits_of_whole_prompts(
         )
         assert got.shape == want.shape
         worst = max(worst, float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max()))
-    assert worst < tolerance
+    return worst
 
 
 def test_replayed_graph_gives_what_its_launches_give() -> None:

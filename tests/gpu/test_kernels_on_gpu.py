@@ -4,12 +4,14 @@ Also from sm_80 PTX, so that the paths without PDL and fp8 hardware are run some
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from kernels.attention.launch import AttentionTiles, decode_tiles, prefill_tiles
+from kernels.linear.candidates import candidates
 from kernels.linear.launch import LinearShape
 from shared.arch import ARCHES, Arch
 from tests.gpu.device import Collector, NotYetCompiled, device_arch, library_of
@@ -20,6 +22,7 @@ from tests.kernels.attention_cases import (
     check_attention,
 )
 from tests.kernels.linear_cases import (
+    CANDIDATE_SHAPES,
     DENSE_INT4_SHAPES,
     LINEAR_SHAPES,
     ONE_TOKEN_SHAPES,
@@ -42,6 +45,16 @@ def _linear(shape: LinearShape, kernel: str, tokens: int, split_k: int) -> Case:
     return lambda run, arch: check_linear(
         run, arch, shape, kernel, tokens, seed=tokens, split_k=split_k, device="cuda"
     )
+
+
+def _candidate(shape: LinearShape, tokens: int, place: int) -> Case:
+    def check(run: Collector, arch: Arch) -> None:
+        ways = list(candidates(shape, arch, 1 if tokens == 1 else 16).values())
+        tiles, block_m = ways[min(place, len(ways) - 1)]
+        kernel = "one" if block_m == 1 else "few"
+        check_linear(run, arch, shape, kernel, tokens, seed=tokens, device="cuda", tiles=tiles)
+
+    return check
 
 
 def _dense_int4(shape: LinearShape) -> Case:
@@ -85,6 +98,10 @@ def _cases() -> dict[str, Case]:
             for tokens, split_k in ((1, 1), (5, 2), (19, 2)):
                 case = _linear(in_dtype(shape, dtype), "few", tokens, split_k)
                 cases[f"few-{name}-{dtype}-{tokens}-{split_k}"] = case
+        for name, shape in CANDIDATE_SHAPES.items():
+            for tokens, place in itertools.product((1, 5), range(3)):
+                case = _candidate(in_dtype(shape, dtype), tokens, place)
+                cases[f"candidate-{name}-{dtype}-{tokens}-{place}"] = case
         for name, shape in DENSE_INT4_SHAPES.items():
             cases[f"{name}-{dtype}"] = _dense_int4(in_dtype(shape, dtype))
         if dtype == "fp16":

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from kernels.launch import Sizes
+from kernels.linear.candidates import candidates
 from kernels.linear.gpu import INT4_PARTS, arranged
 from kernels.linear.launch import (
     LinearShape,
@@ -92,18 +93,28 @@ def _products(shape: LinearShape, at: dict[str, torch.Tensor], tokens: int) -> t
 
 def check_linear(
     run: Run, arch: Arch, shape: LinearShape, kernel: str, tokens: int, seed: int,
-    split_k: int = 1, device: str = "cpu",
+    split_k: int = 1, device: str = "cpu", tiles: Tiles | None = None,
 ) -> None:  # fmt: skip
-    """Runs one launch and compares everything that it stores."""
+    """Runs one launch, by tiles of its own or by `tiles`, and compares everything that it stores."""
     operands = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in _operands(shape, tokens, seed).items()
     }
     torch.set_default_device(device)
     try:
-        _launch_and_compare(run, arch, shape, kernel, tokens, split_k, operands)
+        cut = tiles or _tiles(shape, kernel, split_k)
+        _launch_and_compare(run, arch, shape, kernel, tokens, cut, operands)
     finally:
         torch.set_default_device("cpu")
+
+
+def _tiles(shape: LinearShape, kernel: str, split_k: int) -> Tiles:
+    """Small ones, so that shapes have several of them."""
+    if kernel == "one":
+        block_k = INT4_PARTS * shape.group_size or 64
+        return Tiles(block_n=2, block_k=block_k, num_warps=4, prefetch=2)
+    block_k = INT4_PARTS * shape.group_size or 32
+    return Tiles(block_n=16, block_k=block_k, num_warps=4, stages=2, split_k=split_k)
 
 
 def _launch_and_compare(
@@ -112,20 +123,16 @@ def _launch_and_compare(
     shape: LinearShape,
     kernel: str,
     tokens: int,
-    split_k: int,
+    tiles: Tiles,
     operands: Operands,
 ) -> None:
     at = {name: value for name, value in operands.items() if isinstance(value, torch.Tensor)}
     before = at["residual"].clone()
     if kernel == "one":
-        block_k = INT4_PARTS * shape.group_size or 64
-        tiles = Tiles(block_n=2, block_k=block_k, num_warps=4, prefetch=2)
         variant, grid = one_token(shape, arch, tiles), (num_programs(shape, tiles), 1, 1)
     else:
-        block_k = INT4_PARTS * shape.group_size or 32
-        tiles = Tiles(block_n=16, block_k=block_k, num_warps=4, stages=2, split_k=split_k)
         variant = few_tokens(shape, arch, tiles, 16)
-        grid = (num_programs(shape, tiles), -(-tokens // 16), split_k)
+        grid = (num_programs(shape, tiles), -(-tokens // 16), tiles.split_k)
         for request, dtype in zip(
             few_tokens_scratch(shape, tiles, 16), (torch.float32, torch.int32), strict=False
         ):
@@ -241,6 +248,36 @@ DENSE_INT4_SHAPES = {
     )
     for group in INT4_GROUPS
 }
+
+
+# Shapes as long as real ones, and few rows of them: what tuning chooses from for 1 and for up to 16 tokens.
+CANDIDATE_SHAPES = {
+    "fp8_silu_mul": LinearShape(
+        24, 4096, "fp16", "fp16", layout="fp8_channel", num_squares=5, eps=_EPS, epilogue="silu_mul"
+    ),
+    "fp8_residual": LinearShape(
+        20, 4096, "fp16", "fp16", layout="fp8_channel", has_residual=True, has_gain=True
+    ),
+    "plain_silu_mul": LinearShape(
+        24, 2048, "fp16", "fp16", num_squares=5, eps=_EPS, epilogue="silu_mul"
+    ),
+    "plain_residual": LinearShape(20, 2048, "fp16", "fp16", has_residual=True, has_gain=True),
+    "int4_silu_mul": LinearShape(
+        24, 1024, "fp16", "fp16", layout="int4_group", group_size=64, num_squares=5, eps=_EPS,
+        epilogue="silu_mul",
+    ),
+}  # fmt: skip
+
+
+def check_candidates(
+    run: Run, arch: Arch, shape: LinearShape, tokens: int, device: str = "cpu"
+) -> int:
+    """Every candidate for so many tokens, at most 16, against the formula; gives how many there are."""
+    ways = candidates(shape, arch, 1 if tokens == 1 else 16)
+    for tiles, block_m in ways.values():
+        kernel = "one" if block_m == 1 else "few"
+        check_linear(run, arch, shape, kernel, tokens, seed=tokens, device=device, tiles=tiles)
+    return len(ways)
 
 
 def in_dtype(shape: LinearShape, dtype: str) -> LinearShape:

@@ -31,7 +31,8 @@ _TILES = Tiles(block_n=4, block_k=256, num_warps=4)
 def _llama_variants(arch: Arch) -> set[KernelVariant]:
     """Variants of one layer of Llama-3.1-8B's shapes."""
     layout, regime = _PARTS[arch.name]
-    return variants(llama_graph(MODELS["llama-3.1-8b"], layout, num_layers=1), arch, (regime,))
+    graph = llama_graph(MODELS["llama-3.1-8b"], layout, num_layers=1)
+    return variants(graph, arch, (regime,), with_candidates=True)
 
 
 def _compile_one(variant: KernelVariant, arch: Arch) -> CompiledKernel:

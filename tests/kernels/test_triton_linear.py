@@ -4,9 +4,11 @@ import pytest
 
 from tests.kernels.interpreted import INTERPRETER, run
 from tests.kernels.linear_cases import (
+    CANDIDATE_SHAPES,
     DENSE_INT4_SHAPES,
     LINEAR_SHAPES,
     ONE_TOKEN_SHAPES,
+    check_candidates,
     check_dense_int4,
     check_linear,
     check_quantized_rows,
@@ -22,6 +24,13 @@ def test_one_token_kernel_equals_formula(name: str) -> None:
 @pytest.mark.parametrize("name", LINEAR_SHAPES)
 def test_few_tokens_kernel_equals_formula(name: str, tokens: int, split_k: int) -> None:
     check_linear(run, INTERPRETER, LINEAR_SHAPES[name], "few", tokens, seed=tokens, split_k=split_k)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("name", CANDIDATE_SHAPES)
+def test_candidates_equal_formula(name: str, tokens: int) -> None:
+    """Among them the shipped table's."""
+    assert check_candidates(run, INTERPRETER, CANDIDATE_SHAPES[name], tokens) > 1
 
 
 @pytest.mark.parametrize("name", DENSE_INT4_SHAPES)

@@ -18,6 +18,7 @@ from shared.store.s3 import S3Registry
 from tests.shared.engines import INT8, engine_key, publish_engine, weight_bytes
 from tests.shared.remote_stores import BUCKET, RecordingRegistry, opened
 from tests.shared.store_servers import BreakingProxy, S3Server
+from tests.shared.tunings import GPU, record_bytes
 
 REPOSITORY = Path(__file__).parents[2]
 BIG_BYTES = 3 << 20
@@ -339,3 +340,19 @@ def test_blob_of_other_bytes_is_refused(
         pull(remote, engine, other)
     assert other.list() == ()
     assert not list((other.root / "partial").iterdir())
+
+
+def test_tuning_records_travel_with_their_engine(
+    remote: RegistryStore, url: str, local: LocalStore, other: LocalStore
+) -> None:
+    engine = publish_engine(local, engine_key("sm_90"))
+    engine = local.add_signature(engine, Signature(b"k" * 32, b"s" * 64))
+    engine = local.add_tuning(engine, GPU, record_bytes(engine))
+    assert remote.push(local, engine) == engine
+    later = opened(url).add_tuning(engine, GPU, record_bytes(engine, choice="c"))
+    later = opened(url).add_tuning(later, "Other", record_bytes(engine, "Other"))
+    assert [blob.title for blob in later.tunings] == [GPU, "Other"]
+    fresh = opened(url)
+    pulled = pull(fresh, fresh.get(engine.name), other)
+    assert (pulled.tunings, pulled.signatures) == (later.tunings, engine.signatures)
+    assert other.read_all(pulled.tunings[0].digest) == record_bytes(engine, choice="c")

@@ -14,6 +14,7 @@ from tests.kernels import interpreted  # first: it sets Triton's switch
 import torch
 
 from kernels.launch import Grid
+from kernels.tuning import BUILT_IN, TuningTable
 from kernels.variant import KernelVariant
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.options import RunnerOptions
@@ -93,7 +94,8 @@ def interpreted_engine(
     weights: dict[str, dict[str, torch.Tensor]],
     options: RunnerOptions,
     free_bytes: int = 1 << 30,
+    table: TuningTable = BUILT_IN,
 ) -> CudaEngine:
     """The whole GPU path over `graph`, which computes in its own dtype."""
     library: Any = InterpretedLibrary()
-    return assemble(graph, library, weights, options, CpuStream(), lambda: free_bytes)
+    return assemble(graph, library, weights, options, CpuStream(), lambda: free_bytes, table)

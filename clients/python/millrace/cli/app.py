@@ -337,6 +337,44 @@ def load(
 
 
 @app.command(
+    rich_help_panel=ENGINES,
+    epilog="Example: millrace tune llama-3.1-8b --quant fp8 --store s3://models/engines",
+)
+def tune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model name, or its digest.")],
+    quant: Quant = "int8",
+    store: Annotated[
+        str,
+        typer.Option(
+            "--store",
+            metavar="STORE",
+            envvar="MILLRACE_STORE",
+            help="Where engines are; empty: the local stack's.",
+        ),
+    ] = "",
+    compiler: Annotated[
+        str,
+        typer.Option(
+            "--compiler", metavar="HOST:PORT", help="Pull from, and publish to, this daemon too."
+        ),
+    ] = "",
+    state: State = _HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an engine's kernels on this machine's GPU, and keep the record with the engine.
+
+    Nothing is compiled: only what the engine holds is chosen from. The GPU has to be free: stop the
+    runtime that serves on it.
+    """
+    from millrace.cli.tuning import program, require_gpu
+    from millrace.cli.tuning import tune as run
+
+    require_gpu()
+    folder = store or str(state.expanduser().resolve() / "store")
+    run(program(model, quant, folder, compiler), as_json=as_json)
+
+
+@app.command(
     rich_help_panel=GENERATING,
     epilog='Example: millrace generate "Once upon a time" -m 64 -t 0.8 --seed 1',
 )

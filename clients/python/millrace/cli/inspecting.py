@@ -130,6 +130,7 @@ def _show_key(engine: engine_pb2.Engine, graph: dict[str, Any]) -> None:
             ("builder", engine.key.builder),
             ("manifest", engine.manifest.digest),
             ("signed by", _signers(engine)),
+            ("tuned on", ", ".join(record.title for record in engine.tunings) or "nothing"),
             ("published", output.age_text(engine.create_time.seconds)),
         )
     )

@@ -795,3 +795,57 @@ class SignEngineResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SignEngineResponse: _TypeAlias = SignEngineResponse  # noqa: Y015
+
+@_typing.final
+class TuneEngineRequest(_message.Message):
+    """Request message for CompilerService.TuneEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name, `engines/{key digest}`."""
+    gpu: _builtins.str
+    """Name of the GPU that was measured, as its driver gives it."""
+    record: _builtins.bytes
+    """The record, JSON of at most 1 MiB, as `millrace tune` writes it."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        gpu: _builtins.str = ...,
+        record: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu", b"gpu", "name", b"name", "record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TuneEngineRequest: _TypeAlias = TuneEngineRequest  # noqa: Y015
+
+@_typing.final
+class TuneEngineResponse(_message.Message):
+    """Response message for CompilerService.TuneEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENGINE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def engine(self) -> _engine_pb2.Engine:
+        """The engine with all of its records."""
+
+    def __init__(
+        self,
+        *,
+        engine: _engine_pb2.Engine | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TuneEngineResponse: _TypeAlias = TuneEngineResponse  # noqa: Y015

@@ -86,6 +86,11 @@ class CompilerServiceStub(object):
                 request_serializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.SignEngineRequest.SerializeToString,
                 response_deserializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.SignEngineResponse.FromString,
                 _registered_method=True)
+        self.TuneEngine = channel.unary_unary(
+                '/millrace.compiler.v1.CompilerService/TuneEngine',
+                request_serializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.TuneEngineRequest.SerializeToString,
+                response_deserializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.TuneEngineResponse.FromString,
+                _registered_method=True)
 
 
 class CompilerServiceServicer(object):
@@ -191,6 +196,18 @@ class CompilerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TuneEngine(self, request, context):
+        """Keeps a tuning record with an engine, in the place of an older one of the
+        same GPU.
+
+        Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
+        (`TUNING_REFUSED`: not a record of this engine and GPU; `INVALID_FIELD`:
+        no name of a GPU, or the engine has too many records).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CompilerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -243,6 +260,11 @@ def add_CompilerServiceServicer_to_server(servicer, server):
                     servicer.SignEngine,
                     request_deserializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.SignEngineRequest.FromString,
                     response_serializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.SignEngineResponse.SerializeToString,
+            ),
+            'TuneEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.TuneEngine,
+                    request_deserializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.TuneEngineRequest.FromString,
+                    response_serializer=millrace_dot_compiler_dot_v1_dot_compiler__pb2.TuneEngineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -517,6 +539,33 @@ class CompilerService(object):
             '/millrace.compiler.v1.CompilerService/SignEngine',
             millrace_dot_compiler_dot_v1_dot_compiler__pb2.SignEngineRequest.SerializeToString,
             millrace_dot_compiler_dot_v1_dot_compiler__pb2.SignEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TuneEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/millrace.compiler.v1.CompilerService/TuneEngine',
+            millrace_dot_compiler_dot_v1_dot_compiler__pb2.TuneEngineRequest.SerializeToString,
+            millrace_dot_compiler_dot_v1_dot_compiler__pb2.TuneEngineResponse.FromString,
             options,
             channel_credentials,
             insecure,

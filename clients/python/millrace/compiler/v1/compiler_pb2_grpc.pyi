@@ -91,6 +91,14 @@ class CompilerServiceStub:
     Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
     (`INVALID_FIELD`: not a signature of this engine, or it has too many).
     """
+    TuneEngine: _grpc.UnaryUnaryMultiCallable[_compiler_pb2.TuneEngineRequest, _compiler_pb2.TuneEngineResponse]
+    """Keeps a tuning record with an engine, in the place of an older one of the
+    same GPU.
+
+    Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
+    (`TUNING_REFUSED`: not a record of this engine and GPU; `INVALID_FIELD`:
+    no name of a GPU, or the engine has too many records).
+    """
 
 @_typing.type_check_only
 class CompilerServiceAsyncStub(CompilerServiceStub):
@@ -154,6 +162,14 @@ class CompilerServiceAsyncStub(CompilerServiceStub):
 
     Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
     (`INVALID_FIELD`: not a signature of this engine, or it has too many).
+    """
+    TuneEngine: _aio.UnaryUnaryMultiCallable[_compiler_pb2.TuneEngineRequest, _compiler_pb2.TuneEngineResponse]  # type: ignore[assignment]
+    """Keeps a tuning record with an engine, in the place of an older one of the
+    same GPU.
+
+    Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
+    (`TUNING_REFUSED`: not a record of this engine and GPU; `INVALID_FIELD`:
+    no name of a GPU, or the engine has too many records).
     """
 
 class CompilerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -275,6 +291,20 @@ class CompilerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
         (`INVALID_FIELD`: not a signature of this engine, or it has too many).
+        """
+
+    @_abc_1.abstractmethod
+    def TuneEngine(
+        self,
+        request: _compiler_pb2.TuneEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_compiler_pb2.TuneEngineResponse, _abc.Awaitable[_compiler_pb2.TuneEngineResponse]]:
+        """Keeps a tuning record with an engine, in the place of an older one of the
+        same GPU.
+
+        Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
+        (`TUNING_REFUSED`: not a record of this engine and GPU; `INVALID_FIELD`:
+        no name of a GPU, or the engine has too many records).
         """
 
 def add_CompilerServiceServicer_to_server(servicer: CompilerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -227,6 +227,7 @@ class Engine(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     SIGNATURES_FIELD_NUMBER: _builtins.int
+    TUNINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `engines/{key digest}`."""
     model: _builtins.str
@@ -253,6 +254,13 @@ class Engine(_message.Message):
     def signatures(self) -> _containers.RepeatedCompositeFieldContainer[Global___Signature]:
         """Who vouches for it. The reader decides whom it trusts, and verifies."""
 
+    @_builtins.property
+    def tunings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Blob]:
+        """What was measured of it: a tuning record (JSON) for each kind of GPU,
+        titled by the GPU's name. A record says which of the engine's own kernels
+        run; it holds no code, and signatures do not cover it.
+        """
+
     def __init__(
         self,
         *,
@@ -264,10 +272,11 @@ class Engine(_message.Message):
         layers: _abc.Iterable[Global___Blob] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         signatures: _abc.Iterable[Global___Signature] | None = ...,
+        tunings: _abc.Iterable[Global___Blob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "key", b"key", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "format_version", b"format_version", "key", b"key", "layers", b"layers", "manifest", b"manifest", "model", b"model", "name", b"name", "signatures", b"signatures"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "format_version", b"format_version", "key", b"key", "layers", b"layers", "manifest", b"manifest", "model", b"model", "name", b"name", "signatures", b"signatures", "tunings", b"tunings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

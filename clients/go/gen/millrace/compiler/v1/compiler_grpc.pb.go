@@ -65,6 +65,13 @@ type CompilerServiceClient interface {
 	// Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
 	// (`INVALID_FIELD`: not a signature of this engine, or it has too many).
 	SignEngine(ctx context.Context, in *SignEngineRequest, opts ...grpc.CallOption) (*SignEngineResponse, error)
+	// Keeps a tuning record with an engine, in the place of an older one of the
+	// same GPU.
+	//
+	// Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
+	// (`TUNING_REFUSED`: not a record of this engine and GPU; `INVALID_FIELD`:
+	// no name of a GPU, or the engine has too many records).
+	TuneEngine(ctx context.Context, in *TuneEngineRequest, opts ...grpc.CallOption) (*TuneEngineResponse, error)
 }
 
 type compilerServiceClient struct {
@@ -211,6 +218,15 @@ func (c *compilerServiceClient) SignEngine(ctx context.Context, in *SignEngineRe
 	return out, nil
 }
 
+func (c *compilerServiceClient) TuneEngine(ctx context.Context, in *TuneEngineRequest, opts ...grpc.CallOption) (*TuneEngineResponse, error) {
+	out := new(TuneEngineResponse)
+	err := c.cc.Invoke(ctx, "/millrace.compiler.v1.CompilerService/TuneEngine", in, out, opts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // CompilerServiceServer is the server API for CompilerService service.
 // All implementations must embed UnimplementedCompilerServiceServer
 // for forward compatibility
@@ -263,6 +279,13 @@ type CompilerServiceServer interface {
 	// Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
 	// (`INVALID_FIELD`: not a signature of this engine, or it has too many).
 	SignEngine(context.Context, *SignEngineRequest) (*SignEngineResponse, error)
+	// Keeps a tuning record with an engine, in the place of an older one of the
+	// same GPU.
+	//
+	// Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `INVALID_ARGUMENT`
+	// (`TUNING_REFUSED`: not a record of this engine and GPU; `INVALID_FIELD`:
+	// no name of a GPU, or the engine has too many records).
+	TuneEngine(context.Context, *TuneEngineRequest) (*TuneEngineResponse, error)
 	mustEmbedUnimplementedCompilerServiceServer()
 }
 
@@ -299,6 +322,9 @@ func (UnimplementedCompilerServiceServer) DeleteEngine(context.Context, *DeleteE
 }
 func (UnimplementedCompilerServiceServer) SignEngine(context.Context, *SignEngineRequest) (*SignEngineResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method SignEngine not implemented")
+}
+func (UnimplementedCompilerServiceServer) TuneEngine(context.Context, *TuneEngineRequest) (*TuneEngineResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method TuneEngine not implemented")
 }
 func (UnimplementedCompilerServiceServer) mustEmbedUnimplementedCompilerServiceServer() {}
 
@@ -499,6 +525,24 @@ func _CompilerService_SignEngine_Handler(srv interface{}, ctx context.Context, d
 	return interceptor(ctx, in, info, handler)
 }
 
+func _CompilerService_TuneEngine_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TuneEngineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CompilerServiceServer).TuneEngine(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: "/millrace.compiler.v1.CompilerService/TuneEngine",
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CompilerServiceServer).TuneEngine(ctx, req.(*TuneEngineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 var _CompilerService_serviceDesc = grpc.ServiceDesc{
 	ServiceName: "millrace.compiler.v1.CompilerService",
 	HandlerType: (*CompilerServiceServer)(nil),
@@ -534,6 +578,10 @@ var _CompilerService_serviceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SignEngine",
 			Handler:    _CompilerService_SignEngine_Handler,
+		},
+		{
+			MethodName: "TuneEngine",
+			Handler:    _CompilerService_TuneEngine_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
