@@ -78,6 +78,57 @@ def test_gptq_rounds_to_nearest_where_no_column_can_make_up_for_another() -> Non
         assert torch.equal(packed[role], tensor), role
 
 
+@pytest.mark.parametrize("num_tokens", [40, 512], ids=["fewer than columns", "more"])
+def test_gptq_chooses_what_the_paper_does(num_tokens: int) -> None:
+    """Levels are those of the inverse Hessian's factor, which is never made; a tie may go either way."""
+    weight, x = _weight(), _inputs(num_tokens, 128)
+    packed = prepare_gptq(64, x, None)(weight)
+    found = LAYOUTS["int4_group"].unpack(packed)
+    expected = _gptq_of_the_paper(weight, x, packed["scale"], packed["zero"], 64)
+    steps = (found - expected).abs() / packed["scale"].repeat_interleave(64, 1)
+    same_rows = (steps < 0.5).all(1)
+    assert same_rows.float().mean() > 0.9, "a row is told apart by its first tie"
+
+
+def _gptq_of_the_paper(
+    weight_NK: torch.Tensor,
+    x_TK: torch.Tensor,
+    scale_NJ: torch.Tensor,
+    zero_NJ: torch.Tensor,
+    group_size: int,
+) -> torch.Tensor:
+    """Algorithm 1 with act-order and static groups, in fp64."""
+    order = x_TK.square().sum(0).argsort(descending=True, stable=True)
+    x = x_TK[:, order].double()
+    hessian = x.T @ x
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(order), dtype=torch.float64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    left, rounded = weight_NK[:, order].double(), torch.empty(weight_NK.shape, dtype=torch.float64)
+    for k, column in enumerate(order.tolist()):
+        scale, zero = (t[:, column // group_size].double() for t in (scale_NJ, zero_NJ))
+        levels = ((left[:, k] - zero) / scale).round().clamp(-8, 7)
+        rounded[:, column] = levels * scale + zero
+        error = (left[:, k] - rounded[:, column]) / factor[k, k]
+        left[:, k + 1 :] -= error[:, None] * factor[k, k + 1 :]
+    return rounded.float()
+
+
+def test_gptq_takes_memory_for_one_matrix_of_its_columns() -> None:
+    """For wide linears that matrix is most of a build's memory."""
+    num_columns = 3072
+    x = torch.randn(64, num_columns, generator=torch.Generator().manual_seed(0))
+    prepare_gptq(64, x[:, :512].contiguous(), None)  # what LAPACK keeps for itself
+    before = _resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
+    prepare_gptq(64, x, None)
+    assert _resident_bytes("VmHWM") - before < 1.6 * 4 * num_columns**2
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
 def test_gptq_takes_channels_that_are_always_zero() -> None:
     weight, x = _weight(), _inputs(64, 128)
     x[:, 5:40] = 0.0
