@@ -29,9 +29,9 @@ from compiler_service.quantization.scheme import Pack
 from kernels.linear.layouts import int4_grid, int4_levels, pack_int4_levels
 
 _DAMPING = 0.01
-# A block of so many rows is what torch computes without waking its other threads, which would take
-# longer than the few operations on a column.
-_BLOCK_COLUMNS, _CHUNK_ROWS = 64, 512
+_BLOCK_COLUMNS = 64
+# Rows are rounded in pieces of about this many values, so that scratch is small beside the Hessian.
+_CHUNK_VALUES = 1 << 23
 # The Hessian is summed up in pieces of so many tokens and columns.
 _CHUNK_TOKENS, _CHUNK_COLUMNS = 512, 2048
 
@@ -48,7 +48,7 @@ def prepare_pack(
     def pack(weight_NK: torch.Tensor) -> dict[str, torch.Tensor]:
         pieces = [
             _pack(rows_NK, group_size, order_K, factor_KK, active_K)
-            for rows_NK in weight_NK.split(_CHUNK_ROWS)
+            for rows_NK in weight_NK.split(max(_CHUNK_VALUES // len(order_K), 1))
         ]
         return {role: torch.cat([piece[role] for piece in pieces]) for role in pieces[0]}
 
