@@ -299,6 +299,12 @@ def test_arch_that_cannot_run_a_scheme_is_told_which_can_and_what_is_nearest(
     assert f"{arch} cannot run it; {told}" in str(refused.value)
 
 
+def test_model_that_no_group_divides_is_told_what_has_none(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny", hidden_size=80)
+    with pytest.raises(UnsupportedQuant, match="80 columns.* do not divide; take int8"):
+        resolve(str(folder), ["cpu"], QuantConfig("int4"), "", tmp_path)
+
+
 @pytest.mark.parametrize("scheme", [*INT4, "w8a8-int8", "int8", "bf16"])
 def test_scheme_runs_on_every_arch(scheme: str) -> None:
     assert all(SCHEMES[scheme].runs_on(arch) for arch in ARCHES.values())
