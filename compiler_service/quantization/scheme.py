@@ -278,7 +278,7 @@ def _stored(
     if layout != "int4_group":
         return replace(weight, layout=layout)
     if weight.shape[1] % quant.group_size:
-        able = [str(size) for size in sizes if weight.shape[1] % size == 0]
+        able = [str(size) for size in sorted(sizes) if weight.shape[1] % size == 0]
         other = f"groups of {' or '.join(able)} do" if able else "take int8, which has no groups"
         problem = (
             f"{name} has {weight.shape[1]} columns, which groups of {quant.group_size} do not "

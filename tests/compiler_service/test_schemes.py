@@ -301,7 +301,7 @@ def test_arch_that_cannot_run_a_scheme_is_told_which_can_and_what_is_nearest(
 
 def test_model_that_no_group_divides_is_told_what_has_none(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "tiny", hidden_size=80)
-    with pytest.raises(UnsupportedQuant, match="80 columns.* do not divide; take int8"):
+    with pytest.raises(UnsupportedQuant, match=r"80 columns.* do not divide; take int8"):
         resolve(str(folder), ["cpu"], QuantConfig("int4"), "", tmp_path)
 
 
