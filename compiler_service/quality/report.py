@@ -1,6 +1,5 @@
 """The quality report: what was measured, as an engine carries it in its layer `quality.json`."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -99,8 +98,8 @@ def measurement_of(
         kl_mean=float(kl_R.mean()),
         kl_p99=float(kl_R.quantile(0.99)),
         top1_agreement=float(agreement_R.mean()),
-        perplexity_unquantized=math.exp(float(logits.reference_loss_R[:count].mean())),
-        perplexity_quantized=math.exp(float(logits.quantized_loss_R[:count].mean())),
+        perplexity_unquantized=float(logits.reference_loss_R[:count].mean().exp()),
+        perplexity_quantized=float(logits.quantized_loss_R[:count].mean().exp()),
         weights=tuple(weights),
         contexts=_contexts(probe, logits),
     )

@@ -16,9 +16,10 @@ from compiler_service.calibration.text import calibration_digest, read_calibrati
 from compiler_service.calibration.windows import TextTokenizer, cut_windows
 from compiler_service.checkpoints.digest import FileHashes
 from compiler_service.checkpoints.sources import open_checkpoint
-from compiler_service.quality.gate import Kept, fewest_kept
+from compiler_service.quality.gate import Kept, exceeded, fewest_kept
 from compiler_service.quality.logits import LogitComparison
-from compiler_service.quality.report import Measurement
+from compiler_service.quality.probe import Probe
+from compiler_service.quality.report import Measurement, measurement_of
 from compiler_service.weight_table import read_parts
 from kernels.reference import dense, prompt_batch, run
 from shared.engine import QuantConfig
@@ -61,6 +62,17 @@ def test_logits_in_slices_are_compared_as_whole_ones(
         assert torch.allclose(loss_R, expected, atol=2e-5)
     assert torch.equal(found.reference_top_R, reference_RV.argmax(1))
     assert torch.equal(found.quantized_top_R, quantized_RV.argmax(1))
+
+
+def test_perplexity_beyond_all_numbers_is_infinite_and_fails_the_gate() -> None:
+    """A loss of 710 nats and more has no exponential in fp64."""
+    comparison = LogitComparison(torch.tensor([1]))
+    comparison.add(0, torch.zeros(1, 2), torch.tensor([[900.0, 0.0]]))
+    probe = Probe((torch.tensor([0]),), (0,), torch.tensor([1]), 1, ())
+    measurement = measurement_of(probe, comparison.finish(), ())
+    assert measurement.perplexity_quantized == float("inf")
+    quant = QuantConfig("int8", max_kl=1e9, max_perplexity_increase=1e9)
+    assert "perplexity +inf%" in exceeded(measurement, quant)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])

@@ -277,6 +277,34 @@ def test_bad_weight_is_named_whatever_the_scheme(scheme: str, tmp_path: Path) ->
         build_quantized(folder, QuantConfig(scheme), tmp_path, LocalStore(tmp_path / "s"))
 
 
+@pytest.mark.parametrize("scheme", ["int4-awq", "int4-gptq", "w8a8-int8"])
+def test_model_that_overflows_on_the_calibration_text_is_refused(
+    scheme: str, tmp_path: Path
+) -> None:
+    """A finite weight can make what is none; no scale and no Hessian comes of it."""
+    folder = write_checkpoint(tmp_path / "tiny")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1e37
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    quant = QuantConfig(scheme, skip_quality=True)
+    with pytest.raises(InvalidModel, match=r"layers\.0\.down reads NaN, infinity"):
+        build_quantized(folder, quant, tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["int4-awq", "w8a8-int8"])
+def test_linear_that_reads_nothing_takes_no_scale_that_is_no_number(
+    scheme: str, tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path / "tiny")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    store, engine = build_quantized(folder, QuantConfig(scheme, **LOOSE), tmp_path)
+    report = report_of(store, engine)
+    assert report["kl"]["mean"] < 5.0
+    assert {w["error"] for w in report["weights"] if w["weight"] == "layers.0.down"} == {0.0}
+
+
 REFUSED = {
     "fp8 on sm_80": ("fp8", "sm_80", "sm_89, sm_90, sm_100, sm_120 can; on sm_80 take int8"),
     "fp8-static on cpu": (
