@@ -168,7 +168,7 @@ class GraphQuantizer:
         inputs_TK = None
         if self._scheme.reads_inputs:
             assert self._quantized is not None, "a scheme reads inputs and nothing runs"
-            inputs_TK = self._quantized.input(node)[self._num_probed :]
+            inputs_TK = self._quantized.squarable_input(node)[self._num_probed :]
         return prepare(
             weight.group_size, inputs_TK, self._adjustments.get(name, Adjustment()).importance_K
         )

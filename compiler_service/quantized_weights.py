@@ -15,6 +15,7 @@ from compiler_service.calibration.text import read_calibration_text
 from compiler_service.calibration.windows import TextTokenizer, cut_windows
 from compiler_service.checkpoints.checkpoint import Checkpoint
 from compiler_service.quality.gate import exceeded, fewest_kept, gate_error
+from compiler_service.quality.needle import most_tokens
 from compiler_service.quality.probe import Probe, make_probe
 from compiler_service.quality.report import QUALITY_TITLE, Measurement, report_json
 from compiler_service.quantization import scheme_named
@@ -111,7 +112,8 @@ class _Work:
         windows = cut_windows(documents, tokenizer, max_positions, tokens)
         self._calibration = tuple(window.token_ids for window in windows.calibration)
         if not self._quant.skip_quality:
-            self._probe = make_probe(windows, tokenizer, max_positions)
+            tokens = most_tokens(self._plan.graph)
+            self._probe = make_probe(windows, tokenizer, max_positions, tokens)
 
     def _auto_kept(
         self, scales: Mapping[str, InputScale], measurement: Measurement
@@ -125,9 +127,12 @@ class _Work:
         if not problem:
             return frozenset()
 
+        assert self._probe is not None, "something was measured without a probe"
+        limits_alone = self._probe.without_haystacks()
+
         def measure(kept: frozenset[str]) -> Measurement:
             self._enter("quality", self._plan.read_bytes)
-            found = self._pass(self._scheme_graph(kept, scales), scales, None)
+            found = self._pass(self._scheme_graph(kept, scales), scales, None, limits_alone)
             assert found is not None, "a pass with a probe measured nothing"
             return found
 
@@ -144,7 +149,7 @@ class _Work:
         self, graph: Graph, scales: Mapping[str, InputScale]
     ) -> tuple[tuple[Blob, ...], Measurement | None]:
         with WeightWriter(self._store) as writer:
-            measurement = self._pass(graph, scales, writer.add)
+            measurement = self._pass(graph, scales, writer.add, self._probe)
             return writer.finish(), measurement
 
     def _scheme_graph(self, kept: frozenset[str], scales: Mapping[str, InputScale]) -> Graph:
@@ -159,13 +164,14 @@ class _Work:
         graph: Graph,
         scales: Mapping[str, InputScale],
         write: Callable[[str, Packed], None] | None,
+        probe: Probe | None,
     ) -> Measurement | None:
         quantizer = GraphQuantizer(
             self._checkpoint,
             graph,
             self._scheme,
             fold_scales(graph, scales),
-            self._probe,
+            probe,
             self._calibration,
             self._plan.imported,
         )

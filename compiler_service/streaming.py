@@ -20,10 +20,13 @@ from kernels.cpu import bind_node
 from kernels.cpu_form import PackedWeight, cpu_target
 from kernels.linear.layouts import LAYOUTS
 from kernels.reference import prompt_batch
+from shared.errors import InvalidModel
 from shared.ir import Graph, Node
 
 # Rows of a weight are widened in pieces of about this many values.
 _CHUNK_VALUES = 1 << 22
+# Its square is a number of fp32.
+_LARGEST_NORM = 1e18
 
 RowsOf = Callable[[slice | torch.Tensor], torch.Tensor]
 """Rows of a weight, by a slice or by their numbers: fp32, of the weight's other dims."""
@@ -104,6 +107,19 @@ class Stream:
     def input(self, node: Node) -> torch.Tensor:
         """The first input of `node`, which must be the next to run; fp32 or token ids."""
         return self._values[node.inputs[0]]
+
+    def squarable_input(self, node: Node) -> torch.Tensor:
+        """The first input of a linear, for schemes that sum up its squares.
+
+        Raises:
+            InvalidModel: they are beyond fp32; names the weight.
+        """
+        x_TK = self.input(node)
+        if not float(torch.linalg.vector_norm(x_TK)) < _LARGEST_NORM:
+            name = node.weights["weight"]
+            problem = f"on the calibration text {name} reads NaN, infinity or numbers beyond 1e18"
+            raise InvalidModel(problem=problem)
+        return x_TK
 
     def written_share(self, node: Node) -> float:
         """Of the residual stream that `node`, the next to run, adds up and normalizes: the norm of

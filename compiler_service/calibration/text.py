@@ -4,6 +4,7 @@ Plain text is UTF-8. A file that ends in `.jsonl` has a JSON value a line: a str
 with a string under `text`. Of a large file the first megabytes are used; its digest covers all.
 """
 
+import codecs
 import functools
 import hashlib
 import json
@@ -26,7 +27,11 @@ def calibration_path(uri: str) -> Path:
     """
     if not uri:
         return DEFAULT_TEXT
-    path = Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else uri).expanduser()
+    path = Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else uri)
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:  # of a user that there is not
+        raise InvalidField(field=_FIELD, problem=f"no file {path}: {error}") from error
     if not path.is_file():
         raise InvalidField(field=_FIELD, problem=f"no file {path} on the compile daemon")
     return path
@@ -46,29 +51,43 @@ def read_calibration_text(uri: str, digest: str) -> list[str]:
         InvalidField: it is not of a form that is read here; names the line.
     """
     path = calibration_path(uri)
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != digest:
+    with path.open("rb") as file:
+        content = file.read(4 * _MAX_CHARACTERS)
+        hashed = hashlib.sha256(content)
+        is_whole = True
+        while rest := file.read(1 << 20):
+            hashed.update(rest)
+            is_whole = False
+    if hashed.hexdigest() != digest:
         raise ModelChanged(file=path.name)
+    # The last character of what was read may continue in what was not.
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     try:
-        text = content.decode("utf-8-sig")[:_MAX_CHARACTERS]
+        text = decoder.decode(content, final=is_whole)[:_MAX_CHARACTERS]
     except UnicodeDecodeError as error:
         problem = f"{path.name} is not UTF-8 text (byte {error.start})"
         raise InvalidField(field=_FIELD, problem=problem) from error
     if path.suffix != ".jsonl":
         return [text]
-    lines = text.splitlines() if len(text) < _MAX_CHARACTERS else text.splitlines()[:-1]
-    return [_document(path.name, number, line) for number, line in enumerate(lines, 1) if line]
+    # Strings in JSON may hold the other characters that `splitlines` takes for ends of lines.
+    lines = text.split("\n") if len(text) < _MAX_CHARACTERS else text.split("\n")[:-1]
+    return [
+        _document(path.name, number, line) for number, line in enumerate(lines, 1) if line.strip()
+    ]
 
 
 def _document(name: str, number: int, line: str) -> str:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter for brackets without end
         problem = f"line {number} of {name} is not JSON"
         raise InvalidField(field=_FIELD, problem=problem) from error
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):
         problem = f"line {number} of {name} has no string under `text`"
+        raise InvalidField(field=_FIELD, problem=problem)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        problem = f"line {number} of {name} holds half of a surrogate pair, which is no character"
         raise InvalidField(field=_FIELD, problem=problem)
     return text
 

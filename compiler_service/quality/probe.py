@@ -13,30 +13,47 @@ class Probe:
     """Legend: R rows whose logits are wanted.
 
     Args:
-        texts: token ids of the measured windows, then the haystack where there is one.
+        texts: token ids of the measured windows, then of the haystacks that have any.
         logit_rows: the windows' positions, then those that predict a needle's answer; packed.
         following_R: the next token of each row.
         num_measured: rows of the windows.
-        haystack: None where the model's context is too short for the long-context probe.
+        haystacks: of the long-context probe, those that are skipped among them.
     """
 
     texts: tuple[torch.Tensor, ...]
     logit_rows: tuple[int, ...]
     following_R: torch.Tensor
     num_measured: int
-    haystack: Haystack | None
+    haystacks: tuple[Haystack, ...]
+
+    def without_haystacks(self) -> "Probe":
+        """What limits are held against, alone: the windows."""
+        num_texts = len(self.texts) - sum(bool(h.needles) for h in self.haystacks)
+        rows = self.num_measured
+        return Probe(
+            self.texts[:num_texts], self.logit_rows[:rows], self.following_R[:rows], rows, ()
+        )
 
 
-def make_probe(windows: TextWindows, tokenizer: TextTokenizer, max_positions: int) -> Probe:
-    """The probe over a text's held-out windows."""
+def make_probe(
+    windows: TextWindows, tokenizer: TextTokenizer, max_positions: int, most_tokens: int
+) -> Probe:
+    """The probe over a text's held-out windows, and facts hidden in its beginning.
+
+    Args:
+        most_tokens: that haystacks may have together.
+    """
     texts = [window.token_ids for window in windows.measured]
     following = [window.following for window in windows.measured]
     num_measured = sum(map(len, texts))
     rows = list(range(num_measured))
-    haystack = hide_needles(tokenizer, windows.haystack, max_positions)
-    if haystack is not None:
-        texts.append(haystack.token_ids)
+    haystacks = hide_needles(tokenizer, windows.haystack, max_positions, most_tokens)
+    first = num_measured
+    for haystack in haystacks:
+        if haystack.needles:
+            texts.append(haystack.token_ids)
         for needle in haystack.needles:
-            rows += [num_measured + row for row in needle.rows]
+            rows += [first + row for row in needle.rows]
             following.append(torch.tensor(needle.answer))
-    return Probe(tuple(texts), tuple(rows), torch.cat(following), num_measured, haystack)
+        first += len(haystack.token_ids)
+    return Probe(tuple(texts), tuple(rows), torch.cat(following), num_measured, haystacks)

@@ -1,6 +1,5 @@
 """The quality report: what was measured, as an engine carries it in its layer `quality.json`."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -36,7 +35,8 @@ class WeightError:
 
 @dataclass(frozen=True, slots=True)
 class NeedleResult:
-    """Whether the fact at `depth` was retrieved by each model."""
+    """Whether the fact at `depth` was retrieved by each model. What the unquantized one does not
+    retrieve is not scored."""
 
     depth: float
     unquantized: bool
@@ -44,11 +44,20 @@ class NeedleResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextResult:
+    """The facts in a context of `tokens`; none, and why, where it was skipped."""
+
+    tokens: int
+    skipped: str
+    needles: tuple[NeedleResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """One quantized graph against the unquantized one. KL in nats a token.
 
     Args:
-        needles: only those that the unquantized model retrieves; empty = not applicable.
+        contexts: of the long-context probe, the shortest first.
     """
 
     num_tokens: int
@@ -58,8 +67,12 @@ class Measurement:
     perplexity_unquantized: float
     perplexity_quantized: float
     weights: tuple[WeightError, ...]
-    needles: tuple[NeedleResult, ...]
-    context_tokens: int
+    contexts: tuple[ContextResult, ...]
+
+    @property
+    def scored_needles(self) -> list[NeedleResult]:
+        """Those that the unquantized model retrieves; none = the probe is not applicable."""
+        return [n for context in self.contexts for n in context.needles if n.unquantized]
 
     @property
     def perplexity_increase(self) -> float:
@@ -85,30 +98,25 @@ def measurement_of(
         kl_mean=float(kl_R.mean()),
         kl_p99=float(kl_R.quantile(0.99)),
         top1_agreement=float(agreement_R.mean()),
-        perplexity_unquantized=math.exp(float(logits.reference_loss_R[:count].mean())),
-        perplexity_quantized=math.exp(float(logits.quantized_loss_R[:count].mean())),
+        perplexity_unquantized=float(logits.reference_loss_R[:count].mean().exp()),
+        perplexity_quantized=float(logits.quantized_loss_R[:count].mean().exp()),
         weights=tuple(weights),
-        needles=_needles(probe, logits),
-        context_tokens=0 if probe.haystack is None else len(probe.haystack.token_ids),
+        contexts=_contexts(probe, logits),
     )
 
 
-def _needles(probe: Probe, logits: ComparedLogits) -> tuple[NeedleResult, ...]:
-    if probe.haystack is None:
-        return ()
-    results, first = [], probe.num_measured
-    for needle in probe.haystack.needles:
-        rows = slice(first, first + len(needle.answer))
-        answer = torch.tensor(needle.answer)
-        results.append(
-            NeedleResult(
-                needle.depth,
-                torch.equal(logits.reference_top_R[rows], answer),
-                torch.equal(logits.quantized_top_R[rows], answer),
-            )
-        )
-        first = rows.stop
-    return tuple(result for result in results if result.unquantized)
+def _contexts(probe: Probe, logits: ComparedLogits) -> tuple[ContextResult, ...]:
+    contexts, first = [], probe.num_measured
+    for haystack in probe.haystacks:
+        results = []
+        for needle in haystack.needles:
+            rows = slice(first, first + len(needle.answer))
+            answer = torch.tensor(needle.answer)
+            tops = (logits.reference_top_R[rows], logits.quantized_top_R[rows])
+            results.append(NeedleResult(needle.depth, *(torch.equal(top, answer) for top in tops)))
+            first = rows.stop
+        contexts.append(ContextResult(haystack.num_tokens, haystack.skipped, tuple(results)))
+    return tuple(contexts)
 
 
 def report_json(
@@ -148,9 +156,10 @@ def report_json(
             ],
             "worst": measurement.worst[:_NUM_WORST],
             "needle": {
-                "is_applicable": bool(measurement.needles),
-                "context_tokens": measurement.context_tokens,
-                "depths": [asdict(needle) for needle in measurement.needles],
+                "is_applicable": bool(measurement.scored_needles),
+                "num_scored": len(measurement.scored_needles),
+                "num_retrieved": sum(n.quantized for n in measurement.scored_needles),
+                "contexts": [asdict(context) for context in measurement.contexts],
             },
             "kept": sorted(kept),
             "auto_kept": sorted(auto_kept),

@@ -54,6 +54,8 @@ def _best_scale(
     gain_K: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """The scale of the exponent that costs least on the sampled inputs; None where 1 does."""
+    if not float(magnitude_K.max()):
+        return None
     scales = []
     for exponent in _EXPONENTS[1:]:
         scale_K = magnitude_K.clamp(min=_LEAST * float(magnitude_K.max())).pow(exponent)

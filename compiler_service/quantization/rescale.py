@@ -133,9 +133,8 @@ def choose_scales(choose: ChooseScale) -> Calibrate:
                 gain_K = None
                 if source is not None and source.node.op == "rms_norm":
                     gain_K = rows_of(source.node.weights["weight"])(slice(None))
-                found[name] = choose(
-                    graph.weights[name], weights["weight"], stream.input(node), source, gain_K
-                )
+                x_TK = stream.squarable_input(node)
+                found[name] = choose(graph.weights[name], weights["weight"], x_TK, source, gain_K)
             stream.run(node, weights)
             for used in node.weights.values():
                 on_weight(used)

@@ -236,7 +236,11 @@ class QuantScheme:
         kept = kept_weights(graph, quant, quantized) | also_kept
         weights = {
             name: _stored(
-                name, weight, "plain" if name in kept else layouts.get(name, "plain"), quant
+                name,
+                weight,
+                "plain" if name in kept else layouts.get(name, "plain"),
+                quant,
+                self.group_sizes,
             )
             for name, weight in graph.weights.items()
         }
@@ -268,10 +272,17 @@ class QuantScheme:
         return layouts
 
 
-def _stored(name: str, weight: WeightSpec, layout: str, quant: QuantConfig) -> WeightSpec:
+def _stored(
+    name: str, weight: WeightSpec, layout: str, quant: QuantConfig, sizes: Sequence[int]
+) -> WeightSpec:
     if layout != "int4_group":
         return replace(weight, layout=layout)
     if weight.shape[1] % quant.group_size:
-        problem = f"{name} has {weight.shape[1]} columns, which groups do not divide"
+        able = [str(size) for size in sorted(sizes) if weight.shape[1] % size == 0]
+        other = f"groups of {' or '.join(able)} do" if able else "take int8, which has no groups"
+        problem = (
+            f"{name} has {weight.shape[1]} columns, which groups of {quant.group_size} do not "
+            f"divide; {other}"
+        )
         raise UnsupportedQuant(quant=str(quant), problem=problem)
     return replace(weight, layout=layout, group_size=quant.group_size)

@@ -214,9 +214,13 @@ QUALITY = {
         {"weight": "lm_head", "layout": "plain", "error": 0.0, "impact": 0.0, "drift": 0.05},
     ],
     "worst": ["layers.0.down", "layers.0.qkv", "layers.1.qkv"],
-    "needle": {"is_applicable": True, "context_tokens": 384, "depths": [
-        {"depth": 0.1, "unquantized": True, "quantized": True},
-        {"depth": 0.9, "unquantized": True, "quantized": False},
+    "needle": {"is_applicable": True, "num_scored": 2, "num_retrieved": 1, "contexts": [
+        {"tokens": 256, "skipped": "the facts and questions alone have 300 tokens", "needles": []},
+        {"tokens": 512, "skipped": "", "needles": [
+            {"depth": 0.1, "unquantized": True, "quantized": True},
+            {"depth": 0.5, "unquantized": False, "quantized": True},
+            {"depth": 0.9, "unquantized": True, "quantized": False},
+        ]},
     ]},
     "kept": ["lm_head"], "auto_kept": [],
 }  # fmt: skip
@@ -227,8 +231,13 @@ def test_inspect_shows_what_quantizing_cost(daemon: ScriptedDaemon, script: Scri
     done = millrace(daemon, "inspect", DIGEST[:8], "--quality")
     assert done.returncode == 0
     for part in ("0.0123 nats a token", "95.0%", "20.000 -> 20.500 (+2.50%, allowed +5.00%)",
-                 "in 384 tokens: 10% deep found, 90% deep LOST", "lm_head"):  # fmt: skip
+                 "1 retrieved of the 2 that the unquantized model retrieves", "lm_head",
+                 "skipped: the facts and questions alone have 300 tokens"):  # fmt: skip
         assert part in done.stdout, part
+    (header,) = (line for line in done.stdout.splitlines() if line.startswith("NEEDLES IN"))
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("512 tokens"))
+    assert re.split("  +", header) == ["NEEDLES IN", "10% DEEP", "50% DEEP", "90% DEEP"]
+    assert re.split("  +", row) == ["512 tokens", "found", "not scored", "LOST"]
     lines = done.stdout.splitlines()
     worst = [line.split()[0] for line in lines if "int8_channel" in line]
     assert worst == QUALITY["worst"]

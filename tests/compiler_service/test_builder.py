@@ -360,7 +360,12 @@ REFUSED: dict[str, tuple[list[str], QuantConfig, type[MillraceError], str]] = {
     "fp32 on a GPU": (["sm_90"], QuantConfig("fp32"), UnsupportedQuant, "cpu can"),
     "groups of 48": (["cpu"], QuantConfig("int4", 48), UnsupportedQuant, "32, 64, 128"),
     "groups of int8": (["cpu"], QuantConfig("int8", 64), UnsupportedQuant, "no groups"),
-    "groups that do not divide": (["cpu"], QuantConfig("int4", 128), UnsupportedQuant, "64 col"),
+    "groups that do not divide": (
+        ["cpu"],
+        QuantConfig("int4", 128),
+        UnsupportedQuant,
+        "64 columns, which groups of 128 do not divide; groups of 32 or 64 do",
+    ),
     "groups of nothing": (["cpu"], QuantConfig("", 64), UnsupportedQuant, "no groups"),
 }
 

@@ -1,11 +1,14 @@
 """Calibration: which tokens are looked at, and what is said of a text that cannot be used."""
 
+import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from compiler_service.builder import BuildRequest, build
+from compiler_service.calibration.text import read_calibration_text
 from compiler_service.calibration.windows import TextTokenizer, cut_windows
 from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer_files
 from compiler_service.resolve import resolve
@@ -54,6 +57,13 @@ TOO_SHORT = {
     "too short": ("text.txt", b"Hello, world.", "tokens, and at least 256"),
     "no text": ("text.txt", b"\xff\xfe\x00", "not UTF-8"),
     "no json": ("text.jsonl", b'{"text": "a"}\nhello\n', "line 2 of text.jsonl is not JSON"),
+    "brackets without end": ("text.jsonl", b"[" * 100_000, "line 1 of text.jsonl is not JSON"),
+    "half a character": (
+        "text.jsonl",
+        b'\n{"text": "a\\ud800"}\n',
+        "line 2 of text.jsonl holds half",
+    ),
+    "blank lines": ("text.jsonl", b"  \n\n\t\n", "has 0 tokens"),
     "no field": ("text.jsonl", b'{"body": "a"}\n', "line 1 of text.jsonl has no string"),
 }
 
@@ -74,8 +84,9 @@ def test_text_that_cannot_be_used_is_refused_in_one_line(case: str, tmp_path: Pa
 
 def test_missing_text_is_refused_before_anything_is_queued(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "tiny")
-    with pytest.raises(InvalidField, match="no file /nowhere"):
-        resolve(str(folder), ["cpu"], QuantConfig("int8"), "", tmp_path, calibration_uri="/nowhere")
+    for uri in ("/nowhere", "~nobody-is-called-so/text.txt"):
+        with pytest.raises(InvalidField, match=f"no file {uri}"):
+            resolve(str(folder), ["cpu"], QuantConfig("int8"), "", tmp_path, calibration_uri=uri)
 
 
 def test_text_is_part_of_the_key_by_its_bytes(tmp_path: Path) -> None:
@@ -109,6 +120,32 @@ def test_json_lines_are_documents(tmp_path: Path) -> None:
         folder, QuantConfig("int4", **LOOSE), tmp_path, calibration_uri=str(text)
     )
     assert report_of(store, engine)["measured_tokens"] == 256
+
+
+def test_large_text_is_not_read_into_memory_as_a_whole(tmp_path: Path) -> None:
+    """Its beginning is used, which may end inside a character; the digest is of all of it."""
+    text, size = tmp_path / "mine.txt", 256 << 20
+    with text.open("wb") as file:
+        file.write(("a" + "é" * (9 << 20)).encode())
+        file.truncate(size)
+    with text.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    tracemalloc.start()
+    (document,) = read_calibration_text(str(text), digest)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert document == "a" + "é" * ((4 << 20) - 1)
+    assert peak_bytes < size // 4
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\x85"])
+def test_json_line_ends_where_json_says(character: str, tmp_path: Path) -> None:
+    """Text from the web holds characters that are ends of lines elsewhere."""
+    text = tmp_path / "mine.jsonl"
+    document = f"one{character}two"
+    text.write_text(json.dumps(document, ensure_ascii=False) + "\n", encoding="utf-8")
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert read_calibration_text(str(text), digest) == [document]
 
 
 @pytest.mark.parametrize("scheme", ["int4-awq", "int4-gptq"])

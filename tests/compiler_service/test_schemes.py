@@ -78,6 +78,57 @@ def test_gptq_rounds_to_nearest_where_no_column_can_make_up_for_another() -> Non
         assert torch.equal(packed[role], tensor), role
 
 
+@pytest.mark.parametrize("num_tokens", [40, 512], ids=["fewer than columns", "more"])
+def test_gptq_chooses_what_the_paper_does(num_tokens: int) -> None:
+    """Levels are those of the inverse Hessian's factor, which is never made; a tie may go either way."""
+    weight, x = _weight(), _inputs(num_tokens, 128)
+    packed = prepare_gptq(64, x, None)(weight)
+    found = LAYOUTS["int4_group"].unpack(packed)
+    expected = _gptq_of_the_paper(weight, x, packed["scale"], packed["zero"], 64)
+    steps = (found - expected).abs() / packed["scale"].repeat_interleave(64, 1)
+    same_rows = (steps < 0.5).all(1)
+    assert same_rows.float().mean() > 0.9, "a row is told apart by its first tie"
+
+
+def _gptq_of_the_paper(
+    weight_NK: torch.Tensor,
+    x_TK: torch.Tensor,
+    scale_NJ: torch.Tensor,
+    zero_NJ: torch.Tensor,
+    group_size: int,
+) -> torch.Tensor:
+    """Algorithm 1 with act-order and static groups, in fp64."""
+    order = x_TK.square().sum(0).argsort(descending=True, stable=True)
+    x = x_TK[:, order].double()
+    hessian = x.T @ x
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(order), dtype=torch.float64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    left, rounded = weight_NK[:, order].double(), torch.empty(weight_NK.shape, dtype=torch.float64)
+    for k, column in enumerate(order.tolist()):
+        scale, zero = (t[:, column // group_size].double() for t in (scale_NJ, zero_NJ))
+        levels = ((left[:, k] - zero) / scale).round().clamp(-8, 7)
+        rounded[:, column] = levels * scale + zero
+        error = (left[:, k] - rounded[:, column]) / factor[k, k]
+        left[:, k + 1 :] -= error[:, None] * factor[k, k + 1 :]
+    return rounded.float()
+
+
+def test_gptq_takes_memory_for_one_matrix_of_its_columns() -> None:
+    """For wide linears that matrix is most of a build's memory."""
+    num_columns = 3072
+    x = torch.randn(64, num_columns, generator=torch.Generator().manual_seed(0))
+    prepare_gptq(64, x[:, :512].contiguous(), None)  # what LAPACK keeps for itself
+    before = _resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
+    prepare_gptq(64, x, None)
+    assert _resident_bytes("VmHWM") - before < 1.6 * 4 * num_columns**2
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
 def test_gptq_takes_channels_that_are_always_zero() -> None:
     weight, x = _weight(), _inputs(64, 128)
     x[:, 5:40] = 0.0
@@ -226,6 +277,34 @@ def test_bad_weight_is_named_whatever_the_scheme(scheme: str, tmp_path: Path) ->
         build_quantized(folder, QuantConfig(scheme), tmp_path, LocalStore(tmp_path / "s"))
 
 
+@pytest.mark.parametrize("scheme", ["int4-awq", "int4-gptq", "w8a8-int8"])
+def test_model_that_overflows_on_the_calibration_text_is_refused(
+    scheme: str, tmp_path: Path
+) -> None:
+    """A finite weight can make what is none; no scale and no Hessian comes of it."""
+    folder = write_checkpoint(tmp_path / "tiny")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1e37
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    quant = QuantConfig(scheme, skip_quality=True)
+    with pytest.raises(InvalidModel, match=r"layers\.0\.down reads NaN, infinity"):
+        build_quantized(folder, quant, tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["int4-awq", "w8a8-int8"])
+def test_linear_that_reads_nothing_takes_no_scale_that_is_no_number(
+    scheme: str, tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path / "tiny")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    store, engine = build_quantized(folder, QuantConfig(scheme, **LOOSE), tmp_path)
+    report = report_of(store, engine)
+    assert report["kl"]["mean"] < 5.0
+    assert {w["error"] for w in report["weights"] if w["weight"] == "layers.0.down"} == {0.0}
+
+
 REFUSED = {
     "fp8 on sm_80": ("fp8", "sm_80", "sm_89, sm_90, sm_100, sm_120 can; on sm_80 take int8"),
     "fp8-static on cpu": (
@@ -246,6 +325,12 @@ def test_arch_that_cannot_run_a_scheme_is_told_which_can_and_what_is_nearest(
     with pytest.raises(UnsupportedQuant) as refused:
         resolve(str(folder), [arch], QuantConfig(scheme), "", tmp_path)
     assert f"{arch} cannot run it; {told}" in str(refused.value)
+
+
+def test_model_that_no_group_divides_is_told_what_has_none(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny", hidden_size=80)
+    with pytest.raises(UnsupportedQuant, match=r"80 columns.* do not divide; take int8"):
+        resolve(str(folder), ["cpu"], QuantConfig("int4"), "", tmp_path)
 
 
 @pytest.mark.parametrize("scheme", [*INT4, "w8a8-int8", "int8", "bf16"])

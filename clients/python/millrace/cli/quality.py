@@ -29,6 +29,7 @@ def show_quality(client: Client, name: str, *, as_json: bool) -> None:
         output.print_json(report)
         return
     _show_numbers(engine, report)
+    _show_needles(report["needle"])
     _show_worst(report)
     output.print_line(
         "\nerror: of its own output; impact: of the residual stream that reads it; "
@@ -83,7 +84,7 @@ def _show_numbers(engine: engine_pb2.Engine, report: dict[str, Any]) -> None:
                 f"({perplexity['increase']:+.2%}, allowed "
                 f"{limits['max_perplexity_increase']:+.2%})",
             ),
-            ("needle", needle_text(report["needle"])),
+            ("needles", needle_text(report["needle"])),
             ("measured on", f"{report['measured_tokens']} tokens that no calibration saw"),
             ("kept in bf16", ", ".join(report["kept"]) or "nothing"),
             *(
@@ -98,12 +99,33 @@ def _show_numbers(engine: engine_pb2.Engine, report: dict[str, Any]) -> None:
 def needle_text(needle: dict[str, Any]) -> str:
     """The long-context probe in a line."""
     if not needle["is_applicable"]:
-        return "not applicable: the unquantized model does not find it"
-    depths = ", ".join(
-        f"{result['depth']:.0%} deep {'found' if result['quantized'] else 'LOST'}"
-        for result in needle["depths"]
+        return "not applicable: the unquantized model retrieves none"
+    return (
+        f"{needle['num_retrieved']} retrieved of the {needle['num_scored']} that the unquantized "
+        "model retrieves"
     )
-    return f"in {needle['context_tokens']} tokens: {depths}"
+
+
+def needle_rows(contexts: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The table of the long-context probe: a row a context, a column a depth, and why it was skipped."""
+    depths = sorted({needle["depth"] for context in contexts for needle in context["needles"]})
+    rows = []
+    for context in contexts:
+        found = {needle["depth"]: _outcome(needle) for needle in context["needles"]}
+        note = f"skipped: {context['skipped']}" if context["skipped"] else ""
+        rows.append([f"{context['tokens']} tokens", *(found.get(d, "") for d in depths), note])
+    return ["needles in", *(f"{depth:.0%} deep" for depth in depths), ""], rows
+
+
+def _outcome(needle: dict[str, Any]) -> str:
+    if not needle["unquantized"]:
+        return "not scored"
+    return "found" if needle["quantized"] else "LOST"
+
+
+def _show_needles(needle: dict[str, Any]) -> None:
+    output.print_line("")
+    output.print_table(*needle_rows(needle["contexts"]), "nothing was asked")
 
 
 def _show_worst(report: dict[str, Any]) -> None:
