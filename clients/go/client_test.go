@@ -40,7 +40,7 @@ func (d *endless) GenerateStream(
 	}
 	<-stream.Context().Done()
 	d.cancelled <- request.GetStart().GetText()
-	return stream.Context().Err()
+	return status.FromContextError(stream.Context().Err()).Err() // a deadline may end here first
 }
 
 func (d *endless) Generate(stream runtimev1.RuntimeService_GenerateServer) error {
