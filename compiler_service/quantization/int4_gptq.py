@@ -48,7 +48,7 @@ def prepare_pack(
     def pack(weight_NK: torch.Tensor) -> dict[str, torch.Tensor]:
         pieces = [
             _pack(rows_NK, group_size, order_K, factor_KK, active_K)
-            for rows_NK in weight_NK.split(max(_CHUNK_VALUES // len(order_K), 1))
+            for rows_NK in torch.split(weight_NK, max(_CHUNK_VALUES // len(order_K), 1))
         ]
         return {role: torch.cat([piece[role] for piece in pieces]) for role in pieces[0]}
 
@@ -79,7 +79,7 @@ def _hessian(inputs_TK: torch.Tensor, order_K: torch.Tensor) -> torch.Tensor:
     """X^T X of the sorted columns; above the diagonal alone, which is all that is read."""
     num_columns = len(order_K)
     hessian_KK = torch.zeros(num_columns, num_columns)
-    for chunk_TK in inputs_TK.split(_CHUNK_TOKENS):
+    for chunk_TK in torch.split(inputs_TK, _CHUNK_TOKENS):
         sorted_TK = chunk_TK[:, order_K]
         for first in range(0, num_columns, _CHUNK_COLUMNS):
             columns = slice(first, min(first + _CHUNK_COLUMNS, num_columns))
