@@ -21,13 +21,15 @@ def show_quality(client: Client, name: str, *, as_json: bool) -> None:
     """Prints an engine's quality report: numbers, worst weights, and a bar per layer.
 
     Raises:
-        CommandFailed: the engine has none.
+        CommandFailed: the engine has none, or one of an older form.
     """
     engine = client.get_engine(find_engine(client, name, "").name).engine
     report = _read_report(client, engine)
     if as_json:
         output.print_json(report)
         return
+    if "contexts" not in report["needle"]:
+        raise CommandFailed(f"{engine.name} has a report of an older form: see it with --json")
     _show_numbers(engine, report)
     _show_needles(report["needle"])
     _show_worst(report)
