@@ -255,6 +255,18 @@ def test_inspect_says_that_nothing_was_measured(daemon: ScriptedDaemon, script: 
     assert "has no quality report" in done.stderr
 
 
+def test_inspect_points_to_json_for_a_report_of_an_older_form(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    older = {**QUALITY, "needle": {"is_applicable": True, "depths": []}}
+    script.engines = [an_engine(script.blobs, {"graph.json": GRAPH, "quality.json": older})]
+    done = millrace(daemon, "inspect", DIGEST[:8], "--quality")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "see it with --json" in done.stderr
+    shown = millrace(daemon, "inspect", DIGEST[:8], "--quality", "--json")
+    assert json.loads(shown.stdout) == older
+
+
 def test_build_asks_for_the_whole_recipe(
     daemon: ScriptedDaemon, script: Script, tmp_path: Path
 ) -> None:
