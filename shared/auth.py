@@ -55,6 +55,7 @@ RPC_SCOPES: Mapping[str, Scope] = {
     "/inference.GRPCInferenceService/ModelReady": "generate",
     "/inference.GRPCInferenceService/ServerMetadata": "generate",
     "/inference.GRPCInferenceService/ModelMetadata": "generate",
+    "/inference.GRPCInferenceService/ModelConfig": "generate",
     "/inference.GRPCInferenceService/ModelInfer": "generate",
     "/inference.GRPCInferenceService/ModelStreamInfer": "generate",
     "/millrace.artifact.v1.ArtifactService/FindEngine": "build",

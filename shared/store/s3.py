@@ -14,6 +14,7 @@ Source: OCI image-spec 1.1, image-layout.md; S3's conditional writes.
 import json
 import random
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ from shared.store.registry import Manifest, TagMoved
 
 _INDEX, _LAYOUT = "index.json", "oci-layout"
 _MAX_CHANGES, _CHANGE_WAIT_S = 50, 0.2
-_BLOBS, _FRESH, _CLOCK = "blobs/sha256/", "fresh/", "fresh/clock"
+_BLOBS, _FRESH, _CLOCKS = "blobs/sha256/", "fresh/", "clocks/"
 # A push may take half of what a sweep spares, and clocks may differ by some of the other half.
 _YOUNG_S = DEFAULT_GRACE_S / 2
 
@@ -215,21 +216,24 @@ class S3Registry:
         there. Several may sweep at once.
         """
         with self._told():
-            obstore.put(self._objects, _CLOCK, b"")
-            old_s = obstore.head(self._objects, _CLOCK)["last_modified"].timestamp() - grace_s
-            obstore.delete(self._objects, _CLOCK)
+            # Each sweep has a clock of its own, which others leave alone unless it was left behind.
+            clock = f"{_CLOCKS}{secrets.token_hex(8)}"
+            obstore.put(self._objects, clock, b"")
+            now_s = obstore.head(self._objects, clock)["last_modified"].timestamp()
+            obstore.delete(self._objects, clock)
+            spared_s = {_BLOBS: grace_s, _FRESH: grace_s, _CLOCKS: max(grace_s, DEFAULT_GRACE_S)}
             found = [
                 one
-                for prefix in (_BLOBS, _FRESH)
+                for prefix in spared_s
                 for page in obstore.list(self._objects, prefix)
                 for one in page
-                if one["last_modified"].timestamp() <= old_s
+                if one["last_modified"].timestamp() <= now_s - spared_s[prefix]
             ]
         # Only now: what was tagged until here is kept.
         keep = {_path(digest) for digest in self._tagged_digests()}
         num_blobs = num_bytes = 0
         for one in found:
-            if one["path"] not in keep and self._delete_old(one["path"], old_s):
+            if one["path"] not in keep and self._delete_old(one["path"], now_s - grace_s):
                 num_blobs, num_bytes = num_blobs + 1, num_bytes + one["size"]
         return Sweep(num_blobs, num_bytes)
 

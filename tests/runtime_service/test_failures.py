@@ -332,11 +332,17 @@ async def test_refused_commands_of_a_client_that_never_reads_cost_a_bounded_buff
 async def test_long_refused_names_come_in_messages_of_their_own(tmp_path: Path) -> None:
     async with running_daemon(tmp_path) as daemon:
         call = daemon.call()
+
+        async def read() -> list[int]:
+            return [message.ByteSize() async for message in call.raw]
+
+        # Meanwhile: of a client that reads nothing, nothing more is read either.
+        reading = asyncio.create_task(read())
         for number in range(20):
             await call.start(str(number) * 300_000, [40])
         (slow,) = await _calls(daemon)
         await call.done()
-        sizes = [message.ByteSize() async for message in call.raw]
+        sizes = await reading
         assert slow._num_owed_tokens == 0
     assert len(sizes) == 20
 
