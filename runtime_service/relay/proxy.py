@@ -10,12 +10,13 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.generate_calls import generate_stream
 from runtime_service.relay.joined_calls import Caller, JoinedCalls
-from shared.auth import ANYBODY, TENANT_METADATA, tenant_behind
+from shared.auth import ANYBODY, RPC_SCOPES, TENANT_METADATA, tenant_behind
 from shared.edge import abort_with, not_a_message, refuse_unknown_fields
 from shared.errors import MillraceError, to_status
 from shared.tracing import TRACEPARENT
 
 OWN_STREAM = "/millrace.runtime.v1.RuntimeService/GenerateStream"
+_OPEN = ("/grpc.health.", "/grpc.reflection.")
 # gRPC's own, which it makes anew for each hop.
 _HOP = {"user-agent", "content-type", "te"}
 
@@ -38,9 +39,15 @@ class Proxy(grpc.GenericRpcHandler):
 
     def service(
         self, handler_call_details: grpc.HandlerCallDetails
-    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
-        """The handler of a call. On the wire a single message is a stream of one."""
+    ) -> "grpc.RpcMethodHandler[bytes, bytes] | None":
+        """The handler of a call. On the wire a single message is a stream of one.
+
+        What no daemon of ours has is refused here: an answer that comes before a call of gRPC's asyncio has sent
+        its head becomes INTERNAL there.
+        """
         method = handler_call_details.method
+        if method not in RPC_SCOPES and not method.startswith(_OPEN):
+            return None
         if method == OWN_STREAM:
             return grpc.unary_stream_rpc_method_handler(self._own_stream)
         return grpc.stream_stream_rpc_method_handler(partial(self._pass, method))

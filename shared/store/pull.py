@@ -99,8 +99,12 @@ def _fetch(
             count(blob.size_bytes)
             return
         path = blobs.partial / blob.digest.removeprefix("sha256:")
-        with FileIO(path, "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # a sweep leaves it alone
+        with contextlib.ExitStack() as opened:
+            with (
+                blobs.adding()
+            ):  # no sweep comes between, and later ones leave what is locked alone
+                file = opened.enter_context(FileIO(path, "a+"))
+                fcntl.flock(file, fcntl.LOCK_EX)
             was_resumed = file.seek(0, os.SEEK_END) > 0
             found = _download(source, blob, file, count)
             if found != blob.digest and was_resumed:

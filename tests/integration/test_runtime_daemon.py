@@ -1,11 +1,13 @@
 """The runtime daemon as a process: it starts, serves, registers, loses Redis, drains and exits."""
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -88,10 +90,23 @@ async def daemon_process(folder: Path, port: int, *flags: str) -> AsyncIterator[
 
 
 @pytest.fixture
-def port(unused_tcp_port_factory: Any) -> int:
-    """A port that is free, and so is the next one, as far as can be told."""
-    found: int = unused_tcp_port_factory()
-    return found if found < 65535 else unused_tcp_port_factory()
+def port() -> Iterator[int]:
+    """A port that is free, and so is the next one; both are kept from all that take any port."""
+    while True:
+        with contextlib.ExitStack() as held:
+            found = 0
+            try:
+                for number in range(2):
+                    one = held.enter_context(socket.socket())
+                    # Bound and not listening: a server that reuses addresses can listen there.
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # for relays
+                    one.bind(("127.0.0.1", found + number if number else 0))
+                    found = found or one.getsockname()[1]
+            except (OSError, OverflowError):
+                continue
+            yield found
+            return
 
 
 async def test_sigterm_under_load_ends_every_stream_and_the_process(
