@@ -16,6 +16,7 @@ SCENARIOS = load_scenarios()
 OWN_TESTS = {
     "node": ("node", "--test", "dist/test/client.test.js"),
     "java": ("make", "test"),
+    "cpp": ("build/client_test",),
 }
 
 
@@ -89,23 +90,13 @@ def _differences(expected: Any, found: Any, where: str) -> list[str]:
 
 @pytest.mark.parametrize("name", OWN_TESTS)
 def test_client_passes_its_own_tests(name: str) -> None:
-    """What a scenario cannot ask of it: wrong uses, and times that pass."""
+    """What a scenario cannot ask of it: wrong uses, other threads, and times that pass."""
     language = LANGUAGES[name]
     if missing := language.missing():
         assert not os.environ.get("CI"), f"CI lacks {missing}"
         pytest.skip(f"the {name} client needs {missing}")
     language.build()
     build_with(*OWN_TESTS[name], cwd=CLIENTS / name)
-
-
-def test_cpp_client_passes_its_own_tests() -> None:
-    """What a scenario cannot ask of it: wrong uses, other threads, and times that pass."""
-    language = LANGUAGES["cpp"]
-    if missing := language.missing():
-        assert not os.environ.get("CI"), f"CI lacks {missing}"
-        pytest.skip(f"the cpp client needs {missing}")
-    language.build()
-    build_with("build/client_test", cwd=CLIENTS / "cpp")
 
 
 def test_differences_are_found() -> None:
