@@ -49,6 +49,8 @@ class CudaStream:
         # Warm-up and capture use one stream: libraries keep their workspaces by stream.
         self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        # A pool that no graph uses is gone for good, so the last one captured stays.
+        self._last: torch.cuda.CUDAGraph | None = None
 
     @property
     def device(self) -> torch.device:
@@ -79,6 +81,7 @@ class CudaStream:
             finally:
                 graph.capture_end()
         current.wait_stream(self._side)
+        self._last = graph
         return graph.replay
 
 
