@@ -27,6 +27,7 @@ Gateway = Annotated[
     str,
     typer.Option("--gateway", metavar="HOST:PORT", envvar="MILLRACE_CLI_GATEWAY", help="Gateway."),
 ]
+HOME = Path("~/.millrace")
 State = Annotated[
     Path,
     typer.Option(

@@ -1,0 +1,132 @@
+"""The commands that generate with a runtime, and that choose what it serves."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from millrace.cli.options import (
+    COMPILER,
+    GENERATING,
+    RUNTIME,
+    AsJson,
+    Compiler,
+    MaxTokens,
+    Quant,
+    Runtime,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
+
+if TYPE_CHECKING:
+    from millrace.generation import GenerateOptions
+
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel=GENERATING, epilog="Example: millrace load smollm2-135m")
+def load(
+    engine: Annotated[
+        str, typer.Argument(metavar="ENGINE", help="Model name, engine name, or its first digits.")
+    ],
+    quant: Quant = "",
+    compiler: Compiler = COMPILER,
+    runtime: Runtime = RUNTIME,
+    as_json: AsJson = False,
+) -> None:
+    """Have the runtime serve an engine.
+
+    What it is generating is finished first.
+    """
+    from millrace.cli.connecting import client as connect
+    from millrace.cli.loading import load as run
+
+    with connect(compiler, runtime) as client:
+        run(client, engine, quant, as_json=as_json)
+
+
+@commands.command(
+    rich_help_panel=GENERATING,
+    epilog='Example: millrace generate "Once upon a time" -m 64 -t 0.8 --seed 1',
+)
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; -: stdin.")],
+    is_chat: Annotated[
+        bool, typer.Option("--chat", help="PROMPT is a message, for the chat template.")
+    ] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", min=1, help="Answers to draw.")
+    ] = 1,
+    stop: Stop = None,
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on past the end.")] = False,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", min=0, help="Seconds; 0: none.")
+    ] = 0.0,
+    runtime: Runtime = RUNTIME,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text, streamed; its speed goes to stderr."""
+    from millrace.cli.connecting import client as connect
+    from millrace.cli.generating import generate as run
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    options = _options(max_tokens, temperature, top_p, top_k, seed, stop)
+    if samples > 1:
+        options["n"] = samples
+    if ignore_end:
+        options["ignore_end_tokens"] = True
+    if timeout_s:
+        options["timeout_s"] = timeout_s
+    with connect(runtime=runtime) as client:
+        asked = [{"role": "user", "content": text}] if is_chat else text
+        run(client, asked, options, as_json=as_json)  # type: ignore[arg-type]
+
+
+@commands.command(
+    rich_help_panel=GENERATING, epilog='Example: millrace chat --system "Answer in one sentence."'
+)
+def chat(
+    system: Annotated[
+        str, typer.Option("--system", metavar="TEXT", help="What the model is told first.")
+    ] = "",
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    runtime: Runtime = RUNTIME,
+) -> None:
+    """Talk with the model, through its own chat template."""
+    from millrace.cli.connecting import client as connect
+    from millrace.cli.generating import chat as run
+
+    with connect(runtime=runtime) as client:
+        run(client, system, _options(max_tokens, temperature, top_p, top_k, seed, None))
+
+
+def _options(
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+    stop: list[str] | None,
+) -> "GenerateOptions":
+    options: GenerateOptions = {"max_new_tokens": max_tokens, "temperature": temperature}
+    if top_p != 1.0:
+        options["top_p"] = top_p
+    if top_k:
+        options["top_k"] = top_k
+    if seed is not None:
+        options["seed"] = seed
+    if stop:
+        options["stop"] = stop
+    return options
