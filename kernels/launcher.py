@@ -1,6 +1,6 @@
 """Loads an engine's machine code through the CUDA driver and launches it on torch's stream.
 
-libcuda is called through ctypes: a serving process needs no compiler. A launch can be captured in a
+A serving process needs no compiler, and code may be loaded before torch is imported. A launch can be captured in a
 CUDA graph. What a kernel computes and which arguments it wants is not known here.
 """
 
@@ -9,8 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
+from kernels.driver import Driver
 from kernels.variant import DIVISIBILITY, KernelRecord, KernelVariant
 from shared.arch import ARCHES, Arch, arch_named
 from shared.errors import ArchMismatch, DriverTooOld
@@ -34,33 +33,6 @@ class _Config(ctypes.Structure):  # CUlaunchConfig
         ("attributes", ctypes.POINTER(_Attribute)),
         ("num_attributes", ctypes.c_uint),
     )
-
-
-class CudaError(RuntimeError):
-    """The driver refused a call: our own mistake, or a device that is lost."""
-
-
-class Driver:
-    """libcuda, with a context current on this thread. torch has made the device's primary context."""
-
-    def __init__(self) -> None:
-        torch.cuda.current_stream()  # makes the primary context
-        self.library = ctypes.CDLL("libcuda.so.1")
-        self.launch_ex = self.library.cuLaunchKernelEx
-        self.launch_ex.argtypes = (ctypes.c_void_p,) * 4
-
-    def check(self, result: int, what: str) -> None:
-        """Raises CudaError where `result` is not CUDA_SUCCESS."""
-        if result:
-            text = ctypes.c_char_p()
-            self.library.cuGetErrorString(result, ctypes.byref(text))
-            raise CudaError(f"{what}: {(text.value or b'unknown error').decode()} ({result})")
-
-    def version(self) -> tuple[int, int]:
-        """The CUDA version that the driver speaks."""
-        number = ctypes.c_int()
-        self.check(self.library.cuDriverGetVersion(ctypes.byref(number)), "cuDriverGetVersion")
-        return number.value // 1000, number.value % 1000 // 10
 
 
 def check_device(arch: Arch, capability: tuple[int, int], driver: tuple[int, int]) -> None:
@@ -148,14 +120,21 @@ class Kernel:
             field.value = argument
         config = self._config
         config.gx, config.gy, config.gz = grid
-        config.stream = torch.cuda.current_stream().cuda_stream
+        config.stream = _current_stream()
         result = self._driver.launch_ex(self._config_at, self._function, self._pointers_at, None)
         if result:
             self._driver.check(result, f"launching {self._name}")
 
 
+def _current_stream() -> int:
+    import torch  # not at the head: code is loaded before it is there
+
+    stream: int = torch.cuda.current_stream().cuda_stream
+    return stream
+
+
 class KernelLibrary:
-    """An engine's kernels, loaded on the current device as they are first asked for.
+    """An engine's kernels, loaded on the current device as they are first asked for, or all ahead.
 
     Args:
         index: the layer `kernels/index.json`.
@@ -168,7 +147,7 @@ class KernelLibrary:
         raw = json.loads(index)
         self.arch = arch_named(raw["arch"])
         self._driver = Driver()
-        capability = torch.cuda.get_device_capability()
+        capability = self._driver.capability()
         check_device(self.arch, capability, self._driver.version())
         # Another minor revision of a portable arch runs its cubins; another major only its PTX.
         assert self.arch.capability is not None
@@ -180,9 +159,19 @@ class KernelLibrary:
     def __contains__(self, variant: KernelVariant) -> bool:
         return variant.key in self._records
 
+    def load_all(self) -> None:
+        """Loads every kernel; for a thread that has time, while nobody else uses this.
+
+        Not PTX, which the driver would compile: an engine has many kernels that a GPU's table does not choose.
+        """
+        for key in () if self.uses_ptx else self._records:
+            self._load(key)
+
     def kernel(self, variant: KernelVariant) -> Kernel:
         """The loaded kernel; KeyError where the engine was not compiled with this variant."""
-        key = variant.key
+        return self._load(variant.key)
+
+    def _load(self, key: str) -> Kernel:
         if key not in self._kernels:
             record = self._records[key]
             place = record.ptx if self.uses_ptx else record.code

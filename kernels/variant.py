@@ -6,7 +6,8 @@ by the variant's key. This file knows neither Triton nor CUDA: it is what those 
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 Constant = bool | int | float | str | None
 
@@ -32,6 +33,7 @@ class Argument:
     is_aligned: bool
 
 
+@cache
 def pointer(name: str, dtype: str) -> Argument:
     """A pointer; all of ours are 16-byte aligned (undeclared, vector loads fall apart)."""
     return Argument(name, f"*{dtype}", True)
@@ -54,6 +56,7 @@ class KernelVariant:
         num_warps: of 32 threads.
         num_stages: depth of the software pipeline.
         has_pdl: launched with programmatic dependent launch.
+        key: the variant's name: equal keys mean equal variants. Made once: every launch asks for it.
     """
 
     op: str
@@ -63,14 +66,14 @@ class KernelVariant:
     num_warps: int = 4
     num_stages: int = 1
     has_pdl: bool = False
+    key: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # One spelling: variants with equal keys are equal.
         object.__setattr__(self, "constants", tuple(sorted(self.constants)))
+        object.__setattr__(self, "key", self._key())
 
-    @property
-    def key(self) -> str:
-        """The variant's name: equal keys mean equal variants."""
+    def _key(self) -> str:
         spec = json.dumps(
             [
                 [[a.name, a.type, a.is_aligned] for a in self.arguments],

@@ -29,7 +29,7 @@ class EngineInterpreter:
     def __init__(self, ahead: str = "") -> None:
         self._is_taken = False
         self.front, engine = socket_pair()
-        command = [sys.executable, "-m", "runtime_service.engine_process"]
+        command = [sys.executable, "-m", "runtime_service.engine_main"]
         try:
             with engine:
                 self.process = subprocess.Popen(

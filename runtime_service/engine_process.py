@@ -11,7 +11,6 @@ import pickle
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -161,7 +160,3 @@ def _load(spec: EngineSpec) -> tuple[LoadedEngine, Ready]:
         ("warm_up", time.monotonic() - warm_up_started),
     )
     return loaded, Ready(loaded.limits, phases)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,10 +1,11 @@
-"""The beginnings of a process: its age, and what children do first: end with their parent, share one OpenMP library.
+"""The beginnings of a process: its age, its bytecode, and what children do first: end with their parent, share OpenMP.
 
 Run as a program, it becomes the program in its arguments; it then imports nothing of the house.
 """
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
+_BYTECODE = "~/.cache/millrace/bytecode"
 
 
 def process_age_s() -> float:
@@ -49,6 +51,26 @@ def ending_with_parent(command: Sequence[str]) -> list[str]:
         command: an absolute path, and arguments.
     """
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
+
+
+def keep_bytecode(package: str) -> None:
+    """Has Python keep what it compiles from now on in `~/.cache/millrace`, if nothing keeps it beside the sources.
+
+    Some installers compile nothing, and images set PYTHONDONTWRITEBYTECODE or are read-only: then every start would
+    compile all sources again, of torch for 3 s. Where PYTHONPYCACHEPREFIX is set, Python does as it says.
+
+    Args:
+        package: the one whose bytecode is looked for; it is not imported.
+    """
+    spec = importlib.util.find_spec(package)
+    if sys.pycache_prefix or spec is None or spec.cached is None or os.path.exists(spec.cached):
+        return
+    if not sys.dont_write_bytecode and os.access(os.path.dirname(spec.origin or ""), os.W_OK):
+        return  # the first import leaves it there
+    folder = os.path.expanduser(_BYTECODE)
+    with contextlib.suppress(OSError):  # there is no home to write to: every start compiles
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        sys.pycache_prefix, sys.dont_write_bytecode = folder, False
 
 
 def share_openmp() -> None:

@@ -1,6 +1,7 @@
 """Which variants of the attention kernel serve a shape, and how they are launched. Pure data."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from kernels.launch import Grid, Scratch, Sizes
 from kernels.variant import Argument, Constant, KernelVariant, integer, pointer
@@ -81,6 +82,7 @@ def prefill_tiles(shape: AttentionShape, arch: Arch) -> AttentionTiles:
     return AttentionTiles(max(1, rows // shape.group), block_n, 1, stages=stages)
 
 
+@cache  # layers have equal shapes
 def variant(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> KernelVariant:
     """The compiled specialization; without splits the scratch pointers are gone."""
     constants: dict[str, Constant] = {

@@ -5,8 +5,9 @@ what another number of SMs would want. A linear that leaves the squares of its r
 built-in rows of a program in all of them, because the next linear is compiled for that number of parts. Pure data.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 
 from kernels.linear.launch import (
     LinearShape,
@@ -34,7 +35,8 @@ _FEWEST_VALUES, _MOST_VALUES = 16, 128
 _MOST_SPLIT_PROGRAMS = 256
 
 
-def candidates(shape: LinearShape, arch: Arch, max_tokens: int) -> dict[str, tuple[Tiles, int]]:
+@cache  # layers have equal shapes
+def candidates(shape: LinearShape, arch: Arch, max_tokens: int) -> Mapping[str, tuple[Tiles, int]]:
     """Tiles and the tokens of a tile, by name; 1 token is the kernel for one.
 
     Args:

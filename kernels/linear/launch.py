@@ -4,6 +4,7 @@ Pure data: read by the compiler, which compiles the variants, and by the runtime
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 from kernels.launch import Scratch
 from kernels.linear.gpu import INT4_PARTS
@@ -85,6 +86,8 @@ class Tiles:
     vector: int = 0
 
 
+# Layers have equal shapes: what one asked for is there for the next.
+@cache
 def one_token(shape: LinearShape, arch: Arch, tiles: Tiles) -> KernelVariant:
     """The variant for exactly one token."""
     if shape.layout == "int4_group":
@@ -105,6 +108,7 @@ def one_token(shape: LinearShape, arch: Arch, tiles: Tiles) -> KernelVariant:
     return _variant("linear_one", shape, arch, constants, tiles, ())
 
 
+@cache
 def few_tokens(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> KernelVariant:
     """The variant for tiles of `block_m` tokens; its last argument is the number of tokens."""
     share = -(-shape.k // (tiles.split_k * tiles.block_k)) * tiles.block_k

@@ -6,11 +6,14 @@ locks: so `loading`, which reaches torch, is the one module that is imported her
 
 import gc
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime_service.execution.machine_code import load_library
 from runtime_service.execution.options import RunnerOptions
+from shared.arch import arch_named
 from shared.store.local import LocalStore
 from shared.store.weight_files import WeightFiles
 
@@ -25,6 +28,7 @@ def import_ahead() -> None:
         import runtime_service.execution.loading  # noqa: F401 - to have it
     finally:
         gc.enable()
+    gc.freeze()  # a collection while the engine is loaded would walk all of it, 0.2 s each time
 
 
 def load_engine(
@@ -47,13 +51,16 @@ def load_engine(
     local = LocalStore(Path(store))
     manifest = local.get(engine)
     began = time.monotonic()
-    with WeightFiles(local, manifest) as files:
+    with WeightFiles(local, manifest) as files, ThreadPoolExecutor(1, "load-kernels") as ahead:
         files.start_verify()
+        is_gpu = arch_named(manifest.key.arch).is_gpu
+        code = ahead.submit(load_library, local, manifest) if is_gpu else None
+        import_ahead()
         from runtime_service.execution.loading import load_runner
 
         imported = ("import_torch", time.monotonic() - began)
         options = RunnerOptions(
             max_sequence_tokens, max_sequences, max_step_tokens, kv_bytes, num_threads
         )
-        loaded = load_runner(local, manifest, options, files)
+        loaded = load_runner(local, manifest, options, files, code.result if code else None)
     return replace(loaded, phases=(imported, *loaded.phases))

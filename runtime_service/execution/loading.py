@@ -1,7 +1,7 @@
 """An engine from the store onto its device: mapped, packed for this machine, verified."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -9,14 +9,13 @@ import psutil
 import structlog
 import torch
 
-from kernels.launcher import KernelLibrary
 from kernels.linear.gpu import arranged, is_arranged
-from kernels.variant import CODE_TITLE, INDEX_TITLE
 from runtime_service.execution.cuda_engine import assemble
 from runtime_service.execution.cuda_executor import PackedWeights
 from runtime_service.execution.cuda_model_runner import CudaModelRunner
 from runtime_service.execution.device_stream import CudaLane, CudaStream
 from runtime_service.execution.limits import choose_limits
+from runtime_service.execution.machine_code import OpenLibrary, library_of
 from runtime_service.execution.model_runner import ModelRunner
 from runtime_service.execution.options import RunnerOptions
 from runtime_service.execution.tuned import tuning_table
@@ -51,11 +50,13 @@ def load_runner(
     engine: EngineManifest,
     options: RunnerOptions,
     files: WeightFiles | None = None,
+    open_library: OpenLibrary | None = None,
 ) -> LoadedEngine:
     """The engine, loaded; nothing of it was used before all of its bytes were verified.
 
     Args:
         files: the engine's, where hashing them has begun already; closed by this.
+        open_library: gives its machine code, where loading that has begun already.
     Raises:
         ArchMismatch: it is for another kind of device.
         DigestMismatch, BlobNotFound: the store's copy is not whole.
@@ -67,7 +68,8 @@ def load_runner(
         if not torch.cuda.is_available():
             command = "millrace-runtime --arch cpu"
             raise ArchMismatch(built_for=arch.name, found="cpu", command=command)
-        return _load_cuda_runner(store, engine, options, files, phases)
+        open_library = open_library or library_of(store, engine)
+        return _load_cuda_runner(store, engine, options, files, open_library, phases)
     return _load_cpu_runner(store, engine, options, files, phases)
 
 
@@ -120,17 +122,6 @@ def read_graph(store: LocalStore, engine: EngineManifest) -> Graph:
     return Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
 
 
-def library_of(store: LocalStore, engine: EngineManifest) -> Callable[[], KernelLibrary]:
-    """What opens the engine's machine code, which is read now, on the current device.
-
-    Raises:
-        DigestMismatch, BlobNotFound: the store's copy is not whole.
-    """
-    code = store.read_all(engine.layer(CODE_TITLE).digest)
-    index = store.read_all(engine.layer(INDEX_TITLE).digest)
-    return lambda: KernelLibrary(index, lambda offset, size: code[offset : offset + size])
-
-
 def as_kernels_read(graph: Graph, copy: WeightCopy) -> PackedWeights:
     """The weights on the device in the order of its kernels. One that is to be arranged has to be there first."""
     if not any(is_arranged(spec) for spec in graph.weights.values()):
@@ -146,10 +137,10 @@ def _load_cuda_runner(
     engine: EngineManifest,
     options: RunnerOptions,
     files: WeightFiles | None,
+    open_library: OpenLibrary,
     phases: "_Phases",
 ) -> LoadedEngine:
     graph = read_graph(store, engine)
-    open_library = library_of(store, engine)
     with WeightReader(store, engine, files) as reader:
         reader.start_verify()  # beside all that follows
         with phases.timed("device_context"):

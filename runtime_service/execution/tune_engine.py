@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 import torch
 
 from runtime_service.execution.device_stream import CudaLane, CudaStream
-from runtime_service.execution.loading import as_kernels_read, library_of, read_graph
+from runtime_service.execution.loading import as_kernels_read, read_graph
+from runtime_service.execution.machine_code import library_of
 from runtime_service.execution.step_timer import CudaClock, StepTimer, fitting_steps
 from runtime_service.execution.tuner import tune
 from runtime_service.execution.weight_copy import LANE_BYTES, NUM_LANES, WeightCopy

@@ -184,7 +184,7 @@ def token_ids(events: list[pb.Event]) -> list[int]:
 def engine_processes(pid: int) -> list[psutil.Process]:
     """The engine processes of the runtime daemon `pid`."""
     children = psutil.Process(pid).children()
-    return [child for child in children if "runtime_service.engine_process" in child.cmdline()]
+    return [child for child in children if "runtime_service.engine_main" in child.cmdline()]
 
 
 async def serving(channel: grpc.aio.Channel) -> None:

@@ -27,6 +27,18 @@ def _graph(family: str, scheme: str, **sizes: object) -> Graph:
     return SCHEMES[scheme].apply(fused, QuantConfig(scheme, group))
 
 
+def test_layers_of_equal_shapes_share_their_variants() -> None:
+    """A model is lowered when its engine starts: what a layer costs there is counted in layers."""
+    num_variants = set()
+    for num_layers in (2, 8):
+        graph = llama_graph(MODELS["tiny"], "plain", num_layers)
+        steps = lower(graph, ARCHES["sm_90"], REGIMES[0])
+        linears = [s.variant for s in steps if isinstance(s, Launch) and s.variant.op == "linear"]
+        assert len(linears) == 4 * num_layers + 1
+        num_variants.add(len({id(variant) for variant in linears}))
+    assert len(num_variants) == 1
+
+
 def _names(variant: KernelVariant) -> set[str]:
     return {argument.name for argument in variant.arguments}
 
