@@ -235,6 +235,17 @@ def test_replayed_graph_gives_what_its_launches_give() -> None:
         assert torch.equal(captured, launched), steps
 
 
+def test_stream_captures_again_when_no_graph_is_held_any_more() -> None:
+    """As tuning does: torch forgets a pool of graphs with its last one."""
+    stream, counted = CudaStream(), torch.zeros((), device="cuda")
+    for number in range(3):
+        replay = stream.capture(lambda: counted.add_(torch.ones((), device="cuda")))
+        counted.zero_()
+        replay()
+        assert float(counted) == 1.0, number
+        del replay
+
+
 def test_copied_block_holds_the_same_keys() -> None:
     engine = engine_of()
     tokens = torch.arange(17, dtype=torch.int32)
