@@ -2,6 +2,7 @@
 
 python -m bench.gpu_offline .gpu --model llama-3.1-8b --quant bf16 --cases b1,t1,t2,t3,itl
 Random weights, random prompts (no prefix hits), greedy, end tokens ignored; `.gpu` is what `bench.gpu_kernels` made.
+Choices are those of the shipped tuning table, as in a runtime, where `.gpu` holds their kernels (`--candidates`).
 Prints one JSON line a case: output tokens per second from the first request to the last token, after a warm-up, and
 how near that is to the device's measured limits (see gpu_roofline.py).
 """
@@ -37,6 +38,7 @@ from runtime_service.engine_core import ModelRunner, PendingStep
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream
 from runtime_service.execution.options import RunnerOptions
+from runtime_service.execution.tuned import shipped_table
 from runtime_service.limits import RuntimeLimits
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
 from runtime_service.scheduling.scheduler import Scheduler
@@ -246,6 +248,7 @@ def main() -> None:
             limits,
             CudaStream(),
             lambda: torch.cuda.mem_get_info()[0],
+            shipped_table(graph, library, torch.cuda.get_device_name()),
         )
         assembled = time.perf_counter()
         if not options.eager:

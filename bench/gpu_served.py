@@ -68,7 +68,9 @@ def first_token_offline(loaded: Any) -> float:
     return first
 
 
-def write_engine(root: Path, kernels: Path, model: str, quant: str) -> dict[str, float]:
+def write_engine(
+    root: Path, kernels: Path, model: str, quant: str, arch: str = "sm_90"
+) -> dict[str, float]:
     """Publishes an engine of random weights; several threads write, as it is as large as the model."""
     import torch
 
@@ -117,12 +119,12 @@ def write_engine(root: Path, kernels: Path, model: str, quant: str) -> dict[str,
     index = store.write_blob([WeightIndex(places).to_json()], WEIGHT_INDEX_TYPE, WEIGHTS_TITLE)
     machine_code = [
         store.write_blob(
-            [(kernels / f"sm_90.models.{Path(title).name}").read_bytes()], KERNELS_TYPE, title
+            [(kernels / f"{arch}.models.{Path(title).name}").read_bytes()], KERNELS_TYPE, title
         )
         for title in (INDEX_TITLE, CODE_TITLE)
     ]
     publish_textual(
-        store, model, "sm_90", quant, MODELS[model].vocab, graph.to_json().encode(),
+        store, model, arch, quant, MODELS[model].vocab, graph.to_json().encode(),
         (index, *weights, *machine_code),
     )  # fmt: skip
     return {

@@ -23,12 +23,16 @@ def device_arch() -> Arch:
 
 def library_of(variants: set[KernelVariant], arch: Arch) -> KernelLibrary:
     """Machine code of `variants` for `arch`, on the device; compiled now where it was not before."""
+    index, code = layers_of(variants, arch)
+    return KernelLibrary(index, lambda offset, size: code[offset : offset + size])
+
+
+def layers_of(variants: set[KernelVariant], arch: Arch) -> tuple[bytes, bytes]:
+    """The two kernel layers of `variants` for `arch`; compiled now where they were not before."""
     folder = prebuilt_folder(variants, arch)
     if folder.is_dir():
-        index, code = (folder / "index.json").read_bytes(), (folder / "code.bin").read_bytes()
-    else:
-        index, code = compiled(variants, arch)
-    return KernelLibrary(index, lambda offset, size: code[offset : offset + size])
+        return (folder / "index.json").read_bytes(), (folder / "code.bin").read_bytes()
+    return compiled(variants, arch)
 
 
 def compiled(variants: set[KernelVariant], arch: Arch) -> tuple[bytes, bytes]:

@@ -5,10 +5,10 @@ python -m tests.gpu.prebuild --arch sm_90
 
 import argparse
 
-from bench.gpu_models import MODELS, llama_graph
 from kernels.lowering import variants
 from shared.arch import arch_named
 from tests.gpu.device import compiled, prebuilt_folder
+from tests.gpu.test_executor_on_gpu import TUNED, tiny_graph
 from tests.gpu.test_model_runner_on_gpu import sampler_variants
 
 
@@ -16,12 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", default="sm_90")
     arch = arch_named(parser.parse_args().arch)
-    tiny = llama_graph(MODELS["tiny"], "plain")
-    for wanted in (
-        sampler_variants(),
-        variants(tiny, arch),
-        variants(tiny, arch, with_candidates=True),
-    ):
+    graphs = [tiny_graph(quant, kv_cache=kv_cache) for quant, kv_cache in TUNED]
+    tiny = [variants(graph, arch, with_candidates=True) for graph in graphs]
+    for wanted in (sampler_variants(), *tiny):
         index, code = compiled(wanted, arch)
         folder = prebuilt_folder(wanted, arch)
         folder.mkdir(parents=True, exist_ok=True)
