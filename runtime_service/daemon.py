@@ -23,6 +23,7 @@ from runtime_service.runtime import OnLost, Runtime
 from runtime_service.served_engine import EngineText
 from runtime_service.service import RuntimeService
 from runtime_service.settings import RuntimeSettings, quant_named
+from shared.background import Background
 from shared.channels import PeerSecurity
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import MillraceError
@@ -129,13 +130,15 @@ async def _serve(
     registration = _registration(settings, service, settings.advertise or server.address)
     if registration is not None:
         registration.start()
-    telling = asyncio.create_task(tell_changes(server, runtime, registration, changed))
+    background = Background()
+    background.keep("tell_changes", lambda: tell_changes(server, runtime, registration, changed))
     reconciler = _reconciler(settings, runtime, service.runtime_id)
-    following = asyncio.create_task(reconciler.run() if reconciler else asyncio.sleep(0))
+    following = background.keep("follow_deployment", reconciler.run) if reconciler else None
 
     async def drain() -> None:
         loading.cancel()
-        following.cancel()
+        if following is not None:
+            following.cancel()
         # Starts are refused from here on; Redis, slow or gone, does not put that off.
         draining = asyncio.create_task(runtime.drain(settings.drain_s))
         if reconciler is not None:
@@ -148,18 +151,15 @@ async def _serve(
         server.serve_until_signal(drain, settings.drain_s + _LAST_EVENTS_S)
     )
     try:
-        # Serving ends in its own time; the others end it only when they fail.
-        running = {serving, loading, telling, following}
-        while serving in running:
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                if not task.cancelled():
-                    task.result()
+        # Serving ends in its own time; loading ends it only when it fails.
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done() and not loading.cancelled():
+            loading.result()
+        await serving
     finally:
-        telling.cancel()
-        following.cancel()
         loading.cancel()
         serving.cancel()
+        await background.close()
         await server.stop()
         if registration is not None:
             await registration.withdraw()
@@ -192,11 +192,11 @@ async def tell_changes(
 ) -> None:
     """Keeps health checks and the fleet's record true, from change to change."""
     while True:
-        await changed.wait()
         changed.clear()
         await server.set_serving(runtime.is_serving)
         if registration is not None:
             registration.refresh()
+        await changed.wait()
 
 
 def _registration(

@@ -154,6 +154,25 @@ class _Held:
         return await self._start_client(engine, on_lost)
 
 
+async def test_engine_that_says_what_nobody_understands_ends_every_stream_once_and_comes_back(
+    tmp_path: Path,
+) -> None:
+    async with running_daemon(tmp_path, step_s=0.005) as daemon:
+        call = daemon.call()
+        for number in range(4):
+            await call.start(str(number), [40, 41], max_new_tokens=400)
+        await call.read_until(lambda: all(call.num_tokens(str(n)) for n in range(4)))
+        pid = daemon.client.pid
+        with structlog.testing.capture_logs() as logs:
+            daemon.client._process.link._reader.feed_data(b"\x01\x00\x00\x00\xff")
+            seen = await call.finish()
+            await until(lambda: daemon.runtime.served is not None)
+        assert [reason_of(one.error) for one in seen.values()] == ["ENGINE_LOST"] * 4
+        assert "read_engine" in [log.get("task") for log in logs]
+        assert daemon.client.pid != pid
+        await still_works(daemon)
+
+
 async def test_status_tells_the_phases_of_a_load_while_it_goes_on(tmp_path: Path) -> None:
     async with running_daemon(tmp_path) as daemon:
         held = daemon.runtime._start_client = _Held(daemon.runtime)
