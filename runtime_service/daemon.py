@@ -5,7 +5,6 @@ The first engine is looked for before anything else is awaited; torch is never i
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import structlog
@@ -14,12 +13,13 @@ from millrace.runtime.v1 import runtime_pb2_grpc
 
 from runtime_service.device import own_arch
 from runtime_service.engine_client import EngineClient
+from runtime_service.engine_core import OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_process import EngineSpec
 from runtime_service.engine_source import EngineSource
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.relay.relays import relays_of
-from runtime_service.runtime import OnLost, Runtime
+from runtime_service.runtime import OnLost, Runtime, StartClient
 from runtime_service.served_engine import EngineText
 from runtime_service.service import RuntimeService
 from runtime_service.settings import RuntimeSettings, quant_named
@@ -241,11 +241,11 @@ def _client_starter(
     loader: str,
     waiting: EngineInterpreter | None,
     metrics: RuntimeMetrics,
-) -> Callable[[EngineManifest, OnLost], Awaitable[EngineClient]]:
+) -> StartClient:
     """Starts engine processes as the settings say."""
     chosen = ("max_sequence_tokens", "max_sequences", "max_step_tokens", "kv_bytes", "num_threads")
 
-    async def start(engine: EngineManifest, on_lost: OnLost) -> EngineClient:
+    async def start(engine: EngineManifest, on_lost: OnLost, on_phase: OnPhase) -> EngineClient:
         spec = EngineSpec(
             loader,
             {
@@ -265,6 +265,7 @@ def _client_starter(
             load_timeout_s=settings.load_timeout_s,
             step_timeout_s=settings.step_timeout_s,
             on_lost=on_lost,
+            on_phase=on_phase,
         )
 
     return start

@@ -14,12 +14,14 @@ from collections.abc import Callable
 import structlog
 from google.rpc import status_pb2
 
+from runtime_service.engine_core import OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_messages import (
     AddRequest,
     Command,
     EngineStats,
     Failed,
+    Loading,
     Ready,
     Shutdown,
     StepOutputs,
@@ -95,11 +97,13 @@ class EngineClient:
         load_timeout_s: float,
         step_timeout_s: float,
         on_lost: Callable[["EngineClient", MillraceError], None],
+        on_phase: OnPhase = lambda _: None,
     ) -> "EngineClient":
         """A client of a new process that has loaded what `spec` says.
 
         Args:
             waiting: see `start_engine_process`.
+            on_phase: called with the name of each phase of loading that begins.
         Raises:
             MillraceError: what the process says why it cannot.
             EngineLost: it died or took too long.
@@ -107,7 +111,8 @@ class EngineClient:
         process = await start_engine_process(spec, waiting)
         try:
             async with asyncio.timeout(load_timeout_s):
-                reply = await process.link.receive()
+                while isinstance(reply := await process.link.receive(), Loading):
+                    on_phase(reply.phase)
             if isinstance(reply, Failed):
                 raise from_status(status_pb2.Status.FromString(reply.status))
             assert isinstance(reply, Ready), f"it began with {type(reply).__name__}"

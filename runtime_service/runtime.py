@@ -15,6 +15,7 @@ import structlog
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.engine_client import EngineClient
+from runtime_service.engine_core import OnPhase
 from runtime_service.engine_source import EngineSource
 from runtime_service.generation import Generation
 from runtime_service.generation_call import GenerationCall, OnMember
@@ -48,6 +49,7 @@ _NUM_TEXT_THREADS = 2
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.2, 30.0
 
 OnLost = Callable[[EngineClient, MillraceError], None]
+StartClient = Callable[[EngineManifest, OnLost, OnPhase], Awaitable[EngineClient]]
 
 _log = structlog.get_logger()
 
@@ -73,7 +75,7 @@ class Runtime:
         arch: of the engines that this machine runs.
         source: where engines come from.
         read_text: reads an engine's text side; blocks.
-        start_client: starts a process for an engine; gives its client once it is loaded.
+        start_client: starts a process for an engine; gives its client once it is loaded, and tells its phases.
         on_change: called when what `state` and `is_serving` say may have changed.
     """
 
@@ -82,7 +84,7 @@ class Runtime:
         arch: str,
         source: EngineSource,
         read_text: Callable[[EngineManifest], EngineText],
-        start_client: Callable[[EngineManifest, OnLost], Awaitable[EngineClient]],
+        start_client: StartClient,
         metrics: RuntimeMetrics,
         on_change: Callable[[], None],
     ) -> None:
@@ -415,7 +417,9 @@ class Runtime:
 
     async def _start(self, engine: EngineManifest) -> ServedEngine:
         """The engine's process and text side, made at the same time."""
-        starting = asyncio.ensure_future(self._start_client(engine, self._on_engine_lost))
+        starting = asyncio.ensure_future(
+            self._start_client(engine, self._on_engine_lost, self.startup.began)
+        )
         try:
             text = await asyncio.to_thread(self._read_text, engine)
             return ServedEngine(engine, text, await starting)
