@@ -4,19 +4,18 @@
 
 Starts a compile daemon, a runtime of a tiny engine and a gateway as processes. A third of the
 messages are random bytes, a third are valid ones with bits flipped, cut or joined, a third are built
-field by field from the protocol's descriptors with extreme values. Prints one JSON line a service.
+field by field from the protocol's descriptors with extreme values; requests of KServe's and OpenAI's
+protocols are nearly right (bench/fuzz_requests.py). Prints one JSON line a service.
 """
 
 import argparse
 import asyncio
 import json
-import math
 import random
-import string
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,11 @@ from grpc_status import rpc_status
 from millrace.artifact.v1 import artifact_pb2
 from millrace.compiler.v1 import compiler_pb2
 from millrace.fleet.v1 import fleet_pb2
+from millrace.kserve.v2 import inference_pb2
 from millrace.runtime.v1 import runtime_pb2
 
+from bench.fuzz_http import fuzz_http
+from bench.fuzz_requests import EXTREME, FLOATS, infer_request, mutated, text
 from shared.errors import ERRORS, reason_of
 from tests.integration.fleet_processes import FleetClient, FleetProcesses
 
@@ -39,9 +41,8 @@ BY_GRPC = {grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
 # What grpc.aio's client says where it wrote on to a call that the daemon had ended.
 WRITE_AFTER_END = "Internal error from Core"
 CALL_S = 2.0
-AT_ONCE = 16
-# Numbers that break what was not thought of.
-EXTREME = (0, 1, -1, 2, 63, 64, 65, 2**31 - 1, -(2**31), 2**63 - 1, 2**64 - 1)
+AT_ONCE = 128
+OPENAI = "openai"
 
 
 def main() -> None:
@@ -54,12 +55,21 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         FleetProcesses(Path(folder), num_runtimes=1, num_compilers=1) as fleet,
     ):
-        for line in asyncio.run(fuzz(fleet, arguments.messages, arguments.seed)):
-            print(json.dumps(line))
+        asyncio.run(fuzz(fleet, arguments.messages, arguments.seed, print_line))
 
 
-async def fuzz(fleet: FleetProcesses, num_messages: int, seed: int) -> list[dict[str, Any]]:
-    """What every service said to its share of `num_messages`.
+def print_line(line: dict[str, Any]) -> None:
+    """As it comes: all of it takes a while."""
+    print(json.dumps(line), flush=True)
+
+
+async def fuzz(
+    fleet: FleetProcesses,
+    num_messages: int,
+    seed: int,
+    on_line: Callable[[dict[str, Any]], None],
+) -> None:
+    """Tells what every service said to its share of `num_messages`.
 
     Raises:
         AssertionError: a daemon ended, leaked, or said what is not documented.
@@ -71,25 +81,31 @@ async def fuzz(fleet: FleetProcesses, num_messages: int, seed: int) -> list[dict
             (fleet.gateway, runtime_pb2.DESCRIPTOR.services_by_name["RuntimeService"]),
             (fleet.runtimes[0], runtime_pb2.DESCRIPTOR.services_by_name["RuntimeService"]),
             (fleet.gateway, fleet_pb2.DESCRIPTOR.services_by_name["FleetService"]),
+            (fleet.gateway, inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]),
+            (fleet.gateway, None),
             (fleet.compilers[0], compiler_pb2.DESCRIPTOR.services_by_name["CompilerService"]),
             (fleet.compilers[0], artifact_pb2.DESCRIPTOR.services_by_name["ArtifactService"]),
         ]
-        lines = []
         for number, (daemon, service) in enumerate(services):
+            # The runtime may have been told to unload what it served.
+            await gateway.deploy(fleet.checkpoint, 1)
             before_bytes = psutil.Process(daemon.process.pid).memory_info().rss
             started_s = time.monotonic()
-            answers = await fuzz_service(
-                daemon.address, service, num_messages // len(services), random.Random(seed + number)
-            )
-            assert daemon.process.poll() is None, f"{service.name} ended: {daemon.lines[-3:]}"
-            unforeseen = [x for x in daemon.lines if x.get("event") == "rpc_failed_unforeseen"]
+            share, draw = num_messages // len(services), random.Random(seed + number)
+            if service is None:
+                answers = await fuzz_http(fleet.http_address, share, draw)
+            else:
+                answers = await fuzz_service(daemon.address, service, share, draw)
+            name = service.full_name if service is not None else OPENAI
+            assert daemon.process.poll() is None, f"{name} ended: {daemon.lines[-3:]}"
+            unforeseen = [line for line in daemon.lines if is_unforeseen(str(line.get("event")))]
             assert not unforeseen, unforeseen[0]
             after_bytes = psutil.Process(daemon.process.pid).memory_info().rss
-            lines.append(
+            on_line(
                 {
-                    "service": service.full_name,
+                    "service": name,
                     "at": "gateway" if daemon is fleet.gateway else "daemon",
-                    "messages": num_messages // len(services),
+                    "messages": share,
                     "answers": dict(answers.most_common()),
                     "rss_mb": [round(before_bytes / 1e6), round(after_bytes / 1e6)],
                     "seconds": round(time.monotonic() - started_s, 1),
@@ -98,7 +114,11 @@ async def fuzz(fleet: FleetProcesses, num_messages: int, seed: int) -> list[dict
         # Whatever was asked: it still serves, and holds nothing of it.
         await gateway.deploy(fleet.checkpoint, 1)
         await gateway.freed(20.0)
-        return lines
+
+
+def is_unforeseen(event: str) -> bool:
+    """Claims that a log line of that name tells of a mistake of ours."""
+    return event.endswith("_unforeseen") or event == "background_failed"
 
 
 async def fuzz_service(
@@ -163,22 +183,14 @@ def message_of(method: MethodDescriptor, draw: random.Random) -> bytes:
     kind = draw.randrange(3)
     if kind == 0:
         return draw.randbytes(draw.choice((0, 1, 3, 20, 200)))
-    message = GetMessageClass(method.input_type)()
-    fill(message, draw, 0)
+    if method.input_type is inference_pb2.ModelInferRequest.DESCRIPTOR:
+        message: Message = infer_request(draw)
+    else:
+        message = GetMessageClass(method.input_type)()
+        fill(message, draw, 0)
     # A deployment or an engine of its own would cost the others their runtime.
     valid = message.SerializeToString()
     return valid if kind == 1 else mutated(valid, draw)
-
-
-def mutated(data: bytes, draw: random.Random) -> bytes:
-    """`data` with some of it flipped, cut off, or said twice."""
-    changed = bytearray(data)
-    for _ in range(draw.randrange(1, 5)):
-        if changed:
-            changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
-    if draw.random() < 0.3:
-        del changed[draw.randrange(len(changed) + 1) :]
-    return bytes(changed * 2 if draw.random() < 0.2 else changed)
 
 
 def fill(message: Message, draw: random.Random, depth: int) -> None:
@@ -205,7 +217,7 @@ def value_of(field: FieldDescriptor, draw: random.Random) -> Any:
     """A value that the field's type can hold."""
     kinds = FieldDescriptor
     if field.cpp_type in (kinds.CPPTYPE_FLOAT, kinds.CPPTYPE_DOUBLE):
-        return draw.choice((0.0, 1.0, -1.0, 0.5, 1e30, -1e30, math.nan, math.inf))
+        return draw.choice(FLOATS)
     if field.cpp_type == kinds.CPPTYPE_BOOL:
         return draw.random() < 0.5
     if field.type == kinds.TYPE_BYTES:
@@ -218,12 +230,6 @@ def value_of(field: FieldDescriptor, draw: random.Random) -> Any:
     is_signed = field.cpp_type in (kinds.CPPTYPE_INT32, kinds.CPPTYPE_INT64)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if is_signed else (0, 2**bits - 1)
     return min(max(draw.choice((*EXTREME, draw.randrange(300))), low), high)
-
-
-def text(draw: random.Random) -> str:
-    """A string of some kind."""
-    alphabet = draw.choice((string.ascii_lowercase, "aä🙂\0\n", string.printable, "/.:"))
-    return "".join(draw.choices(alphabet, k=draw.choice((0, 1, 5, 70, 300))))
 
 
 if __name__ == "__main__":

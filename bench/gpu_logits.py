@@ -25,7 +25,8 @@ from bench.gpu_models import MODELS, LlamaSizes, llama_graph, random_weights
 from kernels.launcher import KernelLibrary
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream
-from runtime_service.execution.loading import library_of, read_graph
+from runtime_service.execution.loading import read_graph
+from runtime_service.execution.machine_code import library_of
 from runtime_service.execution.options import RunnerOptions
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
 from runtime_service.scheduling.request import SamplingParams, StopParams

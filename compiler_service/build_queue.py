@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis.exceptions
+import structlog
+from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 from redis.asyncio import Redis
 
@@ -32,7 +34,7 @@ from shared.errors import (
     BuildNotFound,
     BuildQueueFull,
 )
-from shared.redis import MAX_BLOCK_S, reachable
+from shared.redis import MAX_BLOCK_S, Records, reachable
 
 BUILDS = "builds"
 INDEX = "builds:index"
@@ -44,6 +46,8 @@ MAX_ATTEMPTS = 3
 QUEUED, RUNNING = "QUEUED", "RUNNING"
 SUCCEEDED, FAILED, CANCELLED = "SUCCEEDED", "FAILED", "CANCELLED"
 _FORGOTTEN_WORKER_MS = 3_600_000
+
+_log = structlog.get_logger()
 
 
 def record_key(digest: str) -> str:
@@ -151,6 +155,7 @@ class BuildQueue:
     def __init__(self, client: Redis, url: str, lease_s: float, max_queued: int) -> None:
         # redis-py's types cannot say that replies are decoded.
         self._redis: Any = client
+        self._records = Records(client, _record)
         self._url = url
         self.lease_s = lease_s
         self._max_queued = max_queued
@@ -176,9 +181,7 @@ class BuildQueue:
 
     async def record(self, digest: str) -> BuildRecord | None:
         """The build as it stands; None where there is no record of it."""
-        async with reachable(self._url):
-            raw = await self._redis.hgetall(record_key(digest))
-        return _record(raw) if raw else None
+        return (await self._found([digest])).get(record_key(digest))
 
     async def watch(self, digest: str) -> AsyncIterator[BuildRecord]:
         """The build as it stands, then at every change, up to and with its end.
@@ -229,11 +232,12 @@ class BuildQueue:
                     INDEX, highest, "-inf", desc=True, byscore=True, withscores=True,
                     offset=0, num=size - len(records) + 1,
                 )  # fmt: skip
+            found = await self._found([digest for digest, _ in rows])
             for digest, score in rows:
                 if len(records) == size:
                     return records, before
                 before = int(score)
-                record = await self.record(digest)
+                record = found.get(record_key(digest))
                 if record is not None:  # else its record has expired before its row
                     records.append(record)
             if not rows:
@@ -273,7 +277,10 @@ class BuildQueue:
                     raise
                 return None
         for entry, fields in found:
-            return Lease(entry, tuple(fields["digests"].split(",")))
+            if fields and fields.get("digests"):
+                return Lease(entry, tuple(fields["digests"].split(",")))
+            _log.warning("build_entry_passed_over", entry=entry)
+            await self.close(owner, Lease(entry, ()))
         return None
 
     async def start(self, owner: str, lease: Lease, digest: str) -> Attempt | None:
@@ -357,6 +364,11 @@ class BuildQueue:
         """Frees all that a worker holds, and forgets it."""
         await self._run("LEAVE", [BUILDS], [owner])
 
+    async def _found(self, digests: Sequence[str]) -> dict[str, BuildRecord]:
+        """Records of builds, by key."""
+        async with reachable(self._url):
+            return await self._records.read([record_key(digest) for digest in digests])
+
     async def _claim_lost(self, owner: str, lease_ms: int) -> Any:
         """The first entry whose worker is silent, if there is one.
 
@@ -412,7 +424,7 @@ def _progress_fields(progress: BuildProgress | None) -> list[object]:
     ]  # fmt: skip
 
 
-def _record(raw: Mapping[str, str]) -> BuildRecord:
+def _record(_: str, raw: Mapping[str, str]) -> BuildRecord:
     progress = None
     if raw["state"] == RUNNING and "stage" in raw:
         progress = BuildProgress(
@@ -424,7 +436,7 @@ def _record(raw: Mapping[str, str]) -> BuildRecord:
         )
     error = None
     if "error" in raw:
-        error = status_pb2.Status.FromString(base64.b64decode(raw["error"]))
+        error = _status(raw["error"])
     timings = json.loads(raw.get("stage_timings", "[]"))
     return BuildRecord(
         job=BuildJob.from_json(raw["job"]),
@@ -437,6 +449,13 @@ def _record(raw: Mapping[str, str]) -> BuildRecord:
         error=error,
         stage_timings=tuple((stage, seconds) for stage, seconds in timings),
     )
+
+
+def _status(text: str) -> status_pb2.Status:
+    try:
+        return status_pb2.Status.FromString(base64.b64decode(text))
+    except DecodeError as error:
+        raise ValueError("its error is no status") from error
 
 
 def _seconds(milliseconds: str | None) -> float | None:

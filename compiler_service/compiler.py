@@ -31,6 +31,7 @@ from compiler_service.operations import (
     Operations,
     events_key,
 )
+from shared.background import Background
 from shared.engine import EngineKey, EngineManifest, QuantConfig
 from shared.errors import (
     BuildNotFound,
@@ -67,7 +68,7 @@ class Compiler:
         self._queue, self._operations, self._store = queue, operations, store
         self._cache_dir = cache_dir
         self._metrics = metrics
-        self._resolving: set[asyncio.Task[None]] = set()
+        self._background = Background()
         self._is_closing = threading.Event()
 
     async def ask(
@@ -85,9 +86,7 @@ class Compiler:
             return await self._admit(request, resolved)
         record = OperationRecord(request, RESOLVING)
         if await self._operations.begin(record):
-            task = asyncio.create_task(self._resolve(record))
-            self._resolving.add(task)
-            task.add_done_callback(self._resolving.discard)
+            self._background.run("resolve", self._resolve(record))
         return record, []
 
     async def watch_operation(
@@ -156,10 +155,7 @@ class Compiler:
     async def close(self) -> None:
         """Ends what this daemon resolves; asking again begins it anew."""
         self._is_closing.set()
-        for task in self._resolving:
-            task.cancel()
-        if self._resolving:
-            await asyncio.wait(self._resolving)
+        await self._background.close()
 
     async def _admit(
         self, request: compiler_pb2.BuildEngineRequest, resolved: "ResolvedModel"

@@ -5,7 +5,6 @@ import os
 import secrets
 import socket
 import sys
-from contextlib import suppress
 
 import structlog
 from millrace.artifact.v1 import artifact_pb2_grpc
@@ -20,6 +19,7 @@ from compiler_service.operations import Operations
 from compiler_service.service import CompilerService
 from compiler_service.settings import CompilerSettings
 from compiler_service.worker import BuildStore, Worker
+from shared.background import Background
 from shared.errors import MillraceError, RedisUnreachable, StoreUnreachable
 from shared.redis import connect, public_url
 from shared.security import ServerSecurity
@@ -59,23 +59,24 @@ async def serve(settings: CompilerSettings, redis_url: str) -> None:
         "compiler_started", redis=public_url(redis_url), store=store.url,
         worker=settings.worker, lease_s=settings.lease_s, metrics=metrics_address,
     )  # fmt: skip
-    tasks = [
-        asyncio.create_task(_sample_queue(queue, metrics)),
-        asyncio.create_task(sweep_regularly(local)),
-    ]
+    background = Background()
+    background.keep("sample_queue", lambda: _sample_queue(queue, metrics))
+    background.keep("sweep_store", lambda: sweep_regularly(local))
     if settings.worker:
         target = BuildStore(store.url, local.root, settings.cache_bytes)
         worker = Worker(queue, _worker_name(), BUILD_CHILD, target, settings.cache_dir, metrics)
-        tasks.append(asyncio.create_task(worker.run()))
+        background.keep("build", worker.run)
 
     async def drain() -> None:
         service.draining.set()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(compiler.close(), *(_ended(task) for task in tasks))
+        await asyncio.gather(compiler.close(), background.close())
 
-    await server.serve_until_signal(drain, settings.drain_s)
-    await client.aclose()
+    try:
+        await server.serve_until_signal(drain, settings.drain_s)
+    finally:
+        await background.close()
+        await server.stop()
+        await client.aclose()
 
 
 async def _start_server(
@@ -114,11 +115,6 @@ async def sweep_regularly(store: LocalStore, interval_s: float = _SWEEP_S) -> No
             structlog.get_logger().warning("sweep_failed", error=str(error))
             continue
         structlog.get_logger().info("store_swept", result=repr(swept))
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    with suppress(asyncio.CancelledError):
-        await task
 
 
 def _worker_name() -> str:

@@ -4,7 +4,7 @@ Nothing of the daemon is imported at the head: the engine process's imports take
 """
 
 from runtime_service.engine_interpreter import EngineInterpreter
-from shared.process import keep_bytecode
+from shared.process import end_at_signals, keep_bytecode
 
 # Imports what every engine needs, torch above all.
 _AHEAD = "runtime_service.execution.loader:import_ahead"
@@ -12,6 +12,7 @@ _AHEAD = "runtime_service.execution.loader:import_ahead"
 
 def main() -> None:
     """Runs the daemon."""
+    end_at_signals()
     with EngineInterpreter(_AHEAD) as waiting:
         keep_bytecode("torch")
         from runtime_service.daemon import run

@@ -5,7 +5,6 @@ The first engine is looked for before anything else is awaited; torch is never i
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import structlog
@@ -14,15 +13,17 @@ from millrace.runtime.v1 import runtime_pb2_grpc
 
 from runtime_service.device import own_arch
 from runtime_service.engine_client import EngineClient
+from runtime_service.engine_core import OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_process import EngineSpec
 from runtime_service.engine_source import EngineSource
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.relay.relays import relays_of
-from runtime_service.runtime import OnLost, Runtime
+from runtime_service.runtime import OnLost, Runtime, StartClient
 from runtime_service.served_engine import EngineText
 from runtime_service.service import RuntimeService
 from runtime_service.settings import RuntimeSettings, quant_named
+from shared.background import Background
 from shared.channels import PeerSecurity
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import MillraceError
@@ -129,13 +130,15 @@ async def _serve(
     registration = _registration(settings, service, settings.advertise or server.address)
     if registration is not None:
         registration.start()
-    telling = asyncio.create_task(tell_changes(server, runtime, registration, changed))
+    background = Background()
+    background.keep("tell_changes", lambda: tell_changes(server, runtime, registration, changed))
     reconciler = _reconciler(settings, runtime, service.runtime_id)
-    following = asyncio.create_task(reconciler.run() if reconciler else asyncio.sleep(0))
+    following = background.keep("follow_deployment", reconciler.run) if reconciler else None
 
     async def drain() -> None:
         loading.cancel()
-        following.cancel()
+        if following is not None:
+            following.cancel()
         # Starts are refused from here on; Redis, slow or gone, does not put that off.
         draining = asyncio.create_task(runtime.drain(settings.drain_s))
         if reconciler is not None:
@@ -148,18 +151,15 @@ async def _serve(
         server.serve_until_signal(drain, settings.drain_s + _LAST_EVENTS_S)
     )
     try:
-        # Serving ends in its own time; the others end it only when they fail.
-        running = {serving, loading, telling, following}
-        while serving in running:
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                if not task.cancelled():
-                    task.result()
+        # Serving ends in its own time; loading ends it only when it fails.
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done() and not loading.cancelled():
+            loading.result()
+        await serving
     finally:
-        telling.cancel()
-        following.cancel()
         loading.cancel()
         serving.cancel()
+        await background.close()
         await server.stop()
         if registration is not None:
             await registration.withdraw()
@@ -192,11 +192,11 @@ async def tell_changes(
 ) -> None:
     """Keeps health checks and the fleet's record true, from change to change."""
     while True:
-        await changed.wait()
         changed.clear()
         await server.set_serving(runtime.is_serving)
         if registration is not None:
             registration.refresh()
+        await changed.wait()
 
 
 def _registration(
@@ -241,11 +241,11 @@ def _client_starter(
     loader: str,
     waiting: EngineInterpreter | None,
     metrics: RuntimeMetrics,
-) -> Callable[[EngineManifest, OnLost], Awaitable[EngineClient]]:
+) -> StartClient:
     """Starts engine processes as the settings say."""
     chosen = ("max_sequence_tokens", "max_sequences", "max_step_tokens", "kv_bytes", "num_threads")
 
-    async def start(engine: EngineManifest, on_lost: OnLost) -> EngineClient:
+    async def start(engine: EngineManifest, on_lost: OnLost, on_phase: OnPhase) -> EngineClient:
         spec = EngineSpec(
             loader,
             {
@@ -265,6 +265,7 @@ def _client_starter(
             load_timeout_s=settings.load_timeout_s,
             step_timeout_s=settings.step_timeout_s,
             on_lost=on_lost,
+            on_phase=on_phase,
         )
 
     return start

@@ -12,18 +12,22 @@ Redis keys:
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from redis.asyncio import Redis
 
 from runtime_service.settings import quant_named
 from shared.engine import QuantConfig
+from shared.redis import Records
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_PREFIX = "deployment:"
 _UNDEPLOYED_S = 86_400
 
-# KEYS: the hash. ARGV: model, quant, model_uri, replicas. Gives the version.
+# KEYS: the hash. ARGV: model, quant, model_uri, replicas. Gives the version. What is no hash is nobody's.
 _APPLY = """
+if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then redis.call('DEL', KEYS[1]) end
 redis.call('HSET', KEYS[1], 'model', ARGV[1], 'quant', ARGV[2], 'model_uri', ARGV[3],
            'replicas', ARGV[4])
 redis.call('PERSIST', KEYS[1])
@@ -31,6 +35,7 @@ return redis.call('HINCRBY', KEYS[1], 'version', 1)
 """
 # KEYS: the hash. ARGV: seconds that it is remembered. Whether there was one.
 _DELETE = """
+if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then return 0 end
 if tonumber(redis.call('HGET', KEYS[1], 'replicas') or 0) == 0 then return 0 end
 redis.call('HSET', KEYS[1], 'replicas', 0)
 redis.call('EXPIRE', KEYS[1], ARGV[1])
@@ -80,6 +85,7 @@ class Deployments:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._records = Records(redis, _deployment)
         self._apply = redis.register_script(_APPLY)
         self._delete = redis.register_script(_DELETE)
         self._hold = redis.register_script(_HOLD)
@@ -101,24 +107,13 @@ class Deployments:
 
     async def get(self, name: str) -> Deployment | None:
         """The deployment; with 0 replicas where it was undeployed not long ago."""
-        found: dict[str, str] = await self._redis.hgetall(_key(name))  # type: ignore[assignment]
-        if not found:
-            return None
-        return Deployment(
-            name,
-            found["model"],
-            quant_named(found["quant"]),
-            found["model_uri"],
-            int(found["replicas"]),
-            int(found["version"]),
-        )
+        return (await self._records.read([_key(name)])).get(_key(name))
 
     async def list(self) -> "list[Deployment]":
         """All that somebody is to serve, by name."""
-        keys = [key async for key in self._redis.scan_iter("deployment:*", count=1000)]
-        names = sorted(key.split(":")[1] for key in keys if key.count(":") == 1)
-        found = [await self.get(name) for name in names]
-        return [deployment for deployment in found if deployment and deployment.replicas]
+        keys = [key async for key in self._redis.scan_iter(f"{_PREFIX}*", count=1000)]
+        found = await self._records.read(sorted(key for key in keys if key.count(":") == 1))
+        return [deployment for deployment in found.values() if deployment.replicas]
 
     async def hold_slot(self, wanted: Deployment, runtime_id: str, ttl_s: float) -> bool:
         """Makes the runtime one of its replicas, for that long; false where it has enough."""
@@ -141,8 +136,20 @@ class Deployments:
         await self._release(keys=[_roll(name)], args=[runtime_id])
 
 
+def _deployment(key: str, fields: Mapping[str, str]) -> Deployment:
+    """The deployment of a record; raises KeyError or ValueError where it makes no sense."""
+    return Deployment(
+        key.removeprefix(_PREFIX),
+        fields["model"],
+        quant_named(fields["quant"]),
+        fields["model_uri"],
+        int(fields["replicas"]),
+        int(fields["version"]),
+    )
+
+
 def _key(name: str) -> str:
-    return f"deployment:{name}"
+    return _PREFIX + name
 
 
 def _slots(wanted: Deployment) -> list[str]:

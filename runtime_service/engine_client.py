@@ -14,12 +14,14 @@ from collections.abc import Callable
 import structlog
 from google.rpc import status_pb2
 
+from runtime_service.engine_core import OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_messages import (
     AddRequest,
     Command,
     EngineStats,
     Failed,
+    Loading,
     Ready,
     Shutdown,
     StepOutputs,
@@ -30,6 +32,7 @@ from runtime_service.generation import Generation
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.sample_text import SampleText
 from runtime_service.scheduling.request import Request
+from shared.background import Background
 from shared.errors import EngineLost, MillraceError, QueueFull, from_status
 
 _LEAST_RETRY_S, _MOST_RETRY_S = 0.1, 30.0
@@ -74,12 +77,14 @@ class EngineClient:
         self._idle.set()
         self._is_over = False
         self._num_sent = self._num_obeyed = 0
-        self._reaping: asyncio.Task[int] | None = None
         self._last_sign_s = time.monotonic()
         self._tokens_per_s = 0.0
         self._loop = asyncio.get_running_loop()
-        self._receiving = self._loop.create_task(self._receive())
-        self._watching = self._loop.create_task(self._watch())
+        self._background = Background()
+        self._tasks = tuple(
+            self._background.run(name, work, on_failure=self._misunderstood)
+            for name, work in (("read_engine", self._receive()), ("watch_engine", self._watch()))
+        )
 
     @classmethod
     async def start(
@@ -92,11 +97,13 @@ class EngineClient:
         load_timeout_s: float,
         step_timeout_s: float,
         on_lost: Callable[["EngineClient", MillraceError], None],
+        on_phase: OnPhase = lambda _: None,
     ) -> "EngineClient":
         """A client of a new process that has loaded what `spec` says.
 
         Args:
             waiting: see `start_engine_process`.
+            on_phase: called with the name of each phase of loading that begins.
         Raises:
             MillraceError: what the process says why it cannot.
             EngineLost: it died or took too long.
@@ -104,7 +111,8 @@ class EngineClient:
         process = await start_engine_process(spec, waiting)
         try:
             async with asyncio.timeout(load_timeout_s):
-                reply = await process.link.receive()
+                while isinstance(reply := await process.link.receive(), Loading):
+                    on_phase(reply.phase)
             if isinstance(reply, Failed):
                 raise from_status(status_pb2.Status.FromString(reply.status))
             assert isinstance(reply, Ready), f"it began with {type(reply).__name__}"
@@ -256,13 +264,19 @@ class EngineClient:
         problem = error.fields["problem"]
         _log.error("engine_lost", problem=problem, running=len(self._generations))
         self._end(error)
-        self._reaping = self._loop.create_task(self._process.stop())
+        self._background.run("end_engine", self._reap())
         self._on_lost(self, error)
+
+    def _misunderstood(self) -> None:
+        self._lose(EngineLost(problem="the daemon could not follow what it said"))
+
+    async def _reap(self) -> None:
+        await self._process.stop()
 
     def _end(self, error: EngineLost) -> None:
         self._is_over = True
         current = asyncio.current_task()
-        for task in (self._receiving, self._watching):
+        for task in self._tasks:
             if task is not current:
                 task.cancel()
         for generation in list(self._generations.values()):

@@ -6,7 +6,7 @@ tokens. The loop knows neither tensors nor text; what it cannot handle ends it.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from runtime_service.engine_messages import (
@@ -22,6 +22,8 @@ from runtime_service.engine_messages import (
 from runtime_service.limits import RuntimeLimits
 from runtime_service.scheduling.output import ModelRunnerOutput, SchedulerOutput
 from runtime_service.scheduling.scheduler import Scheduler
+
+OnPhase = Callable[[str], None]
 
 
 class PendingStep(Protocol):

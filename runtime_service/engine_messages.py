@@ -92,6 +92,12 @@ class EngineStats(msgspec.Struct, frozen=True):
     is_idle: bool = False
 
 
+class Loading(msgspec.Struct, tag=True, frozen=True):
+    """What the process does from now on, before it is ready: `phase` is a name of `Ready.phases`."""
+
+    phase: str
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """The engine is loaded and the loop runs. `phases`: (name, seconds), in order."""
 
@@ -121,4 +127,4 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     status: bytes
 
 
-Reply = Ready | StepOutputs | Failed
+Reply = Loading | Ready | StepOutputs | Failed

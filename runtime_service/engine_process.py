@@ -19,9 +19,9 @@ from typing import Any
 
 import structlog
 
-from runtime_service.engine_core import EngineCore, LoadedEngine
+from runtime_service.engine_core import EngineCore, LoadedEngine, OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
-from runtime_service.engine_messages import Failed, Ready
+from runtime_service.engine_messages import Failed, Loading, Ready
 from runtime_service.engine_transport import EngineSide, FrontSide, PeerGone
 from runtime_service.scheduling.scheduler import Scheduler
 from shared.errors import Internal, MillraceError, to_status
@@ -37,8 +37,9 @@ class EngineSpec:
 
     Args:
         loader: `module:function` that gives a `LoadedEngine`; a name, so that the front need not
-            import what the engine process imports.
-        arguments: the function's, by name; pickled.
+            import what the engine process imports. It calls its argument `on_phase` with the name of each
+            phase that begins.
+        arguments: the function's others, by name; pickled.
         overlap: see `EngineCore`.
     """
 
@@ -78,7 +79,7 @@ class EngineProcess:
 async def start_engine_process(
     spec: EngineSpec, waiting: EngineInterpreter | None = None
 ) -> EngineProcess:
-    """A process that loads what `spec` says; its first reply is `Ready` or `Failed`.
+    """A process that loads what `spec` says; its first reply after `Loading` is `Ready` or `Failed`.
 
     Call it from the main thread, as `EngineInterpreter` has to be.
 
@@ -120,7 +121,7 @@ def main(arguments: list[str]) -> int:
 
 def _serve(spec: EngineSpec, mailbox: EngineSide) -> int:
     try:
-        loaded, ready = _load(spec)
+        loaded, ready = _load(spec, lambda phase: mailbox.send(Loading(phase)))
         scheduler = Scheduler(loaded.limits)
         core = EngineCore(scheduler, loaded.runner, mailbox, spec.overlap)
         # What was loaded stays: the collector need not walk it between steps.
@@ -147,12 +148,14 @@ def _function_named(name: str) -> Callable[..., Any]:
     return found
 
 
-def _load(spec: EngineSpec) -> tuple[LoadedEngine, Ready]:
+def _load(spec: EngineSpec, on_phase: OnPhase) -> tuple[LoadedEngine, Ready]:
     started = time.monotonic()
+    on_phase("import")
     load = _function_named(spec.loader)
     imported = time.monotonic()
-    loaded: LoadedEngine = load(**spec.arguments)
+    loaded: LoadedEngine = load(**spec.arguments, on_phase=on_phase)
     warm_up_started = time.monotonic()
+    on_phase("warm_up")
     loaded.runner.warm_up()
     phases = (
         ("import", imported - started),

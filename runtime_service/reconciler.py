@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 
 from runtime_service.deployments import Deployment, Deployments
 from runtime_service.runtime import Runtime
+from shared.background import Background
 from shared.engine import EngineSelector
 from shared.errors import MillraceError
 
@@ -55,6 +56,8 @@ class Reconciler:
         self._own_name = name
         self._interval_s, self._ttl_s = interval_s, ttl_s
         self._member_of: Deployment | None = None
+        # What it has going on, besides looking: the next look takes its results.
+        self._background = Background()
         self._attempt: _Attempt | None = None
         self._unloading: asyncio.Task[None] | None = None
         # Versions that an idle runtime could not serve; the one that a member could not serve
@@ -96,8 +99,8 @@ class Reconciler:
         if self._unloading is not None:
             if not self._unloading.done():
                 return
-            self._unloading.result()
-            self._unloading = None
+            unloaded, self._unloading = self._unloading, None
+            unloaded.result()
         wanted = await self._wanted()
         if wanted is None:
             return
@@ -127,15 +130,15 @@ class Reconciler:
         return None
 
     async def _begin(self, wanted: Deployment) -> None:
-        loop = asyncio.get_running_loop()
-        if self._failed == (wanted.name, wanted.version) and loop.time() < self._retry_at_s:
+        now_s = asyncio.get_running_loop().time()
+        if self._failed == (wanted.name, wanted.version) and now_s < self._retry_at_s:
             return
         if self._runtime.served is not None and not await self._deployments.hold_roll(
             wanted.name, self._id, self._ttl_s
         ):
             return
         _log.info("deployment_followed", deployment=wanted.name, version=wanted.version)
-        self._attempt = _Attempt(wanted, loop.create_task(self._load(wanted)))
+        self._attempt = _Attempt(wanted, self._background.own(self._load(wanted)))
 
     async def _load(self, wanted: Deployment) -> None:
         selector = EngineSelector(wanted.model, self._runtime.arch, wanted.quant)
@@ -183,4 +186,4 @@ class Reconciler:
                 self._attempt = None
             self._runtime.deployment, self._runtime.deployment_version = "", 0
             # What runs is finished first, which takes its time.
-            self._unloading = asyncio.get_running_loop().create_task(self._runtime.unload())
+            self._unloading = self._background.own(self._runtime.unload())

@@ -15,6 +15,8 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from shared.background import Background
+
 # Withdrawing is a courtesy: a Redis that does not answer does not put a drain off. A heartbeat may be
 # short in tests, and a new connection takes its time.
 _WITHDRAWAL_S = 1.0
@@ -43,11 +45,13 @@ class Registration:
         self._heartbeat_s = heartbeat_s
         self._changed = asyncio.Event()
         self._is_reachable = True
-        self._task: asyncio.Task[None] | None = None
+        self._background = Background()
+        self._is_started = False
 
     def start(self) -> None:
         """Registers now and goes on until `withdraw`."""
-        self._task = asyncio.create_task(self._beat())
+        self._is_started = True
+        self._background.keep("register", self._beat)
 
     def refresh(self) -> None:
         """Something changed that others should know before the next heartbeat."""
@@ -55,11 +59,10 @@ class Registration:
 
     async def withdraw(self) -> None:
         """Removes the record and stops."""
-        if self._task is None:
+        if not self._is_started:
             return
-        self._task.cancel()
-        await asyncio.wait({self._task})
-        self._task = None
+        self._is_started = False
+        await self._background.close()
         try:
             async with asyncio.timeout(_WITHDRAWAL_S):
                 await self._redis.delete(self._key)

@@ -6,16 +6,16 @@ drained at the end. Starts are passed on, held or refused according to that. Kno
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import structlog
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.engine_client import EngineClient
+from runtime_service.engine_core import OnPhase
 from runtime_service.engine_source import EngineSource
 from runtime_service.generation import Generation
 from runtime_service.generation_call import GenerationCall, OnMember
@@ -24,6 +24,7 @@ from runtime_service.metrics import RuntimeMetrics
 from runtime_service.served_engine import EngineText, ServedEngine
 from runtime_service.startup import Startup
 from shared.auth import ANYBODY, Principal
+from shared.background import Background
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import (
     ArchMismatch,
@@ -48,6 +49,7 @@ _NUM_TEXT_THREADS = 2
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.2, 30.0
 
 OnLost = Callable[[EngineClient, MillraceError], None]
+StartClient = Callable[[EngineManifest, OnLost, OnPhase], Awaitable[EngineClient]]
 
 _log = structlog.get_logger()
 
@@ -73,7 +75,7 @@ class Runtime:
         arch: of the engines that this machine runs.
         source: where engines come from.
         read_text: reads an engine's text side; blocks.
-        start_client: starts a process for an engine; gives its client once it is loaded.
+        start_client: starts a process for an engine; gives its client once it is loaded, and tells its phases.
         on_change: called when what `state` and `is_serving` say may have changed.
     """
 
@@ -82,7 +84,7 @@ class Runtime:
         arch: str,
         source: EngineSource,
         read_text: Callable[[EngineManifest], EngineText],
-        start_client: Callable[[EngineManifest, OnLost], Awaitable[EngineClient]],
+        start_client: StartClient,
         metrics: RuntimeMetrics,
         on_change: Callable[[], None],
     ) -> None:
@@ -100,7 +102,7 @@ class Runtime:
         self._refusal: MillraceError = NoEngine(wanted="any model")
         self._calls: set[GenerationCall[Generation]] = set()
         self._text_threads = ThreadPoolExecutor(_NUM_TEXT_THREADS, "text")
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._background = Background()
         # Held while the engine is exchanged, by whoever does it.
         self._exchange = asyncio.Lock()
         self._wanted: Wanted | None = None
@@ -164,7 +166,8 @@ class Runtime:
             self._num_prepared_tokens -= num_tokens
             _end_if_failed(generation, task)
 
-        self._run(self._prepare(generation, start, cache_salt)).add_done_callback(prepared)
+        preparing = self._background.own(self._prepare(generation, start, cache_salt))
+        preparing.add_done_callback(prepared)
 
     def _admit(self, num_tokens: int) -> None:
         """Counts a start that is to be prepared.
@@ -281,7 +284,7 @@ class Runtime:
             self._become(pb.RUNTIME_STATE_IDLE)
             try:
                 if served is not None:
-                    await _to_the_end(self._run(_release(served.client)))
+                    await _to_the_end(self._background.own(_release(served.client)))
             finally:
                 if wanted is not None:
                     wanted.let_go()
@@ -305,10 +308,7 @@ class Runtime:
     async def close(self) -> None:
         """Ends the engine process and everything else that this runtime started."""
         self._state = pb.RUNTIME_STATE_DRAINING
-        for task in list(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._background.close()
         served, self.served = self.served, None
         if served is not None:
             await served.client.stop()
@@ -323,7 +323,7 @@ class Runtime:
             if old is not None:
                 await old.client.wait_idle()
             # From here on there is no way back but loading: a caller that gives up changes nothing.
-            await _to_the_end(self._run(self._replace(old, wanted, found_s)))
+            await _to_the_end(self._background.own(self._replace(old, wanted, found_s)))
 
     async def _replace(self, old: ServedEngine | None, wanted: Wanted, found_s: float) -> None:
         self.served = None
@@ -346,7 +346,7 @@ class Runtime:
         # One that is there already sleeps, or waits for the exchange that asks for a new one.
         if self._keeper is not None:
             self._keeper.cancel()
-        self._keeper = self._run(self._keep_reviving())
+        self._keeper = self._background.keep("revive_engine", self._keep_reviving)
 
     async def _keep_reviving(self) -> None:
         delay_s = _FIRST_RETRY_S
@@ -417,7 +417,9 @@ class Runtime:
 
     async def _start(self, engine: EngineManifest) -> ServedEngine:
         """The engine's process and text side, made at the same time."""
-        starting = asyncio.ensure_future(self._start_client(engine, self._on_engine_lost))
+        starting = asyncio.ensure_future(
+            self._start_client(engine, self._on_engine_lost, self.startup.began)
+        )
         try:
             text = await asyncio.to_thread(self._read_text, engine)
             return ServedEngine(engine, text, await starting)
@@ -459,12 +461,6 @@ class Runtime:
         if self._state != pb.RUNTIME_STATE_DRAINING:
             self._state = state
             self._on_change()
-
-    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
 
 async def _release(client: EngineClient) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 Phase = tuple[str, float]
 
-FIND, LOAD, START_PROCESS = "find_engine", "load_engine", "start_process"
+FIND, START_PROCESS = "find_engine", "start_process"
 
 
 class Startup:
@@ -20,6 +20,9 @@ class Startup:
         # Of a load that goes on: what is over, and what began when.
         self._over: tuple[Phase, ...] = ()
         self._now: Phase | None = None
+        # What came before its process was started, and when that was.
+        self._found: tuple[Phase, ...] = ()
+        self._loading_s = 0.0
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -34,14 +37,22 @@ class Startup:
         self._over, self._now = self.before, (FIND, time.monotonic())
 
     def loading(self, found_s: float) -> None:
-        """It was found in that time, and its process is started; what that does it tells later."""
-        self._over, self._now = (*self.before, (FIND, found_s)), (LOAD, time.monotonic())
+        """It was found in that time, and its process is started; `began` tells what that does."""
+        self._over = self._found = (*self.before, (FIND, found_s))
+        self._loading_s = time.monotonic()
+        self._now = (START_PROCESS, self._loading_s)
+
+    def began(self, name: str) -> None:
+        """Its process is in another phase now; means nothing once the load is over."""
+        if self._now is not None:
+            now_s = time.monotonic()
+            last, began_s = self._now
+            self._over, self._now = (*self._over, (last, now_s - began_s)), (name, now_s)
 
     def loaded(self, phases: Sequence[Phase]) -> None:
-        """It is served; `phases` are those that its process tells."""
-        assert self._now is not None, "what was loaded did not begin"
-        rest = time.monotonic() - self._now[1] - sum(seconds for _, seconds in phases)
-        self._last = (*self._over, (START_PROCESS, max(rest, 0.0)), *phases)
+        """It is served; `phases` are those that its process has measured."""
+        rest = time.monotonic() - self._loading_s - sum(seconds for _, seconds in phases)
+        self._last = (*self._found, (START_PROCESS, max(rest, 0.0)), *phases)
         self.before, self._now = (), None
 
     def failed(self) -> None:

@@ -1,4 +1,4 @@
-"""The beginnings of a process: its age, its bytecode, and what children do first: end with their parent, share OpenMP.
+"""The beginnings of a process: its age, its bytecode, how it ends before it can drain, and what children do first.
 
 Run as a program, it becomes the program in its arguments; it then imports nothing of the house.
 """
@@ -9,11 +9,14 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
 _BYTECODE = "~/.cache/millrace/bytecode"
+# How long what is open may take to close.
+_END_S = 3.0
 
 
 def process_age_s() -> float:
@@ -28,6 +31,24 @@ def process_age_s() -> float:
         return 0.0
     started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return max(time.clock_gettime(time.CLOCK_BOOTTIME) - started_s, 0.0)
+
+
+def end_at_signals() -> None:
+    """Has SIGTERM and SIGINT end this process from now on, until a server that drains takes them over.
+
+    Call it before anything else: as PID 1, which it is in a container, a process that handles no signal is sent none,
+    and a daemon imports for a second before it can drain. Its exit status is a shell's, 128 and the signal's number.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
+
+
+def _end(number: int, _: object) -> None:
+    # What was opened is closed on the way out; a thread that waits for the network does not hold it up.
+    late = threading.Timer(_END_S, os._exit, (128 + number,))
+    late.daemon = True
+    late.start()
+    raise SystemExit(128 + number)
 
 
 def end_with_parent(parent: int, signal_number: int) -> None:

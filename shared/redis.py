@@ -10,13 +10,14 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Generic, Self, TypeVar
 
 import redis
 import redis.asyncio
+import structlog
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -35,6 +36,13 @@ _CONNECT_TIMEOUT_S = 3.0
 _REFUSED = (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)
 _UNREACHABLE = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, TimeoutError)
 
+# What a parser raises that meets what it does not know.
+_SENSELESS = (LookupError, TypeError, ValueError)
+
+Record = TypeVar("Record")
+
+_log = structlog.get_logger()
+
 
 def connect(url: str) -> redis.asyncio.Redis:
     """An asyncio client of the server at `url`; strings in and out; connects when it is used.
@@ -45,6 +53,8 @@ def connect(url: str) -> redis.asyncio.Redis:
     return redis.asyncio.Redis.from_url(
         url,
         decode_responses=True,
+        # What others wrote is no reason to fail in the middle of a reply.
+        encoding_errors="replace",
         # redis-py would use asyncio.wait_for, which loses a task's cancellation in Python 3.11.
         socket_timeout=None,
         socket_connect_timeout=_CONNECT_TIMEOUT_S,
@@ -67,6 +77,48 @@ async def reachable(url: str) -> AsyncIterator[None]:
         raise RedisUnreachable(url=where) from error
     except _UNREACHABLE as error:
         raise RedisUnreachable(url=public_url(url)) from error
+
+
+class Records(Generic[Record]):
+    """Hashes of one kind, as the house reads them. One bad key hides no other.
+
+    What is of another type, or makes no sense, is passed over: the log says so once, and again when it has been
+    well in between.
+
+    Args:
+        parse: a record of a key and its fields; raises one of `_SENSELESS` where they make no sense.
+    """
+
+    def __init__(
+        self, client: redis.asyncio.Redis, parse: Callable[[str, Mapping[str, str]], Record]
+    ) -> None:
+        self._redis = client
+        self._parse = parse
+        self._passed_over: set[str] = set()
+
+    async def read(self, keys: Sequence[str]) -> dict[str, Record]:
+        """The records at `keys` that are there, in their order; raises redis-py's errors."""
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.hgetall(key)
+            found = await pipeline.execute(raise_on_error=False)
+        records: dict[str, Record] = {}
+        for key, fields in zip(keys, found, strict=True):
+            try:
+                if isinstance(fields, redis.exceptions.RedisError):
+                    if not str(fields).startswith("WRONGTYPE"):
+                        raise fields
+                    raise ValueError("it is no hash")
+                if fields:
+                    records[key] = self._parse(key, fields)
+            except _SENSELESS as error:
+                if key not in self._passed_over:
+                    problem = f"{type(error).__name__}: {error}"
+                    _log.warning("redis_key_passed_over", key=key, problem=problem)
+                self._passed_over.add(key)
+            else:
+                self._passed_over.discard(key)
+        return records
 
 
 def connect_sync(url: str) -> redis.Redis:

@@ -6,6 +6,7 @@ locks: so `loading`, which reaches torch, is the one module that is imported her
 
 import gc
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -39,18 +40,21 @@ def load_engine(
     max_step_tokens: int | None = None,
     kv_bytes: int | None = None,
     num_threads: int | None = None,
+    on_phase: Callable[[str], None] = lambda _: None,
 ) -> "LoadedEngine":
     """The engine, ready to run steps; everything is by name, so that it crosses a process border.
 
     Args:
         store: folder of a local store that holds the engine whole.
         engine: its name.
+        on_phase: called with the name of each phase that begins.
     Raises:
         what `load_runner` does.
     """
     local = LocalStore(Path(store))
     manifest = local.get(engine)
     began = time.monotonic()
+    on_phase("import_torch")
     with WeightFiles(local, manifest) as files, ThreadPoolExecutor(1, "load-kernels") as ahead:
         files.start_verify()
         is_gpu = arch_named(manifest.key.arch).is_gpu
@@ -62,5 +66,6 @@ def load_engine(
         options = RunnerOptions(
             max_sequence_tokens, max_sequences, max_step_tokens, kv_bytes, num_threads
         )
-        loaded = load_runner(local, manifest, options, files, code.result if code else None)
+        open_library = code.result if code else None
+        loaded = load_runner(local, manifest, options, files, open_library, on_phase)
     return replace(loaded, phases=(imported, *loaded.phases))

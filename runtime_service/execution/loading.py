@@ -1,7 +1,7 @@
 """An engine from the store onto its device: mapped, packed for this machine, verified."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,19 +51,21 @@ def load_runner(
     options: RunnerOptions,
     files: WeightFiles | None = None,
     open_library: OpenLibrary | None = None,
+    on_phase: Callable[[str], None] = lambda _: None,
 ) -> LoadedEngine:
     """The engine, loaded; nothing of it was used before all of its bytes were verified.
 
     Args:
         files: the engine's, where hashing them has begun already; closed by this.
         open_library: gives its machine code, where loading that has begun already.
+        on_phase: called with the name of each phase that begins.
     Raises:
         ArchMismatch: it is for another kind of device.
         DigestMismatch, BlobNotFound: the store's copy is not whole.
         InvalidField: options contradict each other, the model, or the memory.
     """
     arch = arch_named(engine.key.arch)
-    phases = _Phases()
+    phases = _Phases(on_phase)
     if arch.is_gpu:
         if not torch.cuda.is_available():
             command = "millrace-runtime --arch cpu"
@@ -181,7 +183,8 @@ def _load_cuda_runner(
 
 
 class _Phases:
-    def __init__(self) -> None:
+    def __init__(self, on_phase: Callable[[str], None]) -> None:
+        self._on_phase = on_phase
         self._timings: list[tuple[str, float]] = []
 
     @property
@@ -190,6 +193,7 @@ class _Phases:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
+        self._on_phase(name)
         started = time.monotonic()
         yield
         self._timings.append((name, time.monotonic() - started))

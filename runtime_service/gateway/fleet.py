@@ -16,14 +16,16 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from runtime_service.gateway.runtime_link import LinkOptions, RuntimeLink
+from shared.background import Background
 from shared.errors import ModelNotServed
+from shared.redis import Records
 from shared.settings import SettingsError
 
 _log = structlog.get_logger()
 
 
 class Fleet:
-    """Links to all runtimes, kept up to date by `run`.
+    """Links to all runtimes, kept up to date from `start` to `close`.
 
     Args:
         redis: None where only `fixed` ones are known.
@@ -34,10 +36,14 @@ class Fleet:
     def __init__(self, redis: Redis | None, fixed: tuple[str, ...], options: LinkOptions) -> None:
         self.redis_answers = False
         self._redis = redis
+        self._addresses = (
+            None if redis is None else Records(redis, lambda _, fields: fields["address"])
+        )
         self._options = options
         self._links: dict[str, RuntimeLink] = {}
         self._passed_over: set[str] = set()
         self._listeners: list[Callable[[], None]] = []
+        self._background = Background()
         for address in fixed:
             self._add(address, is_fixed=True)
 
@@ -66,8 +72,16 @@ class Fleet:
         if known and not any(link.serves(model) for link in self):
             raise ModelNotServed(model=model, known=", ".join(known))
 
-    async def run(self) -> None:
-        """Follows Redis until it is cancelled."""
+    def start(self) -> None:
+        """Follows Redis from now on."""
+        self._background.keep("follow_fleet", self._follow)
+
+    async def close(self) -> None:
+        """Leaves every runtime."""
+        await self._background.close()
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+
+    async def _follow(self) -> None:
         while True:
             began_s = time.monotonic()
             addresses = await self._registered()
@@ -75,21 +89,14 @@ class Fleet:
                 await self._meet(addresses)
             await asyncio.sleep(max(self._options.poll_s - (time.monotonic() - began_s), 0))
 
-    async def close(self) -> None:
-        """Leaves every runtime."""
-        await asyncio.gather(*(link.close() for link in self._links.values()))
-
     async def _registered(self) -> set[str] | None:
         """Addresses that Redis knows; None while it does not answer."""
-        if self._redis is None:
+        if self._redis is None or self._addresses is None:
             return None
         try:
             async with asyncio.timeout(max(5 * self._options.poll_s, 2.0)):
                 keys = [key async for key in self._redis.scan_iter("runtime:*", count=1000)]
-                async with self._redis.pipeline(transaction=False) as pipeline:
-                    for key in keys:
-                        pipeline.hget(key, "address")
-                    found = await pipeline.execute()
+                found = await self._addresses.read(keys)
         # Redis remembers who is working and nothing else: generations go on without it.
         except (RedisError, OSError, TimeoutError) as error:
             if self.redis_answers:
@@ -97,7 +104,7 @@ class Fleet:
             self.redis_answers = False
             return None
         self.redis_answers = True
-        return {address for address in found if address}
+        return {address for address in found.values() if address}
 
     async def _meet(self, addresses: set[str]) -> None:
         self._passed_over &= addresses

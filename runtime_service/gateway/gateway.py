@@ -17,7 +17,7 @@ from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.routed_generation import RoutedGeneration
 from runtime_service.gateway.routing import choose, prefix_of
-from runtime_service.gateway.run import Run, num_prompt_tokens_of
+from runtime_service.gateway.run import Run, RunOwner, num_prompt_tokens_of
 from runtime_service.gateway.runtime_link import KEY_REFUSALS, RuntimeLink
 from runtime_service.generation_call import GenerationCall, OnMember
 from shared.auth import ANYBODY, Principal
@@ -65,7 +65,7 @@ class Gateway:
         # In the order of their coming.
         self._waiting: dict[Run, asyncio.TimerHandle | None] = {}
         self._waiting_tokens = 0
-        self._on_trial: RoutedGeneration | None = None
+        self._on_trial: RunOwner | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
@@ -290,7 +290,7 @@ class Gateway:
         self._waiting_tokens += run.num_waiting_tokens
         self._metrics.waiting.set(len(self._waiting))
 
-    def _may_run(self, generation: RoutedGeneration) -> bool:
+    def _may_run(self, generation: RunOwner) -> bool:
         """Claims that it puts no others in danger beyond those that it meets by chance.
 
         Of those that were lost with their engines again and again only one is tried at a time: the

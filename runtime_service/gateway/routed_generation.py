@@ -177,6 +177,11 @@ class RoutedGeneration:
         return sum(num_tokens) + (self.started.prompt_tokens if self.started is not None else 0)
 
     @property
+    def has_tokens(self) -> bool:
+        """Claims that a token of it was drawn."""
+        return any(sample.token_ids for sample in self.samples)
+
+    @property
     def is_suspect(self) -> bool:
         """Claims that it may be what takes engines down."""
         return self._num_losses > 1 and not self.is_ended

@@ -1,20 +1,61 @@
-"""A generation, or one sample of it, on one runtime, from where it is placed to where it ends."""
+"""A generation, or one sample of it, on one runtime, from where it is placed to where it ends.
+
+Of its generation it knows what `RunOwner` says.
+"""
 
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.runtime_link import RuntimeLink
 from runtime_service.validation import MAX_CREDIT
 from shared.errors import EngineLost, MillraceError, from_status
-from shared.tracing import NO_SPAN, start_span
-
-if TYPE_CHECKING:
-    from runtime_service.gateway.routed_generation import RoutedGeneration
+from shared.tracing import NO_SPAN, Span, start_span
 
 # Bytes of text in a token at least, on average, for an estimate of what a prompt costs.
 _TOKEN_BYTES = 4
+
+
+class RunOwner(Protocol):
+    """What runs: a generation, as its runs and their placer know it.
+
+    `start` is what its client asked for, `started` what the client was told, `cache_salt` whose it is.
+    """
+
+    start: pb.StartGeneration
+    started: pb.GenerationStarted | None
+    cache_salt: str
+    span: Span
+
+    @property
+    def has_tokens(self) -> bool:
+        """Claims that a token of it was drawn."""
+
+    @property
+    def is_suspect(self) -> bool:
+        """Claims that it may be what takes engines down."""
+
+    def start_of(self, run: "Run") -> pb.StartGeneration:
+        """What a runtime is told to start."""
+
+    def run_started(self, run: "Run", started: pb.GenerationStarted) -> None:
+        """It runs."""
+
+    def run_gained(self, run: "Run", event: pb.Event) -> None:
+        """It has new tokens; the event is the owner's from here on."""
+
+    def run_finished(self, run: "Run", finished: pb.GenerationFinished) -> None:
+        """All of its samples have ended."""
+
+    def run_lost(self, run: "Run", error: MillraceError) -> None:
+        """Its runtime is lost."""
+
+    def run_moved(self, run: "Run") -> None:
+        """Its runtime gives it up, and is well."""
+
+    def fail(self, error: MillraceError) -> None:
+        """It cannot go on anywhere."""
 
 
 class Run:
@@ -27,7 +68,7 @@ class Run:
 
     def __init__(
         self,
-        generation: "RoutedGeneration",
+        generation: RunOwner,
         first_sample: int,
         num_samples: int,
         credit: int | None,
@@ -37,7 +78,7 @@ class Run:
         self.first_sample, self.num_samples = first_sample, num_samples
         self.credit = credit
         # Claims that no token of the generation was drawn before it.
-        self.is_first = not any(sample.token_ids for sample in generation.samples)
+        self.is_first = not generation.has_tokens
         self.num_waiting_tokens = num_prompt_tokens_of(generation.start)
         self.num_prompt_logprobs = 0
         self.placed_s = 0.0

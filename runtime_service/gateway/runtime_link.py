@@ -9,9 +9,9 @@ go next.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc
 import structlog
@@ -20,6 +20,7 @@ from millrace.runtime.v1 import runtime_pb2_grpc
 
 from runtime_service.gateway.routing import RUNNING_TOKENS, Candidate
 from shared.auth import TENANT_METADATA
+from shared.background import Background
 from shared.channels import PeerSecurity, error_of
 from shared.errors import (
     Draining,
@@ -131,22 +132,19 @@ class RuntimeLink:
         # Tokens of prompts that were sent after the last status, which does not know them.
         self._sent_tokens = 0
         self._calls: dict[str, _TenantCall] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
         self._answers = self._is_draining = self._is_refused = False
         self._last_status_s = time.monotonic()
         self._last_sign_s = time.monotonic()
 
     def start(self) -> None:
         """Looks at the runtime from now on, until `close`."""
-        self._run(self._watch())
+        self._background.keep("watch_runtime", self._watch)
 
     async def close(self) -> None:
         """Breaks its calls off and forgets the runtime; what runs there is lost."""
         self._break_off(list(self._calls.values()), EngineLost(problem="the gateway left it"))
-        for task in list(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._background.close()
         await self._channel.close()
 
     @property
@@ -236,8 +234,8 @@ class RuntimeLink:
             self._end_idle_calls()
         metadata = ((TENANT_METADATA, tenant.encode()),) if tenant else ()
         opened = self._calls[tenant] = _TenantCall(tenant, self._stub.Generate(metadata=metadata))
-        self._run(self._write(opened))
-        self._run(self._read(opened))
+        self._background.run("read_runtime", self._read(opened))
+        self._background.run("write_runtime", self._write(opened), on_failure=opened.call.cancel)
 
     def _end_idle_calls(self) -> None:
         busy = {run.tenant for run in self._runs.values()}
@@ -355,8 +353,3 @@ class RuntimeLink:
             or old.engine.name != status.engine.name
             or old.deployment != status.deployment
         )
-
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -16,6 +16,7 @@ from millrace.runtime.v1 import runtime_pb2_grpc
 from runtime_service.generation_call import GenerationCall, OnMember
 from runtime_service.sample import join_chunks
 from shared.auth import ANYBODY, TENANT_METADATA, Principal
+from shared.background import Background
 from shared.channels import error_of
 from shared.errors import EngineLost, MillraceError, from_status, to_status
 from shared.quotas import GenerationQuota
@@ -80,7 +81,9 @@ class JoinedCall:
         self._outbox: deque[pb.GenerateRequest] = deque()
         self._has_outbox = asyncio.Event()
         self._is_closing = False
-        self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._write()))
+        self._background = Background()
+        self._background.run("read_daemon", self._read())
+        self._background.run("write_daemon", self._write(), on_failure=self._call.cancel)
 
     # What calls of clients want of it: see `CallKeeper` and `Starter`.
 

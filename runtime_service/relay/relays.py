@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 import msgspec
 import structlog
 
 from runtime_service.relay.options import ENVELOPE_BYTES, RelayOptions
+from shared.background import Background
 from shared.log import LogFormat
 from shared.process import ending_with_parent
 from shared.security import ServerSecurity
@@ -63,7 +65,7 @@ class Relays:
             log_format=log_format,
         )
         self._held: socket.socket | None = None
-        self._keeping: list[asyncio.Task[None]] = []
+        self._background = Background()
         self.pids: set[int] = set()
 
     async def open(self, listen: str) -> str:
@@ -79,7 +81,8 @@ class Relays:
         address = f"{host}:{self._held.getsockname()[1]}"
         self._options = msgspec.structs.replace(self._options, listen=address)
         started = [asyncio.get_running_loop().create_future() for _ in range(self._count)]
-        self._keeping = [asyncio.create_task(self._keep(first)) for first in started]
+        for first in started:
+            self._background.keep("keep_relay", partial(self._keep, first))
         try:
             await asyncio.gather(*started)
         except BaseException:
@@ -89,10 +92,7 @@ class Relays:
 
     async def close(self) -> None:
         """Ends them when they have passed on what they had, and frees the address."""
-        for task in self._keeping:
-            task.cancel()
-        if self._keeping:
-            await asyncio.wait(self._keeping)
+        await self._background.close()
         if self._held is not None:
             self._held.close()
         self._folder.cleanup()
@@ -118,7 +118,10 @@ class Relays:
             delay_s = min(2 * delay_s, _MOST_RETRY_S)
 
     async def _run(self, listening: "asyncio.Future[None]") -> int:
-        process = _started()
+        try:
+            process = _started()
+        except OSError as error:  # no more processes, or no memory for one
+            raise SettingsError(f"a relay cannot be started: {error}") from None
         self.pids.add(process.pid)
         said = await _reader(process)
         try:

@@ -1,6 +1,7 @@
 """House rules of the sources that a linter does not know."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +22,11 @@ CATCH_EVERYTHING = {
     "runtime_service/engine_process.py",
     "runtime_service/gateway/http/server.py",
     "runtime_service/runtime.py",
+    "shared/background.py",
     "shared/edge.py",
 }
+# What daemons are made of.
+DAEMONS = ("shared", "compiler_service", "runtime_service")
 # About 300 is the aim; beyond this a file is cut by noun.
 MAX_FILE_LINES = 620
 
@@ -76,6 +80,36 @@ def test_nothing_is_swallowed() -> None:
         and (node.type is None or "Exception" in ast.unparse(node.type).split(", "))
     }
     assert broad - CATCH_EVERYTHING == set()
+
+
+def test_tasks_that_nobody_awaits_are_started_in_one_place() -> None:
+    """A task is its function's own, which waits for it by name, or `Background` hears how it ends."""
+    lost = []
+    for path in (path for package in DAEMONS for path in sources(PACKAGES[package])):
+        tree = ast.parse(path.read_text())
+        own = [task for function in ast.walk(tree) for task in tasks_waited_for(function)]
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and starts_task(call) and call not in own:
+                lost.append(f"{name_of(path)}:{call.lineno}")
+    assert [one.partition(":")[0] for one in lost] == ["shared/background.py"], lost
+
+
+def starts_task(call: ast.Call) -> bool:
+    """Claims that it has a coroutine run beside its caller."""
+    return ast.unparse(call.func).rpartition(".")[2] in ("create_task", "ensure_future")
+
+
+def tasks_waited_for(function: ast.AST) -> list[ast.expr]:
+    """What `function` gives a name, and waits for by that name."""
+    if not isinstance(function, ast.AsyncFunctionDef):
+        return []
+    named = {
+        node.targets[0].id: node.value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    waits = [ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.Await)]
+    return [task for name, task in named.items() if re.search(rf"\b{name}\b", " ".join(waits))]
 
 
 def test_nothing_is_left_to_do_in_comments() -> None:

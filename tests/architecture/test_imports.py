@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,29 @@ def test_runtime_imports_no_compilers_half_of_the_kernels() -> None:
         *(f"kernels.{p.parent.name}.{p.stem}" for p in ROOT.glob("kernels/*/triton*.py")),
     ]
     assert offences(files, *halves) == []
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    """Not for types alone either: of two modules that know each other neither can be read first."""
+    modules = {module_of(path): path for folder in PACKAGES.values() for path in sources(folder)}
+    graph = {
+        module: {known for _, name in imports(path) if (known := nearest(name, modules))}
+        for module, path in modules.items()
+    }
+    try:
+        tuple(TopologicalSorter({m: known - {m} for m, known in graph.items()}).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def module_of(path: Path) -> str:
+    """The name that the file at `path` is imported by."""
+    root = PACKAGES["millrace"].parent if PACKAGES["millrace"] in path.parents else ROOT
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def nearest(name: str, modules: dict[str, Path]) -> str:
+    """The module that holds what is imported as `name`; "" where none of them does."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name

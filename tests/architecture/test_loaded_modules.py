@@ -16,8 +16,14 @@ _HEAVY = ("triton", "transformers", "sympy", "torch._dynamo", "torch._inductor")
         ("runtime_service.engine_process, runtime_service.execution.loader", ("torch", *_HEAVY)),
         # It starts the engine process before it imports the daemon.
         ("runtime_service.__main__", ("asyncio", "grpc", "pydantic", "structlog", "torch")),
+        # They can be ended before they import what takes long.
+        (
+            "runtime_service.gateway.__main__",
+            ("asyncio", "grpc", "pydantic", "structlog", "aiohttp"),
+        ),
+        ("compiler_service.__main__", ("asyncio", "grpc", "pydantic", "structlog", "redis")),
         ("runtime_service.daemon", ("torch", *_HEAVY)),
-        ("runtime_service.gateway.__main__", ("torch", *_HEAVY)),
+        ("runtime_service.gateway.daemon", ("torch", *_HEAVY)),
     ],
 )
 def test_a_serving_process_loads_no_compiler(modules: str, absent: tuple[str, ...]) -> None:

@@ -361,3 +361,29 @@ def _first(url: str) -> str:
     entries = connect_sync(url).xrange(BUILDS)
     assert entries
     return str(entries[0][0])
+
+
+async def test_keys_of_others_hide_no_build(redis_url: str) -> None:
+    redis = connect_sync(redis_url)
+    async with open_queue(redis_url) as queue:
+        for name, text in (("list", None), ("half", "1")):
+            redis.zadd("builds:index", {name: 1})
+            if text is None:
+                redis.rpush(f"build:{name}", "1")
+            else:
+                redis.hset(f"build:{name}", "state", text)
+        await queue.enqueue([JOB])
+        found, _ = await queue.page(10, None)
+        assert [record.job for record in found] == [JOB]
+        assert await queue.record("list") is None
+
+
+async def test_entry_that_names_no_build_is_passed_over(redis_url: str) -> None:
+    redis = connect_sync(redis_url)
+    async with open_queue(redis_url) as queue:
+        await queue.lease("a")  # makes the group
+        redis.xadd(BUILDS, {"other": "1"})
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        assert attempt.digest == DIGEST
+        assert redis.xlen(BUILDS) == 1

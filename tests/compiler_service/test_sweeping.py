@@ -1,14 +1,13 @@
 """The daemon frees what deleted engines left, hour after hour, whatever is in its store."""
 
-import asyncio
 import os
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from compiler_service.daemon import sweep_regularly
+from shared.background import Background
 from shared.errors import DiskFull
 from shared.store import LocalStore
 from shared.store.blobs import Sweep
@@ -20,6 +19,8 @@ from tests.shared.engines import engine_key, publish_engine
 class FailingOnce(LocalStore):
     """A store whose first sweep finds the disk full."""
 
+    problem: Exception = DiskFull(path="/store")
+
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.has_failed = threading.Event()
@@ -27,11 +28,17 @@ class FailingOnce(LocalStore):
     def sweep(self, grace_s: float = DEFAULT_GRACE_S) -> Sweep:
         if not self.has_failed.is_set():
             self.has_failed.set()
-            raise DiskFull(path=self.root)
+            raise self.problem
         return super().sweep(grace_s)
 
 
-@pytest.mark.parametrize("kind", [LocalStore, FailingOnce])
+class OddOnce(FailingOnce):
+    """A store whose first sweep fails in a way that nobody thought of."""
+
+    problem = RuntimeError("nobody thought of this")
+
+
+@pytest.mark.parametrize("kind", [LocalStore, FailingOnce, OddOnce])
 async def test_old_garbage_goes_and_engines_stay(tmp_path: Path, kind: type[LocalStore]) -> None:
     store = kind(tmp_path)
     engine = publish_engine(store, engine_key("cpu"))
@@ -40,12 +47,11 @@ async def test_old_garbage_goes_and_engines_stay(tmp_path: Path, kind: type[Loca
     for path in (tmp_path / "blobs" / "sha256").iterdir():
         if path != young:
             os.utime(path, (0, 0))
-    sweeping = asyncio.create_task(sweep_regularly(store, interval_s=0.01))
+    background = Background()
+    background.keep("sweep", lambda: sweep_regularly(store, interval_s=0.01))
     try:
         await eventually(lambda: not garbage.exists())
     finally:
-        sweeping.cancel()
-        with suppress(asyncio.CancelledError):
-            await sweeping
+        await background.close()
     assert young.exists()
     store.verify(store.get(engine.name))

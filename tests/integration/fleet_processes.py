@@ -55,7 +55,7 @@ class FleetProcesses:
         self.gateway = self._stack.enter_context(
             DaemonProcess(
                 "runtime_service.gateway",
-                "--listen", "127.0.0.1:0", "--metrics-listen", "", "--http-listen", "",
+                "--listen", "127.0.0.1:0", "--metrics-listen", "", "--http-listen", "127.0.0.1:0",
                 "--redis-url", self.redis.url, "--poll-s", "0.3", "--silent-s", "20",
             )
         )  # fmt: skip
@@ -63,6 +63,11 @@ class FleetProcesses:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    @property
+    def http_address(self) -> str:
+        """Where the gateway speaks HTTP."""
+        return str(self.gateway.wait_for("http_started")["address"])
 
     def new_compiler(self, *flags: str) -> CompilerDaemon:
         """Another compile daemon of the same queue and store."""

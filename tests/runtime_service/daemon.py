@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer, byte_tokenizer_files
 from runtime_service.daemon import tell_changes
 from runtime_service.engine_client import EngineClient
+from runtime_service.engine_core import OnPhase
 from runtime_service.engine_process import EngineSpec
 from runtime_service.engine_source import EngineSource
 from runtime_service.metrics import RuntimeMetrics
@@ -124,7 +125,9 @@ async def running_daemon(
     metrics = RuntimeMetrics()
     changed = asyncio.Event()
 
-    async def start_client(engine: EngineManifest, on_lost: OnLost) -> EngineClient:
+    async def start_client(
+        engine: EngineManifest, on_lost: OnLost, on_phase: OnPhase
+    ) -> EngineClient:
         spec = EngineSpec(
             loader,
             {"store": str(store.root), "engine": engine.name, **arguments},
@@ -137,6 +140,7 @@ async def running_daemon(
             load_timeout_s=30.0,
             step_timeout_s=step_timeout_s,
             on_lost=on_lost,
+            on_phase=on_phase,
         )
 
     runtime = Runtime(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime_service.engine_core import OnPhase
 from runtime_service.limits import RuntimeLimits
 from runtime_service.scheduling.output import (
     ModelRunnerOutput,
@@ -98,9 +99,21 @@ class _Loaded:
 
 
 def load(
-    *, store: str, engine: str, step_s: float = 0.0, num_blocks: int = 256, **chosen: Any
+    *,
+    store: str,
+    engine: str,
+    on_phase: OnPhase,
+    step_s: float = 0.0,
+    num_blocks: int = 256,
+    **chosen: Any,
 ) -> _Loaded:
-    """The loader. An engine with a layer `broken`, or in a store with such a file, is refused."""
+    """The loader. An engine with a layer `broken`, or in a store with such a file, is refused.
+
+    While there is a file `held` in the store its weights are being loaded.
+    """
+    on_phase("load_weights")
+    while (Path(store) / "held").exists():
+        time.sleep(0.01)
     layers = LocalStore(store).get(engine).layers
     if (Path(store) / "broken").exists() or any(blob.title == "broken" for blob in layers):
         raise ArchMismatch(built_for="sm_90", found="cpu", command="millrace build --arch cpu")

@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from runtime_service.engine_core import OnPhase
 from runtime_service.limits import RuntimeLimits
 from runtime_service.scheduling.output import (
     ModelRunnerOutput,
@@ -242,6 +243,9 @@ def tell_pid() -> None:
     os.write(1, b"%d\n" % os.getpid())
 
 
-def load_fake_engine(limits: RuntimeLimits, fails_at_step: int | None = None) -> FakeEngine:
+def load_fake_engine(
+    limits: RuntimeLimits, on_phase: OnPhase, fails_at_step: int | None = None
+) -> FakeEngine:
     """A loader for `EngineSpec`: `tests.runtime_service.fake_runner:load_fake_engine`."""
+    on_phase("load")
     return FakeEngine(FakeRunner(limits, fails_at_step), limits)

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 from google.rpc import status_pb2
 
+from runtime_service.engine_core import OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_messages import (
     AddRequest,
     Failed,
+    Loading,
     Ready,
+    Reply,
     SampleOutput,
     Shutdown,
     StepOutputs,
@@ -24,6 +27,7 @@ from runtime_service.engine_messages import (
 from runtime_service.engine_process import EngineProcess, EngineSpec, start_engine_process
 from runtime_service.engine_transport import PeerGone
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
+from shared.arch import arch_named
 from shared.errors import reason_of
 from tests.runtime_service.fake_runner import small_limits, tokens_alone
 
@@ -72,6 +76,19 @@ async def gather(process: EngineProcess, num_finishes: int) -> dict[int, list[Sa
     return outputs
 
 
+async def loaded(process: EngineProcess) -> tuple[list[str], Reply]:
+    """The phases of loading that a process tells, and what it says after them."""
+    phases = []
+    while isinstance(reply := await process.link.receive(), Loading):
+        phases.append(reply.phase)
+    return phases, reply
+
+
+def load_unknown_arch(on_phase: OnPhase) -> None:
+    """A loader that fails."""
+    arch_named("sm_1")
+
+
 async def receive_to_the_end(process: EngineProcess) -> None:
     while True:
         await process.link.receive()
@@ -80,10 +97,11 @@ async def receive_to_the_end(process: EngineProcess) -> None:
 @pytest.mark.parametrize("overlap", [True, False])
 async def test_process_serves_what_was_asked(start: Start, overlap: bool) -> None:
     process = await start(fake_spec(overlap))
-    ready = await process.link.receive()
+    phases, ready = await loaded(process)
     assert isinstance(ready, Ready)
     assert ready.limits == small_limits()
-    assert [name for name, _ in ready.phases] == ["import", "load", "warm_up"]
+    # As it began them, and how long they took.
+    assert phases == [name for name, _ in ready.phases] == ["import", "load", "warm_up"]
     requests = [request(n) for n in range(8)]
     process.link.send([AddRequest(r) for r in requests])
     outputs = await gather(process, num_finishes=8)
@@ -96,7 +114,7 @@ async def test_process_serves_what_was_asked(start: Start, overlap: bool) -> Non
 
 async def test_process_says_when_it_is_idle_and_burns_no_cpu(start: Start) -> None:
     process = await start(fake_spec())
-    await process.link.receive()
+    await loaded(process)
     process.link.send([AddRequest(request(0))])
     reply = await process.link.receive()
     while not (isinstance(reply, StepOutputs) and reply.stats.is_idle):
@@ -108,7 +126,7 @@ async def test_process_says_when_it_is_idle_and_burns_no_cpu(start: Start) -> No
 
 async def test_process_reports_what_failed_and_ends(start: Start) -> None:
     process = await start(fake_spec(fails_at_step=3))
-    await process.link.receive()
+    await loaded(process)
     process.link.send([AddRequest(request(0))])
     reply = await process.link.receive()
     while not isinstance(reply, Failed):
@@ -120,15 +138,15 @@ async def test_process_reports_what_failed_and_ends(start: Start) -> None:
 
 
 async def test_process_reports_an_engine_that_cannot_be_loaded(start: Start) -> None:
-    process = await start(EngineSpec("shared.arch:arch_named", {"name": "sm_1"}))
-    reply = await process.link.receive()
+    process = await start(EngineSpec(f"{__name__}:load_unknown_arch"))
+    _, reply = await loaded(process)
     assert isinstance(reply, Failed)
     assert reason_of(status_pb2.Status.FromString(reply.status)) == "UNSUPPORTED_ARCH"
 
 
 async def test_killed_process_is_seen_by_the_front(start: Start) -> None:
     process = await start(fake_spec())
-    await process.link.receive()
+    await loaded(process)
     os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(PeerGone):
         await receive_to_the_end(process)
@@ -139,7 +157,7 @@ async def test_process_that_crashes_leaves_its_stacks_in_the_daemons_log(
     start: Start, capfd: pytest.CaptureFixture[str]
 ) -> None:
     process = await start(fake_spec())
-    await process.link.receive()
+    await loaded(process)
     os.kill(process.pid, signal.SIGSEGV)
     assert await process.wait() == -signal.SIGSEGV
     log = capfd.readouterr().err
@@ -149,7 +167,7 @@ async def test_process_that_crashes_leaves_its_stacks_in_the_daemons_log(
 
 async def test_process_ends_when_the_front_closes_its_side(start: Start) -> None:
     process = await start(fake_spec())
-    await process.link.receive()
+    await loaded(process)
     process.link.close()
     assert await process.wait() == 1
 
@@ -185,6 +203,7 @@ def test_process_dies_with_a_killed_front() -> None:
 
 _WAITING_FRONT = """
 import sys
+from runtime_service.engine_core import OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
 
 with EngineInterpreter("tests.runtime_service.fake_runner:tell_pid") as waiting:
@@ -225,7 +244,7 @@ async def test_first_load_takes_the_waiting_process_and_the_second_starts_its_ow
         try:
             assert first.pid == waiting.process.pid != second.pid
             for process in (first, second):
-                assert isinstance(await process.link.receive(), Ready)
+                assert isinstance((await loaded(process))[1], Ready)
         finally:
             assert await first.stop() == await second.stop() == -signal.SIGKILL
 
@@ -236,7 +255,7 @@ async def test_waiting_process_that_died_is_not_taken() -> None:
         waiting.process.wait()
         process = await start_engine_process(fake_spec(), waiting)
         assert process.pid != waiting.process.pid
-        assert isinstance(await process.link.receive(), Ready)
+        assert isinstance((await loaded(process))[1], Ready)
         await process.stop()
 
 
@@ -249,5 +268,5 @@ def test_waiting_process_is_reaped_where_it_was_not_taken() -> None:
 async def test_taken_process_outlives_the_block() -> None:
     with EngineInterpreter() as waiting:
         process = await start_engine_process(fake_spec(), waiting)
-    assert isinstance(await process.link.receive(), Ready)
+    assert isinstance((await loaded(process))[1], Ready)
     await process.stop()

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.engine_client import EngineClient
+from runtime_service.engine_core import OnPhase
 from runtime_service.engine_messages import AddCredit, Command, UpdateRequest
 from runtime_service.generation import Generation
 from runtime_service.generation_call import END_TOKENS, MAX_UNREAD_TOKENS, GenerationCall
@@ -134,11 +135,13 @@ class _OutOfMemory:
         self._start_client = runtime._start_client
         self.times_left = times
 
-    async def __call__(self, engine: EngineManifest, on_lost: OnLost) -> EngineClient:
+    async def __call__(
+        self, engine: EngineManifest, on_lost: OnLost, on_phase: OnPhase
+    ) -> EngineClient:
         if self.times_left:
             self.times_left -= 1
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
-        return await self._start_client(engine, on_lost)
+        return await self._start_client(engine, on_lost, on_phase)
 
 
 class _Held:
@@ -148,10 +151,31 @@ class _Held:
         self._start_client = runtime._start_client
         self.is_reached, self.may_go = asyncio.Event(), asyncio.Event()
 
-    async def __call__(self, engine: EngineManifest, on_lost: OnLost) -> EngineClient:
+    async def __call__(
+        self, engine: EngineManifest, on_lost: OnLost, on_phase: OnPhase
+    ) -> EngineClient:
         self.is_reached.set()
         await self.may_go.wait()
-        return await self._start_client(engine, on_lost)
+        return await self._start_client(engine, on_lost, on_phase)
+
+
+async def test_engine_that_says_what_nobody_understands_ends_every_stream_once_and_comes_back(
+    tmp_path: Path,
+) -> None:
+    async with running_daemon(tmp_path, step_s=0.005) as daemon:
+        call = daemon.call()
+        for number in range(4):
+            await call.start(str(number), [40, 41], max_new_tokens=400)
+        await call.read_until(lambda: all(call.num_tokens(str(n)) for n in range(4)))
+        pid = daemon.client.pid
+        with structlog.testing.capture_logs() as logs:
+            daemon.client._process.link._reader.feed_data(b"\x01\x00\x00\x00\xff")
+            seen = await call.finish()
+            await until(lambda: daemon.runtime.served is not None)
+        assert [reason_of(one.error) for one in seen.values()] == ["ENGINE_LOST"] * 4
+        assert "read_engine" in [log.get("task") for log in logs]
+        assert daemon.client.pid != pid
+        await still_works(daemon)
 
 
 async def test_status_tells_the_phases_of_a_load_while_it_goes_on(tmp_path: Path) -> None:
@@ -166,10 +190,32 @@ async def test_status_tells_the_phases_of_a_load_while_it_goes_on(tmp_path: Path
         done = await daemon.stub.GetStatus(pb.GetStatusRequest())
     assert {status.state for status in seen} == {pb.RUNTIME_STATE_LOADING}
     for status in seen:
-        assert [phase.name for phase in status.startup] == ["find_engine", "load_engine"]
+        assert [phase.name for phase in status.startup] == ["find_engine", "start_process"]
     spent = [status.startup[1].duration.ToNanoseconds() for status in seen]
     assert 0 < spent[0] < spent[1]
     assert [phase.name for phase in done.startup][:2] == ["find_engine", "start_process"]
+
+
+async def test_status_tells_what_the_engine_process_does_while_it_loads(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        held = daemon.store.root / "held"
+        held.touch()
+        await daemon.runtime.unload()
+        loading = asyncio.create_task(daemon.load())
+        async with asyncio.timeout(30.0):
+            status = await daemon.stub.GetStatus(pb.GetStatusRequest())
+            while not status.startup or status.startup[-1].name != "load_weights":
+                status = await daemon.stub.GetStatus(pb.GetStatusRequest())
+        later = await daemon.stub.GetStatus(pb.GetStatusRequest())
+        held.unlink()
+        await loading
+        done = await daemon.stub.GetStatus(pb.GetStatusRequest())
+    so_far = ["find_engine", "start_process", "import", "load_weights"]
+    assert [phase.name for phase in later.startup] == so_far
+    assert later.startup[3].duration.ToNanoseconds() > status.startup[3].duration.ToNanoseconds()
+    # What is over stands.
+    assert later.startup[2] == status.startup[2]
+    assert [phase.name for phase in done.startup] == [*so_far, "warm_up"]
 
 
 async def test_engine_comes_back_when_its_process_could_not_be_started(tmp_path: Path) -> None:
@@ -206,11 +252,11 @@ async def test_another_engine_is_served_while_the_lost_one_cannot_be(tmp_path: P
         publish_echo(daemon.store, "second")
         start_client, failed = daemon.runtime._start_client, asyncio.Event()
 
-        async def start(engine: EngineManifest, on_lost: OnLost) -> EngineClient:
+        async def start(engine: EngineManifest, on_lost: OnLost, on_phase: OnPhase) -> EngineClient:
             if engine.model == "echo":
                 failed.set()
                 raise EngineLost(problem="it does not start any more")
-            return await start_client(engine, on_lost)
+            return await start_client(engine, on_lost, on_phase)
 
         daemon.runtime._start_client = start
         os.kill(daemon.client.pid, signal.SIGKILL)

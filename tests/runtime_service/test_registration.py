@@ -54,6 +54,25 @@ async def test_heartbeat_that_is_not_answered_is_sent_on_a_new_connection() -> N
 
 
 @pytest.mark.redis
+async def test_runtime_registers_after_a_heartbeat_that_failed(redis_url: str) -> None:
+    redis, descriptions = connect(redis_url), [None, {"state": "serving"}]
+
+    def describe() -> dict[str, str | int]:
+        found = descriptions.pop(0) if len(descriptions) > 1 else descriptions[0]
+        if found is None:
+            raise RuntimeError("nobody thought of this")
+        return dict(found)
+
+    registration = Registration(connect(redis_url), "odd", describe, 60.0)
+    registration.start()
+    async with asyncio.timeout(10.0):
+        while not await redis.exists("runtime:odd"):
+            pass
+    await registration.withdraw()
+    await redis.aclose()
+
+
+@pytest.mark.redis
 @pytest.mark.parametrize("num_turns", range(6))
 async def test_change_on_the_eve_of_a_withdrawal_does_not_hold_it_up(
     redis_url: str, num_turns: int

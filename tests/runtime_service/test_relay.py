@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
-from runtime_service.relay.joined_calls import RelayedGeneration
+from runtime_service.relay.joined_calls import Caller, JoinedCalls, RelayedGeneration
 from runtime_service.relay.relays import Relays
 from shared.errors import from_status, reason_of
 from shared.security import ServerSecurity
@@ -23,6 +23,7 @@ from shared.settings import SettingsError
 from tests.runtime_service.daemon import Daemon, rest_of, running_daemon, start_of, until
 from tests.runtime_service.echo_engine import VOCAB_SIZE
 from tests.runtime_service.gateway.running_gateway import kill, running_fleet
+from tests.runtime_service.gateway.test_gateway import Unsendable
 
 OWN_STREAM = "/millrace.runtime.v1.RuntimeService/GenerateStream"
 
@@ -120,6 +121,21 @@ async def test_daemon_that_is_gone_ends_streams_with_an_error(tmp_path: Path) ->
         status = rpc_status.from_call(failed.value)
         assert status is not None
         assert reason_of(status) == "ENGINE_LOST"
+
+
+async def test_command_that_cannot_be_sent_ends_what_runs_on_its_call(tmp_path: Path) -> None:
+    """Nothing would reach the daemon any more, and nobody would know."""
+    async with running_daemon(tmp_path, step_s=0.005) as daemon:
+        joined = JoinedCalls(daemon.channel).of(Caller(()))
+        call = joined.open_call()
+        generation = call.start(start_of([40], request_id="a", max_new_tokens=400))
+        await until(lambda: generation.num_unread_tokens > 3)
+        joined._outbox = Unsendable()
+        joined.send(pb.GenerateRequest())
+        await until(lambda: generation.error is not None)
+        assert generation.error is not None
+        assert generation.error.reason == "ENGINE_LOST"
+        await daemon.freed()
 
 
 async def test_other_services_pass_as_they_are(tmp_path: Path) -> None:

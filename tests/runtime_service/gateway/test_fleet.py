@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
 from millrace.fleet.v1 import fleet_pb2
 from millrace.runtime.v1 import runtime_pb2 as pb
 from redis.asyncio import Redis
@@ -66,6 +68,91 @@ async def test_gateway_meets_registered_runtimes_and_goes_on_without_redis(
         await daemons[0].server.grpc.stop(0)
         await until(lambda: sum(1 for _ in gateway.fleet) == 1)
         await registrations[1].withdraw()
+
+
+class OddOnce:
+    """A client of Redis whose first look fails in a way that nobody thought of."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self.has_failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scan_iter" and not self.has_failed:
+            self.has_failed = True
+            raise RuntimeError("nobody thought of this")
+        return getattr(self._redis, name)
+
+
+async def test_gateway_goes_on_meeting_runtimes_after_a_look_that_failed(
+    tmp_path: Path, redis: Redis, redis_url: str
+) -> None:
+    odd: Any = OddOnce(redis)
+    async with running_daemon(tmp_path) as daemon:
+        with structlog.testing.capture_logs() as logs:
+            async with running_gateway([], [daemon], redis=odd) as gateway:
+                one = registration(daemon, redis_url)
+                one.start()
+                await gateway.usable(1)
+                await one.withdraw()
+        failed = [log["task"] for log in logs if log["event"] == "background_failed"]
+    assert (odd.has_failed, failed) == (True, ["follow_fleet"])
+
+
+async def test_keys_of_others_hide_no_runtime_and_no_deployment(
+    tmp_path: Path, redis: Redis, redis_url: str
+) -> None:
+    for kind in ("runtime", "deployment"):
+        await redis.rpush(f"{kind}:list", "1")
+        await redis.set(b"%s:\xff" % kind.encode(), "1")
+        await redis.hset(f"{kind}:half", "other", "1")
+    with structlog.testing.capture_logs() as logs:
+        async with (
+            running_daemon(tmp_path) as daemon,
+            running_gateway([], [daemon], redis=redis) as gateway,
+        ):
+            one = registration(daemon, redis_url)
+            one.start()
+            await gateway.usable(1)
+            await deploy(gateway, "echo")
+            found = await gateway.fleet_stub.GetFleet(fleet_pb2.GetFleetRequest())
+            await one.withdraw()
+    assert [d.name for d in found.deployments] == ["chat"]
+    assert sorted(log["key"] for log in logs if log["event"] == "redis_key_passed_over") == [
+        "deployment:half", "deployment:list", "runtime:half", "runtime:list",
+    ]  # fmt: skip
+
+
+async def test_deployment_may_take_the_name_of_what_is_none(redis: Redis) -> None:
+    await redis.rpush("deployment:chat", "1")
+    async with running_gateway([], [], redis=redis) as gateway:
+        delete = fleet_pb2.DeleteDeploymentRequest(name="chat")
+        _, reason, _ = await refusal(gateway.fleet_stub.DeleteDeployment(delete))
+        assert reason == "DEPLOYMENT_NOT_FOUND"
+        assert (await deploy(gateway, "echo")).version == 1
+
+
+async def test_gateway_goes_on_looking_at_a_runtime_after_a_look_that_failed(
+    tmp_path: Path,
+) -> None:
+    async with running_fleet(tmp_path, 1) as gateway:
+        (daemon,) = gateway.daemons
+        has_failed = False
+
+        def fail_once() -> None:
+            nonlocal has_failed
+            if not has_failed:
+                has_failed = True
+                raise RuntimeError("nobody thought of this")
+
+        gateway.fleet.on_change(fail_once)
+        with structlog.testing.capture_logs() as logs:
+            await daemon.runtime.unload()
+            await gateway.usable(0)
+            await daemon.load()
+            await gateway.usable(1)
+        assert has_failed
+        assert "watch_runtime" in [log.get("task") for log in logs]
 
 
 async def refusal_of_start(gateway: RunningGateway) -> str:

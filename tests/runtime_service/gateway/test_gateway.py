@@ -3,12 +3,14 @@
 import asyncio
 import os
 import signal
+from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import structlog
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
@@ -55,6 +57,33 @@ async def test_generations_run_over_the_fleet_as_on_one_runtime(tmp_path: Path) 
         timings = seen["0"].finished.timings  # type: ignore[union-attr]
         first_ns = timings.time_to_first_token.ToNanoseconds()
         assert 0 < timings.queued.ToNanoseconds() <= first_ns <= timings.total.ToNanoseconds()
+
+
+class Unsendable(deque[pb.GenerateRequest]):
+    """What cannot be sent, for a reason that nobody thought of."""
+
+    def popleft(self) -> pb.GenerateRequest:
+        raise RuntimeError("nobody thought of this")
+
+
+async def test_streams_survive_a_command_that_cannot_be_sent(tmp_path: Path) -> None:
+    """Whoever writes to a runtime fails, and no command would reach it any more: what ran there goes on elsewhere."""
+    async with running_fleet(tmp_path, step_s=0.004) as fleet:
+        call = fleet.call()
+        for number in range(30):
+            await call.start(str(number), [40, number + 41], max_new_tokens=200)
+        await call.read_until(
+            lambda: min((call.num_tokens(str(n)) for n in range(30)), default=0) > 5
+        )
+        odd = next(link for link in fleet.fleet if link.num_runs)
+        (opened,) = odd._calls.values()
+        opened.outbox = Unsendable([pb.GenerateRequest()])
+        with structlog.testing.capture_logs() as logs:
+            opened.has_outbox.set()
+            seen = await call.finish()
+        for number in range(30):
+            is_whole(seen[str(number)], [40, number + 41], 200)
+        assert "write_runtime" in [log.get("task") for log in logs]
 
 
 @pytest.mark.parametrize("how", ["process", "engine"])

@@ -1237,7 +1237,7 @@ class StartupPhase(_message.Message):
     (while weights are copied, and still verified), `copy_weights` and
     `verify_weights` (what was left of that); on a CPU `read_graph`,
     `pack_weights`, `verify_weights`; `warm_up` (first steps). While it goes on,
-    all that follows `find_engine` is `load_engine`. Others may be added.
+    the last one is what the runtime does now. Others may be added.
     """
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:

@@ -2441,7 +2441,7 @@ type StartupPhase struct {
 	// (while weights are copied, and still verified), `copy_weights` and
 	// `verify_weights` (what was left of that); on a CPU `read_graph`,
 	// `pack_weights`, `verify_weights`; `warm_up` (first steps). While it goes on,
-	// all that follows `find_engine` is `load_engine`. Others may be added.
+	// the last one is what the runtime does now. Others may be added.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// How long it took; of work done beside other phases, only what had to be
 	// waited for.

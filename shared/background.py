@@ -1,0 +1,84 @@
+"""Work that nobody waits for: the one place where a daemon starts it, so that none of it ends without a word.
+
+A task whose result nobody takes dies silently, and with it what it kept up: a daemon would look well, and see nothing
+new any more. Work that its starter awaits is a plain task, and its errors are the starter's.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import structlog
+
+Result = TypeVar("Result")
+
+FIRST_RETRY_S, LAST_RETRY_S = 0.1, 30.0
+
+_log = structlog.get_logger()
+
+
+class Background:
+    """What one owner has going on; `close` ends all of it."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def keep(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        """Has `work` go on until it returns or its task is cancelled: one that fails is logged, and begins again.
+
+        Args:
+            name: what the log calls it.
+        """
+        return self.own(_kept(name, work))
+
+    def run(
+        self,
+        name: str,
+        work: Coroutine[Any, Any, None],
+        on_failure: Callable[[], object] | None = None,
+    ) -> asyncio.Task[None]:
+        """Has `work` run once; one that fails is logged.
+
+        Args:
+            on_failure: called then: what waits for its effects would wait for ever.
+        """
+        task = self.own(work)
+
+        def tell(ended: asyncio.Task[None]) -> None:
+            if not ended.cancelled() and (error := ended.exception()) is not None:
+                _log.error("background_failed", task=name, exc_info=error)
+                if on_failure is not None:
+                    on_failure()
+
+        task.add_done_callback(tell)
+        return task
+
+    def own(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        """Has `work` run, and end with the others; its errors are for whoever waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Cancels everything, and returns when it has ended."""
+        tasks = self._tasks - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+async def _kept(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    retry_s = FIRST_RETRY_S
+    while True:
+        began_s = time.monotonic()
+        try:
+            return await work()
+        except Exception:  # an edge: nobody else hears of it
+            if time.monotonic() - began_s > LAST_RETRY_S:
+                retry_s = FIRST_RETRY_S
+            _log.exception("background_failed", task=name, retry_s=retry_s)
+        await asyncio.sleep(retry_s)
+        retry_s = min(2 * retry_s, LAST_RETRY_S)
