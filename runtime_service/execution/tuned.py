@@ -15,7 +15,7 @@ from kernels.shipped_tuning import SHIPPED
 from kernels.tuning import Site, TuningTable
 from shared.engine import EngineManifest
 from shared.errors import BlobNotFound, DigestMismatch, TuningRefused
-from shared.ir import Graph
+from shared.ir import Graph, Node
 from shared.store.local import LocalStore
 from shared.tuning import TunedSite, TuningRecord, record_from_json
 
@@ -64,14 +64,21 @@ def table_of(record: TuningRecord, graph: Graph, library: KernelLibrary) -> Tuni
 
 def shipped_table(graph: Graph, library: KernelLibrary, gpu: str) -> TuningTable:
     """The shipped table's rows that this engine can follow."""
-    rows = {row.site: row.choice for row in SHIPPED.get(gpu, ())}
+    sizes = _sizes(graph)
+    rows = {r.site: r.choice for r in SHIPPED.get(gpu, ()) if (r.site.n, r.site.k) in sizes}
     table: dict[Site, str] = {}
-    for regime in _regimes_of(rows):
+    for regime in REGIMES:
+        left = {s: name for s, name in rows.items() if s not in table and _may_have(regime, s)}
+        if not left:
+            continue  # a start waits for this: a lowering takes 20 ms
         names = sites(graph, library.arch, regime)
-        for site in rows.keys() & names.keys():
-            row = {site: rows[site]}
-            if not _problem(graph, library, (regime,), row):
-                table |= row
+        found = {site: name for site, name in left.items() if name in names.get(site, ())}
+        lacking = {
+            step.site
+            for step in lower(graph, library.arch, regime, found)
+            if isinstance(step, Launch) and step.variant not in library
+        }
+        table |= {site: name for site, name in found.items() if site not in lacking}
     return table
 
 
@@ -101,15 +108,18 @@ def _problem(
     return ""
 
 
-def _regimes_of(rows: TuningTable) -> list[Regime]:
-    """The regimes that may have these sites."""
-    return [
-        regime
-        for regime in REGIMES
-        if any(
-            site.sequences == regime.max_sequences
-            if site.sequences
-            else site.tokens == regime.max_tokens
-            for site in rows
-        )
-    ]
+def _may_have(regime: Regime, site: Site) -> bool:
+    if site.sequences:
+        return site.sequences == regime.max_sequences
+    return site.tokens == regime.max_tokens
+
+
+def _sizes(graph: Graph) -> set[tuple[int, ...]]:
+    """(n, k) of whatever a site of this graph can be of."""
+
+    def width(node: Node, heads: str) -> int:
+        return int(str(node.attrs[heads])) * int(str(node.attrs["head_dim"]))
+
+    attention = [node for node in graph.nodes if node.op == "attention"]
+    widths = {(width(node, "num_heads"), width(node, "num_kv_heads")) for node in attention}
+    return widths | {spec.shape for spec in graph.weights.values()}

@@ -112,9 +112,11 @@ def _compare_steps(
 def _keeps_the_step(
     measurer: Measurer, regime: Regime, table: TuningTable, site: Site, choice: str
 ) -> bool:
-    before = measurer.time(regime, table, None)
+    first = measurer.time(regime, table, None)
     after = measurer.time(regime, {**table, site: choice}, None)
-    return after.median_us <= before.median_us + min(before.spread_us, after.spread_us)
+    before = _both(first, measurer.time(regime, table, None))
+    # No allowance for noise: 12 % of a site were seen to cost 0.4 % of the step.
+    return after.median_us <= before.median_us
 
 
 def _is_faster(one: Timing, other: Timing) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
@@ -128,5 +129,15 @@ def _runtime(store: Path, *flags: str) -> Iterator[DaemonProcess]:
     flags = (*flags, "--listen", "127.0.0.1:0", "--metrics-listen", "", "--store", str(store))
     flags = (*flags, "--model", "tiny", "--quant", "bf16", "--kv-bytes", str(1 << 24))
     with DaemonProcess("runtime_service", *flags) as runtime:
-        runtime.wait_for("engine_loaded")
+        _wait_serving(runtime.address)
         yield runtime
+
+
+def _wait_serving(address: str, timeout_s: float = 60.0) -> None:
+    with grpc.insecure_channel(address) as channel:
+        watched = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(), timeout=timeout_s
+        )
+        for health in watched:
+            if health.status == health_pb2.HealthCheckResponse.SERVING:
+                return

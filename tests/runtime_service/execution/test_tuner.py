@@ -120,6 +120,19 @@ def test_what_wins_alone_and_slows_the_step_is_not_taken() -> None:
             assert (row.choice == row.built_in) == (site.op == "attention")
 
 
+@pytest.mark.parametrize(("step_us", "is_taken"), [(1.0, False), (0.0, True), (-1.0, True)])
+def test_a_step_that_is_slower_by_less_than_noise_is_slower(step_us: float, is_taken: bool) -> None:
+    def alone(site: Site, name: str) -> float:
+        return 5.0 if name == _SITES[site][-1] else 10.0
+
+    def in_step(site: Site, name: str) -> float:
+        return step_us if name != _SITES[site][0] and LIBRARY not in _SITES[site] else 0.0
+
+    for site, row in _tuned(Scripted(alone, in_step, spread=3.0)).items():
+        if LIBRARY not in _SITES[site]:
+            assert (row.choice != row.built_in) == is_taken
+
+
 @pytest.mark.parametrize(("first", "is_taken"), [(11.0, False), (10.0, True)])
 def test_drift_between_two_readings_of_the_built_in_choice_counts_as_noise(
     first: float, is_taken: bool
