@@ -218,3 +218,15 @@ async def test_unloading_that_failed_is_told_once_and_hinders_nothing(
     await deployments.apply(chat(replicas=1))
     await member.settle()
     assert member.serves == "echo"
+
+
+async def test_member_that_was_told_to_unload_serves_again(
+    members: Members, deployments: Deployments
+) -> None:
+    member = await members.new()
+    await deployments.apply(chat(replicas=1))
+    await member.settle()
+    await member.daemon.runtime.unload()
+    assert member.serves == ""
+    await member.settle()
+    assert member.serves == "echo"
