@@ -11,8 +11,8 @@ import (
 	runtimev1 "millrace.io/millrace/gen/millrace/runtime/v1"
 )
 
-// creditTokens of a generation may be sent by the daemon before they are read: what its reader leaves
-// unread is bounded, and holds up no other one of its call.
+// creditTokens of a generation may be sent by the daemon before they are read: what its reader
+// leaves unread is bounded, and holds up no other one of its call.
 const creditTokens = 1024
 
 // Session is many generations on one call: the daemon sends one message a step for all of them.
@@ -215,7 +215,8 @@ func (s *sharedCall) end(err error) {
 	close(s.ended)
 }
 
-// named gives the command as one of many of a call, with its first credit. It is a copy: an earlier one may still be sent.
+// named gives the command as one of many of a call, with its first credit. It is a copy: an earlier
+// one may still be sent.
 func named(command *runtimev1.GenerateStreamRequest, requestID string) *runtimev1.GenerateRequest {
 	if resume := command.GetResume(); resume != nil {
 		resume = proto.Clone(resume).(*runtimev1.ResumeGeneration)

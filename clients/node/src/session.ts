@@ -14,8 +14,8 @@ import type { Retries } from "./retries.js";
 import { Stream } from "./stream.js";
 
 /**
- * Tokens of a generation that the daemon may send before they are read: what its reader leaves unread
- * is bounded, and holds up no other one of its call.
+ * Tokens of a generation that the daemon may send before they are read: what its reader leaves
+ * unread is bounded, and holds up no other one of its call.
  */
 const CREDIT_TOKENS = 1024;
 
