@@ -21,7 +21,7 @@ from compiler_service.settings import CompilerSettings
 from compiler_service.worker import BuildStore, Worker
 from shared.background import Background
 from shared.errors import MillraceError, RedisUnreachable, StoreUnreachable
-from shared.redis import connect, public_url
+from shared.redis import EmbeddedRedis, connect, public_url
 from shared.security import ServerSecurity
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.store import EngineStore, LocalStore
@@ -38,8 +38,14 @@ _SAMPLE_S = 5.0
 _SWEEP_S = 3600.0
 
 
-async def serve(settings: CompilerSettings, redis_url: str) -> None:
-    """Serves and builds until SIGTERM or SIGINT, then returns what it was building."""
+async def serve(
+    settings: CompilerSettings, redis_url: str, embedded: EmbeddedRedis | None = None
+) -> None:
+    """Serves and builds until SIGTERM or SIGINT, then returns what it was building.
+
+    Args:
+        embedded: the Redis at that URL, where it is this daemon's own, to be kept running.
+    """
     registry = daemon_registry()
     metrics = CompilerMetrics(registry)
     store = settings.open_store()
@@ -60,6 +66,8 @@ async def serve(settings: CompilerSettings, redis_url: str) -> None:
         worker=settings.worker, lease_s=settings.lease_s, metrics=metrics_address,
     )  # fmt: skip
     background = Background()
+    if embedded is not None:
+        background.keep("keep_redis", embedded.keep_running)
     background.keep("sample_queue", lambda: _sample_queue(queue, metrics))
     background.keep("sweep_store", lambda: sweep_regularly(local))
     if settings.worker:

@@ -3,12 +3,16 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from compiler_service.settings import CompilerSettings
 from shared.errors import MillraceError
 from shared.log import configure_logging
 from shared.settings import SettingsError, exit_with
 from shared.tracing import configure_tracing
+
+if TYPE_CHECKING:
+    from shared.redis import EmbeddedRedis
 
 
 def run() -> None:
@@ -20,19 +24,19 @@ def run() -> None:
 
     try:
         configure_tracing("compiler")
-        with _redis_url(settings) as url:
-            asyncio.run(serve(settings, url))
+        with _redis(settings) as (url, embedded):
+            asyncio.run(serve(settings, url, embedded))
     except (MillraceError, SettingsError, OSError) as error:
         exit_with(f"millrace-compiler: {error}")
 
 
 @contextmanager
-def _redis_url(settings: CompilerSettings) -> Iterator[str]:
-    """Where Redis is: as the settings say, else a server of our own."""
+def _redis(settings: CompilerSettings) -> Iterator[tuple[str, "EmbeddedRedis | None"]]:
+    """Where Redis is: as the settings say, else a server of our own, which is the second."""
     if settings.redis_url:
-        yield settings.redis_url
+        yield settings.redis_url, None
         return
     from shared.redis import EmbeddedRedis
 
     with EmbeddedRedis(settings.state_dir) as server:
-        yield server.url
+        yield server.url, server

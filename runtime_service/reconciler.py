@@ -112,7 +112,8 @@ class Reconciler:
         runtime.deployment = wanted.name
         if self._attempt is not None:
             await self._follow(self._attempt)
-        elif runtime.deployment_version != wanted.version:
+        elif runtime.deployment_version != wanted.version or runtime.state == pb.RUNTIME_STATE_IDLE:
+            # Also where somebody had it unload what it served: the deployment says what is to be.
             await self._begin(wanted)
 
     async def _wanted(self) -> Deployment | None:

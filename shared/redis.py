@@ -31,6 +31,8 @@ MAX_BLOCK_S = 10.0
 
 _TIMEOUT_S = MAX_BLOCK_S + 5.0
 _CONNECT_TIMEOUT_S = 3.0
+# Between looks at whether the embedded server still runs.
+_LOOK_S = 0.5
 
 # A wrong password and a user without rights: the server is there, and not for us.
 _REFUSED = (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)
@@ -195,6 +197,20 @@ class EmbeddedRedis:
                 raise OSError(f"the embedded Valkey server did not start: {tail}")
             time.sleep(0.005)
         client.close()
+
+    async def keep_running(self) -> None:
+        """Starts the server again whenever it has ended by itself, until cancelled; on the thread that started it.
+
+        Raises:
+            OSError: it does not start; to be called again.
+        """
+        while True:
+            if self._process is None or (status := self._process.poll()) is not None:
+                if self._process is not None:
+                    _log.error("embedded_redis_ended", status=status)
+                self.stop()
+                self.start()
+            await asyncio.sleep(_LOOK_S)
 
     def stop(self) -> None:
         """Stops the server, its data written; a no-op on one that does not run."""

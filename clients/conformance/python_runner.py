@@ -109,8 +109,8 @@ def run_generation(client: millrace.Client, action: Json) -> Json:
         return report.fail(error)
 
 
-async def run_async_generation(client: Any, action: Json) -> Json:
-    """By an `AsyncClient` or a `Session`."""
+async def run_async_generation(client: Any, action: Json, status_of: millrace.AsyncClient) -> Json:
+    """By an `AsyncClient` or a `Session`; who is slow asks `status_of` afterwards."""
     report = Report(action)
     try:
         if "status" in action:
@@ -121,7 +121,7 @@ async def run_async_generation(client: Any, action: Json) -> Json:
                     return report.finish(stream, is_left=True)
                 if report.is_pause:
                     await asyncio.sleep(report.pause_s)
-                    await client.get_status()
+                    await status_of.get_status()
             return report.finish(stream, is_left=False)
     except millrace.MillraceError as error:
         return report.fail(error)
@@ -136,7 +136,8 @@ def _open(client: Any, action: Json) -> Any:
 
 async def run_session(client: millrace.AsyncClient, actions: list[Json]) -> list[Json]:
     async with client.session() as session:
-        return await asyncio.gather(*(run_async_generation(session, action) for action in actions))
+        played = (run_async_generation(session, action, client) for action in actions)
+        return await asyncio.gather(*played)
 
 
 def _client_options(task: Json) -> Json:
@@ -152,7 +153,7 @@ async def run_async(task: Json, only_sessions: bool) -> list[Json]:
             if "session" in action:
                 results += await run_session(client, action["session"])
             elif not only_sessions:
-                results.append(await run_async_generation(client, action))
+                results.append(await run_async_generation(client, action, client))
     return results
 
 

@@ -11,10 +11,15 @@ import (
 	runtimev1 "millrace.io/millrace/gen/millrace/runtime/v1"
 )
 
+// creditTokens of a generation may be sent by the daemon before they are read: what its reader
+// leaves unread is bounded, and holds up no other one of its call.
+const creditTokens = 1024
+
 // Session is many generations on one call: the daemon sends one message a step for all of them.
 //
 // Where the call breaks, another one takes its place, and each stream goes on there, or fails, by
-// itself. What a stream does not read waits in the client. Any goroutine may use a session.
+// itself. A stream that is not read waits, 1,024 tokens or so ahead of its reader. Any goroutine may
+// use a session.
 type Session struct {
 	ctx     context.Context
 	cancel  context.CancelFunc
@@ -77,7 +82,11 @@ func (c *connection) hasFailed() bool {
 func (c *connection) run(
 	ctx context.Context, requestID string, request *runtimev1.GenerateRequest,
 ) (call, error) {
-	shared := &sharedCall{events: newMailbox[*runtimev1.Event](), ended: make(chan struct{})}
+	shared := &sharedCall{
+		events: newMailbox[*runtimev1.Event](),
+		ended:  make(chan struct{}),
+		credit: func(tokens int) { c.requests.put(addCredit(requestID, tokens)) },
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.failure != nil {
@@ -181,11 +190,24 @@ func (c *connection) fail(err error) {
 
 // sharedCall is one generation among others on a call.
 type sharedCall struct {
-	events *mailbox[*runtimev1.Event]
-	ended  chan struct{}
+	events  *mailbox[*runtimev1.Event]
+	ended   chan struct{}
+	credit  func(tokens int)
+	numRead int // tokens since the last credit
 }
 
-func (s *sharedCall) recv() ([]*runtimev1.Event, error) { return s.events.take() }
+// recv gives what has arrived. That it is called again means that what it gave before was read.
+func (s *sharedCall) recv() ([]*runtimev1.Event, error) {
+	if s.numRead >= creditTokens/2 {
+		s.credit(s.numRead)
+		s.numRead = 0
+	}
+	events, err := s.events.take()
+	for _, event := range events {
+		s.numRead += len(event.GetTokens().GetTokenIds())
+	}
+	return events, err
+}
 
 // end is called once, by who took it out of the readers.
 func (s *sharedCall) end(err error) {
@@ -193,19 +215,25 @@ func (s *sharedCall) end(err error) {
 	close(s.ended)
 }
 
-// named gives the command as one of many of a call. It is a copy: an earlier one may still be sent.
+// named gives the command as one of many of a call, with its first credit. It is a copy: an earlier
+// one may still be sent.
 func named(command *runtimev1.GenerateStreamRequest, requestID string) *runtimev1.GenerateRequest {
 	if resume := command.GetResume(); resume != nil {
 		resume = proto.Clone(resume).(*runtimev1.ResumeGeneration)
-		resume.RequestId = requestID
+		resume.RequestId, resume.CreditTokens = requestID, proto.Int32(creditTokens)
 		return &runtimev1.GenerateRequest{Command: &runtimev1.GenerateRequest_Resume{Resume: resume}}
 	}
 	start := proto.Clone(command.GetStart()).(*runtimev1.StartGeneration)
-	start.RequestId = requestID
+	start.RequestId, start.CreditTokens = requestID, proto.Int32(creditTokens)
 	return &runtimev1.GenerateRequest{Command: &runtimev1.GenerateRequest_Start{Start: start}}
 }
 
 func cancelGeneration(requestID string) *runtimev1.GenerateRequest {
 	cancel := &runtimev1.CancelGeneration{RequestId: requestID}
 	return &runtimev1.GenerateRequest{Command: &runtimev1.GenerateRequest_Cancel{Cancel: cancel}}
+}
+
+func addCredit(requestID string, tokens int) *runtimev1.GenerateRequest {
+	credit := &runtimev1.AddCredit{RequestId: requestID, Tokens: int32(tokens)}
+	return &runtimev1.GenerateRequest{Command: &runtimev1.GenerateRequest_Credit{Credit: credit}}
 }

@@ -5,8 +5,9 @@ Legend: T packed tokens, R rows whose logits are wanted, V vocabulary.
 
 import math
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ from kernels.batch import StepBatch
 from kernels.cpu import bind_node
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
 from kernels.kv_cache import by_layer, kv_format
+from kernels.linear.cpu import padded_rows
 from shared.ir import Graph, Node
+
+# One that takes longer than this many operations does (some 50 ms) hides what compiling it takes.
+MOST_PREPARED_FLOPS = 10_000_000_000
 
 # (form, inputs' places, outputs' places)
 _Step = tuple[BoundOp, tuple[int, ...], tuple[int, ...]]
@@ -44,6 +49,15 @@ class CpuExecutor:
             self._steps = list(
                 pool.map(lambda node: self._bind(graph, node, read_weight, target), graph.nodes)
             )
+        # Linears of one shape and layout share what oneDNN compiles.
+        self._linears: dict[tuple[object, ...], tuple[BoundOp, int, int]] = {}
+        for node, (form, _, _) in zip(graph.nodes, self._steps, strict=True):
+            if node.op == "linear":
+                weight = graph.weights[node.weights["weight"]]
+                kind = (weight.shape, weight.layout, "bias" in node.weights)
+                num_out, num_in = weight.shape
+                self._linears.setdefault(kind, (form, num_out, num_in))
+        self._dtype = target.activation_dtype
         (output,) = graph.outputs
         self._output = self._places[output]
         self._vocab_size = int(str(graph.config["vocab_size"]))
@@ -76,6 +90,20 @@ class CpuExecutor:
             return torch.empty(0, self._vocab_size)
         logits: torch.Tensor = values[self._output]
         return logits.float()
+
+    def preparations(self, max_rows: int) -> Iterator[Callable[[], object]]:
+        """Pieces of work that spare later steps the compiling of their products, those of few rows first.
+
+        What is compiled is kept, about half a megabyte each: without this a process grows until it has seen steps
+        of every size.
+
+        Args:
+            max_rows: of a step.
+        """
+        for num_rows in sorted({padded_rows(rows) for rows in range(1, max_rows + 1)}):
+            for form, num_out, num_in in self._linears.values():
+                if 2 * num_rows * num_out * num_in <= MOST_PREPARED_FLOPS:
+                    yield partial(form, torch.zeros(num_rows, num_in, dtype=self._dtype), None)
 
     def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
         """Copies whole KV blocks in all layers, one after the other."""

@@ -114,7 +114,11 @@ def _load_cpu_runner(
     )
     vocab_size = int(str(graph.config["vocab_size"]))
     runner = ModelRunner(
-        executor, limits, vocab_size, lambda: set_num_threads(options.num_threads or 0)
+        executor,
+        limits,
+        vocab_size,
+        lambda: set_num_threads(options.num_threads or 0),
+        executor.preparations(limits.max_step_tokens),
     )
     return LoadedEngine(runner, limits, phases.timings)
 

@@ -5,7 +5,7 @@ launched before the one before it was read: what that one draws is in the row ta
 request is, nobody here knows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -23,12 +23,16 @@ from runtime_service.scheduling.output import (
 )
 from runtime_service.scheduling.request import SamplingParams, StopParams
 
+# An engine that ran less is hardly in use: it takes no time of others for what may not come.
+MANY_STEPS = 16
+
 
 class ModelRunner:
     """Runs steps of one engine.
 
     Args:
         set_up_thread: called first on the thread that runs the steps.
+        preparations: pieces of work that later steps are faster for, each for idle time.
     """
 
     def __init__(
@@ -37,14 +41,18 @@ class ModelRunner:
         limits: RuntimeLimits,
         vocab_size: int,
         set_up_thread: Callable[[], None] | None = None,
+        preparations: Iterable[Callable[[], object]] = (),
     ) -> None:
         self._executor = executor
         self._limits = limits
         self._rows = RowTable(limits, vocab_size)
+        self._preparations = iter(preparations)
+        self._num_steps = 0
         self._worker = ThreadPoolExecutor(1, "model-runner", initializer=set_up_thread)
 
     def execute(self, step: SchedulerOutput) -> Future[ModelRunnerOutput]:
         """Hands the step over and returns at once; `result()` waits for what it draws."""
+        self._num_steps += 1
         return self._worker.submit(self._run, step)
 
     def warm_up(self) -> None:
@@ -59,8 +67,14 @@ class ModelRunner:
         self._worker.submit(self._rows.apply, free).result()
 
     def use_idle_time(self) -> bool:
-        """Nothing is left to prepare."""
-        return False
+        """Prepares for steps of other sizes, once there were many steps."""
+        if self._num_steps < MANY_STEPS:
+            return False
+        piece = next(self._preparations, None)
+        if piece is None:
+            return False
+        self._worker.submit(_inferred, piece).result()
+        return True
 
     def close(self) -> None:
         """Ends the thread, after the steps that were handed over."""
@@ -99,3 +113,8 @@ class ModelRunner:
                 scored.append((range(first, first + count), sequence))
             first = end
         return sampled, scored
+
+
+def _inferred(piece: Callable[[], object]) -> None:
+    with torch.inference_mode():
+        piece()

@@ -105,6 +105,7 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
         self.num_cancelled = 0
         self.num_sent_before_status: int | None = None
         self._num_sent = 0
+        self._credit: dict[str, _Credit] = {}
         self._api_key = script.get("api_key", "")
         self._relay = relay
         self._lock = threading.Lock()
@@ -157,8 +158,13 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
                 if request.WhichOneof("command") == "cancel":
                     running[request.cancel.request_id].set()
                     continue
+                if request.WhichOneof("command") == "credit":
+                    self._credit[request.credit.request_id].add(request.credit.tokens)
+                    continue
                 ended = threading.Event()
-                running[_command(request).request_id] = ended
+                command = _command(request)
+                running[command.request_id] = ended
+                self._credit[command.request_id] = _Credit(command)
                 player = threading.Thread(
                     target=self._play_into, args=(news, request, ended), daemon=True
                 )
@@ -201,6 +207,8 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
                     self._note_cancel()
             else:
                 for events in _events(step):
+                    if context is None:
+                        self._credit[_command(request).request_id].spend(events)
                     if left := [event for event in events if not _is_known(event, known)]:
                         self._num_sent += 1
                         yield left
@@ -228,6 +236,31 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
             info = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", **reason}
             message = "An API key is needed."
             _abort(context, {"code": 16, "message": message, "details": [info]})
+
+
+class _Credit:
+    """Tokens that a client takes of a generation; without a limit where it names none."""
+
+    def __init__(self, command: Any) -> None:
+        self._is_limited = command.HasField("credit_tokens")
+        self._left = command.credit_tokens
+        self._has_more = threading.Condition()
+
+    def add(self, tokens: int) -> None:
+        """The client takes so many more."""
+        with self._has_more:
+            self._left += tokens
+            self._has_more.notify()
+
+    def spend(self, events: list[pb.Event]) -> None:
+        """Waits until the client takes these, as a daemon does."""
+        if not self._is_limited:
+            return
+        wanted = sum(len(event.tokens.token_ids) for event in events)
+        with self._has_more:
+            is_there = self._has_more.wait_for(lambda: self._left >= wanted, _PATIENCE_S)
+            assert is_there, "the client gives no credit"
+            self._left -= wanted
 
 
 def _command(request: Any) -> Any:

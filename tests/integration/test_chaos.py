@@ -154,5 +154,6 @@ async def test_random_and_mutated_messages_get_documented_answers(fleet: FleetPr
     for line in lines:
         answers = {reason.upper(): number for reason, number in line["answers"].items()}
         assert answers["INVALID_FIELD"] > line["messages"] / 10
-        # Of what is nearly right some runs: what comes after the checks is reached too.
-        assert answers.get("OK", 0) + answers.get("200", 0) > line["messages"] / 50
+        if line["service"] in ("inference.GRPCInferenceService", "openai"):
+            # Of what is nearly right some runs: what comes after the checks is reached too.
+            assert answers.get("OK", 0) + answers.get("200", 0) > line["messages"] / 50

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.redis
 
 NUM_TOKENS = 400
 NUM_IN_SESSION = 12
-# So many tokens more than at the beginning, over all streams: each has some, and none has nearly all.
-NUM_BEFORE_KILL = 500
+# So many tokens more than at the beginning, over all streams: some have begun, and hardly one has ended.
+NUM_BEFORE_KILL = 300
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,6 @@ async def busiest(client: FleetClient, fleet: FleetProcesses) -> int:
             while sum(load.generated_tokens for load in found) < wanted:
                 found = await loads()
         running = [load.running_sequences for load in found]
-        assert sum(running) == NUM_IN_SESSION + 1, running
         return running.index(max(running))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
@@ -224,12 +225,20 @@ async def test_full_disk_fails_the_build_with_disk_full(tmp_path: Path, redis_ur
     assert LocalStore(tmp_path / "store").list() == ()
 
 
-async def test_daemon_without_redis_url_brings_its_own(tmp_path: Path) -> None:
+async def test_daemon_without_redis_url_brings_its_own_and_keeps_it_running(
+    tmp_path: Path, model: Path
+) -> None:
     daemon = CompilerDaemon("", tmp_path)
     try:
         async with client_of(daemon) as client:
+            await client.built(model, "cpu")
+            children = psutil.Process(daemon.process.pid).children()
+            (own,) = (child for child in children if "valkey" in child.name())
+            own.kill()
+            await asyncio.to_thread(daemon.wait_for, "embedded_redis_ended")
             listed = await client.stub.ListBuilds(compiler_pb2.ListBuildsRequest(), timeout=10)
-            assert list(listed.builds) == []
+            # What it knew is there.
+            assert len(listed.builds) == 1
         daemon.send(signal.SIGTERM)
         assert await asyncio.to_thread(daemon.process.wait, 20) == 0
     finally:

@@ -201,3 +201,32 @@ async def test_idle_runtime_gives_up_what_it_cannot_serve(
 )  # fmt: skip
 def test_deployments_have_names_that_are_safe_in_keys(name: str, is_valid: bool) -> None:
     assert is_deployment_name(name) == is_valid
+
+
+async def test_unloading_that_failed_is_told_once_and_hinders_nothing(
+    members: Members, deployments: Deployments
+) -> None:
+    member = await members.new()
+
+    async def fail() -> None:
+        raise RuntimeError("nobody thought of this")
+
+    member.reconciler._unloading = asyncio.create_task(fail())
+    await asyncio.wait({member.reconciler._unloading})
+    with pytest.raises(RuntimeError):
+        await member.reconciler.look()
+    await deployments.apply(chat(replicas=1))
+    await member.settle()
+    assert member.serves == "echo"
+
+
+async def test_member_that_was_told_to_unload_serves_again(
+    members: Members, deployments: Deployments
+) -> None:
+    member = await members.new()
+    await deployments.apply(chat(replicas=1))
+    await member.settle()
+    await member.daemon.runtime.unload()
+    assert member.serves == ""
+    await member.settle()
+    assert member.serves == "echo"

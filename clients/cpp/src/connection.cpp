@@ -37,6 +37,13 @@ void Connection::cancel(const std::string& request_id) {
   send(request);
 }
 
+void Connection::credit(const std::string& request_id, int tokens) {
+  runtime::v1::GenerateRequest request;
+  request.mutable_credit()->set_request_id(request_id);
+  request.mutable_credit()->set_tokens(tokens);
+  send(request);
+}
+
 void Connection::close() { context_.TryCancel(); }
 
 bool Connection::has_ended() {

@@ -29,6 +29,9 @@ class Connection {
   /// Ends that generation; a no-op where it has ended.
   void cancel(const std::string& request_id);
 
+  /// Has the daemon send so many tokens more of that generation.
+  void credit(const std::string& request_id, int tokens);
+
   /// Ends the call, and with it what runs on it.
   void close();
 

@@ -29,7 +29,16 @@ class SharedCall final : public Call {
     if (is_cancelled_) connection_->cancel(request_id_);
   }
 
-  bool read(Events& events) override { return events_->take(events); }
+  // That it is called again means that what it gave before was read.
+  bool read(Events& events) override {
+    if (num_read_ >= kCreditTokens / 2) {
+      connection_->credit(request_id_, num_read_);
+      num_read_ = 0;
+    }
+    const bool has_events = events_->take(events);
+    for (const auto& event : events) num_read_ += event.tokens().token_ids_size();
+    return has_events;
+  }
 
   void cancel() override {
     is_cancelled_ = true;
@@ -43,6 +52,7 @@ class SharedCall final : public Call {
   runtime::v1::GenerateRequest request_;
   std::shared_ptr<EventQueue> events_ = std::make_shared<EventQueue>();
   std::atomic<bool> is_cancelled_ = false;
+  int num_read_ = 0;  // tokens since the last credit
 };
 
 }  // namespace

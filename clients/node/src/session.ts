@@ -14,6 +14,12 @@ import type { Retries } from "./retries.js";
 import { Stream } from "./stream.js";
 
 /**
+ * Tokens of a generation that the daemon may send before they are read: what its reader leaves
+ * unread is bounded, and holds up no other one of its call.
+ */
+const CREDIT_TOKENS = 1024;
+
+/**
  * Many generations on one call: the daemon sends one message a step for all of them.
  *
  * `close` cancels what still runs. Where the call breaks, another one takes its place, and each
@@ -83,6 +89,8 @@ class Connection {
     this.readers.set(requestId, events);
     signal.addEventListener("abort", leave);
     command.value.requestId = requestId;
+    command.value.creditTokens = CREDIT_TOKENS;
+    let numRead = 0; // tokens since the last credit
     this.requests.push(request(command));
     try {
       for await (const event of events) {
@@ -90,6 +98,12 @@ class Connection {
           signal.removeEventListener("abort", leave);
         }
         yield [event];
+        if (event.event.case !== "tokens") continue;
+        numRead += event.event.value.tokenIds.length;
+        if (numRead >= CREDIT_TOKENS / 2) {
+          this.requests.push(request({ case: "credit", value: { requestId, tokens: numRead } }));
+          numRead = 0;
+        }
       }
     } finally {
       signal.removeEventListener("abort", leave);
@@ -117,7 +131,10 @@ class Connection {
 }
 
 function request(
-  command: Command | { case: "cancel"; value: { requestId: string } },
+  command:
+    | Command
+    | { case: "cancel"; value: { requestId: string } }
+    | { case: "credit"; value: { requestId: string; tokens: number } },
 ): GenerateRequest {
   return create(GenerateRequestSchema, { command });
 }

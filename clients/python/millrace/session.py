@@ -18,6 +18,11 @@ from millrace.tracing import current_traceparent
 _Call = grpc.aio.StreamStreamCall[runtime_pb2.GenerateRequest, runtime_pb2.GenerateResponse]
 
 
+# Tokens of a generation that the daemon may send before they are read: what its reader leaves unread is
+# bounded, and holds up no other one of its call.
+CREDIT_TOKENS = 1024
+
+
 class Session:
     """Many generations on one call: the daemon sends one message a step for all of them.
 
@@ -61,14 +66,16 @@ class Session:
 def _named(
     command: runtime_pb2.GenerateStreamRequest, request_id: str
 ) -> runtime_pb2.GenerateRequest:
-    """The command as one of many of a call."""
+    """The command as one of many of a call, with its first credit."""
     request = runtime_pb2.GenerateRequest()
     if command.WhichOneof("command") == "resume":
         request.resume.CopyFrom(command.resume)
         request.resume.request_id = request_id
+        request.resume.credit_tokens = CREDIT_TOKENS
     else:
         request.start.CopyFrom(command.start)
         request.start.request_id = request_id
+        request.start.credit_tokens = CREDIT_TOKENS
     return request
 
 
@@ -106,6 +113,12 @@ class _Connection:
             cancel = runtime_pb2.CancelGeneration(request_id=request_id)
             await self._send(runtime_pb2.GenerateRequest(cancel=cancel))
 
+    async def credit(self, request_id: str, tokens: int) -> None:
+        """Has the daemon send so many tokens more of that generation."""
+        if self.failure is None:
+            credit = runtime_pb2.AddCredit(request_id=request_id, tokens=tokens)
+            await self._send(runtime_pb2.GenerateRequest(credit=credit))
+
     def forget(self, request_id: str) -> None:
         """Reads no more events of that generation."""
         self._queues.pop(request_id, None)
@@ -142,6 +155,7 @@ class _SharedCall:
     async def events(self) -> AsyncIterator[Sequence[runtime_pb2.Event]]:
         """The events, as they arrive, to the terminal one."""
         queue = await self._connection.open(self._request_id, self._request)
+        num_read = 0  # since the last credit
         try:
             while True:
                 event = await queue.get()
@@ -150,6 +164,10 @@ class _SharedCall:
                 yield (event,)
                 if event.WhichOneof("event") in ("finished", "error"):
                     return
+                num_read += len(event.tokens.token_ids)
+                if num_read >= CREDIT_TOKENS // 2:
+                    await self._connection.credit(self._request_id, num_read)
+                    num_read = 0
         finally:
             self._connection.forget(self._request_id)
 

@@ -1,13 +1,17 @@
 """The runner gives what the reference gives, however a sequence is cut, moved or entered again."""
 
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from kernels import reference
-from runtime_service.execution.loading import LoadedEngine, load_runner
+from runtime_service.execution.cpu_executor import MOST_PREPARED_FLOPS, CpuExecutor
+from runtime_service.execution.loading import LoadedEngine, load_runner, read_graph
+from runtime_service.execution.model_runner import MANY_STEPS, ModelRunner
 from runtime_service.execution.options import RunnerOptions
 from runtime_service.sampling.sampler import NonFiniteLogits
 from runtime_service.scheduling.output import (
@@ -215,3 +219,44 @@ def test_logits_that_are_not_finite_end_the_step(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLogits):
         run(own, [ScheduledSequence(0, 37, 1)])
     own.runner.close()
+
+
+def test_idle_runner_prepares_after_many_steps(tmp_path: Path) -> None:
+    runner = load_runner(*build_tiny(tmp_path), OPTIONS).runner
+    assert isinstance(runner, ModelRunner)
+    done: list[int] = []
+    runner._preparations = iter([lambda n=n: done.append(n) for n in range(3)])  # type: ignore[misc]
+    new = enter(0, PROMPT, [0, 1, 2, 3, 4], SamplingParams())
+    runner.execute(SchedulerOutput(0, (), (new,), (), (ScheduledSequence(0, 0, 4),))).result()
+    assert not runner.use_idle_time(), "after a single step"
+    again = SchedulerOutput(1, (), (), (), (ScheduledSequence(0, 4, 1),))
+    for _ in range(MANY_STEPS):
+        runner.execute(again).result()
+    assert [runner.use_idle_time() for _ in range(4)] == [True, True, True, False]
+    assert done == [0, 1, 2]
+    runner.close()
+
+
+def test_products_of_every_size_are_prepared_unless_they_take_long(tmp_path: Path) -> None:
+    store, engine = build_tiny(tmp_path)
+    runner = load_runner(store, engine, OPTIONS).runner
+    assert isinstance(runner, ModelRunner)
+    executor = runner._executor
+    assert isinstance(executor, CpuExecutor)
+    pieces = [piece for piece in executor.preparations(100) if isinstance(piece, partial)]
+    sizes = Counter(len(piece.args[0]) for piece in pieces)
+    runner.close()
+    assert list(sizes) == [*range(1, 17), *range(20, 65, 4), *range(72, 105, 8)]
+    graph = read_graph(store, engine)
+    linears = [node for node in graph.nodes if node.op == "linear"]
+    shapes = {graph.weights[node.weights["weight"]].shape for node in linears}
+    assert set(sizes.values()) == {len(shapes)}
+    rows_of_largest = MOST_PREPARED_FLOPS // (2 * max(rows * columns for rows, columns in shapes))
+    beyond = [
+        piece
+        for piece in executor.preparations(2 * rows_of_largest)
+        if isinstance(piece, partial) and len(piece.args[0]) > rows_of_largest
+    ]
+    num_sizes = len({len(piece.args[0]) for piece in beyond})
+    assert num_sizes > 0
+    assert len(beyond) < num_sizes * len(shapes)

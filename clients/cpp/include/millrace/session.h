@@ -12,7 +12,7 @@ namespace millrace {
 /// life cancels what still runs. Any thread may use it.
 ///
 /// Where the call breaks, another one takes its place, and each stream goes on there, or fails, by
-/// itself. What a stream does not read waits in memory.
+/// itself. A stream that is not read waits, 1,024 tokens or so ahead of its reader.
 class Session {
  public:
   class Impl;

@@ -8,7 +8,7 @@ import java.util.Optional;
 
 /** What runs a generation: a call of its own, or its part of a shared one. Any thread may use it. */
 interface Call {
-  /** Asks for a message of events. */
+  /** Asks for more events: those that came were taken. */
   void request();
 
   /** Ends the generation. */

@@ -1,5 +1,6 @@
 package dev.millrace;
 
+import dev.millrace.runtime.v1.AddCredit;
 import dev.millrace.runtime.v1.CancelGeneration;
 import dev.millrace.runtime.v1.Event;
 import dev.millrace.runtime.v1.GenerateRequest;
@@ -16,9 +17,12 @@ import java.util.Map;
 
 /** A session's call, and who reads what of it; where it has broken it is of no more use. */
 final class Connection extends ClientCall.Listener<GenerateResponse> {
+  /** Tokens of a generation that the daemon may send before they are read. */
+  private static final int CREDIT_TOKENS = 1024;
+
   private final Daemon runtime;
   private final ClientCall<GenerateRequest, GenerateResponse> call;
-  private final Map<String, Call.Listener> listeners = new HashMap<>();
+  private final Map<String, SharedCall> running = new HashMap<>();
   private MillraceException failure;
 
   Connection(Daemon runtime) {
@@ -35,26 +39,19 @@ final class Connection extends ClientCall.Listener<GenerateResponse> {
 
   /** One generation among the others, by an id that none of them had. */
   Call open(String requestId, GenerateStreamRequest command, Call.Listener listener) {
+    var shared = new SharedCall(requestId, listener);
     MillraceException failed;
     synchronized (this) {
       failed = failure;
       if (failed == null) {
-        listeners.put(requestId, listener);
+        running.put(requestId, shared);
         call.sendMessage(named(command, requestId));
       }
     }
     if (failed != null) {
       listener.onEnd(failed);
     }
-    return new Call() {
-      @Override
-      public void request() {} // all that the call brings is taken: others must not wait for one
-
-      @Override
-      public void cancel() {
-        leave(requestId);
-      }
-    };
+    return shared;
   }
 
   /** Ends the call, and with it what runs on it. */
@@ -70,9 +67,9 @@ final class Connection extends ClientCall.Listener<GenerateResponse> {
   @Override
   public void onMessage(GenerateResponse response) {
     for (Event event : response.getEventsList()) {
-      Call.Listener listener = listener(event);
-      if (listener != null) { // late events of a generation that its reader left have none
-        listener.onEvents(List.of(event));
+      SharedCall shared = arrived(event);
+      if (shared != null) { // late events of a generation that its reader left have none
+        shared.listener.onEvents(List.of(event));
       }
     }
     call.request(1);
@@ -83,38 +80,73 @@ final class Connection extends ClientCall.Listener<GenerateResponse> {
     end(runtime.failure(status, trailers));
   }
 
-  private synchronized Call.Listener listener(Event event) {
-    boolean isTerminal = event.hasFinished() || event.hasError();
-    String requestId = event.getRequestId();
-    return isTerminal ? listeners.remove(requestId) : listeners.get(requestId);
-  }
-
-  private synchronized void leave(String requestId) {
-    if (listeners.remove(requestId) != null && failure == null) {
-      var cancel = CancelGeneration.newBuilder().setRequestId(requestId);
-      call.sendMessage(GenerateRequest.newBuilder().setCancel(cancel).build());
+  /** Whose the event is, which counts it; null where nobody reads it. */
+  private synchronized SharedCall arrived(Event event) {
+    SharedCall shared = running.get(event.getRequestId());
+    if (shared != null) {
+      shared.numArrived += event.getTokens().getTokenIdsCount();
+      if (event.hasFinished() || event.hasError()) {
+        running.remove(event.getRequestId());
+      }
     }
+    return shared;
   }
 
   private void end(MillraceException error) {
-    List<Call.Listener> left;
+    List<SharedCall> left;
     synchronized (this) {
       if (failure == null) {
         failure = error;
       }
-      left = List.copyOf(listeners.values());
-      listeners.clear();
+      left = List.copyOf(running.values());
+      running.clear();
     }
-    left.forEach(listener -> listener.onEnd(error));
+    left.forEach(shared -> shared.listener.onEnd(error));
   }
 
   private static GenerateRequest named(GenerateStreamRequest command, String requestId) {
     GenerateRequest.Builder request = GenerateRequest.newBuilder();
     if (command.hasResume()) {
-      request.setResume(command.getResume().toBuilder().setRequestId(requestId));
+      var resume = command.getResume().toBuilder().setRequestId(requestId);
+      request.setResume(resume.setCreditTokens(CREDIT_TOKENS));
     } else {
-      request.setStart(command.getStart().toBuilder().setRequestId(requestId));
+      var start = command.getStart().toBuilder().setRequestId(requestId);
+      request.setStart(start.setCreditTokens(CREDIT_TOKENS));
     }
     return request.build();
+  }
+
+  /** One generation among others. The call brings all of them: it is credit that each waits for. */
+  private final class SharedCall implements Call {
+    private final String requestId;
+    private final Call.Listener listener;
+    private int numArrived; // tokens since the last credit
+
+    SharedCall(String requestId, Call.Listener listener) {
+      this.requestId = requestId;
+      this.listener = listener;
+    }
+
+    /** Its reader has taken what arrived. */
+    @Override
+    public void request() {
+      synchronized (Connection.this) {
+        if (numArrived >= CREDIT_TOKENS / 2 && running.containsKey(requestId)) {
+          var credit = AddCredit.newBuilder().setRequestId(requestId).setTokens(numArrived);
+          call.sendMessage(GenerateRequest.newBuilder().setCredit(credit).build());
+          numArrived = 0;
+        }
+      }
+    }
+
+    @Override
+    public void cancel() {
+      synchronized (Connection.this) {
+        if (running.remove(requestId) != null && failure == null) {
+          var cancel = CancelGeneration.newBuilder().setRequestId(requestId);
+          call.sendMessage(GenerateRequest.newBuilder().setCancel(cancel).build());
+        }
+      }
+    }
   }
 }

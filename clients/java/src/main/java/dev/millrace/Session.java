@@ -8,7 +8,8 @@ import dev.millrace.runtime.v1.GenerateStreamRequest;
  *
  * <p>{@link #close} ends what still runs. Where the call breaks, another one takes its place, and
  * each stream goes on there, or fails, by itself. The daemon alone keeps {@link
- * GenerateOptions.Builder#timeout}. What a stream does not read waits in memory.
+ * GenerateOptions.Builder#timeout}. A stream that is not read
+ * waits, 1,024 tokens or so ahead of its reader, and holds up no other.
  */
 public final class Session implements Generator, AutoCloseable {
   private final Daemon runtime;
