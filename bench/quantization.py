@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from shared.engine import EngineManifest, QuantConfig
 from shared.store.local import LocalStore
 
 SCHEMES = "bf16,int8,w8a8-int8,int4-rtn,int4-awq,int4-gptq"
+UNMEASURED = ("bf16", "fp32")
 NO_LIMIT = 1000.0
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 64, 64, 3
 
@@ -36,13 +38,16 @@ def main() -> None:
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--group-size", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--probe-tokens", type=int, default=0)
     arguments = parser.parse_args()
     store = LocalStore(arguments.store)
     rows = {}
     for scheme in arguments.schemes.split(","):
         group_size = arguments.group_size if scheme.startswith("int4") else 0
         started_s = time.monotonic()
-        engine = _engine(store, arguments.model, scheme, group_size)
+        probe_tokens = 0 if scheme in UNMEASURED else arguments.probe_tokens
+        quant = QuantConfig(scheme, group_size, probe_tokens=probe_tokens)
+        engine = _engine(store, arguments.model, quant)
         seconds = time.monotonic() - started_s
         rows[scheme] = {**_quality(store, engine), "build_s": round(seconds, 1)}
         rows[scheme]["megabytes"] = round(sum(blob.size_bytes for blob in engine.layers) / 1e6, 1)
@@ -59,10 +64,9 @@ def main() -> None:
     print(_table(rows))
 
 
-def _engine(store: LocalStore, model_uri: str, scheme: str, group_size: int) -> EngineManifest:
-    is_quantized = scheme not in ("bf16", "fp32")
-    limit = NO_LIMIT if is_quantized else 0.0
-    quant = QuantConfig(scheme, group_size, max_kl=limit, max_perplexity_increase=limit)
+def _engine(store: LocalStore, model_uri: str, quant: QuantConfig) -> EngineManifest:
+    limit = 0.0 if quant.scheme in UNMEASURED else NO_LIMIT
+    quant = replace(quant, max_kl=limit, max_perplexity_increase=limit)
     cache = store.root / "cache"
     resolved = resolve(model_uri, ["cpu"], quant, "", cache)
     request = BuildRequest(model_uri, resolved.keys["cpu"], resolved.model, cache)
@@ -94,17 +98,17 @@ def _decode_speed(loaded: LoadedEngine) -> float:
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| scheme | KL mean | KL p99 | same top token | perplexity | size, MB | decode tok/s |",
-        "|---|---|---|---|---|---|---|",
+        "| scheme | KL mean | KL p99 | same top token | perplexity | needles | size, MB | decode tok/s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for scheme, row in rows.items():
         if "kl_mean" in row:
             quality = (
                 f"{row['kl_mean']:.4f} | {row['kl_p99']:.3f} | {row['top1']:.1%} | "
-                f"{row['perplexity']:.2f} ({row['perplexity_increase']:+.1%})"
+                f"{row['perplexity']:.2f} ({row['perplexity_increase']:+.1%}) | {row['needles']}"
             )
         else:
-            quality = " | | | "
+            quality = " | | | | "
         lines.append(f"| `{scheme}` | {quality} | {row['megabytes']} | {row['decode_tok_s']:.0f} |")
     return "\n".join(lines)
 

@@ -69,10 +69,11 @@ class GraphQuantizer:
         self._adjustments, self._probe = adjustments, probe
         self._imported = imported
         texts, rows = (probe.texts, probe.logit_rows) if probe else ((), ())
+        going_on = probe.going_on if probe else {}
         self._num_probed = sum(map(len, texts))
-        self._reference = Stream(graph, texts, rows) if probe else None
+        self._reference = Stream(graph, texts, rows, going_on) if probe else None
         seen = (*texts, *(calibration if scheme.reads_inputs else ()))
-        self._quantized = Stream(graph, seen, rows, keeps_kv=False) if seen else None
+        self._quantized = Stream(graph, seen, rows, going_on, keeps_kv=False) if seen else None
         self._uses = Counter(name for node in graph.nodes for name in node.weights.values())
         self._used_again: dict[str, Packed] = {}
         self._errors: list[WeightError] = []

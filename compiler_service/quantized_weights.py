@@ -112,8 +112,13 @@ class _Work:
         windows = cut_windows(documents, tokenizer, max_positions, tokens)
         self._calibration = tuple(window.token_ids for window in windows.calibration)
         if not self._quant.skip_quality:
-            tokens = most_tokens(self._plan.graph)
-            self._probe = make_probe(windows, tokenizer, max_positions, tokens)
+            self._probe = make_probe(
+                windows,
+                tokenizer,
+                self._quant.probe_tokens,
+                max_positions,
+                most_tokens(self._plan.graph),
+            )
 
     def _auto_kept(
         self, scales: Mapping[str, InputScale], measurement: Measurement
@@ -128,11 +133,11 @@ class _Work:
             return frozenset()
 
         assert self._probe is not None, "something was measured without a probe"
-        limits_alone = self._probe.without_haystacks()
+        windows = self._probe.windows_alone()
 
         def measure(kept: frozenset[str]) -> Measurement:
             self._enter("quality", self._plan.read_bytes)
-            found = self._pass(self._scheme_graph(kept, scales), scales, None, limits_alone)
+            found = self._pass(self._scheme_graph(kept, scales), scales, None, windows)
             assert found is not None, "a pass with a probe measured nothing"
             return found
 

@@ -76,6 +76,7 @@ class Stream:
     Args:
         texts: token ids, each a sequence of its own.
         logit_rows: packed tokens whose logits are wanted.
+        going_on: by text, an earlier one and how many of its first tokens come before it.
         keeps_kv: the KV cache is fp32, whatever the graph was built for.
     """
 
@@ -84,13 +85,17 @@ class Stream:
         graph: Graph,
         texts: Sequence[torch.Tensor],
         logit_rows: Sequence[int] = (),
+        going_on: Mapping[int, tuple[int, int]] | None = None,
         *,
         keeps_kv: bool = True,
     ) -> None:
         if keeps_kv:
             config = {name: value for name, value in graph.config.items() if name != "kv_cache"}
             graph = replace(graph, config=config)
-        batch = prompt_batch(graph, [len(text) for text in texts], logit_rows=logit_rows)
+        # Blocks of one token: texts may part anywhere.
+        batch = prompt_batch(
+            graph, list(map(len, texts)), block_tokens=1, logit_rows=logit_rows, going_on=going_on
+        )
         # A layer reads only what it has just written, so one cache serves all layers.
         batch.kv_caches = [batch.kv_caches[0]] * len(batch.kv_caches)
         self._batch: StepBatch = batch

@@ -58,24 +58,37 @@ def prompt_batch(
     *,
     block_tokens: int = 16,
     logit_rows: Sequence[int] | None = None,
+    going_on: Mapping[int, tuple[int, int]] | None = None,
 ) -> StepBatch:
     """A step that computes whole prompts of these lengths with a new cache: of the graph's 8 bits, or of `dtype`.
 
     Args:
         logit_rows: packed tokens whose logits are wanted; None wants every token's.
+        going_on: by prompt, another one and how many of its first tokens, whole blocks of them, come before it.
+            They are computed once, as the other's, and are no part of its own length.
     """
+    going_on = going_on or {}
+    before = [going_on.get(prompt, (0, 0))[1] for prompt in range(len(lengths))]
+    assert not any(count % block_tokens for count in before), "prompts part within a block"
     blocks = [-(-length // block_tokens) for length in lengths]
     first = torch.tensor([0, *blocks]).cumsum(0)[:-1]
-    tables_SB = first[:, None] + torch.arange(max(blocks))
+    widest = max(blocks) + max(before) // block_tokens
+    # A prompt's own blocks come behind those that it shares.
+    shift = torch.tensor(before) // block_tokens
+    tables_SB = first[:, None] - shift[:, None] + torch.arange(widest)
+    for prompt, (other, count) in going_on.items():
+        shared = count // block_tokens
+        tables_SB[prompt, :shared] = tables_SB[other, :shared]
     positions_T = torch.cat([torch.arange(length) for length in lengths])
-    base_T = torch.repeat_interleave(first * block_tokens, torch.tensor(lengths))
+    counts = torch.tensor(lengths)
+    base_T = torch.repeat_interleave(first * block_tokens, counts)
     kept = kv_format(graph, str(dtype).removeprefix("torch."))
     rows = range(sum(lengths)) if logit_rows is None else logit_rows
     return StepBatch(
-        positions_T=positions_T.int(),
+        positions_T=(positions_T + torch.repeat_interleave(torch.tensor(before), counts)).int(),
         slot_mapping_T=(base_T + positions_T).int(),
         block_tables_SB=tables_SB.clamp(max=sum(blocks) - 1).int(),
-        seq_lens_S=torch.tensor(lengths, dtype=torch.int32),
+        seq_lens_S=(counts + torch.tensor(before)).int(),
         query_start_S1=torch.tensor([0, *lengths]).cumsum(0).int(),
         logit_rows_R=torch.tensor(list(rows), dtype=torch.int32),
         kv_caches=by_layer(kept.allocate(graph, sum(blocks), block_tokens)),

@@ -61,6 +61,7 @@ class QuantConfig:
         auto_keep: beyond these the build keeps more weights in bf16 instead of failing.
         skip_quality: nothing is measured, so nothing is promised.
         kv_cache: how keys and values are kept: "fp8" or "int8"; "" = as activations are.
+        probe_tokens: of the longest context that facts are hidden in and asked for; 0 = the default.
     """
 
     scheme: str
@@ -73,6 +74,7 @@ class QuantConfig:
     auto_keep: bool = False
     skip_quality: bool = False
     kv_cache: str = ""
+    probe_tokens: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scheme", SCHEME_ALIASES.get(self.scheme, self.scheme))

@@ -33,6 +33,7 @@ def quant_to_proto(quant: QuantConfig) -> engine_pb2.QuantConfig:
         auto_keep=quant.auto_keep,
         skip_quality=quant.skip_quality,
         kv_cache=quant.kv_cache,
+        probe_tokens=quant.probe_tokens,
     )
 
 
@@ -42,7 +43,8 @@ def quant_from_proto(message: engine_pb2.QuantConfig) -> QuantConfig:
     Raises:
         InvalidField: a size or a limit is negative, or no finite number.
     """
-    for name in ("group_size", "calibration_tokens", "max_kl", "max_perplexity_increase"):
+    sizes = ("group_size", "calibration_tokens", "probe_tokens")
+    for name in (*sizes, "max_kl", "max_perplexity_increase"):
         value = getattr(message, name)
         if not 0 <= value < math.inf:
             problem = "must not be negative" if value < 0 else "must be a finite number"
@@ -58,6 +60,7 @@ def quant_from_proto(message: engine_pb2.QuantConfig) -> QuantConfig:
         message.auto_keep,
         message.skip_quality,
         message.kv_cache,
+        message.probe_tokens,
     )
 
 

@@ -107,15 +107,15 @@ def measurement_of(
 
 def _contexts(probe: Probe, logits: ComparedLogits) -> tuple[ContextResult, ...]:
     contexts, first = [], probe.num_measured
-    for haystack in probe.haystacks:
+    for context in probe.contexts:
         results = []
-        for needle in haystack.needles:
+        for needle in context.needles:
             rows = slice(first, first + len(needle.answer))
             answer = torch.tensor(needle.answer)
             tops = (logits.reference_top_R[rows], logits.quantized_top_R[rows])
             results.append(NeedleResult(needle.depth, *(torch.equal(top, answer) for top in tops)))
             first = rows.stop
-        contexts.append(ContextResult(haystack.num_tokens, haystack.skipped, tuple(results)))
+        contexts.append(ContextResult(context.num_tokens, context.skipped, tuple(results)))
     return tuple(contexts)
 
 

@@ -7,6 +7,11 @@ from typing import Protocol
 import torch
 
 from compiler_service.calibration.windows import DEFAULT_CALIBRATION_TOKENS
+from compiler_service.quality.needle import (
+    DEFAULT_PROBE_TOKENS,
+    MAX_PROBE_TOKENS,
+    MIN_PROBE_TOKENS,
+)
 from compiler_service.quantization.keep import kept_weights
 from compiler_service.streaming import RowsOf
 from kernels.kv_cache import EIGHT_BIT_FORMATS
@@ -165,7 +170,20 @@ class QuantScheme:
             calibration_tokens=self._calibration_tokens(quant),
             max_kl=limits.max_kl,
             max_perplexity_increase=limits.max_perplexity_increase,
+            probe_tokens=self._probe_tokens(quant),
         )
+
+    def _probe_tokens(self, quant: QuantConfig) -> int:
+        if not self.measures(quant):
+            if quant.probe_tokens:
+                problem = "nothing is measured, so probe_tokens says nothing"
+                raise UnsupportedQuant(quant=str(quant), problem=problem)
+            return 0
+        tokens = quant.probe_tokens or DEFAULT_PROBE_TOKENS
+        if not MIN_PROBE_TOKENS <= tokens <= MAX_PROBE_TOKENS:
+            problem = f"probe_tokens may be {MIN_PROBE_TOKENS} to {MAX_PROBE_TOKENS}, not {tokens}"
+            raise UnsupportedQuant(quant=str(quant), problem=problem)
+        return tokens
 
     def _group_size(self, quant: QuantConfig) -> int:
         if not self.group_sizes:

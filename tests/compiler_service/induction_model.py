@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from compiler_service.models.rope import rope_of
+from compiler_service.quality.needle import PLACES, code_of
 
 _BLOCK, _CODE, _SILENT = 64, 60, 60
 _OWN, _BEFORE, _TWO_BEFORE, _COPIED, _CONSTANT = (block * _BLOCK for block in range(5))
@@ -28,7 +29,8 @@ _HIDDEN, _HEAD_DIM = 5 * _BLOCK, 256
 _HALF = _HEAD_DIM // 2
 # Logits of attention differ by more than this between what is attended to and all else.
 _SHARPNESS = 60.0
-_FACT_WORDS = "The secret code of Lisbon Vienna Cairo Toronto Oslo is 7193 2658 4826 9374 3057 ."
+_CODES = [str(code_of(number)) for number in range(len(PLACES))]
+_FACT_WORDS = ["The", "secret", "code", "of", *PLACES, "is", *_CODES, "."]
 _WORDS = [f"word{number}" for number in range(150)]
 
 
@@ -46,7 +48,7 @@ def write_induction_model(folder: Path, outlier: float = 0.0, max_positions: int
         outlier: what the rows that make queries and keys of layer 1 multiply channels with that are
             always 0: it changes nothing, and is what a coarse grid has to reach.
     """
-    vocabulary = ["a", *dict.fromkeys(_FACT_WORDS.split()), *_WORDS]
+    vocabulary = ["a", *_FACT_WORDS, *_WORDS]
     config = _config(len(vocabulary), max_positions)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -163,6 +163,9 @@ REFUSED = {
     "tokens that nobody reads": (QuantConfig("int8", calibration_tokens=9), "looks at no tokens"),
     "nothing to keep": (QuantConfig("bf16", keep=("lm_head",)), "quantizes nothing"),
     "limits unmeasured": (QuantConfig("int8", max_kl=1.0, skip_quality=True), "skip_quality"),
+    "a probe unmeasured": (QuantConfig("bf16", probe_tokens=512), "nothing is measured"),
+    "a probe too short": (QuantConfig("int8", probe_tokens=255), "256 to 131072, not 255"),
+    "a probe too long": (QuantConfig("int8", probe_tokens=131073), "256 to 131072, not 131073"),
     "a pattern of nothing": (QuantConfig("int8", keep=("layers.9.*",)), "'layers.9.*' matches no"),
 }
 

@@ -68,7 +68,7 @@ def test_perplexity_beyond_all_numbers_is_infinite_and_fails_the_gate() -> None:
     """A loss of 710 nats and more has no exponential in fp64."""
     comparison = LogitComparison(torch.tensor([1]))
     comparison.add(0, torch.zeros(1, 2), torch.tensor([[900.0, 0.0]]))
-    probe = Probe((torch.tensor([0]),), (0,), torch.tensor([1]), 1, ())
+    probe = Probe((torch.tensor([0]),), {}, (0,), torch.tensor([1]), 1, ())
     measurement = measurement_of(probe, comparison.finish(), ())
     assert measurement.perplexity_quantized == float("inf")
     quant = QuantConfig("int8", max_kl=1e9, max_perplexity_increase=1e9)

@@ -34,6 +34,7 @@ quants = st.builds(
     auto_keep=st.booleans(),
     skip_quality=st.booleans(),
     kv_cache=words,
+    probe_tokens=st.integers(0),
 )
 keys = st.builds(EngineKey, words, words, quants, words)
 
@@ -63,6 +64,7 @@ def test_keys_share_a_name_only_if_equal(one: EngineKey, two: EngineKey) -> None
         replace(KEY, quant=QuantConfig("int4", 64, auto_keep=True)),
         replace(KEY, quant=QuantConfig("int4", 64, skip_quality=True)),
         replace(KEY, quant=QuantConfig("int4", 64, kv_cache="fp8")),
+        replace(KEY, quant=QuantConfig("int4", 64, probe_tokens=2048)),
         replace(KEY, builder="builder2"),
     ],
 )

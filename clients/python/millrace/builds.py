@@ -23,6 +23,7 @@ class RecipeOptions(TypedDict, total=False):
     auto_keep: keep more weights in bf16 instead of failing.
     skip_quality: measure nothing.
     kv_cache: how keys and values are kept: `fp8` or `int8`; empty: as activations are.
+    probe_tokens: of the longest context that facts are hidden in and asked for; 0: 1,024.
     """
 
     keep: Sequence[str]
@@ -33,6 +34,7 @@ class RecipeOptions(TypedDict, total=False):
     auto_keep: bool
     skip_quality: bool
     kv_cache: str
+    probe_tokens: int
 
 
 def build_request(
@@ -61,6 +63,7 @@ def build_request(
         auto_keep=recipe.get("auto_keep", False),
         skip_quality=recipe.get("skip_quality", False),
         kv_cache=recipe.get("kv_cache", ""),
+        probe_tokens=recipe.get("probe_tokens", 0),
     )
     if config.ByteSize():
         request.quant.CopyFrom(config)

@@ -83,6 +83,15 @@ def build(
             "--kv-cache", metavar="fp8|int8", help="Keep keys and values in 8 bits: fp8 or int8."
         ),
     ] = "",
+    probe_tokens: Annotated[
+        int,
+        typer.Option(
+            "--probe-tokens",
+            metavar="N",
+            min=0,
+            help="Longest context in which the quality report hides facts; 0: 1024.",
+        ),
+    ] = 0,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for it.")] = False,
     compiler: Compiler = COMPILER,
     as_json: AsJson = False,
@@ -108,6 +117,7 @@ def build(
         "auto_keep": auto_keep,
         "skip_quality": skip_quality,
         "kv_cache": kv_cache or named_kv_cache,
+        "probe_tokens": probe_tokens,
     }
     with connect(compiler) as client:
         run(client, model, archs, scheme, group_size, name, recipe, detach=detach, as_json=as_json)
