@@ -17,6 +17,7 @@ import torch
 from bench.gpu_kernels import SAMPLING_VOCAB, read
 from bench.gpu_timing import captured, median_ms
 from kernels.launcher import KernelLibrary
+from runtime_service.execution.cuda_model_runner import Reading
 from runtime_service.execution.device_rows import DeviceRows
 from runtime_service.execution.device_sampler import DeviceSampler
 from runtime_service.execution.device_stream import CudaStream
@@ -70,12 +71,17 @@ def time_feature(
     sampler, rows = sampler_of(library, params, num_rows)
     sent = rows.send([ScheduledSequence(row, _HISTORY - 1, 1) for row in range(num_rows)])
     logits = torch.randn(num_rows, SAMPLING_VOCAB, device="cuda") * deviation
-    graph = captured(lambda: sampler.launch(logits, sent))
+    reading = Reading(num_rows, SAMPLING_VOCAB, CudaStream())
+
+    def draw() -> None:
+        sampler.launch(logits, sent, reading.drawn_S, reading.reports_SW)
+
+    graph = captured(draw)
     device_us = 1000 * median_ms(graph.replay, 20, 3)
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(10):
-        sampler.launch(logits, sent)
+        draw()
     host_us = (time.perf_counter() - started) * 1e5
     torch.cuda.synchronize()
     return {"device_us": round(device_us, 1), "host_us": round(host_us, 1)}

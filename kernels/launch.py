@@ -2,6 +2,12 @@
 
 Plain data between the launch rules (`lowering.py`, `kernels/<op>/launch.py`) and the executor that binds
 names to device memory.
+
+With PDL a kernel starts while the one before it runs, and that one may have started so too: before its own
+`gdc_wait` it may read only what no kernel of the step writes. A step's first kernel, the embedding, lets the next one
+start when it has waited itself. So whatever was written before the step's first kernel, by earlier steps or by
+`step_inputs`, is seen by all of its kernels before their wait. Of a kernel's programs some, whatever the data, have to
+wait, or the kernel after it would not wait for the one before it.
 """
 
 from collections.abc import Callable
@@ -112,6 +118,7 @@ class MatMul:
         x_scale: per-token scale of an e4m3 x; then `weight` is fp8_channel.
         dense: where a launch before it left the weight's values, in x's dtype; None: `weight` is they.
         least_rows: steps of fewer are other launches'.
+        adds: is added to the product, and is lost: `out` takes its memory.
     """
 
     x: Value | Temporary
@@ -121,6 +128,7 @@ class MatMul:
     x_scale: Temporary | None = None
     dense: Scratch | None = None
     least_rows: int = 1
+    adds: Value | None = None
 
 
 Step = Launch | MatMul

@@ -230,9 +230,12 @@ class _Lowering:
         if self.riding.is_few or layout not in linear.LIBRARY_LAYOUTS:
             yield self._fused_linear(node, quantized, scale)
             return
-        x = quantized or Value(node.inputs[0])
-        bias = node.weights.get("bias")
-        yield MatMul(x, node.weights["weight"], bias, Value(node.outputs[0]), scale)
+        x, weight = quantized or Value(node.inputs[0]), node.weights["weight"]
+        norm = self.riding.adding_norm(node)
+        if norm is not None:
+            yield MatMul(x, weight, None, Value(norm.outputs[1]), adds=Value(norm.inputs[1]))
+        else:
+            yield MatMul(x, weight, node.weights.get("bias"), Value(node.outputs[0]), scale)
 
     def _many_int4(self, node: Node) -> Iterator[Step]:
         """By tiles up to some rows; beyond, the weight is widened once and the library multiplies."""
@@ -452,11 +455,12 @@ class _Lowering:
 
     def _rms_norm(self, node: Node) -> Iterator[Step]:
         row = self.graph.weights[node.weights["weight"]].shape[0]
-        has_residual = len(node.inputs) == 2
+        is_added = self.riding.is_added(node)
+        has_residual = len(node.inputs) == 2 and not is_added
         per_head = _integer(node.attrs.get("head_dim") or 0)
         assert not per_head, "a norm over heads has no GPU form of its own; fuse it with rope"
         arguments = [pointer("x", self.dtype)]
-        operands: list[Operand] = [Value(node.inputs[0])]
+        operands: list[Operand] = [Value(node.outputs[1] if is_added else node.inputs[0])]
         constants: dict[str, object] = {}
         if has_residual:
             arguments.append(pointer("residual", self.dtype))

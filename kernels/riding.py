@@ -105,6 +105,24 @@ class Riding:
                 return user
         return None
 
+    def adding_norm(self, node: Node) -> Node | None:
+        """The norm whose residual the library's product of this linear adds in place: nothing reads it afterwards."""
+        users = self.users.get(node.outputs[0], [])
+        is_plain = self._graph.weights[node.weights["weight"]].layout == "plain"
+        if self.is_few or not is_plain or "bias" in node.weights:
+            return None
+        if [user.op for user in users] != ["rms_norm"] or len(users[0].inputs) != 2:
+            return None
+        norm = users[0]
+        product, residual = norm.inputs
+        is_last = self.users[residual][-1] is norm and residual not in self._graph.outputs
+        return norm if is_last and product == node.outputs[0] else None
+
+    def is_added(self, norm: Node) -> bool:
+        """Claims that the product before this norm adds its residual."""
+        source = self.producer.get(norm.inputs[0])
+        return source is not None and source.op == "linear" and self.adding_norm(source) is norm
+
     def leaves_e4m3(self, node: Node) -> bool:
         """Claims that every reader of the node's first output is a linear of e4m3 rows with a scale each: then its
         kernel quantizes what it has in registers, and no pass over it is needed."""

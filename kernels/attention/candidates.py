@@ -44,16 +44,19 @@ def site(shape: AttentionShape, max_tokens: int, max_sequences: int) -> Site:
 
 
 def _for_decode(shape: AttentionShape, first: AttentionTiles) -> list[AttentionTiles]:
+    if shape.is_scaled:
+        stages = 5 - first.stages if first.splits == 1 else 3
+        return [replace(first, block_n=64, num_warps=2, stages=stages)]
     if first.splits == 1:
         return [
+            replace(first, block_n=32, num_warps=1, stages=4),
             replace(first, block_n=64, num_warps=2, stages=2),
-            replace(first, block_n=64, num_warps=2, stages=3),
+            replace(first, block_n=64, num_warps=2, stages=4),
         ]
-    if shape.is_scaled:
-        return [replace(first, block_n=64, num_warps=2, stages=3)]
+    small = replace(first, block_n=64, num_warps=2, min_split=64)
     return [
-        replace(first, stages=5 - first.stages),
-        replace(first, block_n=32, num_warps=1, splits=max(16, 2 * first.splits), stages=3),
+        replace(small, stages=5 - first.stages if first.block_n == 64 else 2),
+        replace(small, block_n=32, num_warps=1, splits=max(16, 2 * first.splits), stages=3),
     ]
 
 

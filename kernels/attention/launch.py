@@ -52,17 +52,27 @@ class AttentionTiles:
 
 
 def decode_tiles(shape: AttentionShape, max_sequences: int) -> AttentionTiles:
-    """One query token a tile. Few sequences are split so that they still fill a device of about 132 SMs; many need
-    no split, and one warp each keeps most loads in flight. Codes take time to widen: more programs, or more of their
-    warps, share it."""
+    """One query token a tile; measured on one H100 (docs/BENCHMARKS.md).
+
+    Few sequences are split so that they still fill a device of about 132 SMs; many need no split. Codes take time to
+    widen: more programs, or more of their warps, share it.
+    """
     most, programs = (32, 1024) if shape.is_scaled else (16, 256)
     splits = 1
     while splits < most and splits * max_sequences * shape.num_kv_heads < programs:
         splits *= 2
     if splits == 1 and not shape.is_scaled:
+        if max_sequences <= 64 and shape.head_dim <= 64:
+            return AttentionTiles(1, 64, 1, num_warps=2, stages=4, is_decode=True)
+        # One warp each keeps most loads in flight.
         return AttentionTiles(1, 32, 1, num_warps=1, stages=4, is_decode=True)
     if splits >= 16 and shape.is_scaled and shape.head_dim <= 128:
         return AttentionTiles(1, 128, splits, num_warps=4, stages=2, is_decode=True, min_split=64)
+    if max_sequences == 1 and not shape.is_scaled and shape.head_dim <= 128:
+        # The first tile is loaded before the wait, so that a large one costs little, and every part less shortens
+        # what comes after it.
+        block_n = 256 if shape.head_dim <= 64 else 128
+        return AttentionTiles(1, block_n, splits, 8, stages=2, is_decode=True, min_split=block_n)
     # One sequence leaves most of a device to the next linear's programs, which load their weights meanwhile: a third
     # stage's shared memory keeps them out, and costs 5 us a layer.
     stages = 2 if max_sequences == 1 else 3

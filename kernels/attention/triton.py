@@ -11,6 +11,8 @@ Source: Kwon et al. 2023 (PagedAttention); Milakov and Gimelshein 2018 (online s
 import triton
 import triton.language as tl
 
+from kernels.attention.triton_combine import combine_and_store, row_places
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Of a key that is not seen: -2^100. Of a power of two the product with any scale is exact, so that a fused
 # multiply-add of it and of the maximum that it gave is 0, not what rounding left of 2^100.
@@ -32,72 +34,15 @@ def _sequence_of(tile, query_start, num_sequences, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _combine(
-    partial, partial_max, partial_sum, base, num_splits, r, d,
-    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PART_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Softmax-weighted mean of the splits' partial results; read past L1, other programs wrote them.
-
-    One load each, so that nothing waits in turn.
-    """
-    s = tl.arange(0, SPLITS)
-    at = (base + s[:, None]) * PART_ROWS + r[None, :]
-    is_part = (s < num_splits)[:, None]
-    m = tl.load(partial_max + at, mask=is_part, other=float("-inf"), cache_modifier=".cg")
-    sums = tl.load(partial_sum + at, mask=is_part, other=0, cache_modifier=".cg")
-    parts = tl.load(
-        partial + at[:, :, None] * BLOCK_D + d[None, None, :],
-        mask=is_part[:, :, None],
-        other=0,
-        cache_modifier=".cg",
-    )
-    top = tl.max(m, 0)
-    weights = tl.where(m == float("-inf"), 0.0, tl.exp2(m - top[None, :]))
-    total = tl.sum(weights * sums, 0)
-    mean = tl.sum(weights[:, :, None] * parts, 0)
-    return mean / tl.where(total > 0, total, 1.0)[:, None]
-
-
-@triton.jit
-def _row_places(
-    r, query_begin, first_query, num_queries, kv_head,
-    BLOCK_Q: tl.constexpr, G: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """A tile's rows: the query each belongs to, whether there is one, and where it begins in q and out."""
-    query = first_query + r // G
-    is_row = (r < BLOCK_Q * G) & (query < num_queries)
-    row_at = (query_begin + query).to(tl.int64) * (NUM_HEADS * HEAD_DIM)
-    return query, is_row, row_at + (kv_head * G + r % G) * HEAD_DIM
-
-
-@triton.jit
-def _combine_and_store(
-    out, partial, partial_max, partial_sum, base, num_splits, query_begin, first_query,
-    num_queries, kv_head, d,
-    BLOCK_Q: tl.constexpr, G: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PART_ROWS: tl.constexpr,
-):  # fmt: skip
-    r = tl.arange(0, PART_ROWS)
-    _, is_row, row_at = _row_places(
-        r, query_begin, first_query, num_queries, kv_head, BLOCK_Q, G, NUM_HEADS, HEAD_DIM
-    )
-    mean = _combine(
-        partial, partial_max, partial_sum, base, num_splits, r, d, BLOCK_D, SPLITS, PART_ROWS
-    )
-    is_out = is_row[:, None] & (d < HEAD_DIM)[None, :]
-    tl.store(out + row_at[:, None] + d[None, :], mean.to(out.dtype.element_ty), mask=is_out)
-
-
-@triton.jit
 def _whole_tiles(keys, BLOCK_N: tl.constexpr):
     """`keys` rounded up to whole tiles; none below 0."""
     return tl.cdiv(tl.maximum(keys, 0), BLOCK_N) * BLOCK_N
 
 
 @triton.jit
-def _load_tile(cache, at, is_in, IS_MASKED: tl.constexpr):
+def _load_tile(cache, at, is_in, other, IS_MASKED: tl.constexpr):
     if IS_MASKED:
-        return tl.load(cache + at, mask=is_in, other=0)
+        return tl.load(cache + at, mask=is_in, other=other)
     return tl.load(cache + at)
 
 
@@ -121,6 +66,73 @@ def _codes(pairs, IS_FP8: tl.constexpr):
 
 
 @triton.jit
+def _load_keys(
+    k_cache, v_cache, k_scale, v_scale, block, offset, kv_head, d, is_key, k_other, v_other,
+    k_scale_other, v_scale_other,
+    NUM_KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    IS_PADDED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys and values at `offset` of `block`, and their scales; where there is none, what `..._other` holds."""
+    KV: tl.constexpr = NUM_KV_HEADS * WIDTH
+    inner = offset[:, None] * KV + d[None, :] + kv_head * WIDTH
+    at = (block * (BLOCK_TOKENS * KV))[:, None] + inner
+    is_in = is_key[:, None] & (d < WIDTH)[None, :]
+    k_tile = _load_tile(k_cache, at, is_in, k_other, IS_PADDED)
+    v_tile = _load_tile(v_cache, at, is_in, v_other, IS_PADDED)
+    if k_scale is not None:
+        scale_at = (block * NUM_KV_HEADS + kv_head) * BLOCK_TOKENS + offset
+        k_scale_other = _load_tile(k_scale, scale_at, is_key, k_scale_other, MASKED)
+        v_scale_other = _load_tile(v_scale, scale_at, is_key, v_scale_other, MASKED)
+    return k_tile, v_tile, k_scale_other, v_scale_other
+
+
+@triton.jit
+def _fold(
+    acc, acc_odd, m, total, top, q_tile, q_odd, k_tile, v_tile, k_scales, v_scales,
+    key, position, end,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, IS_SCALED: tl.constexpr,
+    IS_FP8: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: a tile of keys and values into the sums.
+
+    A masked score is finite, so that no maximum is ever -inf: what a row that has seen no key yet sums up is wiped
+    out by its first one. Of a cache in 8 bits `acc` holds the even columns and `acc_odd` the odd ones, both divided
+    by `top`, the largest v_scale so far: p * v_scale / top is at most 1, so that fp16 holds it.
+    """
+    TO_SCORE: tl.constexpr = SCALE * 256 if IS_FP8 else SCALE
+    TO_LOG2: tl.constexpr = TO_SCORE * LOG2_E if SOFT_CAP == 0 else LOG2_E
+    if IS_SCALED:
+        k_even, k_odd = _codes(k_tile, IS_FP8)
+        scores = tl.dot(q_tile, tl.trans(k_even))
+        scores = tl.dot(q_odd, tl.trans(k_odd), scores)
+        scores = scores * k_scales[None, :]
+    else:
+        scores = tl.dot(q_tile, tl.trans(k_tile))
+    if SOFT_CAP > 0:  # cap * tanh(s / cap)
+        scores = SOFT_CAP * (2 * tl.sigmoid(scores * (2 * TO_SCORE / SOFT_CAP)) - 1)
+    if MASKED:
+        is_seen = (key < end)[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW > 0:
+            is_seen = is_seen & (key[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(is_seen, scores, NEVER)
+    m_new = tl.maximum(m, tl.max(scores, 1) * TO_LOG2)
+    p = tl.exp2(scores * TO_LOG2 - m_new[:, None])
+    rescale = tl.exp2(m - m_new)
+    total = total * rescale + tl.sum(p, 1)
+    if IS_SCALED:
+        top_new = tl.maximum(top, tl.max(v_scales, 0))
+        p = (p * (v_scales / top_new)[None, :]).to(tl.float16)
+        rescale = rescale * (top / top_new)
+        v_even, v_odd = _codes(v_tile, IS_FP8)
+        acc = tl.dot(p, v_even, acc * rescale[:, None])
+        acc_odd = tl.dot(p, v_odd, acc_odd * rescale[:, None])
+        top = top_new
+    else:
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None])
+    return acc, acc_odd, m_new, total, top
+
+
+@triton.jit
 def _attend(
     acc, acc_odd, m, total, top, q_tile, q_odd, k_cache, v_cache, k_scale, v_scale,
     table, kv_head, position, first, last, end,
@@ -128,67 +140,30 @@ def _attend(
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr, IS_FP8: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys of the tiles from `first` on, up to `last`.
-
-    A masked score is finite, so that no maximum is ever -inf: what a row that has seen no key yet sums up is wiped
-    out by its first one. Of a cache in 8 bits `acc` holds the even columns and `acc_odd` the odd ones, both divided
-    by `top`, the largest v_scale so far: p * v_scale / top is at most 1, so that fp16 holds it.
-    """
+    """Online softmax over the keys of the tiles from `first` on, up to `last`."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, q_tile.shape[1])
+    IS_SCALED: tl.constexpr = k_scale is not None
     # Elements of a row of the cache: values, or pairs of 8-bit ones.
-    WIDTH: tl.constexpr = HEAD_DIM if k_scale is None else HEAD_DIM // 2
-    KV: tl.constexpr = NUM_KV_HEADS * WIDTH
-    TO_SCORE: tl.constexpr = SCALE * 256 if IS_FP8 else SCALE
-    TO_LOG2: tl.constexpr = TO_SCORE * LOG2_E if SOFT_CAP == 0 else LOG2_E
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if IS_SCALED else HEAD_DIM
     IS_PADDED: tl.constexpr = MASKED or q_tile.shape[1] > WIDTH
-    offset = n % BLOCK_TOKENS
-    inner = offset[:, None] * KV + d[None, :] + kv_head * WIDTH
     block_at = table + n // BLOCK_TOKENS
     # A tile ahead, so that no key waits for its block's number.
     next_block = tl.load(block_at + first // BLOCK_TOKENS, mask=first + n < end, other=0)
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         key = start + n
-        is_key = key < end
         block = next_block.to(tl.int64)
         next_block = tl.load(
             block_at + (start + BLOCK_N) // BLOCK_TOKENS, mask=key + BLOCK_N < end, other=0
         )
-        at = (block * (BLOCK_TOKENS * KV))[:, None] + inner
-        is_in = is_key[:, None] & (d < WIDTH)[None, :]
-        k_tile = _load_tile(k_cache, at, is_in, IS_PADDED)
-        v_tile = _load_tile(v_cache, at, is_in, IS_PADDED)
-        if k_scale is None:
-            scores = tl.dot(q_tile, tl.trans(k_tile))
-        else:
-            scale_at = (block * NUM_KV_HEADS + kv_head) * BLOCK_TOKENS + offset
-            k_even, k_odd = _codes(k_tile, IS_FP8)
-            scores = tl.dot(q_tile, tl.trans(k_even))
-            scores = tl.dot(q_odd, tl.trans(k_odd), scores)
-            scores = scores * _load_tile(k_scale, scale_at, is_key, MASKED)[None, :]
-        if SOFT_CAP > 0:  # cap * tanh(s / cap)
-            scores = SOFT_CAP * (2 * tl.sigmoid(scores * (2 * TO_SCORE / SOFT_CAP)) - 1)
-        if MASKED:
-            is_seen = is_key[None, :] & (key[None, :] <= position[:, None])
-            if WINDOW > 0:
-                is_seen = is_seen & (key[None, :] > position[:, None] - WINDOW)
-            scores = tl.where(is_seen, scores, NEVER)
-        m_new = tl.maximum(m, tl.max(scores, 1) * TO_LOG2)
-        p = tl.exp2(scores * TO_LOG2 - m_new[:, None])
-        rescale = tl.exp2(m - m_new)
-        total = total * rescale + tl.sum(p, 1)
-        m = m_new
-        if k_scale is None:
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None])
-        else:
-            scale = _load_tile(v_scale, scale_at, is_key, MASKED)
-            top_new = tl.maximum(top, tl.max(scale, 0))
-            p = (p * (scale / top_new)[None, :]).to(tl.float16)
-            rescale = rescale * (top / top_new)
-            v_even, v_odd = _codes(v_tile, IS_FP8)
-            acc = tl.dot(p, v_even, acc * rescale[:, None])
-            acc_odd = tl.dot(p, v_odd, acc_odd * rescale[:, None])
-            top = top_new
+        k_tile, v_tile, k_scales, v_scales = _load_keys(
+            k_cache, v_cache, k_scale, v_scale, block, n % BLOCK_TOKENS, kv_head, d, key < end,
+            0, 0, 0, 0, NUM_KV_HEADS, WIDTH, BLOCK_TOKENS, IS_PADDED, MASKED,
+        )  # fmt: skip
+        acc, acc_odd, m, total, top = _fold(
+            acc, acc_odd, m, total, top, q_tile, q_odd, k_tile, v_tile, k_scales, v_scales,
+            key, position, end, SCALE, WINDOW, SOFT_CAP, IS_SCALED, IS_FP8, MASKED,
+        )  # fmt: skip
     return acc, acc_odd, m, total, top
 
 
@@ -208,11 +183,15 @@ def attention(
     `partial` [tiles * K * SPLITS, PART_ROWS, BLOCK_D] and friends are scratch; `counters` [tiles * K] start at 0 and
     are left at 0.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     G: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     PART_ROWS: tl.constexpr = triton.next_power_of_2(BLOCK_Q * G)
+    IS_SCALED: tl.constexpr = k_scale is not None
+    # One query of few sequences: the first tile is on its way before the wait (kernels/launch.py).
+    IS_EARLY: tl.constexpr = query_start is None and SPLITS > 1
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if not IS_EARLY:
+            tl.extra.cuda.gdc_wait()
     # The last tiles of a prompt have the most keys: they come first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -229,12 +208,46 @@ def attention(
         first_query = (tile - query_begin // BLOCK_Q - sequence) * BLOCK_Q
     seq_len = tl.load(seq_lens + sequence)
     if (first_query >= num_queries) | (seq_len == 0):
+        if PDL and IS_EARLY:
+            tl.extra.cuda.gdc_wait()
         return
     first_position = seq_len - num_queries
 
+    # Keys [begin, end) are seen by some query of the tile.
+    end = tl.minimum(first_position + tl.minimum(first_query + BLOCK_Q, num_queries), seq_len)
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(first_position + first_query - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    num_splits = 1
+    if SPLITS > 1:
+        num_splits = tl.minimum(tl.cdiv(end - begin, MIN_SPLIT), SPLITS)
+        share = tl.cdiv(tl.cdiv(end - begin, num_splits), BLOCK_N) * BLOCK_N
+        num_splits = tl.cdiv(end - begin, share)
+        # Without a wait, as the first split waits: its place is free for the next kernel's programs.
+        if split >= num_splits:
+            return
+        begin += split * share
+        end = tl.minimum(begin + share, end)
+    table = block_tables + sequence.to(tl.int64) * table_stride
+
+    if IS_EARLY:
+        # All keys but the newest are of earlier steps.
+        n = tl.arange(0, BLOCK_N)
+        key = begin + n
+        block = tl.load(table + key // BLOCK_TOKENS, mask=key < end, other=0).to(tl.int64)
+        WIDTH: tl.constexpr = HEAD_DIM // 2 if IS_SCALED else HEAD_DIM
+        pair = tl.arange(0, BLOCK_D // 2 if IS_SCALED else BLOCK_D)
+        is_old = (key < end) & (key < first_position)
+        k_tile, v_tile, k_scales, v_scales = _load_keys(
+            k_cache, v_cache, k_scale, v_scale, block, n % BLOCK_TOKENS, kv_head, pair, is_old,
+            0, 0, 0, 0, NUM_KV_HEADS, WIDTH, BLOCK_TOKENS, True, True,
+        )  # fmt: skip
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+
     r = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
-    query, is_row, row_at = _row_places(
+    query, is_row, row_at = row_places(
         r, query_begin, first_query, num_queries, kv_head, BLOCK_Q, G, NUM_HEADS, HEAD_DIM
     )
     position = first_position + query
@@ -249,27 +262,22 @@ def attention(
         q_tile = tl.load(q_at, mask=is_pair, other=0).to(tl.float16)
         q_odd = tl.load(q_at + 1, mask=is_pair, other=0).to(tl.float16)
 
-    # Keys [begin, end) are seen by some query of the tile.
-    end = tl.minimum(first_position + tl.minimum(first_query + BLOCK_Q, num_queries), seq_len)
-    begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(first_position + first_query - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-    num_splits = 1
-    if SPLITS > 1:
-        num_splits = tl.minimum(tl.cdiv(end - begin, MIN_SPLIT), SPLITS)
-        share = tl.cdiv(tl.cdiv(end - begin, num_splits), BLOCK_N) * BLOCK_N
-        num_splits = tl.cdiv(end - begin, share)
-        if split >= num_splits:
-            return
-        begin += split * share
-        end = tl.minimum(begin + share, end)
-
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, q_tile.shape[1]), tl.float32)
     acc_odd = q_odd if k_scale is None else acc
     top = 1e-30
-    table = block_tables + sequence.to(tl.int64) * table_stride
+    if IS_EARLY:
+        is_new = (key < end) & (key == first_position)
+        k_tile, v_tile, k_scales, v_scales = _load_keys(
+            k_cache, v_cache, k_scale, v_scale, block, n % BLOCK_TOKENS, kv_head, pair, is_new,
+            k_tile, v_tile, k_scales, v_scales, NUM_KV_HEADS, WIDTH, BLOCK_TOKENS, True, True,
+        )  # fmt: skip
+        acc, acc_odd, m, total, top = _fold(
+            acc, acc_odd, m, total, top, q_tile, q_odd, k_tile, v_tile, k_scales, v_scales,
+            key, position, end, SCALE, WINDOW, SOFT_CAP, IS_SCALED, IS_FP8, True,
+        )  # fmt: skip
+        begin += BLOCK_N
     # Keys [unmasked, masked) are seen by all of the tile's queries; the others are masked. A single query masks all:
     # it waits for memory, and one loop keeps more of it in flight.
     unmasked = begin
@@ -312,7 +320,7 @@ def attention(
             if finished < num_splits - 1:
                 return
             tl.store(counters + tile_at, 0)
-            _combine_and_store(
+            combine_and_store(
                 out, partial, partial_max, partial_sum, base, num_splits, query_begin, first_query,
                 num_queries, kv_head, d, BLOCK_Q, G, NUM_HEADS, HEAD_DIM, BLOCK_D, SPLITS, PART_ROWS,
             )  # fmt: skip

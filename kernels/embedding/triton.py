@@ -14,8 +14,10 @@ def embedding(
     With `gain`, a norm reads the result h: `normed` is h * gain, `squares_out` the sum of h^2.
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        # In this order: what was made before the step's first kernel is then seen by all of its kernels before their
+        # own wait, such as sequences' lengths.
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ids + t).to(tl.int64)
     i = tl.arange(0, BLOCK)

@@ -243,8 +243,10 @@ def one_token_tiles(shape: LinearShape) -> Tiles:
             wanted = Tiles(4, 2048, num_warps=8, prefetch=2)
         elif shape.k > 4096:
             wanted = Tiles(4, 2048, num_warps=4)
-        else:
-            wanted = Tiles(4, 1024, num_warps=1 if shape.k <= 2048 else 2)
+        elif shape.k > 2048:
+            wanted = Tiles(4, 1024, num_warps=2)
+        else:  # all of it is loaded before the wait
+            wanted = Tiles(4, 2048, num_warps=4)
     elif is_wide:
         wanted = Tiles(2, 2048, num_warps=4)
     elif shape.k > 8192:

@@ -21,7 +21,14 @@ Source: NVIDIA, PTX ISA, griddepcontrol; Zhang and Sennrich 2019 (RMSNorm); Su e
 import triton
 import triton.language as tl
 
-from kernels.linear.triton_epilogue import finish, load_squares, load_tile, row_pair
+from kernels.linear.triton_epilogue import (
+    finish,
+    load_squares,
+    load_sum,
+    load_tile,
+    load_turns,
+    row_pair,
+)
 from kernels.linear.triton_int4 import dense_int4 as dense_int4
 from kernels.linear.triton_int4 import linear_one_int4 as linear_one_int4
 from kernels.linear.triton_widen import as_float, int4_values
@@ -61,9 +68,15 @@ def linear_one(
         early_1 = load_tile(at + BLOCK_K, BLOCK_K + k[None, :], K, BLOCK_K)
     if PAIRED:
         early_second = load_tile(at_second, k[None, :], K, BLOCK_K)
+    token = tl.arange(0, 1)
+    cos, sin, slot = load_turns(n, token, token == 0, positions, rope, slots, EPILOGUE, HEAD_DIM)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    token = tl.arange(0, 1)
+    # A short product is soon done and would wait for what it is added to; in a long one that takes registers in which
+    # more programs have room.
+    IS_SHORT: tl.constexpr = CHUNKS <= 2
+    if IS_SHORT:
+        residual_tile, gains = load_sum(index, n, token, 1, residual, gain, N)
     source = token
     if rows is not None:
         source = tl.load(rows + token)
@@ -96,10 +109,12 @@ def linear_one(
         rstd = tl.rsqrt(tl.sum(parts, 1) / K + EPS)[None, :]
         first *= rstd
         second *= rstd
+    if not IS_SHORT:
+        residual_tile, gains = load_sum(index, n, token, 1, residual, gain, N)
     finish(
-        first, second, index, n, n_second, token, 1, scale, bias, residual, gain, out, normed,
-        squares_out, positions, rope, slots, k_cache, v_cache,
-        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_N,
+        first, second, index, n, n_second, token, 1, scale, bias, residual_tile, gains,
+        cos, sin, slot, out, normed, squares_out, k_cache, v_cache,
+        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM,
     )  # fmt: skip
 
 
@@ -269,10 +284,12 @@ def linear_few(
         rstd = tl.rsqrt(tl.sum(parts, 1) / K + EPS)[None, :]
         acc *= rstd
         acc_second *= rstd
+    cos, sin, slot = load_turns(n, tokens, is_token, positions, rope, slots, EPILOGUE, HEAD_DIM)
+    residual_tile, gains = load_sum(index, n, tokens, num_tokens, residual, gain, N)
     finish(
         acc, acc_second, index, n, n_second, tokens, num_tokens, None if IS_INT4 else scale, bias,
-        residual, gain, out, normed, squares_out, positions, rope, slots, k_cache, v_cache,
-        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_N,
+        residual_tile, gains, cos, sin, slot, out, normed, squares_out, k_cache, v_cache,
+        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM,
     )  # fmt: skip
 
 

@@ -35,18 +35,45 @@ def scaled(acc, n, scale, bias):
 
 
 @triton.jit
-def _store_plain(
-    acc, n, tokens, is_valid, residual, gain, out, normed, squares_out, N: tl.constexpr
+def load_turns(
+    n, tokens, is_token, positions, rope, slots, EPILOGUE: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    at = tokens[None, :].to(tl.int64) * N + n[:, None]
+    """cos and sin that RoPE turns rows by, and the tokens' KV slots. None of a step's kernels writes what they come
+    from: they may be loaded before the wait.
+
+    `rope` is [positions, cos of HEAD_DIM / 2 then sin]. A slot below 0 is padding.
+    """
+    cos, sin, slot = 0.0, 0.0, 0
+    if EPILOGUE == "rope":
+        position = tl.load(positions + tokens, mask=is_token, other=0).to(tl.int64)
+        slot = tl.load(slots + tokens, mask=is_token, other=-1).to(tl.int64)
+        angle = rope + position[None, :] * HEAD_DIM + (n % HEAD_DIM)[:, None]
+        cos = tl.load(angle)
+        sin = tl.load(angle + HEAD_DIM // 2)
+    return cos, sin, slot
+
+
+@triton.jit
+def load_sum(index, n, tokens, num_tokens, residual, gain, N: tl.constexpr):
+    """What a plain epilogue adds to outputs `index`, and the gains that it multiplies by; 0 where there are none."""
+    value, gains = 0.0, 0.0
     if residual is not None:
-        acc += tl.load(residual + at, mask=is_valid, other=0).to(tl.float32)
+        is_valid = (index < N)[:, None] & (tokens < num_tokens)[None, :]
+        at = residual + tokens[None, :].to(tl.int64) * N + n[:, None]
+        value = tl.load(at, mask=is_valid, other=0).to(tl.float32)
+    if gain is not None:
+        gains = tl.load(gain + n)[:, None].to(tl.float32)
+    return value, gains
+
+
+@triton.jit
+def _store_plain(acc, n, tokens, is_valid, gains, out, normed, squares_out, N: tl.constexpr):
+    at = tokens[None, :].to(tl.int64) * N + n[:, None]
     rounded = acc.to(out.dtype.element_ty)
     tl.store(out + at, rounded, mask=is_valid)
-    if gain is not None:
+    if normed is not None:
         h = tl.where(is_valid, rounded.to(tl.float32), 0.0)
-        value = h * tl.load(gain + n)[:, None].to(tl.float32)
-        tl.store(normed + at, value.to(normed.dtype.element_ty), mask=is_valid)
+        tl.store(normed + at, (h * gains).to(normed.dtype.element_ty), mask=is_valid)
         part = squares_out + tokens.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         tl.store(part, tl.sum(h * h, 0), mask=tl.max(is_valid.to(tl.int32), 0) > 0)
 
@@ -65,18 +92,13 @@ def load_squares(squares, source, is_token, NUM_SQUARES: tl.constexpr):
 
 @triton.jit
 def _store_rope(
-    first, second, n, tokens, is_token, is_valid, out, positions, rope, slots, k_cache, v_cache,
+    first, second, n, tokens, is_valid, cos, sin, slot, out, k_cache, v_cache,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """`rope` is [positions, cos of HEAD_DIM / 2 then sin]. A slot below 0 is padding: not written."""
+    """A slot below 0 is padding: not written."""
     HALF: tl.constexpr = HEAD_DIM // 2
     Q: tl.constexpr = NUM_HEADS * HEAD_DIM
     KV: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
-    position = tl.load(positions + tokens, mask=is_token, other=0).to(tl.int64)
-    slot = tl.load(slots + tokens, mask=is_token, other=-1).to(tl.int64)
-    angle = rope + position[None, :] * HEAD_DIM + (n % HEAD_DIM)[:, None]
-    cos = tl.load(angle)
-    sin = tl.load(angle + HALF)
     is_q = is_valid & (n < Q)[:, None]
     is_k = is_valid & ((n >= Q) & (n < Q + KV))[:, None] & (slot >= 0)[None, :]
     is_v = is_valid & (n >= Q + KV)[:, None] & (slot >= 0)[None, :]
@@ -95,30 +117,28 @@ def _store_rope(
 
 @triton.jit
 def finish(
-    first, second, index, n, n_second, tokens, num_tokens, scale, bias, residual, gain, out,
-    normed, squares_out, positions, rope, slots, k_cache, v_cache,
+    first, second, index, n, n_second, tokens, num_tokens, scale, bias, residual_tile, gains,
+    cos, sin, slot, out, normed, squares_out, k_cache, v_cache,
     N: tl.constexpr, EPILOGUE: tl.constexpr,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Column scale and bias, then what the epilogue does with sums of the rows `n` and `n_second`, stored."""
+    """Column scale and bias, then what the epilogue does with sums of the rows `n` and `n_second`, stored.
+
+    `residual_tile` and `gains` are `load_sum`'s, `cos`, `sin` and `slot` are `load_turns`'.
+    """
     OUTPUTS: tl.constexpr = N if EPILOGUE == "plain" else N // 2
-    is_token = tokens < num_tokens
-    is_valid = (index < OUTPUTS)[:, None] & is_token[None, :]
-    if OUTPUTS % BLOCK_N != 0:
-        n = tl.where(index < OUTPUTS, n, 0)
-        n_second = tl.where(index < OUTPUTS, n_second, 0)
+    is_valid = (index < OUTPUTS)[:, None] & (tokens < num_tokens)[None, :]
     first = scaled(first, n, scale, bias)
     if EPILOGUE == "plain":
-        _store_plain(first, n, tokens, is_valid, residual, gain, out, normed, squares_out, N)
+        first += residual_tile
+        _store_plain(first, n, tokens, is_valid, gains, out, normed, squares_out, N)
     else:
         second = scaled(second, n_second, scale, bias)
         if EPILOGUE == "silu_mul":
             value = first * tl.sigmoid(first) * second
-            _store_plain(value, n, tokens, is_valid, None, None, out, None, None, N // 2)
+            _store_plain(value, n, tokens, is_valid, 0.0, out, None, None, N // 2)
         else:
             _store_rope(
-                first, second, n, tokens, is_token, is_valid, out, positions, rope, slots,
-                k_cache, v_cache,
+                first, second, n, tokens, is_valid, cos, sin, slot, out, k_cache, v_cache,
                 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM,
             )  # fmt: skip

@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from kernels.linear.triton_epilogue import finish, load_squares, row_pair
+from kernels.linear.triton_epilogue import (
+    finish,
+    load_squares,
+    load_sum,
+    load_turns,
+    row_pair,
+)
 from kernels.linear.triton_widen import (
     bf16_halves,
     fp16_halves,
@@ -59,9 +65,10 @@ def linear_one_int4(
     if PAIRED:
         words_second = tl.load(words_at + row_second * (ROW * 4), mask=is_quad, other=0)
         groups_second = tl.load(groups_at + row_second * 4, mask=is_quad, other=0)
+    token = tl.arange(0, 1)
+    cos, sin, slot = load_turns(n, token, token == 0, positions, rope, slots, EPILOGUE, HEAD_DIM)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    token = tl.arange(0, 1)
     source = token
     if rows is not None:
         source = tl.load(rows + token)
@@ -103,10 +110,11 @@ def linear_one_int4(
         rstd = tl.rsqrt(tl.sum(parts, 1) / K + EPS)[None, :]
         first *= rstd
         second *= rstd
+    residual_tile, gains = load_sum(index, n, token, 1, residual, gain, N)
     finish(
-        first, second, index, n, n_second, token, 1, None, bias, residual, gain, out, normed,
-        squares_out, positions, rope, slots, k_cache, v_cache,
-        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_N,
+        first, second, index, n, n_second, token, 1, None, bias, residual_tile, gains,
+        cos, sin, slot, out, normed, squares_out, k_cache, v_cache,
+        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM,
     )  # fmt: skip
 
 

@@ -44,10 +44,10 @@ def adjust_variant(vocab_size: int) -> KernelVariant:
 def report_variant(vocab_size: int) -> KernelVariant:
     """Log probabilities of the drawn tokens and of the likeliest ones."""
     chunks = num_chunks(vocab_size)
-    dtypes = {"logits": "fp32", "maxima": "fp32", "sums": "fp32", "tops": "u64"}
+    dtypes = {"tops": "u64", **dict.fromkeys(("logits", "maxima", "sums", "highest"), "fp32")}
     names = (
-        "logits", "maxima", "sums", "ranks", "tops", "counters", "drawn", "reports", "message",
-        "sampling",
+        "logits", "maxima", "sums", "ranks", "tops", "counters", "highest", "tokens", "reports",
+        "message", "sampling",
     )  # fmt: skip
     return KernelVariant(
         op="logits",
@@ -55,6 +55,7 @@ def report_variant(vocab_size: int) -> KernelVariant:
         arguments=(
             *(pointer(name, dtypes.get(name, "i32")) for name in names),
             integer("max_sequences"),
+            integer("tokens_stride"),
         ),
         constants=(
             ("V", vocab_size),

@@ -79,7 +79,8 @@ def adjust(
 
 @triton.jit
 def report(
-    logits, maxima, sums, ranks, tops, counters, drawn, reports, message, sampling, max_sequences,
+    logits, maxima, sums, ranks, tops, counters, highest, tokens, reports, message, sampling,
+    max_sequences, tokens_stride,
     V: tl.constexpr, BLOCK: tl.constexpr, NUM_CHUNKS: tl.constexpr, PARTS: tl.constexpr,
     MAX_TOP: tl.constexpr, TOP_BLOCK: tl.constexpr, REPORT_WORDS: tl.constexpr,
     HEADER_WORDS: tl.constexpr, SAMPLING_WORDS: tl.constexpr,
@@ -93,18 +94,21 @@ def report(
     entry = message + HEADER_WORDS + s
     if (s >= tl.load(message)) | (tl.load(entry + 4 * max_sequences) == 0):
         return
-    num_top = tl.load(sampling + tl.load(entry).to(tl.int64) * SAMPLING_WORDS + 15) - 1
-    token = tl.load(drawn + s)
-    if (num_top < 0) | (token < 0):
+    row = tl.load(entry).to(tl.int64)
+    num_top = tl.load(sampling + row * SAMPLING_WORDS + 15) - 1
+    is_drawn = tl.abs(tl.load(highest + s)) < float("inf")  # NaN is not
+    if (num_top < 0) | (is_drawn == 0):
         return
-    row = logits + s.to(tl.int64) * V
-    chosen = tl.load(row + token)
+    end = tl.load(entry + max_sequences) + tl.load(entry + 2 * max_sequences)
+    token = tl.load(tokens + row * tokens_stride + end)
+    scores = logits + s.to(tl.int64) * V
+    chosen = tl.load(scores + token)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(row + v, mask=v < V, other=float("-inf"))
-    highest = tl.max(value, 0)
+    value = tl.load(scores + v, mask=v < V, other=float("-inf"))
+    best_of_chunk = tl.max(value, 0)
     at = s.to(tl.int64) * NUM_CHUNKS + tl.program_id(1)
-    tl.store(maxima + at, highest)
-    part = tl.where(value > float("-inf"), tl.exp(value - highest), 0.0)
+    tl.store(maxima + at, best_of_chunk)
+    part = tl.where(value > float("-inf"), tl.exp(value - best_of_chunk), 0.0)
     tl.store(sums + at, tl.sum(part, 0))
     tl.store(ranks + at, tl.sum((value > chosen).to(tl.int32), 0))
     packed = tl.where(v < V, packed_best(value, v), 0)
@@ -120,8 +124,8 @@ def report(
         first = s.to(tl.int64) * NUM_CHUNKS
         maximum = tl.load(maxima + first + chunk, mask=is_chunk, other=float("-inf"))
         sum_C = tl.load(sums + first + chunk, mask=is_chunk, other=0.0)
-        highest = tl.max(maximum, 0)
-        normalizer = highest + tl.log(tl.sum(sum_C * tl.exp(maximum - highest), 0))
+        top = tl.max(maximum, 0)
+        normalizer = top + tl.log(tl.sum(sum_C * tl.exp(maximum - top), 0))
         rank = 1 + tl.sum(tl.load(ranks + first + chunk, mask=is_chunk, other=0), 0)
         out = reports + s.to(tl.int64) * REPORT_WORDS
         tl.store(out, (chosen - normalizer).to(tl.int32, bitcast=True))

@@ -148,10 +148,11 @@ def draw_best(
         return
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     value = tl.load(logits + s.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
-    tl.atomic_max(best + s, tl.max(packed_best(value, v), 0), sem="acq_rel")
+    # The count orders both.
+    tl.atomic_max(best + s, tl.max(packed_best(value, v), 0), sem="relaxed")
     tl.debug_barrier()
     if tl.atomic_add(counters + s, 1, sem="acq_rel") == tl.num_programs(1) - 1:
-        winner = tl.atomic_xchg(best + s, 0, sem="acq_rel")
+        winner = tl.atomic_xchg(best + s, 0, sem="relaxed")
         tl.store(counters + s, 0)
         top = value_of(winner)
         tl.store(highest + s, top)

@@ -5,8 +5,24 @@ from kernels.step_inputs.layout import HEADER_WORDS, WRITE_FIELDS
 from kernels.variant import KernelVariant, integer, pointer
 
 _BLOCK = 256
+_COPY_BLOCK = 1024
 # Programs that share the tokens of a long prompt.
 _MAX_PARTS = 8
+
+
+def copy_words_variant() -> KernelVariant:
+    """Copies words from place to place; either may be the host's pinned memory."""
+    return KernelVariant(
+        op="step_inputs",
+        kernel="copy_words",
+        arguments=(pointer("source", "i32"), pointer("destination", "i32"), integer("count")),
+        constants=(("BLOCK", _COPY_BLOCK),),
+    )
+
+
+def copy_words_grid(count: int) -> Grid:
+    """Programs: blocks of words."""
+    return -(-count // _COPY_BLOCK), 1, 1
 
 
 def write_tables_variant() -> KernelVariant:
@@ -45,4 +61,4 @@ def step_inputs_grid(sizes: Sizes) -> Grid:
 
 def variants(block_tokens: int) -> set[KernelVariant]:
     """Every variant that a step needs, whatever the model."""
-    return {write_tables_variant(), step_inputs_variant(block_tokens)}
+    return {copy_words_variant(), write_tables_variant(), step_inputs_variant(block_tokens)}

@@ -9,6 +9,14 @@ import triton.language as tl
 
 
 @triton.jit
+def copy_words(source, destination, count, BLOCK: tl.constexpr):
+    """`count` words from the host's memory to the device's, or back."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    words = tl.load(source + i, mask=i < count, other=0, cache_modifier=".cv")
+    tl.store(destination + i, words, mask=i < count)
+
+
+@triton.jit
 def write_tables(
     message, tables, writes_at,
     WRITE_FIELDS: tl.constexpr, BLOCK: tl.constexpr,

@@ -182,6 +182,8 @@ class CudaExecutor:
                 out.copy_(result)
         elif is_logits:
             torch.mm(x, weight, out_dtype=out.dtype, out=out)
+        elif step.adds is not None:
+            torch.addmm(out, x, weight, out=out)
         else:
             torch.mm(x, weight, out=out)
         if step.bias is not None:
@@ -202,6 +204,14 @@ class CudaExecutor:
         """Places of values in the arena: a value's bytes are free again after its last reader."""
         last = {value.name: i for i, step in enumerate(plan) for value in _values(step)}
         last |= dict.fromkeys(self._graph.outputs, len(plan))
+        # A sum takes the place of what it was added to.
+        held = {
+            step.out.name: step.adds.name
+            for step in plan
+            if isinstance(step, MatMul) and step.adds is not None
+        }
+        for name in reversed(held):
+            last[held[name]] = last[name]
         places: dict[str, tuple[int, int, torch.dtype, int]] = {}
         live: list[tuple[int, int, int]] = []  # (start, end, last use)
         end = 0
@@ -209,6 +219,9 @@ class CudaExecutor:
             for value in _values(step):
                 name = value.name
                 if name in places:
+                    continue
+                if name in held:
+                    places[name] = places[held[name]]
                     continue
                 dtype, width, rows = self._spec(value, regime)
                 size = rows * width * dtype.itemsize
@@ -254,7 +267,9 @@ def rope_table(
 
 
 def _values(step: Step) -> Iterator[Value | Temporary]:
-    operands = step.operands if isinstance(step, Launch) else (step.x, step.x_scale, step.out)
+    operands = (
+        step.operands if isinstance(step, Launch) else (step.x, step.x_scale, step.adds, step.out)
+    )
     for operand in operands:
         if isinstance(operand, Value | Temporary):
             yield operand

@@ -2,8 +2,8 @@
 
     sent      what changed in the rows, and (row, start, num_tokens) of each sequence: one copy
     launched  inputs, forward pass and draws; the next step finds what this one drew in the token table
-    read      the drawn token ids and their log probabilities, copied to the host behind the draws; `result()` waits
-              for that copy alone
+    read      the drawn token ids and their log probabilities, which the draws write to the host's memory; `result()`
+              waits for these draws alone
 
 A step that scores prompt tokens runs in pieces whose logits are all read: it waits, and draws on the host. What a
 request is, nobody here knows.
@@ -57,20 +57,14 @@ class LaunchedStep:
 
 
 class Reading:
-    """Host memory for the draws of a step of at most `max_sequences`."""
+    """Host memory that a step of at most `max_sequences` draws into."""
 
     def __init__(self, max_sequences: int, vocab_size: int, stream: DeviceStream) -> None:
-        self._drawn_S = stream.host_words(max_sequences)
-        self._reports_SW = stream.host_words(max_sequences * REPORT_WORDS).view(-1, REPORT_WORDS)
+        self.drawn_S = stream.host_words(max_sequences)
+        self.reports_SW = stream.host_words(max_sequences * REPORT_WORDS).view(-1, REPORT_WORDS)
+        # How many of the likeliest tokens those sequences report that do, by place.
+        self.num_top: dict[int, int] = {}
         self._vocab_size = vocab_size
-        self._num_top: dict[int, int] = {}
-
-    def start(self, sampler: DeviceSampler, count: int, num_top: dict[int, int]) -> None:
-        """Copies the draws of `count` sequences, without waiting; `num_top`: of those that report, by place."""
-        self._num_top = num_top
-        self._drawn_S[:count].copy_(sampler.drawn[:count], non_blocking=True)
-        if num_top:
-            self._reports_SW[:count].copy_(sampler.reports[:count], non_blocking=True)
 
     def sampled(self, scheduled: Sequence[ScheduledSequence]) -> tuple[SampledSequence, ...]:
         """What arrived.
@@ -78,7 +72,7 @@ class Reading:
         Raises:
             NonFiniteLogits: as `LaunchedStep.result`.
         """
-        token_ids = self._drawn_S[: len(scheduled)].tolist()
+        token_ids = self.drawn_S[: len(scheduled)].tolist()
         sampled = tuple(
             SampledSequence(s.row, (token_id,), self._logprobs(place, token_id))
             for place, (s, token_id) in enumerate(zip(scheduled, token_ids, strict=True))
@@ -89,11 +83,11 @@ class Reading:
         return sampled
 
     def _logprobs(self, place: int, token_id: int) -> tuple[TokenLogprobs, ...]:
-        if place not in self._num_top:
+        if place not in self.num_top:
             return ()
-        report = self._reports_SW[place]
+        report = self.reports_SW[place]
         values, words = report.view(torch.float32).tolist(), report.tolist()
-        count = min(self._num_top[place], self._vocab_size)
+        count = min(self.num_top[place], self._vocab_size)
         top = zip(words[2 : 2 + count], values[2 + MAX_TOP : 2 + MAX_TOP + count], strict=True)
         return (TokenLogprobs(token_id, values[0], words[1], tuple(top)),)
 
@@ -136,12 +130,11 @@ class CudaModelRunner:
                 return self._execute_scored(step)
             sent = self._rows.send(step.scheduled)
             logits_SV = self._executor.run(sent)
-            self._sampler.launch(logits_SV, sent)
-            num_top = {
+            reading = self._free.pop() if self._free else self._new_reading()
+            reading.num_top = {
                 place: self._rows.num_top(step.scheduled[place].row) for place in sent.reporting
             }
-            reading = self._free.pop() if self._free else self._new_reading()
-            reading.start(self._sampler, sent.num_sequences, num_top)
+            self._sampler.launch(logits_SV, sent, reading.drawn_S, reading.reports_SW)
             return LaunchedStep(step, reading, self._stream.mark(), self._free)
 
     def warm_up(self) -> None:

@@ -30,6 +30,7 @@ from runtime_service.execution.row_parameters import (
     needs_of,
     sampling_words,
 )
+from runtime_service.execution.word_copy import WordCopy
 from runtime_service.limits import RuntimeLimits
 from runtime_service.sampling.sampler import RowSampler
 from runtime_service.sampling.token_counts import Tokens
@@ -76,6 +77,7 @@ class DeviceRows:
         self._vocab_size = vocab_size
         self._tables = _words(self.layout.num_words, stream)
         self.message = _words(self._messages.num_words, stream)
+        self._copy = WordCopy(library)
         self._write_tables = library.kernel(write_tables_variant())
         self._images = [
             _Image(stream.host_words(self._messages.num_words), self._messages)
@@ -218,8 +220,7 @@ class DeviceRows:
         return self._filling
 
     def _send(self, image: "_Image") -> None:
-        used = image.num_used
-        self.message[:used].copy_(image.buffer[:used], non_blocking=True)
+        self._copy(image.buffer, self.message, image.num_used)
         if image.num_writes:
             grid = (image.num_writes, 1, 1)
             arguments = self.message.data_ptr(), self._tables.data_ptr(), self._messages.writes_at

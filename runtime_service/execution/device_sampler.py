@@ -1,7 +1,5 @@
 """Draws a step's tokens on the device, into the token table and into tensors that are read back."""
 
-from collections.abc import Callable
-
 import torch
 
 from kernels.launch import Grid
@@ -15,22 +13,14 @@ from runtime_service.execution.row_parameters import ADJUSTS, DRAWS_RANDOM, REPO
 
 
 class DeviceSampler:
-    """The sampling kernels, bound to the rows.
-
-    `drawn` [S] holds the token of each sequence that draws, -1 where its logits are not finite; `reports`
-    [S, REPORT_WORDS] how likely it was, where that is asked for (`kernels/logits/triton.py`).
-    """
+    """The sampling kernels, bound to the rows."""
 
     def __init__(self, library: KernelLibrary, rows: DeviceRows, vocab_size: int) -> None:
         count, device = rows.layout.max_sequences, rows.message.device
-        self.drawn = torch.zeros(count, dtype=torch.int32, device=device)
-        self.reports = torch.zeros(count, logits.REPORT_WORDS, dtype=torch.int32, device=device)
         self._vocab_size = vocab_size
         # Kernels whose operands have one name share its memory.
         self._memory = {
             **_scratch(count, vocab_size, device),
-            "drawn": self.drawn,
-            "reports": self.reports,
             "message": rows.message,
             "tokens": rows.tokens,
             "sampling": rows.sampling,
@@ -45,11 +35,21 @@ class DeviceSampler:
         self._finish = self._bound(library, truncation.finish_variant(vocab_size))
         self._report = self._bound(library, logits.report_variant(vocab_size))
 
-    def launch(self, logits_SV: torch.Tensor, step: SentStep) -> None:
+    def launch(
+        self,
+        logits_SV: torch.Tensor,
+        step: SentStep,
+        drawn_S: torch.Tensor,
+        reports_SW: torch.Tensor,
+    ) -> None:
         """Draws for every sequence of the step that was sent last; does not wait.
 
         Args:
             logits_SV: fp32; changed where sequences adjust them.
+            drawn_S: int32, takes the token of each sequence that draws, -1 where its logits are not finite. No kernel
+                reads it: it may be the host's pinned memory.
+            reports_SW: int32 [S, REPORT_WORDS], likewise how likely the token was, where that is asked for
+                (`kernels/logits/triton.py`).
         """
         count, vocab_size, given_SV = step.num_sequences, self._vocab_size, logits_SV
         if step.needs & ADJUSTS:
@@ -57,30 +57,37 @@ class DeviceSampler:
                 given_SV = logits_SV.clone()
             self._adjust(logits.adjust_grid(count), logits_SV)
         draw_grid = sampling.greedy_grid(count, vocab_size)
-        self._draw_best(draw_grid, logits_SV)
+        self._draw_best(draw_grid, logits_SV, drawn=drawn_S)
         if step.needs & DRAWS_RANDOM:
-            self._draw_random(draw_grid, logits_SV)
+            self._draw_random(draw_grid, logits_SV, drawn=drawn_S)
         if step.needs & TRUNCATES:
             grid = truncation.row_grid(count, vocab_size)
             for narrow in self._narrow:
                 narrow(grid, logits_SV)
             self._gather(grid, logits_SV)
-            self._finish((count, 1, 1), logits_SV)
+            self._finish((count, 1, 1), logits_SV, drawn=drawn_S)
         if step.needs & REPORTS:
-            self._report(logits.report_grid(count, vocab_size), given_SV)
+            self._report(logits.report_grid(count, vocab_size), given_SV, reports=reports_SW)
 
-    def _bound(
-        self, library: KernelLibrary, variant: KernelVariant
-    ) -> Callable[[Grid, torch.Tensor], None]:
-        """The kernel, waiting for its grid and the logits, its first argument."""
-        kernel = library.kernel(variant)
-        names = [argument.name for argument in variant.arguments]
-        assert names[0] == "logits", variant.kernel
-        others = [
-            self._integers[name] if name in self._integers else self._memory[name].data_ptr()
-            for name in names[1:]
-        ]
-        return lambda grid, logits_SV: kernel(grid, logits_SV.data_ptr(), *others)
+    def _bound(self, library: KernelLibrary, variant: KernelVariant) -> "_Bound":
+        operands = {name: tensor.data_ptr() for name, tensor in self._memory.items()}
+        return _Bound(library, variant, {**operands, **self._integers})
+
+
+class _Bound:
+    """A kernel that waits for its grid, the logits, and what is given by name: addresses of others do not change."""
+
+    def __init__(
+        self, library: KernelLibrary, variant: KernelVariant, operands: dict[str, int]
+    ) -> None:
+        self._kernel = library.kernel(variant)
+        self._names = [argument.name for argument in variant.arguments]
+        self._operands = operands
+
+    def __call__(self, grid: Grid, logits_SV: torch.Tensor, **given: torch.Tensor) -> None:
+        at = {name: tensor.data_ptr() for name, tensor in given.items()}
+        operands = {**self._operands, "logits": logits_SV.data_ptr(), **at}
+        self._kernel(grid, *(operands[name] for name in self._names))
 
 
 def _scratch(count: int, vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:

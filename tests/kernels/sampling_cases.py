@@ -85,6 +85,7 @@ class Rows:
         self.rows = DeviceRows(device.library, limits, vocab_size, device.stream)
         self.sampler = DeviceSampler(device.library, self.rows, vocab_size)
         self._stream = device.stream
+        self._reading = Reading(count, vocab_size, device.stream)
         generator = np.random.default_rng(seed)
         # A small set of tokens, so that most come more than once.
         some = min(vocab_size, 23)
@@ -108,26 +109,27 @@ class Rows:
     def draw(self, logits_RV: torch.Tensor) -> tuple[SampledSequence, ...]:
         """By the kernels."""
         self._launch(logits_RV, self.scheduled)
-        reading = Reading(len(self.ways), self.vocab_size, self._stream)
-        num_top = {
+        self._reading.num_top = {
             row: params.num_logprobs
             for row, (params, _) in enumerate(self.ways)
             if params.num_logprobs is not None
         }
-        reading.start(self.sampler, len(self.ways), num_top)
-        self._stream.mark().synchronize()
-        return reading.sampled(self.scheduled)
+        return self._reading.sampled(self.scheduled)
 
     def draw_tokens(self, logits_RV: torch.Tensor, first: int = 0) -> list[int]:
         """By the kernels, tokens alone, of as many rows as there are logits; -1 where they are not finite."""
         count = len(logits_RV)
         self._launch(logits_RV, self.scheduled[first : first + count])
-        return [int(token) for token in self.sampler.drawn[:count].tolist()]
+        return [int(token) for token in self._reading.drawn_S[:count].tolist()]
 
     def _launch(self, logits_RV: torch.Tensor, scheduled: list[ScheduledSequence]) -> None:
         # A copy: the sampler changes its logits.
         on_device = logits_RV.to(self._stream.device, copy=True)
-        self.sampler.launch(on_device, self.rows.send(scheduled))
+        reading = self._reading
+        self.sampler.launch(
+            on_device, self.rows.send(scheduled), reading.drawn_S, reading.reports_SW
+        )
+        self._stream.mark().synchronize()
 
     def draw_on_host(self, logits_RV: torch.Tensor) -> tuple[SampledSequence, ...]:
         """By the host's sampler."""

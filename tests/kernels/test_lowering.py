@@ -75,6 +75,15 @@ def test_every_scheme_of_an_arch_lowers(arch: Arch, family: str) -> None:
             assert set(graph.outputs) <= written
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_step_begins_with_the_kernel_that_waits_first(family: str) -> None:
+    """The others read lengths, slots and older keys before they wait: the embedding does not let them start earlier."""
+    for regime in REGIMES:
+        first = lower(_graph(family, "bf16"), ARCHES["sm_90"], regime)[0]
+        assert isinstance(first, Launch)
+        assert first.variant.kernel == "embedding"
+
+
 def test_few_tokens_launch_five_kernels_a_layer() -> None:
     """Norms, residual adds, RoPE, KV writes and silu ride on the linears."""
     graph = llama_graph(MODELS["tiny"], "plain", num_layers=3)
@@ -111,6 +120,20 @@ def test_steps_of_one_token_alone_round_no_activations(scheme: str) -> None:
         # The head of w8a8-int8 multiplies what it is given.
         expected = 0 if regime.max_tokens == 1 else linears - (scheme == "w8a8-int8")
         assert len(rounding) == expected
+
+
+def test_librarys_products_add_the_residual_in_place() -> None:
+    """A norm then reads the sum alone; a product of e4m3 cannot add, and leaves it to the norm."""
+    for layout, products in (("plain", 4), ("fp8_channel", 0)):
+        graph = llama_graph(MODELS["tiny"], layout, num_layers=2)
+        steps = lower(graph, ARCHES["sm_90"], Regime(0, 0))
+        adding = [s for s in steps if isinstance(s, MatMul) and s.adds]
+        assert [s.weight for s in adding] == ["0.o", "0.down", "1.o", "1.down"][:products]
+        norms = [s for s in steps if isinstance(s, Launch) and s.variant.op == "rms_norm"]
+        reading = [s for s in norms if "residual" in _names(s.variant)]
+        assert len(reading) == 4 - products
+        for product in adding:
+            assert any(product.out in norm.operands for norm in norms)
 
 
 def test_norms_and_silu_leave_e4m3_where_only_fp8_products_read_them() -> None:

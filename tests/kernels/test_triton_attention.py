@@ -26,6 +26,12 @@ def test_decode_equals_formula(splits: int, window: int, soft_cap: float) -> Non
     _check(attention_shape(window, soft_cap), tiles, DECODE_LENGTHS, seed=splits)
 
 
+def test_few_parts_are_combined_as_many_are() -> None:
+    """One part, one of a newest key alone, up to four of sixteen, and more."""
+    tiles = AttentionTiles(1, 16, 16, is_decode=True, min_split=32)
+    _check(attention_shape(), tiles, [(1, 32), (1, 33), (1, 128), (1, 129), (1, 700)], seed=5)
+
+
 @pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (9, 0.0), (0, 2.5)])
 def test_ragged_step_equals_formula(window: int, soft_cap: float) -> None:
     """Prompt chunks, whole prompts and single tokens share a step."""

@@ -31,17 +31,18 @@ def _words(address: int, count: int) -> npt.NDArray[np.int32]:
 
 
 class _Library:
-    """`write_tables`, in numpy."""
+    """`copy_words` and `write_tables`, in numpy."""
 
     def kernel(self, variant: KernelVariant) -> Callable[..., None]:
-        assert variant.kernel == "write_tables"
+        def copy_words(grid: tuple[int, int, int], source: int, to: int, count: int) -> None:
+            _words(to, count)[:] = _words(source, count)
 
-        def launch(grid: tuple[int, int, int], message: int, tables: int, writes_at: int) -> None:
+        def write_tables(grid: tuple[int, int, int], message: int, to: int, writes_at: int) -> None:
             for at, first, count in _words(message + 4 * writes_at, 3 * grid[0]).reshape(-1, 3):
                 words = _words(message + 4 * int(first), int(count))
-                _words(tables + 4 * int(at), int(count))[:] = words
+                _words(to + 4 * int(at), int(count))[:] = words
 
-        return launch
+        return {"copy_words": copy_words, "write_tables": write_tables}[variant.kernel]
 
 
 @dataclass
