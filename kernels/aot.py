@@ -33,10 +33,16 @@ _TYPE_BYTES = {"i32": 4, "i64": 8, "fp32": 4}
 
 @dataclass(frozen=True, slots=True)
 class CompiledKernel:
-    """Machine code of one variant for one arch. `ptx` is text for the driver's compiler."""
+    """Machine code of one variant for one arch.
+
+    Args:
+        num_warps: the variant's, and those that specialize in copies.
+        ptx: text for the driver's compiler.
+    """
 
     variant: KernelVariant
     symbol: str
+    num_warps: int
     shared_bytes: int
     cubin: bytes
     ptx: bytes
@@ -80,7 +86,7 @@ def pack_kernels(kernels: Iterable[CompiledKernel], arch: Arch) -> list[tuple[st
         record = KernelRecord(
             symbol=kernel.symbol,
             arguments=tuple((a.type, a.is_aligned) for a in kernel.variant.arguments),
-            num_warps=kernel.variant.num_warps,
+            num_warps=kernel.num_warps,
             shared_bytes=kernel.shared_bytes,
             has_pdl=kernel.variant.has_pdl,
             code=append(kernel.cubin),
@@ -109,6 +115,7 @@ def compile_kernel(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     assert arch.capability is not None, f"{arch.name} has no machine code"
     types = {a.name: a.type for a in variant.arguments}
@@ -118,7 +125,8 @@ def compile_kernel(
         f"{variant.key}: the kernel takes {names}, the variant gives {[*types, *constants]}"
     )
     assert [n for n in names if n in types] == list(types), f"{variant.key}: arguments out of order"
-    source = ASTSource(
+    make = GluonASTSource if function.is_gluon() else ASTSource
+    source = make(
         fn=function,
         signature={n: types.get(n, "constexpr") for n in names},
         constexprs={(names.index(n),): value for n, value in constants.items()},
@@ -141,6 +149,7 @@ def compile_kernel(
     kernel = CompiledKernel(
         variant=variant,
         symbol=built.metadata.name,
+        num_warps=built.metadata.num_warps,
         shared_bytes=built.metadata.shared,
         cubin=built.asm["cubin"],
         ptx=built.asm["ptx"].encode(),

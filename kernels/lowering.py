@@ -6,7 +6,7 @@ torch's matrix products win and the rest are kernels between them. The compiler 
 runtime binds and launches them. No Triton here.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from kernels.attention import candidates as attention_candidates
@@ -30,6 +30,7 @@ from kernels.launch import (
 )  # fmt: skip
 from kernels.linear import candidates as linear_candidates
 from kernels.linear import launch as linear
+from kernels.linear import launch_int4
 from kernels.riding import Riding
 from kernels.sampling import launch as sampling
 from kernels.step_inputs import launch as step_inputs
@@ -239,32 +240,57 @@ class _Lowering:
 
     def _many_int4(self, node: Node) -> Iterator[Step]:
         """By tiles up to some rows; beyond, the weight is widened once and the library multiplies."""
-        fused = self._fused_linear(node)
         name = node.weights["weight"]
         weight = self.graph.weights[name]
         shape = linear.LinearShape(
             n=weight.shape[0],
             k=weight.shape[1],
             dtype=self.dtype,
-            out_dtype=self.dtype,
+            out_dtype="fp32" if node.outputs[0] in self.graph.outputs else self.dtype,
             layout=weight.layout,
             group_size=weight.group_size,
+            has_bias="bias" in node.weights,
         )
         field = "rows" if self.riding.is_selected(node.inputs[0]) else "tokens"
-
-        def is_widened(sizes: Sizes) -> bool:
-            return int(getattr(sizes, field)) > linear.MOST_FUSED_INT4_ROWS
-
-        yield replace(fused, grid=lambda s: (0, 0, 0) if is_widened(s) else fused.grid(s))
+        least = 1
+        for most, launch in self._int4_tiles(node, shape, field):
+            yield replace(launch, grid=_between(launch.grid, field, least, most))
+            least = most + 1
         values = Scratch("dense_weight", lambda _: 2 * shape.n * shape.k)
+        grid = (*launch_int4.dense_int4_grid(shape), 1)
         yield Launch(
-            linear.dense_int4(shape, self.arch),
-            lambda s: (*linear.dense_int4_grid(shape), 1) if is_widened(s) else (0, 0, 0),
+            launch_int4.dense_int4(shape, self.arch),
+            _between(lambda _: grid, field, least),
             (Weight(name, "weight"), Weight(name, "scale"), values),
         )
-        least = linear.MOST_FUSED_INT4_ROWS + 1
         bias, x, out = node.weights.get("bias"), Value(node.inputs[0]), Value(node.outputs[0])
         yield MatMul(x, name, bias, out, dense=values, least_rows=least)
+
+    def _int4_tiles(
+        self, node: Node, shape: linear.LinearShape, field: str
+    ) -> Iterator[tuple[int, Launch]]:
+        """Launches that multiply straight from 4 bits, each with the most rows that it is for, ascending."""
+        if not launch_int4.takes_wgmma(shape, self.arch):
+            yield launch_int4.MOST_FUSED_INT4_ROWS, self._fused_linear(node)
+            return
+        name = node.weights["weight"]
+        operands: list[Operand] = [
+            Value(node.inputs[0]),
+            Weight(name, "weight"),
+            Weight(name, "scale"),
+        ]
+        if shape.has_bias:
+            operands.append(Weight(node.weights["bias"], "weight"))
+        operands.append(Value(node.outputs[0]))
+        for most, tiles, block_m in launch_int4.many_int4_tiles(shape):
+            yield (
+                most,
+                Launch(
+                    launch_int4.many_int4(shape, self.arch, tiles, block_m),
+                    _tiled(shape, tiles, block_m, field),
+                    (*operands, *linear.tiled_scratch(shape, tiles, block_m, most), Size(field)),
+                ),
+            )
 
     def _quantized(self, node: Node, dtype: str) -> tuple[Temporary, Temporary]:
         """A linear's input in 8 bits, and the scale of each of its rows."""
@@ -360,17 +386,14 @@ class _Lowering:
     ) -> Launch:
         tiles, block_m = self._tiles(shape)
         site = linear_candidates.site(shape, self.max_tokens)
-        programs = linear.num_programs(shape, tiles)
         if block_m == 1:
+            programs = linear.num_programs(shape, tiles)
             variant = linear.one_token(shape, self.arch, tiles)
             return Launch(variant, lambda _: (programs, 1, 1), tuple(operands), site)
         variant = linear.few_tokens(shape, self.arch, tiles, block_m)
         field = "rows" if is_selected else "tokens"
-
-        def grid(sizes: Sizes) -> Grid:
-            return programs, -(-int(getattr(sizes, field)) // block_m), tiles.split_k
-
-        scratch = linear.few_tokens_scratch(shape, tiles, block_m)
+        grid = _tiled(shape, tiles, block_m, field)
+        scratch = linear.tiled_scratch(shape, tiles, block_m)
         scales = () if x_scale is None else (x_scale,)
         return Launch(variant, grid, (*operands, *scratch, *scales, Size(field)), site)
 
@@ -570,6 +593,26 @@ def _rope_operands(layer: int, kept: KvFormat) -> list[Operand]:
 
 def _cache_operands(layer: int, kept: KvFormat) -> list[Operand]:
     return [KvCache(layer, part) for part in range(4 if kept.is_scaled else 2)]
+
+
+def _tiled(
+    shape: linear.LinearShape, tiles: linear.Tiles, block_m: int, field: str
+) -> Callable[[Sizes], Grid]:
+    """Blocks of the weight's rows, of as many tokens as `field` of a step says, and splits of K."""
+    programs = linear.num_programs(shape, tiles)
+    return lambda sizes: (programs, -(-int(getattr(sizes, field)) // block_m), tiles.split_k)
+
+
+def _between(
+    grid: Callable[[Sizes], Grid], field: str, least: int, most: int | None = None
+) -> Callable[[Sizes], Grid]:
+    """`grid` in steps of `least` to `most` rows; in others nothing."""
+
+    def within(sizes: Sizes) -> Grid:
+        rows = int(getattr(sizes, field))
+        return grid(sizes) if rows >= least and (most is None or rows <= most) else (0, 0, 0)
+
+    return within
 
 
 def _per_token(sizes: Sizes) -> Grid:

@@ -20,6 +20,7 @@ class Arch:
         has_bf16_mma: tensor cores multiply bf16.
         has_fp8: e4m3 conversion and tensor cores in hardware.
         has_pdl: programmatic dependent launch (`griddepcontrol`).
+        has_wgmma: tensor cores multiply for four warps at once, asynchronously (`wgmma`).
         is_portable: its machine code runs on later minor revisions of its major capability.
         min_driver: least driver, (major, minor) of CUDA, that loads its machine code.
     """
@@ -30,6 +31,7 @@ class Arch:
     has_bf16_mma: bool
     has_fp8: bool
     has_pdl: bool
+    has_wgmma: bool
     is_portable: bool
     min_driver: tuple[int, int]
 
@@ -42,13 +44,13 @@ class Arch:
 ARCHES: dict[str, Arch] = {
     row.name: row
     for row in (
-        Arch("cpu", None, 0, False, False, False, False, (0, 0)),
-        Arch("sm_80", (8, 0), 166_912, True, False, False, True, (12, 0)),
-        Arch("sm_86", (8, 6), 101_376, True, False, False, True, (12, 0)),
-        Arch("sm_89", (8, 9), 101_376, True, True, False, True, (12, 0)),
-        Arch("sm_90", (9, 0), 232_448, True, True, True, False, (12, 0)),
-        Arch("sm_100", (10, 0), 232_448, True, True, True, False, (13, 0)),
-        Arch("sm_120", (12, 0), 101_376, True, True, True, False, (13, 0)),
+        Arch("cpu", None, 0, False, False, False, False, False, (0, 0)),
+        Arch("sm_80", (8, 0), 166_912, True, False, False, False, True, (12, 0)),
+        Arch("sm_86", (8, 6), 101_376, True, False, False, False, True, (12, 0)),
+        Arch("sm_89", (8, 9), 101_376, True, True, False, False, True, (12, 0)),
+        Arch("sm_90", (9, 0), 232_448, True, True, True, True, False, (12, 0)),
+        Arch("sm_100", (10, 0), 232_448, True, True, True, False, False, (13, 0)),
+        Arch("sm_120", (12, 0), 101_376, True, True, True, False, False, (13, 0)),
     )
 }
 

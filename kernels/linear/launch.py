@@ -6,9 +6,9 @@ Pure data: read by the compiler, which compiles the variants, and by the runtime
 from dataclasses import dataclass, replace
 from functools import cache
 
-from kernels.launch import Scratch
+from kernels.launch import Scratch, Sizes
 from kernels.linear.gpu import INT4_PARTS
-from kernels.variant import Argument, Constant, KernelVariant, integer, pointer
+from kernels.variant import Argument, KernelVariant, integer, pointer
 from shared.arch import Arch
 
 MAX_BLOCK_M = 64
@@ -17,9 +17,6 @@ MAX_BLOCK_M = 64
 MOST_FEW_TOKENS = {"plain": 64, "fp8_channel": 64, "int8_channel": 64, "int4_group": 64}
 # Those that torch's library multiplies for many tokens.
 LIBRARY_LAYOUTS = ("plain", "fp8_channel")
-
-# int4 steps of more rows are faster widened once and multiplied by the library.
-MOST_FUSED_INT4_ROWS = 256
 
 # Values of a stored word, whose columns lie far apart (gpu.py); other layouts store value by value.
 _WORD_VALUES = {"int4_group": INT4_PARTS}
@@ -95,8 +92,13 @@ def one_token(shape: LinearShape, arch: Arch, tiles: Tiles) -> KernelVariant:
             **_constants(shape, arch),
             "GROUP": shape.group_size,
             "BLOCK_N": tiles.block_n,
-            "BLOCK_K": tiles.block_k,
         }
+        if uses_mma(shape):
+            chunks = -(-shape.k // (INT4_PARTS * shape.group_size))
+            assert chunks % tiles.num_warps == 0, f"{chunks} chunks of K, {tiles}"
+            constants |= {"PREFETCH": tiles.prefetch}
+            return _variant("linear_one_int4_mma", shape, arch, constants, tiles, ())
+        constants |= {"BLOCK_K": tiles.block_k}
         return _variant("linear_one_int4", shape, arch, constants, tiles, ())
     constants = {
         **_constants(shape, arch),
@@ -106,6 +108,11 @@ def one_token(shape: LinearShape, arch: Arch, tiles: Tiles) -> KernelVariant:
         "VECTOR": tiles.vector,
     }
     return _variant("linear_one", shape, arch, constants, tiles, ())
+
+
+def uses_mma(shape: LinearShape) -> bool:
+    """Claims that tensor cores multiply one token."""
+    return shape.layout == "int4_group" and shape.dtype == "bf16"
 
 
 @cache
@@ -165,49 +172,28 @@ def quantized_rows(
     )
 
 
-DENSE_BLOCK_N = 32
-
-
-def dense_int4(shape: LinearShape, arch: Arch) -> KernelVariant:
-    """The variant that writes a weight's values; its grid: blocks of rows, chunks of K."""
-    constants: dict[str, Constant] = {
-        "N": shape.n, "K": shape.k, "GROUP": shape.group_size, "BLOCK_N": DENSE_BLOCK_N,
-        "FORMAT": _int4_format(shape), "PDL": arch.has_pdl,
-    }  # fmt: skip
-    return KernelVariant(
-        op="linear",
-        kernel="dense_int4",
-        arguments=(pointer("weight", "i16"), pointer("scale", "i32"), pointer("out", shape.dtype)),
-        constants=tuple(constants.items()),
-        has_pdl=arch.has_pdl,
-    )
-
-
-def dense_int4_grid(shape: LinearShape) -> tuple[int, int]:
-    """Blocks of rows, and chunks of K."""
-    return -(-shape.n // DENSE_BLOCK_N), -(-shape.k // (INT4_PARTS * shape.group_size))
-
-
-def _int4_format(shape: LinearShape) -> str:
+def int4_format(shape: LinearShape) -> str:
+    """What kernels widen to."""
     return "int4" if shape.dtype == "bf16" else "int4_any"
 
 
-def few_tokens_scratch(shape: LinearShape, tiles: Tiles, block_m: int) -> tuple[Scratch, ...]:
-    """Memory for the splits' parts and their counters, in the kernel's order."""
+def tiled_scratch(
+    shape: LinearShape, tiles: Tiles, block_m: int, most_tokens: int | None = None
+) -> tuple[Scratch, ...]:
+    """Memory for the splits' parts and their counters, in the kernel's order, for steps of up to `most_tokens`."""
     if tiles.split_k == 1:
         return ()
     programs = num_programs(shape, tiles)
     part = tiles.block_n * block_m * 4 * (1 if shape.epilogue == "plain" else 2)
+
+    def num_tiles(sizes: Sizes) -> int:
+        tokens = sizes.tokens if most_tokens is None else min(sizes.tokens, most_tokens)
+        return -(-tokens // block_m) * programs
+
     return (
-        Scratch(
-            "linear_partial", lambda s: _blocks(s.tokens, block_m) * programs * tiles.split_k * part
-        ),
-        Scratch("linear_counters", lambda s: _blocks(s.tokens, block_m) * programs * 4),
+        Scratch("linear_partial", lambda s: num_tiles(s) * tiles.split_k * part),
+        Scratch("linear_counters", lambda s: num_tiles(s) * 4),
     )
-
-
-def _blocks(tokens: int, block_m: int) -> int:
-    return -(-tokens // block_m)
 
 
 def built_in_tiles(shape: LinearShape, arch: Arch, max_tokens: int) -> tuple[Tiles, int]:
@@ -291,13 +277,22 @@ def few_tokens_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
 
 def one_token_block_m(shape: LinearShape) -> int:
     """1 where the kernel for one token serves one token best; else tokens of a tile of `few_tokens`."""
-    return 16 if shape.layout == "int4_group" and shape.k > 8192 else 1
+    is_slow = shape.layout == "int4_group" and not uses_mma(shape) and shape.k > 8192
+    return 16 if is_slow else 1
 
 
 def _one_int4_tiles(shape: LinearShape) -> Tiles:
-    """Up to 4,096 values of a row at once, a quad of 32 a thread; measured on one H100 in a whole step."""
-    block_k = max(min(_power_of_two(shape.k), 4096), INT4_PARTS * shape.group_size)
-    return Tiles(4, block_k, num_warps=max(1, block_k // 1024))
+    """Measured on one H100 in a whole step."""
+    if not uses_mma(shape):  # up to 4,096 values of a row at once, a quad of 32 a thread
+        block_k = max(min(_power_of_two(shape.k), 4096), INT4_PARTS * shape.group_size)
+        return Tiles(4, block_k, num_warps=max(1, block_k // 1024))
+    block_k = INT4_PARTS * shape.group_size
+    chunks, is_paired = -(-shape.k // block_k), shape.epilogue != "plain"
+    num_warps = 4 if is_paired else 8
+    while chunks % num_warps:
+        num_warps //= 2
+    prefetch = min(1 if is_paired else 2, chunks // num_warps)
+    return Tiles(16, block_k, num_warps, prefetch)
 
 
 def few_tokens_block_m(shape: LinearShape, arch: Arch, most: int) -> int:
@@ -376,7 +371,7 @@ def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
         "plain": "plain",
         "int8_channel": "int8_int8" if shape.activations else "int8",
         "fp8_channel": "fp8_fp8" if shape.activations else "fp8" if arch.has_fp8 else "fp8_bits",
-        "int4_group": _int4_format(shape),
+        "int4_group": int4_format(shape),
     }
     absent = {
         "scale": shape.layout == "plain",

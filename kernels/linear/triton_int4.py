@@ -127,13 +127,14 @@ def dense_int4(
     """A chunk of K of some rows as values: what torch's product of many tokens reads."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = n < N
-    chunk, j = tl.program_id(1), tl.arange(0, GROUP)
+    chunk, j = tl.program_id(0), tl.arange(0, GROUP)
     ROW: tl.constexpr = (K + 4 * GROUP - 1) // (4 * GROUP) * GROUP
     at = weight + n[:, None].to(tl.int64) * ROW + chunk * GROUP + j[None, :]
     words = tl.load(at, mask=is_row[:, None], other=0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     for i in tl.static_range(4):
         group = chunk * 4 + i
         groups = tl.load(scale + (chunk * N + n) * 4 + i, mask=is_row, other=0)

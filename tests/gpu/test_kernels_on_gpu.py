@@ -13,6 +13,7 @@ import torch
 from kernels.attention.launch import AttentionTiles, decode_tiles, prefill_tiles
 from kernels.linear.candidates import candidates
 from kernels.linear.launch import LinearShape
+from kernels.linear.launch_int4 import takes_wgmma
 from shared.arch import ARCHES, Arch
 from tests.gpu.device import Collector, NotYetCompiled, device_arch, library_of
 from tests.kernels.attention_cases import (
@@ -25,9 +26,11 @@ from tests.kernels.linear_cases import (
     CANDIDATE_SHAPES,
     DENSE_INT4_SHAPES,
     LINEAR_SHAPES,
+    MANY_INT4_SHAPES,
     ONE_TOKEN_SHAPES,
     check_dense_int4,
     check_linear,
+    check_many_int4,
     check_quantized_rows,
     in_dtype,
 )
@@ -61,6 +64,14 @@ def _dense_int4(shape: LinearShape) -> Case:
     return lambda run, arch: check_dense_int4(run, arch, shape, device="cuda")
 
 
+def _many_int4(shape: LinearShape, tokens: int, split_k: int, block_m: int) -> Case:
+    def check(run: Collector, arch: Arch) -> None:
+        if takes_wgmma(shape, arch):
+            check_many_int4(run, arch, shape, tokens, split_k, block_m)
+
+    return check
+
+
 def _quantized_rows(scale: float | None) -> Case:
     return lambda run, arch: check_quantized_rows(run, arch, 257, scale, device="cuda")
 
@@ -91,6 +102,10 @@ def _cases() -> dict[str, Case]:
         for layout, kernels in KERNELS.items()
         for number, kernel in enumerate(kernels)
     }
+    for name, shape in MANY_INT4_SHAPES.items():
+        for tokens, split_k, block_m in ((1, 1, 64), (129, 2, 64), (200, 1, 128), (300, 2, 128)):
+            case = _many_int4(shape, tokens, split_k, block_m)
+            cases[f"{name}-{tokens}-{split_k}-{block_m}"] = case
     for dtype in ("bf16", "fp16"):
         for name, shape in LINEAR_SHAPES.items():
             if name in ONE_TOKEN_SHAPES:

@@ -12,14 +12,14 @@ from kernels.linear.gpu import INT4_PARTS, arranged
 from kernels.linear.launch import (
     LinearShape,
     Tiles,
-    dense_int4,
-    dense_int4_grid,
     few_tokens,
-    few_tokens_scratch,
     num_programs,
     one_token,
     quantized_rows,
+    tiled_scratch,
+    uses_mma,
 )  # fmt: skip
+from kernels.linear.launch_int4 import dense_int4, dense_int4_grid, many_int4
 from kernels.linear.layouts import INT4_GROUPS, LAYOUTS
 from kernels.linear.op import int8_tokens
 from kernels.variant import KernelVariant
@@ -110,6 +110,8 @@ def check_linear(
 
 def _tiles(shape: LinearShape, kernel: str, split_k: int) -> Tiles:
     """Small ones, so that shapes have several of them."""
+    if kernel == "one" and uses_mma(shape):
+        return Tiles(block_n=16, block_k=INT4_PARTS * shape.group_size, num_warps=2)
     if kernel == "one":
         block_k = INT4_PARTS * shape.group_size or 64
         return Tiles(block_n=2, block_k=block_k, num_warps=4, prefetch=2)
@@ -133,17 +135,13 @@ def _launch_and_compare(
     else:
         variant = few_tokens(shape, arch, tiles, 16)
         grid = (num_programs(shape, tiles), -(-tokens // 16), tiles.split_k)
-        for request, dtype in zip(
-            few_tokens_scratch(shape, tiles, 16), (torch.float32, torch.int32), strict=False
-        ):
-            size = request.num_bytes(Sizes(tokens, tokens, tokens)) // 4
-            operands[request.name.removeprefix("linear_")] = torch.zeros(size, dtype=dtype)
+        operands |= _scratch(shape, tiles, 16, tokens)
     programs = grid[0]
     if shape.has_gain:
         operands["squares_out"] = at["squares_out"] = torch.full((tokens, programs), float("nan"))
     run(variant, grid, operands)
-    if kernel == "few" and shape.group_size:
-        # Tensor cores multiply values rounded to x's dtype; the kernel for one token widens to fp32.
+    if shape.group_size and (kernel == "few" or uses_mma(shape)):
+        # Tensor cores multiply values rounded to x's dtype; the other kernel for one token widens to fp32.
         at["dense"] = at["dense"].to(TORCH_DTYPES[shape.dtype]).float()
     y = _products(shape, at, tokens)
     if shape.epilogue == "rope":
@@ -210,6 +208,49 @@ ONE_TOKEN_SHAPES = [name for name, shape in LINEAR_SHAPES.items() if not shape.a
 def _tensors(shape: LinearShape, tokens: int, device: str) -> dict[str, torch.Tensor]:
     made = _operands(shape, tokens, tokens)
     return {n: value.to(device) for n, value in made.items() if isinstance(value, torch.Tensor)}
+
+
+def _scratch(
+    shape: LinearShape, tiles: Tiles, block_m: int, tokens: int, device: str | None = None
+) -> Operands:
+    """Memory of the splits of K, by argument name."""
+    sizes, dtypes = Sizes(tokens, tokens, tokens), (torch.float32, torch.int32)
+    requests = zip(tiled_scratch(shape, tiles, block_m), dtypes, strict=False)
+    return {
+        request.name.removeprefix("linear_"): torch.zeros(
+            request.num_bytes(sizes) // 4, dtype=dtype, device=device
+        )
+        for request, dtype in requests
+    }
+
+
+def check_many_int4(
+    run: Run, arch: Arch, shape: LinearShape, tokens: int, split_k: int, block_m: int
+) -> None:
+    """Twice in a row, on a GPU: counters are left as they were, and nothing beyond the tokens is written."""
+    tiles = Tiles(128, INT4_PARTS * 32, 8, stages=4, split_k=split_k)
+    at = _tensors(shape, tokens, "cuda")
+    out = torch.full((tokens + 5, shape.n), 7.0, dtype=TORCH_DTYPES[shape.dtype], device="cuda")
+    operands: Operands = {**at, "out": out, "num_tokens": tokens}
+    operands |= _scratch(shape, tiles, block_m, tokens, "cuda")
+    grid = (num_programs(shape, tiles), -(-tokens // block_m), split_k)
+    for _ in range(2):
+        run(many_int4(shape, arch, tiles, block_m), grid, operands)
+    at["dense"] = at["dense"].to(out.dtype).float()
+    torch.testing.assert_close(
+        out[:tokens].float(), _products(shape, at, tokens), atol=3e-2, rtol=2e-2
+    )
+    assert bool((out[tokens:] == 7).all()), "rows beyond the tokens were written"
+
+
+MANY_INT4_SHAPES = {
+    f"many_int4_{group}": LinearShape(
+        300, 16 * group, "bf16", "bf16", layout="int4_group", group_size=group, has_bias=has_bias
+    )
+    for group, has_bias in zip(INT4_GROUPS, (True, False, True), strict=True)
+} | {
+    "many_int4_padded": LinearShape(70, 7 * 64, "bf16", "bf16", layout="int4_group", group_size=64)
+}
 
 
 def check_dense_int4(run: Run, arch: Arch, shape: LinearShape, device: str = "cpu") -> None:

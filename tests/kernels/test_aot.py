@@ -8,7 +8,8 @@ import pytest
 from bench.gpu_models import MODELS, llama_graph
 from kernels.aot import CompiledKernel, compile_variants, pack_kernels
 from kernels.cubin import parameter_sizes
-from kernels.linear.launch import LinearShape, Tiles, few_tokens, one_token
+from kernels.linear.launch import LinearShape, Tiles, built_in_tiles, few_tokens, one_token
+from kernels.linear.launch_int4 import many_int4, many_int4_tiles, takes_wgmma
 from kernels.lowering import Regime, variants
 from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant
 from shared.arch import ARCHES, Arch
@@ -25,6 +26,7 @@ _PARTS = {
     "sm_120": ("plain", Regime(64, 0)),
 }
 _SHAPE = LinearShape(64, 256, "bf16", "bf16", has_residual=True)
+_INT4 = LinearShape(4096, 4096, "bf16", "bf16", layout="int4_group", group_size=64)
 _TILES = Tiles(block_n=4, block_k=256, num_warps=4)
 
 
@@ -61,6 +63,21 @@ def test_attention_over_eight_bits_compiles_within_the_arch_limits(
     wanted = {v for v in variants(graph, arch, regimes) if v.op in ("attention", "qkv_rope_write")}
     kernels = compile_variants(wanted, arch)
     assert all(k.shared_bytes <= arch.max_shared_bytes for k in kernels)
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHES, ids=lambda arch: arch.name)
+def test_int4_by_tensor_cores_compiles_within_the_arch_limits(arch: Arch) -> None:
+    """One token everywhere, many where there is `wgmma`: there programs have more warps than their variant asks for,
+    those that copy."""
+    one, many = {one_token(_INT4, arch, built_in_tiles(_INT4, arch, 1)[0])}, set[KernelVariant]()
+    if takes_wgmma(_INT4, arch):
+        many = {many_int4(_INT4, arch, tiles, m) for _, tiles, m in many_int4_tiles(_INT4)}
+        assert many
+    kernels = compile_variants(one | many, arch)
+    assert all(k.shared_bytes <= arch.max_shared_bytes for k in kernels)
+    for kernel in kernels:
+        copying = 4 if kernel.variant in many else 0
+        assert kernel.num_warps == kernel.variant.num_warps + copying
 
 
 def test_same_variants_give_the_same_bytes() -> None:

@@ -1,4 +1,4 @@
-"""Law 2 of layouts: what a GPU reads is what an engine stores, bit for bit."""
+"""Law 2 of layouts: what a GPU reads is what an engine stores, bit for bit; and how int4 work is cut."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.linear.gpu import INT4_PARTS, arranged, stored
+from kernels.linear.launch import LinearShape, one_token_tiles
+from kernels.linear.launch_int4 import MOST_WGMMA_INT4_ROWS, many_int4_tiles
 from kernels.linear.layouts import INT4_GROUPS, LAYOUTS, pack_int4_levels
 from shared.ir import WeightSpec
 
@@ -51,3 +53,40 @@ def test_other_layouts_are_read_as_they_are_stored(layout: str) -> None:
     packed = LAYOUTS[layout].pack(torch.randn(8, 64), 0)
     read = arranged(spec, packed)
     assert all(read[role] is tensor for role, tensor in packed.items())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.integers(1, 40000), groups=st.integers(1, 300), group=st.sampled_from(INT4_GROUPS),
+    tokens=st.integers(1, MOST_WGMMA_INT4_ROWS),
+)  # fmt: skip
+def test_every_number_of_tokens_has_tiles_that_share_k_evenly(
+    rows: int, groups: int, group: int, tokens: int
+) -> None:
+    """Up to the most that tiles are for; each split has as many steps as the others, and some."""
+    shape = LinearShape(rows, groups * group, "bf16", "bf16", "int4_group", group)
+    ways = list(many_int4_tiles(shape))
+    assert [most for most, _, _ in ways] == sorted({most for most, _, _ in ways})
+    tiles = next(tiles for most, tiles, _ in ways if tokens <= most)
+    words = -(-groups // INT4_PARTS) * group
+    steps = words // (tiles.block_k // INT4_PARTS)
+    assert steps % tiles.split_k == 0
+    assert steps // tiles.split_k > 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.integers(1, 40000), groups=st.integers(1, 300), group=st.sampled_from(INT4_GROUPS),
+    epilogue=st.sampled_from(("plain", "silu_mul")),
+)  # fmt: skip
+def test_warps_of_one_token_share_chunks_evenly(
+    rows: int, groups: int, group: int, epilogue: str
+) -> None:
+    """The kernel masks no chunk, and loads no more of them early than a warp has."""
+    shape = LinearShape(
+        2 * rows, groups * group, "bf16", "bf16", "int4_group", group, epilogue=epilogue
+    )
+    tiles = one_token_tiles(shape)
+    chunks = -(-groups // INT4_PARTS)
+    assert chunks % tiles.num_warps == 0
+    assert 1 <= tiles.prefetch <= chunks // tiles.num_warps
