@@ -33,7 +33,32 @@ SHIPPED: dict[str, tuple[ShippedRow, ...]] = {
                 rides="norm+silu_mul",
             ),
             "m1 n1 k1024 w1 p2 s1 x1 v8",
-            "1.744 to 1.705 ms, 16 layers of 8B fp8 at batch 1, whole steps (docs/BENCHMARKS.md, What was tried)",
+            "2.2 % of a step of 8B fp8, twice: 1.744 to 1.705 ms (16 layers; docs/BENCHMARKS.md, What was tried), "
+            "3.218 to 3.147 ms (all 32; Candidates and tuning)",
+        ),
+        ShippedRow(
+            # Llama-3.2-1B's attention, 33 to 64 sequences.
+            Site("attention", 0, 64, n=2048, k=512, dtype="bf16", layout="d64"),
+            "q1 n64 w2 s2 x1",
+            "3.0 to 3.9 % of a step of 64 sequences, four times, 1B bf16 and fp8 (docs/BENCHMARKS.md, Candidates and "
+            "tuning)",
+        ),
+        ShippedRow(
+            # Llama-3.2-1B's qkv, 17 to 32 tokens; then 2 to 16.
+            Site(
+                "linear", 32, n=3072, k=2048, dtype="fp8e4nv", layout="fp8_channel",
+                rides="norm+rope",
+            ),
+            "m32 n64 k256 w4 p0 s3 x2 v0",
+            "4.0 and 2.9 % of a step of 32 sequences, 1B fp8 (docs/BENCHMARKS.md, Candidates and tuning)",
+        ),
+        ShippedRow(
+            Site(
+                "linear", 16, n=3072, k=2048, dtype="fp8e4nv", layout="fp8_channel",
+                rides="norm+rope",
+            ),
+            "m16 n64 k256 w4 p0 s4 x2 v0",
+            "1.2 % of a step of 16 sequences, twice, 1B fp8 (docs/BENCHMARKS.md, Candidates and tuning)",
         ),
     ),
 }  # fmt: skip

@@ -49,7 +49,6 @@ class CudaStream:
         # Warm-up and capture use one stream: libraries keep their workspaces by stream.
         self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
-        self._first_graph: torch.cuda.CUDAGraph | None = None
         # A pool that no graph uses is gone for good, so the last one captured stays.
         self._last: torch.cuda.CUDAGraph | None = None
 
