@@ -17,8 +17,8 @@ All accumulate in fp32, int8 with int8 exactly in int32. Few rows wait for the w
 fp16 keeps 11 bits of a value, bf16 has 8; values beyond fp16's range keep the fp32 form.
 
 Few rows of int8 are multiplied as bytes, each activation as two of them: 15 bits below its row's largest magnitude.
-In CPU time of one thread, 1 / 2 / 4 / 8 rows of 3072 x 576: 122 / 135 / 184 / 338 us; widened in registers
-126 / 319 / 471 / -; oneDNN bf16 299 / 284 / 442 / 491.
+With 576 x 1536 weights, 1 / 2 / 4 / 8 rows take 87 / 112 / 125 / 252 us so, and 113 / 217 / 207 / 273 without
+(`bench/cpu_kernels.py`); at 16 rows a step gains nothing.
 
 Measured for all linears in a 135M model's layers, in ms. Zen 4, 2 cores with bf16 arithmetic, 1 / 4 / 16 rows:
 our int8 3.7 / 8.6 / 34; torch's int8 9.2 / - / 33; torch's int4 3.8 / - / 22; oneDNN bf16 11.5 / - / 16.1. 2 cores
