@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.cpu import bind_node
 from kernels.cpu_form import CpuTarget, PackedWeight
-from kernels.cpu_jit import set_num_threads
+from kernels.cpu_jit import multiplies_bytes, set_num_threads
 from kernels.linear.cpu import bind
 from kernels.linear.layouts import LAYOUTS
 from kernels.reference import prompt_batch
@@ -27,7 +27,7 @@ from shared.ir import Graph, Node, TensorSpec, WeightSpec
 SHAPES = ((3072, 576), (576, 1536), (576, 576))
 PROMPT, HEADS, KV_HEADS, HEAD_DIM = 512, 9, 3, 64
 BF16 = torch.bfloat16
-BYTES = CpuTarget(BF16, BF16, False, True, "", has_vnni=bool(torch.cpu._is_vnni_supported()))
+BYTES = CpuTarget(BF16, BF16, False, True, "", has_vnni=multiplies_bytes())
 
 Run = Callable[[], object]
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kernels.cpu_jit import multiplies_bytes
 from kernels.kv_cache import kv_format
 from kernels.linear.layouts import LAYOUTS
 from shared.ir import Graph, Node, WeightSpec
@@ -87,5 +88,5 @@ def cpu_target(graph: Graph) -> CpuTarget:
         has_fbgemm="fbgemm" in torch.backends.quantized.supported_engines,
         has_mkldnn=bool(torch._C._has_mkldnn),
         reason=reason,
-        has_vnni=bool(torch.cpu._is_vnni_supported()),
+        has_vnni=multiplies_bytes(),
     )

@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.batch import StepBatch
 from kernels.cpu import CPU_FORMS, bind_node
 from kernels.cpu_form import CpuTarget, PackedWeight
+from kernels.cpu_jit import multiplies_bytes
 from kernels.linear.cpu import padded_rows
 from kernels.linear.layouts import LAYOUTS
 from kernels.ops import OPS
 from shared.ir import Attr, Graph, Node, TensorSpec, WeightSpec
 
-HAS_VNNI = bool(torch.cpu._is_vnni_supported())
+HAS_VNNI = multiplies_bytes()
 FP32 = CpuTarget(torch.float32, torch.float32, False, False, "")
 TARGETS = {
     "fp32": FP32,
