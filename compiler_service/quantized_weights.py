@@ -15,7 +15,7 @@ from compiler_service.calibration.text import read_calibration_text
 from compiler_service.calibration.windows import TextTokenizer, cut_windows
 from compiler_service.checkpoints.checkpoint import Checkpoint
 from compiler_service.quality.gate import exceeded, fewest_kept, gate_error
-from compiler_service.quality.needle import most_tokens
+from compiler_service.quality.needle import DEFAULT_PROBE_TOKENS, most_tokens
 from compiler_service.quality.probe import Probe, make_probe
 from compiler_service.quality.report import QUALITY_TITLE, Measurement, report_json
 from compiler_service.quantization import scheme_named
@@ -115,7 +115,7 @@ class _Work:
             self._probe = make_probe(
                 windows,
                 tokenizer,
-                self._quant.probe_tokens,
+                self._quant.probe_tokens or DEFAULT_PROBE_TOKENS,
                 max_positions,
                 most_tokens(self._plan.graph),
             )

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kernels.cpu_jit import multiplies_bytes
 from kernels.kv_cache import kv_format
 from kernels.linear.layouts import LAYOUTS
 from shared.ir import Graph, Node, WeightSpec
@@ -38,6 +39,7 @@ class CpuTarget:
         has_fbgemm: fp16-packed matrix products exist (x86 with AVX2 and F16C).
         has_mkldnn: oneDNN matrix products exist.
         reason: why activations have their dtype, for people.
+        has_vnni: vectors of 64 bytes are multiplied and summed up in one instruction (AVX512 VNNI).
     """
 
     activation_dtype: torch.dtype
@@ -45,6 +47,7 @@ class CpuTarget:
     has_fbgemm: bool
     has_mkldnn: bool
     reason: str
+    has_vnni: bool = False
 
     @property
     def name(self) -> str:
@@ -85,4 +88,5 @@ def cpu_target(graph: Graph) -> CpuTarget:
         has_fbgemm="fbgemm" in torch.backends.quantized.supported_engines,
         has_mkldnn=bool(torch._C._has_mkldnn),
         reason=reason,
+        has_vnni=multiplies_bytes(),
     )

@@ -22,6 +22,7 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 _Function = Callable[..., Any]
@@ -129,6 +130,12 @@ def set_num_threads(num_threads: int = 0) -> None:
     if num_threads:
         torch.set_num_threads(num_threads)
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def multiplies_bytes() -> bool:
+    """Claims that kernels are compiled for a CPU with AVX512 VNNI."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return "+avx512vnni" in features.split(",")
 
 
 def address(tensor: torch.Tensor, dtype: torch.dtype) -> int:

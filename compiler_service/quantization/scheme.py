@@ -180,6 +180,8 @@ class QuantScheme:
                 raise UnsupportedQuant(quant=str(quant), problem=problem)
             return 0
         tokens = quant.probe_tokens or DEFAULT_PROBE_TOKENS
+        if tokens == DEFAULT_PROBE_TOKENS:
+            return 0  # not spelled out: runtimes from before the field read such engines
         if not MIN_PROBE_TOKENS <= tokens <= MAX_PROBE_TOKENS:
             problem = f"probe_tokens may be {MIN_PROBE_TOKENS} to {MAX_PROBE_TOKENS}, not {tokens}"
             raise UnsupportedQuant(quant=str(quant), problem=problem)

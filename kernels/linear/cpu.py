@@ -6,7 +6,8 @@
 | fp32 | int4_group | torch's int4 | fp16, FBGEMM |
 | fp32 | any other, of bf16 values | fp16, FBGEMM | fp16, FBGEMM |
 | fp32 | plain fp32 | fp32, oneDNN | fp32, oneDNN |
-| bf16 | int8_channel, plain | our kernel | bf16, oneDNN |
+| bf16 | int8_channel | our kernel of bytes where there is VNNI, else our kernel | bf16, oneDNN |
+| bf16 | plain | our kernel | bf16, oneDNN |
 | bf16 | int4_group | torch's int4 | bf16, oneDNN |
 | bf16 | int8_group | torch's int4, twice | bf16, oneDNN |
 | bf16 | fp8_channel | bf16, oneDNN | bf16, oneDNN |
@@ -14,6 +15,10 @@
 
 All accumulate in fp32, int8 with int8 exactly in int32. Few rows wait for the weight's bytes, many for arithmetic.
 fp16 keeps 11 bits of a value, bf16 has 8; values beyond fp16's range keep the fp32 form.
+
+Few rows of int8 are multiplied as bytes, each activation as two of them: 15 bits below its row's largest magnitude.
+With 576 x 1536 weights, 1 / 2 / 4 / 8 rows take 87 / 112 / 125 / 252 us so, and 113 / 217 / 207 / 273 without
+(`bench/cpu_kernels.py`); at 16 rows a step gains nothing.
 
 Measured for all linears in a 135M model's layers, in ms. Zen 4, 2 cores with bf16 arithmetic, 1 / 4 / 16 rows:
 our int8 3.7 / 8.6 / 34; torch's int8 9.2 / - / 33; torch's int4 3.8 / - / 22; oneDNN bf16 11.5 / - / 16.1. 2 cores
@@ -31,11 +36,12 @@ Legend: N out, K in, J groups along K, G values per group.
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
 from kernels.cpu_jit import TAGS, address
-from kernels.linear.cpu_kernel import BLOCK_N, few_rows
+from kernels.linear.cpu_kernel import BLOCK_N, VECTOR_BYTES, few_rows, few_rows_of_bytes
 from kernels.linear.op import activations, int8_tokens
 from shared.ir import Node
 
@@ -44,12 +50,18 @@ MANY_ROWS = 16
 # Up to so many rows each form for few rows wins.
 _MOST_ROWS = {"int8_channel": 5, "int8_group": 4, "int4_group": 8, "plain": 3}
 _MOST_FP32_ROWS = 4
+# The same of our kernel that multiplies bytes.
+_MOST_BYTE_ROWS = 8
+# Beyond it a sum of bytes may not fit int32.
+_MOST_BYTE_COLUMNS = 1 << 16
 _TORCH_INT4_GROUPS = (32, 64, 128, 256)
 _FP16_MAX = 65504.0
 
 # Up to so many rows every number has a product of its own; beyond it, eight numbers an octave, multiples of four.
 _MOST_UNPADDED_ROWS = 16
 _LEAST_PADDING = 4
+
+_TOTAL_TAG = np.int32(0)
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -90,7 +102,21 @@ def _takes_fp16(weight: PackedWeight, target: CpuTarget) -> bool:
     return target.has_fbgemm and weight.spec.dtype == "bfloat16"
 
 
+def _takes_bytes(weight: PackedWeight, target: CpuTarget) -> bool:
+    """Claims that the weight is multiplied as it is, with activations of two bytes."""
+    num_rows, num_columns = weight.spec.shape
+    return (
+        target.has_vnni
+        and target.activation_dtype == torch.bfloat16
+        and weight.spec.layout == "int8_channel"
+        and num_rows % BLOCK_N == num_columns % VECTOR_BYTES == 0
+        and num_columns <= _MOST_BYTE_COLUMNS
+    )
+
+
 def _most_rows(weight: PackedWeight, target: CpuTarget) -> int:
+    if _takes_bytes(weight, target):
+        return _MOST_BYTE_ROWS
     most = _MOST_ROWS[weight.spec.layout]
     return most if target.activation_dtype == torch.bfloat16 else min(most, _MOST_FP32_ROWS)
 
@@ -146,6 +172,8 @@ def _few_rows_product(weight: PackedWeight, target: CpuTarget) -> Product | None
     num_rows, num_columns = weight.spec.shape
     if weight.spec.layout in ("int4_group", "int8_group"):
         return _grouped_product(weight, target)
+    if _takes_bytes(weight, target):
+        return _byte_product(weight, target.activation_dtype)
     stored = weight.tensors["weight"]
     is_ours = weight.spec.layout == "int8_channel" or (
         weight.spec.layout == "plain" and stored.dtype == target.activation_dtype == torch.bfloat16
@@ -162,6 +190,23 @@ def _few_rows_product(weight: PackedWeight, target: CpuTarget) -> Product | None
         few_rows(
             address(x, dtype), codes_NK.data_ptr(), scale_N.data_ptr(), out.data_ptr(), len(x),
             num_rows, num_columns, *tags, stored.element_size(),
+        )  # fmt: skip
+        return out
+
+    return run
+
+
+def _byte_product(weight: PackedWeight, dtype: torch.dtype) -> Product:
+    codes_NK, scale_N = weight.tensors["weight"].contiguous(), weight.tensors["scale"]
+    total_N = codes_NK.sum(1, dtype=torch.int32)
+    num_rows, num_columns = codes_NK.shape
+    tags = TAGS[dtype], _TOTAL_TAG, TAGS[torch.float32]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(len(x), num_rows)
+        few_rows_of_bytes(
+            address(x, dtype), codes_NK.data_ptr(), total_N.data_ptr(), scale_N.data_ptr(),
+            out.data_ptr(), len(x), num_rows, num_columns, *tags,
         )  # fmt: skip
         return out
 

@@ -16,6 +16,7 @@ from compiler_service.quality.needle import (
 )
 from compiler_service.quality.probe import make_probe
 from compiler_service.quality.report import measurement_of
+from compiler_service.resolve import resolve
 from kernels.reference import dense, prompt_batch, run
 from shared.engine import QuantConfig
 from shared.store.weights import WeightReader
@@ -169,6 +170,21 @@ def test_wider_models_are_probed_with_fewer_tokens(tmp_path: Path) -> None:
     folder = write_induction_model(tmp_path / "induction")
     store, engine = build_quantized(folder, QuantConfig("int8", skip_quality=True), tmp_path)
     assert most_tokens(graph_of(store, engine)) == (512 << 20) // (8 * (320 + 3 * 512 + 320))
+
+
+def test_default_length_spelled_out_is_the_same_engine_and_no_field_of_its_key(
+    tmp_path: Path,
+) -> None:
+    """Runtimes from before the field go on reading engines that do not need it."""
+    folder = write_checkpoint(tmp_path / "tiny")
+    plain, spelled, other = (
+        resolve(str(folder), ["cpu"], QuantConfig("int8", probe_tokens=tokens), "", tmp_path).keys[
+            "cpu"
+        ]
+        for tokens in (0, 1024, 512)
+    )
+    assert plain == spelled != other
+    assert "probe_tokens" not in plain.quant.to_dict()
 
 
 def _retrieval(folder: Path, scheme: str, tmp_path: Path) -> tuple[int, int]:

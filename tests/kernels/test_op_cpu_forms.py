@@ -11,11 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.batch import StepBatch
 from kernels.cpu import CPU_FORMS, bind_node
 from kernels.cpu_form import CpuTarget, PackedWeight
+from kernels.cpu_jit import multiplies_bytes
 from kernels.linear.cpu import padded_rows
 from kernels.linear.layouts import LAYOUTS
 from kernels.ops import OPS
 from shared.ir import Attr, Graph, Node, TensorSpec, WeightSpec
 
+HAS_VNNI = multiplies_bytes()
 FP32 = CpuTarget(torch.float32, torch.float32, False, False, "")
 TARGETS = {
     "fp32": FP32,
@@ -27,6 +29,10 @@ TARGETS = {
     "bf16": CpuTarget(
         torch.bfloat16, torch.bfloat16, False,
         bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()), "",
+    ),
+    "bf16, VNNI": CpuTarget(
+        torch.bfloat16, torch.bfloat16, False,
+        bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()), "", HAS_VNNI,
     ),
 }  # fmt: skip
 BY_TARGET = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -139,6 +145,7 @@ def test_rms_norm_of_heads_equals_its_reference(target: CpuTarget) -> None:
 LINEARS = [
     ("plain", 37, 51, 0),
     ("int8_channel", 48, 64, 0),
+    ("int8_channel", 48, 192, 0),
     ("int8_channel", 37, 51, 0),
     ("int8_group", 48, 128, 32),
     ("int8_group", 37, 128, 64),
@@ -199,6 +206,55 @@ def test_linear_of_int8_activations_equals_its_reference(
     (expected,), (found,) = run_both(node, [x], weights, target, batch)
     limit = 0.01 if target.activation_dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit * columns**0.5)
+
+
+@pytest.mark.skipif(not HAS_VNNI, reason="this CPU does not multiply bytes")
+class TestProductsOfBytes:
+    """int8 weights times activations of two bytes."""
+
+    def _product(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+        weights = {"weight": packed(weight_NK, "int8_channel", "bfloat16")}
+        batch = ragged_batch([(0, 1)], torch.bfloat16, scattered=False)
+        node = Node("linear", (), ("y",))
+        found: torch.Tensor = bind_node(node, weights, TARGETS["bf16, VNNI"])(x_TK, batch)
+        return found
+
+    @pytest.mark.parametrize("num_tokens", [1, 7])
+    def test_lose_next_to_nothing_beside_an_outlier(self, num_tokens: int) -> None:
+        """Half a unit of a value's last place, and 2 ** -16 of the largest one's share."""
+        torch.manual_seed(num_tokens)
+        x, weight = torch.randn(num_tokens, 576).bfloat16(), torch.randn(48, 576)
+        x[:, 5] = 60.0
+        stored = packed(weight, "int8_channel", "bfloat16").dense().double()
+        expected, found = x.double() @ stored.T, self._product(x, weight).double()
+        allowed = 2**-8 * expected.abs() + 2**-16 * 60.0 * stored.norm(dim=1)
+        assert bool(((found - expected).abs() <= allowed).all())
+
+    def test_are_exact_at_the_ends_of_what_bytes_hold(self) -> None:
+        for columns in (64, 1 << 16):
+            x = torch.full((2, columns), 3.0).bfloat16()
+            x[1] = -3.0
+            weight = torch.ones(4, columns)
+            weight[1] = -1.0
+            found = self._product(x, weight)
+            scale = packed(weight, "int8_channel", "bfloat16").dense()[0, 0]
+            row = torch.tensor([1.0, -1.0, 1.0, 1.0]) * (3.0 * columns * scale)
+            assert torch.equal(found, torch.stack((row, -row)).bfloat16())
+
+    def test_of_zeros_are_zero_and_of_what_is_no_number_none(self) -> None:
+        x = torch.zeros(4, 128).bfloat16()
+        x[1, 3], x[2, 4], x[3, 5] = torch.nan, torch.inf, 1.0
+        found = self._product(x, torch.randn(8, 128))
+        assert torch.equal(found[0], torch.zeros(8).bfloat16())
+        assert bool(found[1:3].isnan().all())
+        assert bool(found[3].isfinite().all())
+
+    def test_of_a_row_do_not_depend_on_its_neighbours(self) -> None:
+        torch.manual_seed(0)
+        x, weight = torch.randn(5, 192).bfloat16(), torch.randn(48, 192)
+        together = self._product(x, weight)
+        for row in range(5):
+            assert torch.equal(self._product(x[row : row + 1], weight)[0], together[row])
 
 
 class _RowsSeen(TorchDispatchMode):
