@@ -21,7 +21,7 @@ from bench.gpu_kernels import (
 )  # fmt: skip
 from bench.gpu_models import MODELS
 from bench.gpu_timing import captured, median_ms
-from kernels.attention.launch import AttentionShape, AttentionTiles, grid, scratch, variant
+from kernels.attention.launch import NEW, AttentionShape, AttentionTiles, grid, scratch, variant
 from kernels.kv_cache import write
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
@@ -66,6 +66,9 @@ def launcher(
         "seq_lens": torch.tensor([length for _, length in step], **ints),
         "query_start": torch.tensor(starts, **ints),
     }  # fmt: skip
+    for name in NEW:
+        width = shape.num_kv_heads * shape.head_dim
+        tensors[name] = torch.randn(sizes.tokens, width, device="cuda").bfloat16()
     for request in scratch(shape, tiles):
         name = {"attention_max": "partial_max", "attention_sum": "partial_sum"}.get(
             request.name, request.name.removeprefix("attention_")

@@ -116,7 +116,7 @@ def decode_attention_candidates(num_sequences: int) -> Iterator[AttentionTiles]:
 
 
 def prefill_attention_candidates(shape: AttentionShape) -> Iterator[AttentionTiles]:
-    """Tiles worth timing for prompts."""
+    """Tiles worth timing for prompts; over codes, for sequences with several queries alone, as engines launch them."""
     for rows, block_n, warps, stages in (
         (64, 64, 4, 2),
         (64, 64, 4, 3),
@@ -127,7 +127,8 @@ def prefill_attention_candidates(shape: AttentionShape) -> Iterator[AttentionTil
         (128, 64, 4, 3),
         (128, 32, 4, 3),
     ):
-        yield AttentionTiles(rows // shape.group, block_n, 1, warps, stages)
+        tiles = AttentionTiles(rows // shape.group, block_n, 1, warps, stages)
+        yield replace(tiles, takes="several", reads_new=True) if shape.is_scaled else tiles
 
 
 def attention_variants(arch: Arch) -> Iterator[KernelVariant]:

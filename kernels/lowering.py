@@ -45,6 +45,8 @@ TRITON_DTYPES = {
 }  # fmt: skip
 
 
+# Sequences of the largest decode step.
+_MOST_SEQUENCES = 512
 # Tokens of a KV block on a GPU: a constant of the compiled kernels.
 BLOCK_TOKENS = 16
 
@@ -74,7 +76,7 @@ DECODE_REGIMES = tuple(
         (16, 16),
         (32, 32),
         (64, 64),
-        (0, 512),
+        (0, _MOST_SEQUENCES),
     )
 )
 REGIMES = (*DECODE_REGIMES, Regime(16, 0), Regime(64, 0), Regime(0, 0))
@@ -431,6 +433,11 @@ class _Lowering:
         else:
             constants |= {"k_scale": None, "v_scale": None}
         operands += [Value(node.outputs[0]), *rope[3:]]
+        if self._attends_apart():
+            arguments += [pointer(name, self.dtype) for name in attention.NEW]
+            operands += self._new(node.outputs[1], kv_heads * head_dim)
+        else:
+            constants |= dict.fromkeys(attention.NEW)
         constants |= {
             "NUM_HEADS": heads, "NUM_KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
             "EPS": _number(node.attrs.get("eps", 0.0)), "BLOCK_H": block_h, "BLOCK_D": block_d,
@@ -440,6 +447,22 @@ class _Lowering:
         yield self._launch(
             "qkv_rope_write", arguments, constants, lambda s: (s.tokens, blocks, 1), operands
         )
+
+    def _attends_apart(self) -> bool:
+        """Claims that sequences with one query and those with several are attended to by a launch each.
+
+        Over codes: these wait for memory, those for what widens codes, and no tile serves both.
+        """
+        return (
+            self.kv_format.is_scaled
+            and not self.regime.max_sequences
+            and not self.regime.max_tokens
+        )
+
+    def _new(self, effect: str, width: int) -> list[Operand]:
+        """The values of a step's own keys and values, as their codes say, where attention reads them as such."""
+        dtype = str(self.graph.config["dtype"])
+        return [Temporary(f"{effect}.{name}", dtype, width) for name in attention.NEW]
 
     def _attention(self, node: Node) -> Iterator[Step]:
         shape = attention.AttentionShape(
@@ -455,21 +478,37 @@ class _Lowering:
         )
         sequences = self.regime.max_sequences
         site = attention_candidates.site(shape, self.regime.max_tokens, sequences)
-        ways = attention_candidates.candidates(shape, self.arch, sequences)
-        tiles = self.choices.of(site, ways)
-        layer = _integer(node.attrs["layer"])
+        is_apart = self._attends_apart()
+        ways = attention_candidates.candidates(shape, self.arch, sequences, is_apart=is_apart)
+        if is_apart:
+            alone = attention.decode_tiles(shape, _MOST_SEQUENCES)
+            yield self._attention_launch(node, shape, replace(alone, takes="one"), None)
+        yield self._attention_launch(node, shape, self.choices.of(site, ways), site)
+
+    def _attention_launch(
+        self,
+        node: Node,
+        shape: attention.AttentionShape,
+        tiles: attention.AttentionTiles,
+        site: Site | None,
+    ) -> Launch:
         operands: list[Operand] = [
             Value(node.inputs[0]),
-            *_cache_operands(layer, self.kv_format),
+            *_cache_operands(_integer(node.attrs["layer"]), self.kv_format),
+            *(
+                self._new(node.inputs[1], shape.num_kv_heads * shape.head_dim)
+                if tiles.reads_new
+                else ()
+            ),
             Batch("block_tables_SB"),
             Batch("seq_lens_S"),
         ]
-        if not tiles.is_decode:
+        if tiles.reads_query_start:
             operands.append(Batch("query_start_S1"))
         operands.append(Value(node.outputs[0]))
         operands += attention.scratch(shape, tiles)
         operands += [Size("sequences"), Size("table_stride")]
-        yield Launch(
+        return Launch(
             attention.variant(shape, self.arch, tiles),
             lambda sizes: attention.grid(shape, tiles, sizes),
             tuple(operands),

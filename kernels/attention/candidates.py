@@ -8,22 +8,31 @@ alone and lose where decode rides along. Pure data.
 
 from dataclasses import replace
 
-from kernels.attention.launch import AttentionShape, AttentionTiles, decode_tiles, prefill_tiles
+from kernels.attention.launch import (
+    AttentionShape,
+    AttentionTiles,
+    apart_tiles,
+    decode_tiles,
+    prefill_tiles,
+)
 from kernels.tuning import Site
 from shared.arch import Arch
 
 
-def candidates(shape: AttentionShape, arch: Arch, max_sequences: int) -> dict[str, AttentionTiles]:
+def candidates(
+    shape: AttentionShape, arch: Arch, max_sequences: int, *, is_apart: bool = False
+) -> dict[str, AttentionTiles]:
     """Tiles by name.
 
     Args:
         max_sequences: of a step that decodes, as `Regime` has it; 0: any step.
+        is_apart: of any step, those sequences that have several queries.
     """
     if max_sequences:
         first = decode_tiles(shape, max_sequences)
         others = _for_decode(shape, first)
     else:
-        first = prefill_tiles(shape, arch)
+        first = apart_tiles(shape, arch) if is_apart else prefill_tiles(shape, arch)
         others = [replace(first, stages=5 - first.stages), replace(first, block_n=32)]
     fitting = [tiles for tiles in others if _fits(shape, arch, tiles)]
     return {_name(tiles): tiles for tiles in (first, *fitting)}

@@ -1,6 +1,6 @@
 """Which variants of the attention kernel serve a shape, and how they are launched. Pure data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from kernels.launch import Grid, Scratch, Sizes
@@ -8,6 +8,8 @@ from kernels.variant import Argument, Constant, KernelVariant, integer, pointer
 from shared.arch import Arch
 
 _MIN_DOT_ROWS = 16
+# Arguments that hold the step's own keys and values.
+NEW = ("k_new", "v_new")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,9 @@ class AttentionShape:
 class AttentionTiles:
     """How the work is cut: query tokens and keys of a tile, parts that a sequence's keys are cut into.
 
-    `is_decode`: every sequence has exactly one query token. `min_split`: fewest keys worth a split.
+    `is_decode`: a tile is a sequence with one query token. `min_split`: fewest keys worth a split. `takes`: which
+    sequences are attended to, "all", those with "one" query token, or those with "several". `reads_new`: keys and
+    values of the step's own tokens are read as values, not as codes.
     """
 
     block_q: int
@@ -49,6 +53,13 @@ class AttentionTiles:
     stages: int = 2
     is_decode: bool = False
     min_split: int = 128
+    takes: str = "all"
+    reads_new: bool = False
+
+    @property
+    def reads_query_start(self) -> bool:
+        """Claims that a sequence's queries must be looked up."""
+        return not self.is_decode or self.takes == "one"
 
 
 def decode_tiles(shape: AttentionShape, max_sequences: int) -> AttentionTiles:
@@ -92,6 +103,19 @@ def prefill_tiles(shape: AttentionShape, arch: Arch) -> AttentionTiles:
     return AttentionTiles(max(1, rows // shape.group), block_n, 1, stages=stages)
 
 
+def apart_tiles(shape: AttentionShape, arch: Arch) -> AttentionTiles:
+    """Tiles for sequences with several queries alone, over codes.
+
+    As no lone query fills a tile, it has 128 rows where shared memory holds them and three tiles of keys and values.
+    """
+    rows, block_n = 128, 64
+    if (rows + 3 * 2 * block_n) * 2 * _block_d(shape) <= arch.max_shared_bytes:
+        tiles = AttentionTiles(max(1, rows // shape.group), block_n, 1, num_warps=8, stages=3)
+    else:
+        tiles = prefill_tiles(shape, arch)
+    return replace(tiles, takes="several", reads_new=True)
+
+
 @cache  # layers have equal shapes
 def variant(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> KernelVariant:
     """The compiled specialization; without splits the scratch pointers are gone."""
@@ -109,20 +133,24 @@ def variant(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> KernelV
         "BLOCK_N": tiles.block_n,
         "SPLITS": tiles.splits,
         "MIN_SPLIT": tiles.min_split,
-        "IS_FP8": shape.kv_dtype == "fp8e4nv",
+        "CODES": _codes(shape, arch),
         "STAGES": tiles.stages,
+        "TAKES": tiles.takes,
         "PDL": arch.has_pdl,
     }
     arguments = [
         pointer("q", shape.dtype),
         *_cache_arguments(shape),
+        *(pointer(name, shape.dtype) for name in NEW if tiles.reads_new),
         pointer("block_tables", "i32"),
         pointer("seq_lens", "i32"),
-        *(() if tiles.is_decode else (pointer("query_start", "i32"),)),
+        *((pointer("query_start", "i32"),) if tiles.reads_query_start else ()),
         pointer("out", shape.dtype),
     ]
-    if tiles.is_decode:
+    if not tiles.reads_query_start:
         constants |= {"query_start": None}
+    if not tiles.reads_new:
+        constants |= dict.fromkeys(NEW)
     if not shape.is_scaled:
         constants |= {"k_scale": None, "v_scale": None}
     scratch = (("partial", "fp32"), ("partial_max", "fp32"), ("partial_sum", "fp32"),
@@ -183,6 +211,15 @@ def _cache_arguments(shape: AttentionShape) -> list[Argument]:
     if shape.is_scaled:
         arguments += [pointer("k_scale", "fp32"), pointer("v_scale", "fp32")]
     return arguments
+
+
+def _codes(shape: AttentionShape, arch: Arch) -> str:
+    """How the kernel widens what the cache holds."""
+    if not shape.is_scaled:
+        return ""
+    if shape.kv_dtype == "i8":
+        return "int8"
+    return "e4m3" if arch.has_fp8 else "e4m3_bits"
 
 
 def _block_d(shape: AttentionShape) -> int:

@@ -47,12 +47,30 @@ def _load_tile(cache, at, is_in, other, IS_MASKED: tl.constexpr):
 
 
 @triton.jit
-def _codes(pairs, IS_FP8: tl.constexpr):
-    """The two 8-bit codes in each of `pairs`, low byte first, as fp16: integers, or e4m3 divided by 256.
+def _codes(pairs, CODES: tl.constexpr):
+    """The two 8-bit codes in each of `pairs`, low byte first, as fp16: "int8", "e4m3", or "e4m3_bits", which is e4m3
+    divided by 256 where the hardware does not convert.
 
     e4m3 has fp16's bits, three mantissa bits and four of the exponent, but for the bias: 7 instead of 15.
     """
-    if IS_FP8:
+    if CODES == "e4m3":
+        # By two pairs, of which a register is full: bytes in turn, then a conversion for each output.
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .b32 sorted;
+                .reg .b16 even, odd;
+                prmt.b32 sorted, $2, 0, 0x3120;
+                mov.b32 {even, odd}, sorted;
+                cvt.rn.f16x2.e4m3x2 $0, even;
+                cvt.rn.f16x2.e4m3x2 $1, odd;
+            }""",
+            "=r,=r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    if CODES == "e4m3_bits":
         low = ((pairs << 7) & 0x3F80) | ((pairs << 8) & 0x8000)
         high = ((pairs >> 1) & 0x3F80) | (pairs & 0x8000)
         return low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True)
@@ -72,10 +90,14 @@ def _load_keys(
     NUM_KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     IS_PADDED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values at `offset` of `block`, and their scales; where there is none, what `..._other` holds."""
+    """Keys and values at `offset` of `block`, and their scales; where there is none, what `..._other` holds.
+
+    Without `block` keys follow each other.
+    """
     KV: tl.constexpr = NUM_KV_HEADS * WIDTH
-    inner = offset[:, None] * KV + d[None, :] + kv_head * WIDTH
-    at = (block * (BLOCK_TOKENS * KV))[:, None] + inner
+    at = offset[:, None] * KV + d[None, :] + kv_head * WIDTH
+    if block is not None:
+        at = (block * (BLOCK_TOKENS * KV))[:, None] + at
     is_in = is_key[:, None] & (d < WIDTH)[None, :]
     k_tile = _load_tile(k_cache, at, is_in, k_other, IS_PADDED)
     v_tile = _load_tile(v_cache, at, is_in, v_other, IS_PADDED)
@@ -91,7 +113,7 @@ def _fold(
     acc, acc_odd, m, total, top, q_tile, q_odd, k_tile, v_tile, k_scales, v_scales,
     key, position, end,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, IS_SCALED: tl.constexpr,
-    IS_FP8: tl.constexpr, MASKED: tl.constexpr,
+    CODES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: a tile of keys and values into the sums.
 
@@ -99,10 +121,10 @@ def _fold(
     out by its first one. Of a cache in 8 bits `acc` holds the even columns and `acc_odd` the odd ones, both divided
     by `top`, the largest v_scale so far: p * v_scale / top is at most 1, so that fp16 holds it.
     """
-    TO_SCORE: tl.constexpr = SCALE * 256 if IS_FP8 else SCALE
+    TO_SCORE: tl.constexpr = SCALE * 256 if CODES == "e4m3_bits" else SCALE
     TO_LOG2: tl.constexpr = TO_SCORE * LOG2_E if SOFT_CAP == 0 else LOG2_E
     if IS_SCALED:
-        k_even, k_odd = _codes(k_tile, IS_FP8)
+        k_even, k_odd = _codes(k_tile, CODES)
         scores = tl.dot(q_tile, tl.trans(k_even))
         scores = tl.dot(q_odd, tl.trans(k_odd), scores)
         scores = scores * k_scales[None, :]
@@ -121,9 +143,10 @@ def _fold(
     total = total * rescale + tl.sum(p, 1)
     if IS_SCALED:
         top_new = tl.maximum(top, tl.max(v_scales, 0))
-        p = (p * (v_scales / top_new)[None, :]).to(tl.float16)
-        rescale = rescale * (top / top_new)
-        v_even, v_odd = _codes(v_tile, IS_FP8)
+        inverse = 1 / top_new
+        p = (p * (v_scales * inverse)[None, :]).to(tl.float16)
+        rescale = rescale * (top * inverse)
+        v_even, v_odd = _codes(v_tile, CODES)
         acc = tl.dot(p, v_even, acc * rescale[:, None])
         acc_odd = tl.dot(p, v_odd, acc_odd * rescale[:, None])
         top = top_new
@@ -138,48 +161,113 @@ def _attend(
     table, kv_head, position, first, last, end,
     SCALE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    BLOCK_N: tl.constexpr, IS_FP8: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, CODES: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys of the tiles from `first` on, up to `last`."""
+    """Online softmax over the keys of tiles from `first` on, up to `last`; without `table` they follow each other."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, q_tile.shape[1])
     IS_SCALED: tl.constexpr = k_scale is not None
     # Elements of a row of the cache: values, or pairs of 8-bit ones.
     WIDTH: tl.constexpr = HEAD_DIM // 2 if IS_SCALED else HEAD_DIM
     IS_PADDED: tl.constexpr = MASKED or q_tile.shape[1] > WIDTH
-    block_at = table + n // BLOCK_TOKENS
-    # A tile ahead, so that no key waits for its block's number.
-    next_block = tl.load(block_at + first // BLOCK_TOKENS, mask=first + n < end, other=0)
+    KV: tl.constexpr = NUM_KV_HEADS * WIDTH
+    if table is not None:
+        block_at = table + n // BLOCK_TOKENS
+        # A tile ahead, so that no key waits for its block's number.
+        next_block = tl.load(block_at + first // BLOCK_TOKENS, mask=first + n < end, other=0)
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         key = start + n
-        block = next_block.to(tl.int64)
-        next_block = tl.load(
-            block_at + (start + BLOCK_N) // BLOCK_TOKENS, mask=key + BLOCK_N < end, other=0
-        )
-        k_tile, v_tile, k_scales, v_scales = _load_keys(
-            k_cache, v_cache, k_scale, v_scale, block, n % BLOCK_TOKENS, kv_head, d, key < end,
-            0, 0, 0, 0, NUM_KV_HEADS, WIDTH, BLOCK_TOKENS, IS_PADDED, MASKED,
-        )  # fmt: skip
+        if table is None:
+            k_tile, v_tile, k_scales, v_scales = _load_keys(
+                k_cache + start * KV, v_cache + start * KV, None, None, None, n, kv_head, d, key < end,
+                0, 0, 0, 0, NUM_KV_HEADS, WIDTH, BLOCK_TOKENS, IS_PADDED, MASKED,
+            )  # fmt: skip
+        else:
+            block = next_block.to(tl.int64)
+            next_block = tl.load(
+                block_at + (start + BLOCK_N) // BLOCK_TOKENS, mask=key + BLOCK_N < end, other=0
+            )
+            k_tile, v_tile, k_scales, v_scales = _load_keys(
+                k_cache, v_cache, k_scale, v_scale, block, n % BLOCK_TOKENS, kv_head, d, key < end,
+                0, 0, 0, 0, NUM_KV_HEADS, WIDTH, BLOCK_TOKENS, IS_PADDED, MASKED,
+            )  # fmt: skip
         acc, acc_odd, m, total, top = _fold(
             acc, acc_odd, m, total, top, q_tile, q_odd, k_tile, v_tile, k_scales, v_scales,
-            key, position, end, SCALE, WINDOW, SOFT_CAP, IS_SCALED, IS_FP8, MASKED,
+            key, position, end, SCALE, WINDOW, SOFT_CAP, IS_SCALED, CODES, MASKED,
         )  # fmt: skip
     return acc, acc_odd, m, total, top
 
 
 @triton.jit
+def _attend_all(
+    acc, acc_odd, m, total, top, q_tile, q_odd, k_cache, v_cache, k_scale, v_scale,
+    table, kv_head, position, first_row, begin, end,
+    SCALE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, CODES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys [begin, end) by queries at `position`, the first at `first_row`.
+
+    Keys [unmasked, masked) are seen by all of the tile's queries; the others are masked. A single query masks all: it
+    waits for memory, and one loop keeps more of it in flight.
+    """
+    unmasked = begin
+    masked = begin
+    if BLOCK_Q > 1:
+        if WINDOW > 0:
+            unmasked += _whole_tiles(first_row + BLOCK_Q - WINDOW - begin, BLOCK_N)
+            unmasked = tl.minimum(unmasked, end)
+            acc, acc_odd, m, total, top = _attend(
+                acc, acc_odd, m, total, top, q_tile, q_odd, k_cache, v_cache, k_scale, v_scale,
+                table, kv_head, position, begin, unmasked, end,
+                SCALE, NUM_KV_HEADS, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_TOKENS, BLOCK_N, CODES, STAGES, True,
+            )  # fmt: skip
+        seen_by_all = tl.maximum(tl.minimum(first_row + 1, end) - unmasked, 0)
+        masked = unmasked + seen_by_all // BLOCK_N * BLOCK_N
+        acc, acc_odd, m, total, top = _attend(
+            acc, acc_odd, m, total, top, q_tile, q_odd, k_cache, v_cache, k_scale, v_scale,
+            table, kv_head, position, unmasked, masked, end,
+            SCALE, NUM_KV_HEADS, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_TOKENS, BLOCK_N, CODES, STAGES, False,
+        )  # fmt: skip
+    return _attend(
+        acc, acc_odd, m, total, top, q_tile, q_odd, k_cache, v_cache, k_scale, v_scale,
+        table, kv_head, position, masked, end, end,
+        SCALE, NUM_KV_HEADS, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_TOKENS, BLOCK_N, CODES, STAGES, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _window_begin(position, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the first tile begins that a query at `position` sees keys of."""
+    if WINDOW == 0:
+        return 0
+    return tl.maximum(position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+
+
+@triton.jit
+def _joined(acc, acc_odd, top, BLOCK_D: tl.constexpr, CODES: tl.constexpr):
+    """What was summed up by even and odd columns of codes, in units of values."""
+    joined = tl.reshape(tl.join(acc, acc_odd), (acc.shape[0], BLOCK_D))
+    return joined * (top * 256 if CODES == "e4m3_bits" else top)
+
+
+@triton.jit
 def attention(
-    q, k_cache, v_cache, k_scale, v_scale, block_tables, seq_lens, query_start, out,
+    q, k_cache, v_cache, k_scale, v_scale, k_new, v_new, block_tables, seq_lens, query_start, out,
     partial, partial_max, partial_sum, counters, num_sequences, table_stride,
     SCALE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
-    IS_FP8: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    CODES: tl.constexpr, STAGES: tl.constexpr, TAKES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Without `query_start` tile i is sequence i with one query. A sequence of length 0 is padding.
 
-    With scales, fp32 [num_blocks, K, BLOCK_TOKENS], the caches hold pairs of 8-bit codes: e4m3, or integers.
+    TAKES says which sequences are attended to: "all", those with "one" query, or those with "several".
+
+    With scales, fp32 [num_blocks, K, BLOCK_TOKENS], the caches hold pairs of 8-bit codes: e4m3, or integers. `k_new`
+    and `v_new`, [T, K * HEAD_DIM], are what the codes of the step's own tokens say: then only earlier tokens are read
+    from the caches, in tiles of two stages, as codes are widened into shared memory besides.
     `partial` [tiles * K * SPLITS, PART_ROWS, BLOCK_D] and friends are scratch; `counters` [tiles * K] start at 0 and
     are left at 0.
     """
@@ -201,13 +289,23 @@ def attention(
         query_begin = tile
         num_queries = 1
         first_query = 0
+    elif TAKES == "one":
+        sequence = tile
+        query_begin = tl.load(query_start + sequence)
+        num_queries = tl.load(query_start + sequence + 1) - query_begin
+        first_query = 0
     else:
         sequence = _sequence_of(tile, query_start, num_sequences, BLOCK_Q)
         query_begin = tl.load(query_start + sequence)
         num_queries = tl.load(query_start + sequence + 1) - query_begin
         first_query = (tile - query_begin // BLOCK_Q - sequence) * BLOCK_Q
     seq_len = tl.load(seq_lens + sequence)
-    if (first_query >= num_queries) | (seq_len == 0):
+    is_skipped = (first_query >= num_queries) | (seq_len == 0)
+    if TAKES == "one":
+        is_skipped = is_skipped | (num_queries > 1)
+    elif TAKES == "several":
+        is_skipped = is_skipped | (num_queries == 1)
+    if is_skipped:
         if PDL and IS_EARLY:
             tl.extra.cuda.gdc_wait()
         return
@@ -215,9 +313,7 @@ def attention(
 
     # Keys [begin, end) are seen by some query of the tile.
     end = tl.minimum(first_position + tl.minimum(first_query + BLOCK_Q, num_queries), seq_len)
-    begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(first_position + first_query - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    begin = _window_begin(first_position + first_query, WINDOW, BLOCK_N)
     num_splits = 1
     if SPLITS > 1:
         num_splits = tl.minimum(tl.cdiv(end - begin, MIN_SPLIT), SPLITS)
@@ -275,37 +371,27 @@ def attention(
         )  # fmt: skip
         acc, acc_odd, m, total, top = _fold(
             acc, acc_odd, m, total, top, q_tile, q_odd, k_tile, v_tile, k_scales, v_scales,
-            key, position, end, SCALE, WINDOW, SOFT_CAP, IS_SCALED, IS_FP8, True,
+            key, position, end, SCALE, WINDOW, SOFT_CAP, IS_SCALED, CODES, True,
         )  # fmt: skip
         begin += BLOCK_N
-    # Keys [unmasked, masked) are seen by all of the tile's queries; the others are masked. A single query masks all:
-    # it waits for memory, and one loop keeps more of it in flight.
-    unmasked = begin
-    masked = begin
-    if BLOCK_Q > 1:
-        first_row = first_position + first_query
-        if WINDOW > 0:
-            unmasked += _whole_tiles(first_row + BLOCK_Q - WINDOW - begin, BLOCK_N)
-            unmasked = tl.minimum(unmasked, end)
-            acc, acc_odd, m, total, top = _attend(
-                acc, acc_odd, m, total, top, q_tile, q_odd, k_cache, v_cache, k_scale, v_scale,
-                table, kv_head, position, begin, unmasked, end,
-                SCALE, NUM_KV_HEADS, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_TOKENS, BLOCK_N, IS_FP8, STAGES, True,
-            )  # fmt: skip
-        seen_by_all = tl.maximum(tl.minimum(first_row + 1, end) - unmasked, 0)
-        masked = unmasked + seen_by_all // BLOCK_N * BLOCK_N
-        acc, acc_odd, m, total, top = _attend(
-            acc, acc_odd, m, total, top, q_tile, q_odd, k_cache, v_cache, k_scale, v_scale,
-            table, kv_head, position, unmasked, masked, end,
-            SCALE, NUM_KV_HEADS, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_TOKENS, BLOCK_N, IS_FP8, STAGES, False,
-        )  # fmt: skip
-    acc, acc_odd, m, total, top = _attend(
+    acc, acc_odd, m, total, top = _attend_all(
         acc, acc_odd, m, total, top, q_tile, q_odd, k_cache, v_cache, k_scale, v_scale,
-        table, kv_head, position, masked, end, end,
-        SCALE, NUM_KV_HEADS, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_TOKENS, BLOCK_N, IS_FP8, STAGES, True,
+        table, kv_head, position, first_position + first_query,
+        begin, end if k_new is None else first_position,
+        SCALE, NUM_KV_HEADS, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_TOKENS, BLOCK_Q, BLOCK_N, CODES,
+        STAGES if k_new is None else 2,
     )  # fmt: skip
     if k_scale is not None:
-        acc = tl.reshape(tl.join(acc, acc_odd), (ROWS, BLOCK_D)) * (top * 256 if IS_FP8 else top)
+        acc = _joined(acc, acc_odd, top, BLOCK_D, CODES)
+    if k_new is not None:
+        new_at = query_begin.to(tl.int64) * (NUM_KV_HEADS * HEAD_DIM)
+        q_tile = tl.load(q + row_at[:, None] + d[None, :], mask=is_q, other=0)
+        acc, _, m, total, _ = _attend_all(
+            acc, 0.0, m, total, top, q_tile, 0.0, k_new + new_at, v_new + new_at, None, None,
+            None, kv_head, query, first_query,
+            _window_begin(first_query, WINDOW, BLOCK_N), end - first_position,
+            SCALE, NUM_KV_HEADS, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_TOKENS, BLOCK_Q, BLOCK_N, "", STAGES,
+        )  # fmt: skip
 
     if SPLITS > 1:
         if num_splits > 1:

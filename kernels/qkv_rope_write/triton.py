@@ -10,13 +10,15 @@ import triton.language as tl
 @triton.jit
 def qkv_rope_write(
     qkv, positions, rope, slots, q_norm, k_norm, q_out, k_cache, v_cache, k_scale, v_scale,
+    k_new, v_new,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     EPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     LARGEST: tl.constexpr, IS_FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`rope` is [positions, cos of HEAD_DIM / 2 then sin]; a slot below 0 is padding, not written.
 
-    BLOCK_D covers HEAD_DIM / 2. With scales, fp32 [num_blocks, K, BLOCK_TOKENS], the caches take 8-bit codes.
+    BLOCK_D covers HEAD_DIM / 2. With scales, fp32 [num_blocks, K, BLOCK_TOKENS], the caches take 8-bit codes;
+    `k_new` and `v_new`, [T, K * HEAD_DIM], take what these say, for whoever reads the step's own tokens.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -62,6 +64,17 @@ def qkv_rope_write(
         is_kept_v = is_v & (head < ALL) & (slot >= 0)
         tl.store(k_scale + scale_at, scale, mask=is_k)
         tl.store(v_scale + scale_at - NUM_KV_HEADS * BLOCK_TOKENS, scale, mask=is_kept_v)
+        if k_new is not None:
+            new = t * NUM_KV_HEADS - NUM_HEADS
+            low, high = _values(turned_low, scale, IS_FP8), _values(turned_high, scale, IS_FP8)
+            at = k_new + (new + head[:, None]) * HEAD_DIM + d[None, :]
+            to_k = is_in & ~is_q[:, None] & ~is_v[:, None]
+            tl.store(at, low.to(k_new.dtype.element_ty), mask=to_k)
+            tl.store(at + HALF, high.to(k_new.dtype.element_ty), mask=to_k)
+            at = v_new + (new - NUM_KV_HEADS + head[:, None]) * HEAD_DIM + d[None, :]
+            to_v = is_in & is_v[:, None]
+            tl.store(at, low.to(v_new.dtype.element_ty), mask=to_v)
+            tl.store(at + HALF, high.to(v_new.dtype.element_ty), mask=to_v)
     row = slot * NUM_KV_HEADS - NUM_HEADS
     to_k = is_in & ~is_q[:, None] & ~is_v[:, None] & (slot >= 0)
     at = k_cache + (row + head[:, None]) * HEAD_DIM + d[None, :]
@@ -85,6 +98,16 @@ def _codes(x, scale, LARGEST: tl.constexpr, IS_FP8: tl.constexpr):
     bits = (tl.abs(x) * 7.52316384526264e-37).to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
     return tl.where(x < 0, bits | 0x80, bits).to(tl.uint8)
+
+
+@triton.jit
+def _values(codes, scale, IS_FP8: tl.constexpr):
+    """What the bytes of `_codes` say, fp32."""
+    if IS_FP8:
+        bits = codes.to(tl.int32)
+        magnitude = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+        return tl.where(bits >= 0x80, -magnitude, magnitude) * scale[:, None]
+    return codes.to(tl.int8, bitcast=True).to(tl.float32) * scale[:, None]
 
 
 @triton.jit

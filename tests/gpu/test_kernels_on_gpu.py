@@ -6,11 +6,12 @@ Also from sm_80 PTX, so that the paths without PDL and fp8 hardware are run some
 import contextlib
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from kernels.attention.launch import AttentionTiles, decode_tiles, prefill_tiles
+from kernels.attention.launch import AttentionTiles, apart_tiles, decode_tiles, prefill_tiles
 from kernels.linear.candidates import candidates
 from kernels.linear.launch import LinearShape
 from kernels.linear.launch_int4 import takes_wgmma
@@ -76,15 +77,21 @@ def _quantized_rows(scale: float | None) -> Case:
     return lambda run, arch: check_quantized_rows(run, arch, 257, scale, device="cuda")
 
 
-def _attention(tiles: AttentionTiles, lengths: list[tuple[int, int]], **shape: object) -> Case:
+def _attention(
+    tiles: AttentionTiles,
+    lengths: list[tuple[int, int]],
+    others: tuple[AttentionTiles, ...] = (),
+    **shape: object,
+) -> Case:
     return lambda run, arch: check_attention(
         run,
         arch,
-        attention_shape(**shape),
+        attention_shape(**shape),  # type: ignore[arg-type]
         tiles,
         lengths,
         seed=1,
-        device="cuda",  # type: ignore[arg-type]
+        device="cuda",
+        others=others,
     )
 
 
@@ -150,6 +157,15 @@ def _cases() -> dict[str, Case]:
             odd["kv_dtype"] = kv_dtype
             tiles = AttentionTiles(4, 16, 1)
             cases[f"ragged-{kv_dtype}-{dtype}"] = _attention(tiles, RAGGED_LENGTHS, **odd)
+            alone = AttentionTiles(1, 16, 1, is_decode=True, takes="one")
+            case = _attention(
+                alone, RAGGED_LENGTHS, (replace(tiles, takes="several", reads_new=True),), **odd
+            )
+            cases[f"apart-{kv_dtype}-{dtype}"] = case
+            case = _attention(
+                replace(many, takes="one"), ragged, (apart_tiles(real, ARCHES["sm_80"]),), **kept
+            )
+            cases[f"apart-shipped-{kv_dtype}-{dtype}"] = case
     return cases
 
 

@@ -34,17 +34,19 @@ def attend(
 def check_attention(
     run: Run, arch: Arch, shape: AttentionShape, tiles: AttentionTiles,
     lengths: list[tuple[int, int]], seed: int, device: str = "cpu",
+    others: tuple[AttentionTiles, ...] = (),
 ) -> None:  # fmt: skip
-    """Runs one launch and compares every query. `lengths`: (queries, tokens) of each sequence."""
+    """Runs one launch, and `others` for the sequences that it does not take, and compares every query. `lengths`:
+    (queries, tokens) of each sequence."""
     torch.set_default_device(device)
     try:
-        _launch_and_compare(run, arch, shape, tiles, lengths, seed)
+        _launch_and_compare(run, arch, shape, (tiles, *others), lengths, seed)
     finally:
         torch.set_default_device("cpu")
 
 
 def _launch_and_compare(
-    run: Run, arch: Arch, shape: AttentionShape, tiles: AttentionTiles,
+    run: Run, arch: Arch, shape: AttentionShape, launches: tuple[AttentionTiles, ...],
     lengths: list[tuple[int, int]], seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
@@ -75,11 +77,21 @@ def _launch_and_compare(
     kept = [part.view(torch.uint16) if shape.is_scaled else part for part in parts[:2]]
     cache_names = ("k_cache", "v_cache", "k_scale", "v_scale")
     operands |= zip(cache_names, kept + parts[2:], strict=False)
+    # What the cache holds of the step's own tokens, for launches that read it as values.
+    new = [
+        [part[length - queries :] for part in read(tuple(parts), tables[i], length)]
+        for i, (queries, length) in enumerate(lengths)
+    ]
+    operands |= {
+        name: torch.cat([each[index] for each in new]).flatten(1).to(dtype)
+        for index, name in enumerate(("k_new", "v_new"))
+    }
     names = ("partial", "partial_max", "partial_sum", "counters")
-    for name, request in zip(names, scratch(shape, tiles), strict=False):
-        dtype = torch.int32 if name == "counters" else torch.float32
-        operands[name] = torch.zeros(request.num_bytes(sizes) // 4, dtype=dtype)
-    run(variant(shape, arch, tiles), grid(shape, tiles, sizes), operands)
+    for tiles in launches:
+        for name, request in zip(names, scratch(shape, tiles), strict=False):
+            kind = torch.int32 if name == "counters" else torch.float32
+            operands[name] = torch.zeros(request.num_bytes(sizes) // 4, dtype=kind)
+        run(variant(shape, arch, tiles), grid(shape, tiles, sizes), operands)
     tolerance = 5e-3 if shape.dtype == "fp16" else 2e-2
     for i, (queries, length) in enumerate(lengths):
         if length == 0:
@@ -92,7 +104,7 @@ def _launch_and_compare(
         if queries:
             error = torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want)
             assert error < tolerance / 2, f"sequence {i} of {length} tokens is off by {error:.2%}"
-    if tiles.splits > 1:
+    if "counters" in operands:
         counters = operands["counters"]
         assert isinstance(counters, torch.Tensor)
         assert not counters.any(), "counters are left at 0"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from kernels.attention.launch import AttentionShape, prefill_tiles
-from shared.arch import ARCHES
+from kernels.attention.launch import AttentionShape, apart_tiles, prefill_tiles
+from shared.arch import ARCHES, Arch
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -23,3 +23,15 @@ def test_prompt_tiles_fit_into_shared_memory_whatever_the_heads(
 def test_groups_larger_than_a_tile_still_have_one_query() -> None:
     shape = AttentionShape(128, 1, 128, 0.1, 0, 0.0, "bf16", "bf16", 16)
     assert prefill_tiles(shape, ARCHES["sm_90"]).block_q == 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("arch", [a for a in ARCHES.values() if a.is_gpu], ids=lambda a: a.name)
+def test_tiles_of_prompts_over_codes_fit_into_shared_memory(arch: Arch, head_dim: int) -> None:
+    """128 rows where there is room, else 64."""
+    shape = AttentionShape(32, 8, head_dim, 0.1, 0, 0.0, "bf16", "fp8e4nv", 16)
+    tiles = apart_tiles(shape, arch)
+    rows = tiles.block_q * shape.group
+    assert rows == (128 if (128 + 6 * 64) * head_dim * 2 <= arch.max_shared_bytes else 64)
+    used = (rows + 2 * tiles.stages * tiles.block_n) * head_dim * 2
+    assert used <= arch.max_shared_bytes

@@ -190,6 +190,30 @@ def test_eight_bit_cache_is_written_by_a_kernel_that_sees_whole_heads(kv_cache: 
         assert len(launch.operands) == len(launch.variant.arguments)
 
 
+@pytest.mark.parametrize("kv_cache", ["", "fp8", "int8"])
+def test_large_steps_over_codes_attend_in_two_launches(kv_cache: str) -> None:
+    """One takes sequences with one query, the other those with several, whose new keys and values come as values from
+    the kernel that writes the codes: no sequence is left out, none is computed twice."""
+    graph = llama_graph(MODELS["tiny"], "plain", 1, kv_cache=kv_cache)
+    steps = lower(graph, ARCHES["sm_90"], Regime(0, 0))
+    launches = [s for s in steps if isinstance(s, Launch) and s.variant.op == "attention"]
+    taken = [dict(s.variant.constants)["TAKES"] for s in launches]
+    assert taken == (["one", "several"] if kv_cache else ["all"])
+    (writer,) = (s for s in steps if isinstance(s, Launch) and s.variant.op == "qkv_rope_write")
+    new = [
+        {
+            argument.name: operand
+            for argument, operand in zip(s.variant.arguments, s.operands, strict=True)
+            if argument.name in ("k_new", "v_new")
+        }
+        for s in (writer, launches[-1])
+    ]
+    assert new[0] == new[1]
+    assert len(new[0]) == (2 if kv_cache else 0)
+    outputs = {operand for s in launches for operand in s.operands if isinstance(operand, Value)}
+    assert outputs == {Value("0.q"), Value("0.a")}
+
+
 def test_launches_carry_their_variant() -> None:
     steps = lower(llama_graph(MODELS["tiny"], "plain", 1), ARCHES["sm_90"], Regime(1, 1))
     assert [s.variant.kernel for s in steps if isinstance(s, Launch)] == [

@@ -69,6 +69,28 @@ def test_ragged_step_over_eight_bit_cache_equals_formula(
     _check(shape, AttentionTiles(4, 16, 1), RAGGED_LENGTHS, seed=window)
 
 
+@pytest.mark.parametrize("kv_dtype", ["fp16", "fp8e4nv"])
+@pytest.mark.parametrize("lengths", [RAGGED_LENGTHS, DECODE_LENGTHS, [(13, 13), (5, 33)]])
+def test_step_in_two_launches_equals_formula(kv_dtype: str, lengths: list[tuple[int, int]]) -> None:
+    """Sequences with one query and those with several, each by a kernel of its own: no query is left out."""
+    shape = attention_shape(kv_dtype=kv_dtype)
+    decode = AttentionTiles(1, 16, 2, is_decode=True, takes="one")
+    prompts = AttentionTiles(4, 16, 1, takes="several")
+    check_attention(run, INTERPRETER, shape, decode, lengths, seed=4, others=(prompts,))
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8e4nv", "i8"])
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (9, 0.0), (37, 0.0), (0, 2.5)])
+def test_own_tokens_read_as_values_equal_formula(
+    kv_dtype: str, window: int, soft_cap: float
+) -> None:
+    """Whole prompts, and chunks whose earlier tokens are codes: beyond the window, in it, and a part of a tile."""
+    shape = attention_shape(window, soft_cap, kv_dtype=kv_dtype)
+    tiles = AttentionTiles(4, 16, 1, reads_new=True)
+    lengths = [*RAGGED_LENGTHS, (40, 40), (20, 52), (3, 100)]
+    _check(shape, tiles, lengths, seed=window)
+
+
 @pytest.mark.parametrize("kv_dtype", ["fp16", "fp8e4nv", "i8"])
 def test_error_does_not_grow_with_the_context(kv_dtype: str) -> None:
     """32,768 tokens, as a share of a mean that is 180 times smaller than a value: sums are fp32 from end to end."""
