@@ -386,8 +386,10 @@ def attention(
     if k_new is not None:
         new_at = query_begin.to(tl.int64) * (NUM_KV_HEADS * HEAD_DIM)
         q_tile = tl.load(q + row_at[:, None] + d[None, :], mask=is_q, other=0)
+        q_odd = 0.0
+        acc_odd = q_odd
         acc, _, m, total, _ = _attend_all(
-            acc, 0.0, m, total, top, q_tile, 0.0, k_new + new_at, v_new + new_at, None, None,
+            acc, acc_odd, m, total, top, q_tile, q_odd, k_new + new_at, v_new + new_at, None, None,
             None, kv_head, query, first_query,
             _window_begin(first_query, WINDOW, BLOCK_N), end - first_position,
             SCALE, NUM_KV_HEADS, HEAD_DIM, WINDOW, SOFT_CAP, BLOCK_TOKENS, BLOCK_Q, BLOCK_N, "", STAGES,

@@ -22,7 +22,8 @@ _SIZES = LlamaSizes(
 _TOKENS = 5
 # What each layout's rows go through, in the order of a step.
 KERNELS = {
-    "plain": ("rms_norm", "rms_norm", "silu_mul"),
+    "plain": ("rms_norm", "silu_mul"),
+    "int8_channel": ("rms_norm", "rms_norm", "silu_mul"),
     "fp8_channel": ("rms_norm", "quantize_rows", "rms_norm", "silu_mul", "rms_norm"),
 }
 
