@@ -65,10 +65,10 @@ def linear_one_int4_mma(
     early = ()
     early_second = ()
     for c in gl.static_range(PREFETCH):
-        early += (_words_and_groups(words_at, groups_at, n, c, N, K, GROUP),)
+        early += (_words_and_groups(words_at, groups_at, n, c, N, K, GROUP),)  # type: ignore[assignment]
         if PAIRED:
             tile = _words_and_groups(words_at, groups_at, n_second, c, N, K, GROUP)
-            early_second += (tile,)
+            early_second += (tile,)  # type: ignore[assignment]
     if PDL:
         gdc_wait()
     source = 0
@@ -91,7 +91,7 @@ def linear_one_int4_mma(
             tile = _words_and_groups(words_at, groups_at, n, c, N, K, GROUP)
         if PAIRED:
             if c < PREFETCH:
-                tile_second = early_second[c]
+                tile_second = early_second[c]  # type: ignore[var-annotated]
             else:
                 tile_second = _words_and_groups(words_at, groups_at, n_second, c, N, K, GROUP)
         for i in gl.static_range(4):
