@@ -45,8 +45,7 @@ TRITON_DTYPES = {
 }  # fmt: skip
 
 
-# Sequences of the largest decode step.
-_MOST_SEQUENCES = 512
+_MOST_SEQUENCES = 512  # of a decode step
 # Tokens of a KV block on a GPU: a constant of the compiled kernels.
 BLOCK_TOKENS = 16
 
@@ -156,6 +155,9 @@ class _Lowering:
         # With the library's products a step of few tokens is made as one of many.
         self.max_tokens = 0 if self._uses_library() else regime.max_tokens
         self.riding = Riding(graph, arch, self.max_tokens)
+        # Over codes a lone query waits for memory, several for what widens codes: no tile serves both.
+        is_any_step = not regime.max_tokens and not regime.max_sequences
+        self.attends_apart = self.kv_format.is_scaled and is_any_step
 
     def _uses_library(self) -> bool:
         linears = {n.weights["weight"] for n in self.graph.nodes if n.op == "linear"}
@@ -433,7 +435,7 @@ class _Lowering:
         else:
             constants |= {"k_scale": None, "v_scale": None}
         operands += [Value(node.outputs[0]), *rope[3:]]
-        if self._attends_apart():
+        if self.attends_apart:
             arguments += [pointer(name, self.dtype) for name in attention.NEW]
             operands += self._new(node.outputs[1], kv_heads * head_dim)
         else:
@@ -448,19 +450,8 @@ class _Lowering:
             "qkv_rope_write", arguments, constants, lambda s: (s.tokens, blocks, 1), operands
         )
 
-    def _attends_apart(self) -> bool:
-        """Claims that sequences with one query and those with several are attended to by a launch each.
-
-        Over codes: these wait for memory, those for what widens codes, and no tile serves both.
-        """
-        return (
-            self.kv_format.is_scaled
-            and not self.regime.max_sequences
-            and not self.regime.max_tokens
-        )
-
     def _new(self, effect: str, width: int) -> list[Operand]:
-        """The values of a step's own keys and values, as their codes say, where attention reads them as such."""
+        """What the codes of a step's own keys and values say."""
         dtype = str(self.graph.config["dtype"])
         return [Temporary(f"{effect}.{name}", dtype, width) for name in attention.NEW]
 
@@ -478,28 +469,23 @@ class _Lowering:
         )
         sequences = self.regime.max_sequences
         site = attention_candidates.site(shape, self.regime.max_tokens, sequences)
-        is_apart = self._attends_apart()
-        ways = attention_candidates.candidates(shape, self.arch, sequences, is_apart=is_apart)
-        if is_apart:
+        ways = attention_candidates.candidates(
+            shape, self.arch, sequences, is_apart=self.attends_apart
+        )
+        if self.attends_apart:
             alone = attention.decode_tiles(shape, _MOST_SEQUENCES)
             yield self._attention_launch(node, shape, replace(alone, takes="one"), None)
         yield self._attention_launch(node, shape, self.choices.of(site, ways), site)
 
     def _attention_launch(
-        self,
-        node: Node,
-        shape: attention.AttentionShape,
-        tiles: attention.AttentionTiles,
+        self, node: Node, shape: attention.AttentionShape, tiles: attention.AttentionTiles,
         site: Site | None,
-    ) -> Launch:
+    ) -> Launch:  # fmt: skip
+        new = self._new(node.inputs[1], shape.num_kv_heads * shape.head_dim)
         operands: list[Operand] = [
             Value(node.inputs[0]),
             *_cache_operands(_integer(node.attrs["layer"]), self.kv_format),
-            *(
-                self._new(node.inputs[1], shape.num_kv_heads * shape.head_dim)
-                if tiles.reads_new
-                else ()
-            ),
+            *(new if tiles.reads_new else ()),
             Batch("block_tables_SB"),
             Batch("seq_lens_S"),
         ]
