@@ -132,3 +132,15 @@ class MatMul:
 
 
 Step = Launch | MatMul
+
+
+def between(
+    grid: Callable[[Sizes], Grid], field: str, least: int, most: int | None = None
+) -> Callable[[Sizes], Grid]:
+    """`grid` in steps of `least` to `most` rows; in others nothing."""
+
+    def within(sizes: Sizes) -> Grid:
+        rows = int(getattr(sizes, field))
+        return grid(sizes) if rows >= least and (most is None or rows <= most) else (0, 0, 0)
+
+    return within

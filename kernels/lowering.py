@@ -6,7 +6,7 @@ torch's matrix products win and the rest are kernels between them. The compiler 
 runtime binds and launches them. No Triton here.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from kernels.attention import candidates as attention_candidates
@@ -27,6 +27,7 @@ from kernels.launch import (
     Temporary,
     Value,
     Weight,
+    between,
 )  # fmt: skip
 from kernels.linear import candidates as linear_candidates
 from kernels.linear import launch as linear
@@ -258,13 +259,13 @@ class _Lowering:
         field = "rows" if self.riding.is_selected(node.inputs[0]) else "tokens"
         least = 1
         for most, launch in self._int4_tiles(node, shape, field):
-            yield replace(launch, grid=_between(launch.grid, field, least, most))
+            yield replace(launch, grid=between(launch.grid, field, least, most))
             least = most + 1
         values = Scratch("dense_weight", lambda _: 2 * shape.n * shape.k)
         grid = (*launch_int4.dense_int4_grid(shape), 1)
         yield Launch(
             launch_int4.dense_int4(shape, self.arch),
-            _between(lambda _: grid, field, least),
+            between(lambda _: grid, field, least),
             (Weight(name, "weight"), Weight(name, "scale"), values),
         )
         bias, x, out = node.weights.get("bias"), Value(node.inputs[0]), Value(node.outputs[0])
@@ -291,7 +292,7 @@ class _Lowering:
                 most,
                 Launch(
                     launch_int4.many_int4(shape, self.arch, tiles, block_m),
-                    _tiled(shape, tiles, block_m, field),
+                    linear.tiled_grid(shape, tiles, block_m, field),
                     (*operands, *linear.tiled_scratch(shape, tiles, block_m, most), Size(field)),
                 ),
             )
@@ -396,7 +397,7 @@ class _Lowering:
             return Launch(variant, lambda _: (programs, 1, 1), tuple(operands), site)
         variant = linear.few_tokens(shape, self.arch, tiles, block_m)
         field = "rows" if is_selected else "tokens"
-        grid = _tiled(shape, tiles, block_m, field)
+        grid = linear.tiled_grid(shape, tiles, block_m, field)
         scratch = linear.tiled_scratch(shape, tiles, block_m)
         scales = () if x_scale is None else (x_scale,)
         return Launch(variant, grid, (*operands, *scratch, *scales, Size(field)), site)
@@ -618,26 +619,6 @@ def _rope_operands(layer: int, kept: KvFormat) -> list[Operand]:
 
 def _cache_operands(layer: int, kept: KvFormat) -> list[Operand]:
     return [KvCache(layer, part) for part in range(4 if kept.is_scaled else 2)]
-
-
-def _tiled(
-    shape: linear.LinearShape, tiles: linear.Tiles, block_m: int, field: str
-) -> Callable[[Sizes], Grid]:
-    """Blocks of the weight's rows, of as many tokens as `field` of a step says, and splits of K."""
-    programs = linear.num_programs(shape, tiles)
-    return lambda sizes: (programs, -(-int(getattr(sizes, field)) // block_m), tiles.split_k)
-
-
-def _between(
-    grid: Callable[[Sizes], Grid], field: str, least: int, most: int | None = None
-) -> Callable[[Sizes], Grid]:
-    """`grid` in steps of `least` to `most` rows; in others nothing."""
-
-    def within(sizes: Sizes) -> Grid:
-        rows = int(getattr(sizes, field))
-        return grid(sizes) if rows >= least and (most is None or rows <= most) else (0, 0, 0)
-
-    return within
 
 
 def _per_token(sizes: Sizes) -> Grid:

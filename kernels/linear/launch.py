@@ -3,10 +3,11 @@
 Pure data: read by the compiler, which compiles the variants, and by the runtime, which launches them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
-from kernels.launch import Scratch, Sizes
+from kernels.launch import Grid, Scratch, Sizes
 from kernels.linear.gpu import INT4_PARTS
 from kernels.variant import Argument, KernelVariant, integer, pointer
 from shared.arch import Arch
@@ -176,6 +177,14 @@ def quantized_rows(
 def int4_format(shape: LinearShape) -> str:
     """What kernels widen to."""
     return "int4" if shape.dtype == "bf16" else "int4_any"
+
+
+def tiled_grid(
+    shape: LinearShape, tiles: Tiles, block_m: int, field: str
+) -> Callable[[Sizes], Grid]:
+    """Blocks of the weight's rows, of as many tokens as `field` of a step says, and splits of K."""
+    programs = num_programs(shape, tiles)
+    return lambda sizes: (programs, -(-int(getattr(sizes, field)) // block_m), tiles.split_k)
 
 
 def tiled_scratch(
