@@ -27,7 +27,7 @@ from kernels.batch import StepBatch
 from kernels.kv_cache import by_layer, kv_format
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
-from kernels.lowering import DECODE_REGIMES, Regime
+from kernels.regimes import DECODE_REGIMES, Regime
 from kernels.sampling.launch import greedy_grid, greedy_variant
 from runtime_service.execution.cuda_executor import CudaExecutor, DeviceBatch, rope_table
 from shared.ir import Graph

@@ -22,7 +22,8 @@ from bench.gpu_kernels import read
 from bench.gpu_models import MODELS, as_read, quantized_graph, random_weights
 from bench.gpu_offline import sanity, throughput
 from kernels.launcher import KernelLibrary
-from kernels.lowering import REGIMES, Regime, sites
+from kernels.lowering import sites
+from kernels.regimes import REGIMES, Regime
 from kernels.tuning import BUILT_IN, Site, TuningTable
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.cuda_executor import PackedWeights

@@ -7,15 +7,14 @@ runtime binds and launches them. No Triton here.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kernels.attention import candidates as attention_candidates
 from kernels.attention import launch as attention
-from kernels.kv_cache import KvFormat, kv_format
+from kernels.kv_cache import kv_format
 from kernels.launch import (
     Batch,
     Grid,
-    KvCache,
     Launch,
     MatMul,
     Number,
@@ -32,6 +31,8 @@ from kernels.launch import (
 from kernels.linear import candidates as linear_candidates
 from kernels.linear import launch as linear
 from kernels.linear import launch_int4
+from kernels.operands import TRITON_DTYPES, cache_operands, in_eight_bits, rope_operands
+from kernels.regimes import MOST_SEQUENCES, REGIMES, Regime
 from kernels.riding import Riding
 from kernels.sampling import launch as sampling
 from kernels.step_inputs import launch as step_inputs
@@ -39,47 +40,6 @@ from kernels.tuning import BUILT_IN, FUSED, LIBRARY, Choices, Site, TuningTable
 from kernels.variant import Argument, KernelVariant, pointer
 from shared.arch import Arch
 from shared.ir import Graph, Node
-
-TRITON_DTYPES = {
-    "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8e4nv",
-    "int32": "i32", "int8": "i8", "uint8": "u8",
-}  # fmt: skip
-
-
-_MOST_SEQUENCES = 512  # of a decode step
-# Tokens of a KV block on a GPU: a constant of the compiled kernels.
-BLOCK_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Regime:
-    """A range of steps that share their launches.
-
-    Args:
-        max_tokens: 1: one token; up to 64: few tokens in tiles of that many; 0: any number.
-        max_sequences: decode only, bounds how attention splits; 0 where sequences may have several query tokens.
-        block_tokens: tokens of one KV block.
-    """
-
-    max_tokens: int
-    max_sequences: int
-    block_tokens: int = BLOCK_TOKENS
-
-
-DECODE_REGIMES = tuple(
-    Regime(tokens, sequences)
-    for tokens, sequences in (
-        (1, 1),
-        (16, 2),
-        (16, 4),
-        (16, 8),
-        (16, 16),
-        (32, 32),
-        (64, 64),
-        (0, _MOST_SEQUENCES),
-    )
-)
-REGIMES = (*DECODE_REGIMES, Regime(16, 0), Regime(64, 0), Regime(0, 0))
 
 
 def lower(
@@ -300,7 +260,7 @@ class _Lowering:
     def _quantized(self, node: Node, dtype: str) -> tuple[Temporary, Temporary]:
         """A linear's input in 8 bits, and the scale of each of its rows."""
         width = self.graph.weights[node.weights["weight"]].shape[1]
-        return _in_eight_bits(self.riding.source(node), dtype, width)
+        return in_eight_bits(self.riding.source(node), dtype, width)
 
     def _quantize_rows(self, node: Node, quantized: Temporary, scale: Temporary) -> Launch:
         out_dtype, x = TRITON_DTYPES[quantized.dtype], self.riding.source(node)
@@ -372,7 +332,7 @@ class _Lowering:
         if adds is not None:
             operands += self._norm_operands(adds, linear.num_programs(shape, self._tiles(shape)[0]))
         if rope is not None:
-            operands += _rope_operands(_integer(rope.attrs["layer"]), self.kv_format)
+            operands += rope_operands(_integer(rope.attrs["layer"]), self.kv_format)
         is_selected = shape.has_rows or self.riding.is_selected(node.inputs[0])
         return self._linear_launch(shape, operands, x_scale, is_selected)
 
@@ -409,7 +369,7 @@ class _Lowering:
         block_d = _power_of_two(head_dim // 2)
         block_h = max(1, 1024 // block_d)
         blocks = -(-(heads + 2 * kv_heads) // block_h)
-        rope = _rope_operands(_integer(node.attrs["layer"]), self.kv_format)
+        rope = rope_operands(_integer(node.attrs["layer"]), self.kv_format)
         arguments = [
             pointer("qkv", self.dtype),
             pointer("positions", "i32"),
@@ -474,7 +434,7 @@ class _Lowering:
             shape, self.arch, sequences, is_apart=self.attends_apart
         )
         if self.attends_apart:
-            alone = attention.decode_tiles(shape, _MOST_SEQUENCES)
+            alone = attention.decode_tiles(shape, MOST_SEQUENCES)
             yield self._attention_launch(node, shape, replace(alone, takes="one"), None)
         yield self._attention_launch(node, shape, self.choices.of(site, ways), site)
 
@@ -485,7 +445,7 @@ class _Lowering:
         new = self._new(node.inputs[1], shape.num_kv_heads * shape.head_dim)
         operands: list[Operand] = [
             Value(node.inputs[0]),
-            *_cache_operands(_integer(node.attrs["layer"]), self.kv_format),
+            *cache_operands(_integer(node.attrs["layer"]), self.kv_format),
             *(new if tiles.reads_new else ()),
             Batch("block_tables_SB"),
             Batch("seq_lens_S"),
@@ -557,7 +517,7 @@ class _Lowering:
         """The argument and operand of a row kernel's output, and its rows' scale where it is to be e4m3."""
         if not self.riding.leaves_e4m3(node):
             return (pointer("out", self.dtype), Value(node.outputs[0])), None
-        quantized, scale = _in_eight_bits(node.outputs[0], "float8_e4m3fn", width)
+        quantized, scale = in_eight_bits(node.outputs[0], "float8_e4m3fn", width)
         return (pointer("out", "fp8e4nv"), quantized), scale
 
     def _select_rows(self, node: Node) -> Iterator[Step]:
@@ -601,24 +561,6 @@ class _Lowering:
             has_pdl=self.arch.has_pdl,
         )
         return Launch(variant, grid, tuple(operands))  # type: ignore[arg-type]
-
-
-def _in_eight_bits(value: str, dtype: str, width: int) -> tuple[Temporary, Temporary]:
-    """A value's rows in 8 bits and their scales. dtype is torch's name."""
-    return Temporary(f"{value}.{dtype}", dtype, width), Temporary(f"{value}.scale", "float32", 1)
-
-
-def _rope_operands(layer: int, kept: KvFormat) -> list[Operand]:
-    return [
-        Batch("positions_T"),
-        Batch("rope"),
-        Batch("slot_mapping_T"),
-        *_cache_operands(layer, kept),
-    ]
-
-
-def _cache_operands(layer: int, kept: KvFormat) -> list[Operand]:
-    return [KvCache(layer, part) for part in range(4 if kept.is_scaled else 2)]
 
 
 def _per_token(sizes: Sizes) -> Grid:

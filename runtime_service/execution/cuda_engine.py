@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
-from kernels.lowering import REGIMES
+from kernels.regimes import REGIMES
 from kernels.tuning import BUILT_IN, TuningTable
 from runtime_service.execution.cuda_executor import CudaExecutor, PackedWeights
 from runtime_service.execution.cuda_graphs import CudaGraphExecutor

@@ -25,8 +25,9 @@ from kernels.launch import (
     Weight,
 )  # fmt: skip
 from kernels.launcher import KernelLibrary
-from kernels.lowering import Regime, lower
+from kernels.lowering import lower
 from kernels.ops import OPS
+from kernels.regimes import Regime
 from kernels.tuning import BUILT_IN, TuningTable
 from shared.ir import Graph
 

@@ -17,7 +17,7 @@ import torch
 from kernels.kv_cache import by_layer, kv_format
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
-from kernels.lowering import Regime
+from kernels.regimes import Regime
 from runtime_service.execution.cuda_executor import CudaExecutor, rope_table
 from runtime_service.execution.device_rows import DeviceRows, SentStep
 from runtime_service.execution.device_stream import DeviceStream

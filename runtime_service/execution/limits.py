@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kernels.kv_cache import kv_format
-from kernels.lowering import BLOCK_TOKENS
+from kernels.regimes import BLOCK_TOKENS
 from runtime_service.execution.options import RunnerOptions
 from runtime_service.limits import RuntimeLimits
 from shared.errors import InvalidField

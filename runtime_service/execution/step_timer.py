@@ -14,7 +14,7 @@ from kernels.batch import StepBatch
 from kernels.kv_cache import by_layer, kv_format
 from kernels.launch import Launch, Sizes
 from kernels.launcher import KernelLibrary
-from kernels.lowering import BLOCK_TOKENS, Regime
+from kernels.regimes import BLOCK_TOKENS, Regime
 from kernels.tuning import Site, TuningTable
 from runtime_service.execution.cuda_executor import CudaExecutor, DeviceBatch, PackedWeights
 from runtime_service.execution.cuda_graphs import rope_of

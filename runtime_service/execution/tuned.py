@@ -10,7 +10,8 @@ import structlog
 
 from kernels.launch import Launch
 from kernels.launcher import KernelLibrary
-from kernels.lowering import REGIMES, Regime, lower, sites
+from kernels.lowering import lower, sites
+from kernels.regimes import REGIMES, Regime
 from kernels.shipped_tuning import SHIPPED
 from kernels.tuning import Site, TuningTable
 from shared.engine import EngineManifest

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kernels.lowering import REGIMES, Regime, sites
+from kernels.lowering import sites
+from kernels.regimes import REGIMES, Regime
 from kernels.tuning import LIBRARY, Site, TuningTable
 from shared.arch import Arch
 from shared.ir import Graph

@@ -19,7 +19,8 @@ from millrace.runtime.v1 import runtime_pb2_grpc
 
 from bench.gpu_kernels import write
 from bench.gpu_served import write_engine
-from kernels.lowering import REGIMES, sites, variants
+from kernels.lowering import sites, variants
+from kernels.regimes import REGIMES
 from kernels.variant import CODE_TITLE, INDEX_TITLE
 from runtime_service.execution.tuned import site_of
 from shared.redis import EmbeddedRedis

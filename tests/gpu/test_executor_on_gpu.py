@@ -9,7 +9,8 @@ import torch
 from bench.gpu_models import MODELS, QUANTS, as_read, llama_graph, random_weights
 from kernels import reference
 from kernels.launcher import KernelLibrary
-from kernels.lowering import REGIMES, sites, variants
+from kernels.lowering import sites, variants
+from kernels.regimes import REGIMES
 from kernels.tuning import BUILT_IN, LIBRARY, TuningTable
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream, DeviceStream

@@ -8,7 +8,8 @@ import hashlib
 from collections.abc import Iterator
 
 from kernels.launch import MatMul, Sizes
-from kernels.lowering import REGIMES, Regime, lower
+from kernels.lowering import lower
+from kernels.regimes import REGIMES, Regime
 from shared.arch import Arch
 from shared.ir import Graph
 

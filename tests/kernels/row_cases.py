@@ -10,7 +10,8 @@ import torch
 
 from bench.gpu_models import LlamaSizes, llama_graph
 from kernels.launch import Launch, Sizes
-from kernels.lowering import Regime, lower
+from kernels.lowering import lower
+from kernels.regimes import Regime
 from kernels.variant import KernelVariant
 from shared.arch import Arch
 

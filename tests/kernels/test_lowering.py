@@ -9,8 +9,9 @@ from compiler_service.models import lower_model
 from compiler_service.passes import run_passes
 from compiler_service.quantization import SCHEMES
 from kernels.launch import KvCache, Launch, MatMul, Sizes, Temporary, Value
-from kernels.lowering import DECODE_REGIMES, REGIMES, Regime, lower, variants
+from kernels.lowering import lower, variants
 from kernels.ops import OPS
+from kernels.regimes import DECODE_REGIMES, REGIMES, Regime
 from kernels.variant import KernelVariant
 from shared.arch import ARCHES, Arch
 from shared.engine import QuantConfig

@@ -8,7 +8,8 @@ import torch
 from bench.gpu_models import LlamaSizes, llama_graph
 from kernels.kv_cache import EIGHT_BIT_FORMATS
 from kernels.launch import Launch, Sizes
-from kernels.lowering import Regime, lower
+from kernels.lowering import lower
+from kernels.regimes import Regime
 from runtime_service.execution.cuda_executor import rope_table
 from tests.kernels.interpreted import INTERPRETER, run
 

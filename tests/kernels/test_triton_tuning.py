@@ -14,7 +14,8 @@ from tests.runtime_service.execution import interpreted_device  # first: it sets
 # isort: split
 import torch
 
-from kernels.lowering import REGIMES, Regime, lower, sites
+from kernels.lowering import lower, sites
+from kernels.regimes import REGIMES, Regime
 from kernels.tuning import BUILT_IN, LIBRARY, Site, TuningTable
 from runtime_service.execution.loading import LoadedEngine, load_runner
 from runtime_service.execution.options import RunnerOptions

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bench.gpu_models import MODELS, QUANTS, quantized_graph
 from kernels.launch import Launch, MatMul
-from kernels.lowering import REGIMES, Regime, lower, sites, variants
+from kernels.lowering import lower, sites, variants
+from kernels.regimes import REGIMES, Regime
 from kernels.tuning import FUSED, LIBRARY, Site
 from shared.arch import ARCHES
 from tests.kernels.lowered_plans import digest

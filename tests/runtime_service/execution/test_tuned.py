@@ -12,7 +12,8 @@ import structlog
 
 from bench.gpu_models import MODELS, quantized_graph
 from kernels.launch import Launch
-from kernels.lowering import REGIMES, Regime, lower, sites, variants
+from kernels.lowering import lower, sites, variants
+from kernels.regimes import REGIMES, Regime
 from kernels.shipped_tuning import SHIPPED
 from kernels.tuning import Site
 from kernels.variant import KernelVariant

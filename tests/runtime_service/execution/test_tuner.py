@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.gpu_models import MODELS, quantized_graph
-from kernels.lowering import REGIMES, Regime, sites
+from kernels.lowering import sites
+from kernels.regimes import REGIMES, Regime
 from kernels.tuning import LIBRARY, Site, TuningTable
 from runtime_service.execution.tuner import LEAST_GAIN, Timing, tune
 from shared.arch import ARCHES

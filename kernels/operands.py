@@ -1,0 +1,27 @@
+"""What several ops' launches read and write alike."""
+
+from kernels.kv_cache import KvFormat
+from kernels.launch import Batch, KvCache, Operand, Temporary
+
+TRITON_DTYPES = {
+    "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8e4nv",
+    "int32": "i32", "int8": "i8", "uint8": "u8",
+}  # fmt: skip
+
+
+def in_eight_bits(value: str, dtype: str, width: int) -> tuple[Temporary, Temporary]:
+    """A value's rows in 8 bits and their scales. dtype is torch's name."""
+    return Temporary(f"{value}.{dtype}", dtype, width), Temporary(f"{value}.scale", "float32", 1)
+
+
+def rope_operands(layer: int, kept: KvFormat) -> list[Operand]:
+    return [
+        Batch("positions_T"),
+        Batch("rope"),
+        Batch("slot_mapping_T"),
+        *cache_operands(layer, kept),
+    ]
+
+
+def cache_operands(layer: int, kept: KvFormat) -> list[Operand]:
+    return [KvCache(layer, part) for part in range(4 if kept.is_scaled else 2)]
