@@ -15,6 +15,7 @@ def in_eight_bits(value: str, dtype: str, width: int) -> tuple[Temporary, Tempor
 
 
 def rope_operands(layer: int, kept: KvFormat) -> list[Operand]:
+    """What rotates queries and keys, and where keys and values go."""
     return [
         Batch("positions_T"),
         Batch("rope"),
@@ -24,4 +25,5 @@ def rope_operands(layer: int, kept: KvFormat) -> list[Operand]:
 
 
 def cache_operands(layer: int, kept: KvFormat) -> list[Operand]:
+    """A layer's keys and values, and their scales where they are kept in 8 bits."""
     return [KvCache(layer, part) for part in range(4 if kept.is_scaled else 2)]
