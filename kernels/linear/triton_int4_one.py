@@ -10,6 +10,7 @@ from kernels.linear import triton_epilogue
 from kernels.linear.triton_int4_many import int4_values
 
 row_pair = gluon.jit(triton_epilogue.row_pair.fn)
+load_sum = gluon.jit(triton_epilogue.load_sum.fn)
 finish = gluon.jit(triton_epilogue.finish.fn)
 
 
@@ -116,8 +117,10 @@ def linear_one_int4_mma(
     index = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, out_row)
     n, n_second = row_pair(index, EPILOGUE, N, HEAD_DIM)
     token = gl.arange(0, 1, gl.SliceLayout(0, OUT))
+    gl.static_assert(EPILOGUE != "rope")  # nobody loads its angles here
+    residual_tile, gains = load_sum(index, n, token, 1, residual, gain, N)
     finish(
-        first, second, index, n, n_second, token, 1, None, bias, residual, gain, out, normed,
-        squares_out, positions, rope, slots, k_cache, v_cache,
-        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_N,
+        first, second, index, n, n_second, token, 1, None, bias, residual_tile, gains,
+        0.0, 0.0, 0, out, normed, squares_out, k_cache, v_cache,
+        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM,
     )  # fmt: skip
