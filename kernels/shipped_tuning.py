@@ -37,13 +37,6 @@ SHIPPED: dict[str, tuple[ShippedRow, ...]] = {
             "3.218 to 3.147 ms (all 32; Candidates and tuning)",
         ),
         ShippedRow(
-            # Llama-3.2-1B's attention, 33 to 64 sequences.
-            Site("attention", 0, 64, n=2048, k=512, dtype="bf16", layout="d64"),
-            "q1 n64 w2 s2 x1",
-            "3.0 to 3.9 % of a step of 64 sequences, four times, 1B bf16 and fp8 (docs/BENCHMARKS.md, Candidates and "
-            "tuning)",
-        ),
-        ShippedRow(
             # Llama-3.2-1B's qkv, 17 to 32 tokens; then 2 to 16.
             Site(
                 "linear", 32, n=3072, k=2048, dtype="fp8e4nv", layout="fp8_channel",
