@@ -5,6 +5,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,6 +14,9 @@ from kernels.aot import compile_variants, pack_kernels
 from kernels.launcher import KernelLibrary
 from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant
 from shared.arch import ARCHES, Arch
+
+# Where cases keep their tensors: on the host where they only tell which kernels they want.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_arch() -> Arch:
@@ -59,6 +63,11 @@ class Collector:
     def __init__(self) -> None:
         self.variants: set[KernelVariant] = set()
         self.library: KernelLibrary | None = None
+
+    def expect(self, variants: Iterable[KernelVariant]) -> None:
+        """Notes all that a case launches, where that is more than its first."""
+        if self.library is None:
+            self.variants.update(variants)
 
     def __call__(
         self,

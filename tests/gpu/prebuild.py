@@ -1,4 +1,4 @@
-"""Compiles the kernels of the model runner's tests without a GPU, into build/gpu-tests.
+"""Compiles the kernels of these tests without a GPU, into build/gpu-tests.
 
 python -m tests.gpu.prebuild --arch sm_90
 """
@@ -6,9 +6,10 @@ python -m tests.gpu.prebuild --arch sm_90
 import argparse
 
 from kernels.lowering import variants
-from shared.arch import arch_named
+from shared.arch import ARCHES, arch_named
 from tests.gpu.device import compiled, prebuilt_folder
 from tests.gpu.test_executor_on_gpu import TUNED, tiny_graph
+from tests.gpu.test_kernels_on_gpu import collected
 from tests.gpu.test_model_runner_on_gpu import sampler_variants
 
 
@@ -18,7 +19,10 @@ def main() -> None:
     arch = arch_named(parser.parse_args().arch)
     graphs = [tiny_graph(quant, kv_cache=kv_cache) for quant, kv_cache in TUNED]
     tiny = [variants(graph, arch, with_candidates=True) for graph in graphs]
-    for wanted in (sampler_variants(), *tiny):
+    jobs = [(wanted, arch) for wanted in (sampler_variants(), *tiny)]
+    # Those of an older arch are run from its PTX.
+    jobs += [(collected(each).variants, each) for each in (arch, ARCHES["sm_80"])]
+    for wanted, arch in jobs:
         index, code = compiled(wanted, arch)
         folder = prebuilt_folder(wanted, arch)
         folder.mkdir(parents=True, exist_ok=True)

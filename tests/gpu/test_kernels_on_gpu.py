@@ -11,12 +11,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.attention.launch import AttentionTiles, apart_tiles, decode_tiles, prefill_tiles
+from kernels.attention.launch import (
+    AttentionTiles,
+    apart_tiles,
+    decode_tiles,
+    prefill_tiles,
+    variant,
+)
 from kernels.linear.candidates import candidates
 from kernels.linear.launch import LinearShape
 from kernels.linear.launch_int4 import takes_wgmma
 from shared.arch import ARCHES, Arch
-from tests.gpu.device import Collector, NotYetCompiled, device_arch, library_of
+from tests.gpu.device import DEVICE, Collector, NotYetCompiled, device_arch, library_of
 from tests.kernels.attention_cases import (
     DECODE_LENGTHS,
     RAGGED_LENGTHS,
@@ -47,7 +53,7 @@ Case = Callable[[Collector, Arch], None]
 
 def _linear(shape: LinearShape, kernel: str, tokens: int, split_k: int) -> Case:
     return lambda run, arch: check_linear(
-        run, arch, shape, kernel, tokens, seed=tokens, split_k=split_k, device="cuda"
+        run, arch, shape, kernel, tokens, seed=tokens, split_k=split_k, device=DEVICE
     )
 
 
@@ -56,25 +62,25 @@ def _candidate(shape: LinearShape, tokens: int, place: int) -> Case:
         ways = list(candidates(shape, arch, 1 if tokens == 1 else 16).values())
         tiles, block_m = ways[min(place, len(ways) - 1)]
         kernel = "one" if block_m == 1 else "few"
-        check_linear(run, arch, shape, kernel, tokens, seed=tokens, device="cuda", tiles=tiles)
+        check_linear(run, arch, shape, kernel, tokens, seed=tokens, device=DEVICE, tiles=tiles)
 
     return check
 
 
 def _dense_int4(shape: LinearShape) -> Case:
-    return lambda run, arch: check_dense_int4(run, arch, shape, device="cuda")
+    return lambda run, arch: check_dense_int4(run, arch, shape, device=DEVICE)
 
 
 def _many_int4(shape: LinearShape, tokens: int, split_k: int, block_m: int) -> Case:
     def check(run: Collector, arch: Arch) -> None:
         if takes_wgmma(shape, arch):
-            check_many_int4(run, arch, shape, tokens, split_k, block_m)
+            check_many_int4(run, arch, shape, tokens, split_k, block_m, DEVICE)
 
     return check
 
 
 def _quantized_rows(scale: float | None) -> Case:
-    return lambda run, arch: check_quantized_rows(run, arch, 257, scale, device="cuda")
+    return lambda run, arch: check_quantized_rows(run, arch, 257, scale, device=DEVICE)
 
 
 def _attention(
@@ -83,22 +89,18 @@ def _attention(
     others: tuple[AttentionTiles, ...] = (),
     **shape: object,
 ) -> Case:
-    return lambda run, arch: check_attention(
-        run,
-        arch,
-        attention_shape(**shape),  # type: ignore[arg-type]
-        tiles,
-        lengths,
-        seed=1,
-        device="cuda",
-        others=others,
-    )
+    def check(run: Collector, arch: Arch) -> None:
+        wanted = attention_shape(**shape)  # type: ignore[arg-type]
+        run.expect(variant(wanted, arch, each) for each in (tiles, *others))
+        check_attention(run, arch, wanted, tiles, lengths, seed=1, device=DEVICE, others=others)
+
+    return check
 
 
 def _row(layout: str, number: int) -> Case:
     def check(run: Collector, arch: Arch) -> None:
         if layout == "plain" or arch.has_fp8:
-            check_row(run, row_launches(layout, arch)[number], device="cuda")
+            check_row(run, row_launches(layout, arch)[number], device=DEVICE)
 
     return check
 
@@ -172,14 +174,20 @@ def _cases() -> dict[str, Case]:
 CASES = _cases()
 
 
-@pytest.fixture(scope="module", params=["own", "sm_80"])
-def compiled(request: pytest.FixtureRequest) -> tuple[Collector, Arch]:
-    """All cases' kernels, for the device's own arch or as sm_80 PTX."""
-    arch = device_arch() if request.param == "own" else ARCHES["sm_80"]
+def collected(arch: Arch) -> Collector:
+    """What all cases launch on `arch`."""
     run = Collector()
     for case in CASES.values():
         with contextlib.suppress(NotYetCompiled):
             case(run, arch)
+    return run
+
+
+@pytest.fixture(scope="module", params=["own", "sm_80"])
+def compiled(request: pytest.FixtureRequest) -> tuple[Collector, Arch]:
+    """All cases' kernels, for the device's own arch or as sm_80 PTX."""
+    arch = device_arch() if request.param == "own" else ARCHES["sm_80"]
+    run = collected(arch)
     run.library = library_of(run.variants, arch)
     assert run.library.uses_ptx == (request.param != "own")
     return run, arch

@@ -225,14 +225,20 @@ def _scratch(
 
 
 def check_many_int4(
-    run: Run, arch: Arch, shape: LinearShape, tokens: int, split_k: int, block_m: int
+    run: Run,
+    arch: Arch,
+    shape: LinearShape,
+    tokens: int,
+    split_k: int,
+    block_m: int,
+    device: str = "cuda",
 ) -> None:
     """Twice in a row, on a GPU: counters are left as they were, and nothing beyond the tokens is written."""
     tiles = Tiles(128, INT4_PARTS * 32, 8, stages=4, split_k=split_k)
-    at = _tensors(shape, tokens, "cuda")
-    out = torch.full((tokens + 5, shape.n), 7.0, dtype=TORCH_DTYPES[shape.dtype], device="cuda")
+    at = _tensors(shape, tokens, device)
+    out = torch.full((tokens + 5, shape.n), 7.0, dtype=TORCH_DTYPES[shape.dtype], device=device)
     operands: Operands = {**at, "out": out, "num_tokens": tokens}
-    operands |= _scratch(shape, tiles, block_m, tokens, "cuda")
+    operands |= _scratch(shape, tiles, block_m, tokens, device)
     grid = (num_programs(shape, tiles), -(-tokens // block_m), split_k)
     for _ in range(2):
         run(many_int4(shape, arch, tiles, block_m), grid, operands)
