@@ -50,6 +50,23 @@ TUNED = {
 }  # fmt: skip
 
 
+# Graphs whose steps are compared: quantization, Qwen's extras, KV cache; the most tokens of a step, and the tolerance.
+GRAPHS = [
+    ("bf16", False, "", 128, 0.03),
+    ("bf16", True, "", 128, 0.03),
+    ("int8", True, "", 128, 0.03),
+    ("int4", False, "", 128, 0.03),
+    ("int4", True, "", 128, 0.03),
+    # But for decode steps of one token, 8-bit engines round activations too.
+    ("fp8", False, "", 128, 0.25),
+    ("fp8-static", False, "", 128, 0.25),
+    ("w8a8-int8", False, "", 128, 0.1),
+    # A bf16 activation that lies between two codes may become either.
+    ("bf16", False, "int8", 128, 0.04),
+    ("bf16", True, "fp8", 128, 0.06),
+]
+
+
 def tiny_graph(quant: str, like_qwen: bool = False, kv_cache: str = "") -> Graph:
     """A graph of two layers."""
     layout, rounding = QUANTS[quant]
@@ -129,20 +146,7 @@ def _truth(graph: Graph, weights: dict[str, torch.Tensor], token_ids: torch.Tens
 
 @pytest.mark.parametrize(
     ("quant", "like_qwen", "kv_cache", "most_tokens", "tolerance"),
-    [
-        ("bf16", False, "", 128, 0.03),
-        ("bf16", True, "", 128, 0.03),
-        ("int8", True, "", 128, 0.03),
-        ("int4", False, "", 128, 0.03),
-        ("int4", True, "", 128, 0.03),
-        # But for decode steps of one token, 8-bit engines round activations too.
-        ("fp8", False, "", 128, 0.25),
-        ("fp8-static", False, "", 128, 0.25),
-        ("w8a8-int8", False, "", 128, 0.1),
-        # A bf16 activation that lies between two codes may become either.
-        ("bf16", False, "int8", 128, 0.04),
-        ("bf16", True, "fp8", 128, 0.06),
-    ],
+    GRAPHS,
 )
 def test_steps_of_all_kinds_give_the_logits_of_whole_prompts(
     quant: str, like_qwen: bool, kv_cache: str, most_tokens: int, tolerance: float
