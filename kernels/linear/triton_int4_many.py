@@ -17,28 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.linear import triton_widen
 
-@gluon.jit
-def int4_values(words, groups, PART: gl.constexpr):
-    """As `triton_widen.int4_values`, of bf16; `groups` has a value for each row of words."""
-    scale = groups.to(gl.int16).to(gl.bfloat16, bitcast=True)
-    zero = (groups >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
-    return gl.inline_asm_elementwise(
-        f"""{{
-            .reg .b32 pair, one, low;
-            mov.b32 one, 0x3F803F80;
-            mov.b32 low, 0xC308C308;
-            shr.u32 pair, $1, {4 * PART};
-            lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 pair, pair, one, low;
-            fma.rn.bf16x2 $0, pair, $2, $3;
-        }}""",
-        "=r,r,r,r",
-        [words, scale, zero],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
+int4_bf16 = gluon.jit(triton_widen.int4_bf16.fn)
 
 
 @gluon.jit
@@ -105,7 +86,7 @@ def _multiply(
         mbarrier.wait(full.index(place), step // STAGES & 1)
         tile = words.index(place).load(LEFT)
         for i in gl.static_range(4):
-            left = int4_values(tile, groups.index(place).slice(i, 1, dim=1).load(LEFT), i)
+            left = int4_bf16(tile, groups.index(place).slice(i, 1, dim=1).load(LEFT), i)
             right = values.index(place).slice(i * BLOCK_M, BLOCK_M, dim=0).permute([1, 0])
             acc = warpgroup_mma(left, right, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])

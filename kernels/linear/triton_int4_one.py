@@ -6,9 +6,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.linear import triton_epilogue
-from kernels.linear.triton_int4_many import int4_values
+from kernels.linear import triton_epilogue, triton_widen
 
+int4_bf16 = gluon.jit(triton_widen.int4_bf16.fn)
 row_pair = gluon.jit(triton_epilogue.row_pair.fn)
 load_sum = gluon.jit(triton_epilogue.load_sum.fn)
 finish = gluon.jit(triton_epilogue.finish.fn)
@@ -101,9 +101,9 @@ def linear_one_int4_mma(
                 right = gl.load(x + here)
             else:
                 right = gl.load(x + here, mask=here < K, other=0)
-            acc = mma_v2(int4_values(tile[0], tile[1 + i], i), right, acc)
+            acc = mma_v2(int4_bf16(tile[0], tile[1 + i], i), right, acc)
             if PAIRED:
-                left = int4_values(tile_second[0], tile_second[1 + i], i)
+                left = int4_bf16(tile_second[0], tile_second[1 + i], i)
                 acc_second = mma_v2(left, right, acc_second)
     out_row: gl.constexpr = gl.SliceLayout(1, OUT)
     first = gl.convert_layout(gl.sum(gl.sum(acc, 2), 0) * 0.125, out_row)[:, None]

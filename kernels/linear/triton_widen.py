@@ -32,36 +32,41 @@ def fp16_halves(pairs):
 
 
 @triton.jit
-def int4_values(words, groups, PART: tl.constexpr, FORMAT: tl.constexpr):
+def int4_bf16(words, groups, PART: tl.constexpr):
     """bf16 of nibble PART of each word: (nibble - 8) * scale + zero, rounded once.
 
-    `groups` holds each row's scale in the low and its zero in the high half. By pairs of words: 0x4300 | nibble is
-    128 + nibble in bf16, in place of a conversion from integers. fp16 ("int4_any") takes the plain way.
+    `groups` broadcasts over words and holds a scale in the low and a zero in the high half. By pairs of words:
+    0x4300 | nibble is 128 + nibble in bf16, in place of a conversion from integers. Gluon's kernels take it too.
     """
+    scale = groups.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    zero = (groups >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.inline_asm_elementwise(
+        f"""{{
+            .reg .b32 pair, one, low;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 low, 0xC308C308;
+            shr.u32 pair, $1, {4 * PART};
+            lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 pair, pair, one, low;
+            fma.rn.bf16x2 $0, pair, $2, $3;
+        }}""",
+        "=r,r,r,r",
+        [words, scale, zero],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def int4_values(words, groups, PART: tl.constexpr, FORMAT: tl.constexpr):
+    """`int4_bf16`, with a group for each row of words; where products are in fp16 ("int4_any") its values the plain
+    way."""
     if FORMAT == "int4_any":
         scale, zero = bf16_halves(groups)
         levels = ((words.to(tl.int32) >> (4 * PART)) & 15).to(tl.float32) - 8.0
-        values = (levels * scale[:, None] + zero[:, None]).to(tl.float16)
-    else:
-        scale = groups.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        zero = (groups >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        values = tl.inline_asm_elementwise(
-            f"""{{
-                .reg .b32 pair, one, low;
-                mov.b32 one, 0x3F803F80;
-                mov.b32 low, 0xC308C308;
-                shr.u32 pair, $1, {4 * PART};
-                lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;
-                fma.rn.bf16x2 pair, pair, one, low;
-                fma.rn.bf16x2 $0, pair, $2, $3;
-            }}""",
-            "=r,r,r,r",
-            [words, scale[:, None], zero[:, None]],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
-    return values
+        return (levels * scale[:, None] + zero[:, None]).to(tl.float16)
+    return int4_bf16(words, groups[:, None], PART)
 
 
 @triton.jit
