@@ -1,7 +1,7 @@
-"""What several ops' launches read and write alike."""
+"""What several ops' launches have alike: what they read and write, their grids, and how attributes are read."""
 
 from kernels.kv_cache import KvFormat
-from kernels.launch import Batch, KvCache, Operand, Temporary
+from kernels.launch import Batch, Grid, KvCache, Operand, Sizes, Temporary
 
 TRITON_DTYPES = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8e4nv",
@@ -27,3 +27,25 @@ def rope_operands(layer: int, kept: KvFormat) -> list[Operand]:
 def cache_operands(layer: int, kept: KvFormat) -> list[Operand]:
     """A layer's keys and values, and their scales where they are kept in 8 bits."""
     return [KvCache(layer, part) for part in range(4 if kept.is_scaled else 2)]
+
+
+def per_token(sizes: Sizes) -> Grid:
+    """A program for each token of a step."""
+    return sizes.tokens, 1, 1
+
+
+def per_row(sizes: Sizes) -> Grid:
+    """A program for each row whose logits are wanted."""
+    return sizes.rows, 1, 1
+
+
+def integer(value: object) -> int:
+    """An attribute that is one."""
+    assert isinstance(value, int), f"{value!r} is no integer"
+    return value
+
+
+def number(value: object) -> float:
+    """An attribute that is one."""
+    assert isinstance(value, int | float), f"{value!r} is no number"
+    return float(value)
