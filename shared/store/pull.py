@@ -100,9 +100,8 @@ def _fetch(
             return
         path = blobs.partial / blob.digest.removeprefix("sha256:")
         with contextlib.ExitStack() as opened:
-            with (
-                blobs.adding()
-            ):  # no sweep comes between, and later ones leave what is locked alone
+            # No sweep comes between, and later ones leave what is locked alone.
+            with blobs.adding():
                 file = opened.enter_context(FileIO(path, "a+"))
                 fcntl.flock(file, fcntl.LOCK_EX)
             was_resumed = file.seek(0, os.SEEK_END) > 0
