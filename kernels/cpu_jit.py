@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,37 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
             return None
 
 
-def kernel(function: _Function) -> _Function:
+class Kernel:
+    """A compiled kernel.
+
+    Args:
+        dispatcher: Numba's, which compiles it for the types that it is called with.
+    """
+
+    def __init__(self, dispatcher: Any) -> None:
+        self.dispatcher = dispatcher
+
+    def __call__(self, *arguments: Any) -> None:
+        """Runs it, and notes the call where this thread records."""
+        self.dispatcher(*arguments)
+        if (calls := recording.calls) is not None:
+            calls.append((self, arguments))
+
+
+Call = tuple[Kernel, tuple[Any, ...]]
+
+
+class _Recording(threading.local):
+    calls: list[Call] | None = None
+
+
+# What this thread calls goes to its `calls`, where `kernels/cpu_program.py` has set them.
+recording = _Recording()
+
+
+def kernel(function: _Function) -> Kernel:
     """Compiles a kernel; its `prange` loops run on all threads."""
-    return _compiled(function, parallel=True)
+    return Kernel(_compiled(function, parallel=True))
 
 
 def device(function: _Function) -> _Function:
@@ -138,8 +167,10 @@ def multiplies_bytes() -> bool:
     return "+avx512vnni" in features.split(",")
 
 
-def address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
-    """Where a dense tensor begins. Kernels cannot look at what they are given, so this does."""
+def address(tensor: torch.Tensor | None, dtype: torch.dtype) -> int:
+    """Where a dense tensor begins, 0 for none. Kernels cannot look at what they are given, so this does."""
+    if tensor is None:
+        return 0
     assert tensor.dtype == dtype, f"a kernel wants {dtype}, not {tensor.dtype}"
     assert tensor.is_contiguous(), "a kernel wants a dense tensor"
     return tensor.data_ptr()

@@ -47,7 +47,7 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
     tags = TAGS[dtype], TAGS[kv_dtype], _INDEX_TAG
 
     def run(q_TN: torch.Tensor, kv: None, batch: StepBatch) -> torch.Tensor:
-        cut = _cut_of(batch)
+        cut = _cut_of(batch, len(q_TN))
         out_TN = torch.empty_like(q_TN)
         q_at, out_at, tables = address(q_TN, dtype), out_TN.data_ptr(), batch.block_tables_SB
         k_cache, v_cache, *scales = batch.kv_caches[layer]
@@ -71,11 +71,18 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
     return run
 
 
-def _cut_of(batch: StepBatch) -> _Cut:
+def _cut_of(batch: StepBatch, num_tokens: int) -> _Cut:
     known: _Cut | None = batch.memo.get("attention")
     if known is None:
-        known = batch.memo["attention"] = _cut(batch)
+        is_decode = num_tokens == len(batch.seq_lens_S)
+        known = batch.memo["attention"] = _decode_cut(num_tokens) if is_decode else _cut(batch)
     return known
+
+
+def _decode_cut(num_sequences: int) -> _Cut:
+    """One query each: known from their number alone."""
+    indices_S, none = (torch.arange(size, dtype=torch.int32) for size in (num_sequences, 0))
+    return _Cut(indices_S, indices_S, none, none)
 
 
 def _cut(batch: StepBatch) -> _Cut:

@@ -122,20 +122,14 @@ def _most_rows(weight: PackedWeight, target: CpuTarget) -> int:
 
 
 def _product(weight: PackedWeight, bias: torch.Tensor | None, target: CpuTarget) -> Product:
-    bias_N = None if bias is None else bias.to(target.activation_dtype)
-    many = _many_rows_product(weight, bias_N, target)
-    few = _few_rows_product(weight, target)
+    many = _many_rows_product(
+        weight, None if bias is None else bias.to(target.activation_dtype), target
+    )
+    few = _few_rows_product(weight, bias, target)
     if few is None:
         return many
     most_rows = _most_rows(weight, target)
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] > most_rows:
-            return many(x)
-        y = few(x)
-        return y if bias_N is None else y.add_(bias_N)
-
-    return run
+    return lambda x: many(x) if x.shape[0] > most_rows else few(x)
 
 
 def _int8_product(weight: PackedWeight, bias_N: torch.Tensor | None, target: CpuTarget) -> Product:
@@ -167,13 +161,19 @@ def _many_rows_product(
     return lambda x: multiply(x, packed)
 
 
-def _few_rows_product(weight: PackedWeight, target: CpuTarget) -> Product | None:
-    """The product straight from stored values, without the bias; None where the other form is as good."""
+def _few_rows_product(
+    weight: PackedWeight, bias_N: torch.Tensor | None, target: CpuTarget
+) -> Product | None:
+    """The product straight from stored values; None where the other form is as good."""
     num_rows, num_columns = weight.spec.shape
     if weight.spec.layout in ("int4_group", "int8_group"):
-        return _grouped_product(weight, target)
+        grouped = _grouped_product(weight, target)
+        if grouped is None or bias_N is None:
+            return grouped
+        added_N = bias_N.to(target.activation_dtype)
+        return lambda x: grouped(x).add_(added_N)
     if _takes_bytes(weight, target):
-        return _byte_product(weight, target.activation_dtype)
+        return _byte_product(weight, bias_N, target.activation_dtype)
     stored = weight.tensors["weight"]
     is_ours = weight.spec.layout == "int8_channel" or (
         weight.spec.layout == "plain" and stored.dtype == target.activation_dtype == torch.bfloat16
@@ -188,15 +188,15 @@ def _few_rows_product(weight: PackedWeight, target: CpuTarget) -> Product | None
     def run(x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(len(x), num_rows)
         few_rows(
-            address(x, dtype), codes_NK.data_ptr(), scale_N.data_ptr(), out.data_ptr(), len(x),
-            num_rows, num_columns, *tags, stored.element_size(),
+            address(x, dtype), codes_NK.data_ptr(), scale_N.data_ptr(), address(bias_N, torch.float32),
+            out.data_ptr(), len(x), num_rows, num_columns, *tags, stored.element_size(),
         )  # fmt: skip
         return out
 
     return run
 
 
-def _byte_product(weight: PackedWeight, dtype: torch.dtype) -> Product:
+def _byte_product(weight: PackedWeight, bias_N: torch.Tensor | None, dtype: torch.dtype) -> Product:
     codes_NK, scale_N = weight.tensors["weight"].contiguous(), weight.tensors["scale"]
     total_N = codes_NK.sum(1, dtype=torch.int32)
     num_rows, num_columns = codes_NK.shape
@@ -206,7 +206,7 @@ def _byte_product(weight: PackedWeight, dtype: torch.dtype) -> Product:
         out = x.new_empty(len(x), num_rows)
         few_rows_of_bytes(
             address(x, dtype), codes_NK.data_ptr(), total_N.data_ptr(), scale_N.data_ptr(),
-            out.data_ptr(), len(x), num_rows, num_columns, *tags,
+            address(bias_N, torch.float32), out.data_ptr(), len(x), num_rows, num_columns, *tags,
         )  # fmt: skip
         return out
 

@@ -24,12 +24,13 @@ VECTOR_BYTES = 64
 
 @kernel
 def few_rows(
-    x_at, weight_at, scale_at, out_at, R, N, K,
+    x_at, weight_at, scale_at, bias_at, out_at, R, N, K,
     x_tag, weight_tag, scale_tag, weight_bytes,
 ):  # fmt: skip
-    """out[r, n] = scale[n] * sum_k x[r, k] * weight[n, k], summed in fp32.
+    """out[r, n] = scale[n] * sum_k x[r, k] * weight[n, k] + bias[n], summed in fp32.
 
-    `weight_bytes` is the size of a weight's element. N is a multiple of BLOCK_N. All dense.
+    `weight_bytes` is the size of a weight's element; `bias_at` is 0 where there is none. N is a multiple of BLOCK_N.
+    All dense.
     """
     x_RK = np.empty((R, K), np.float32)
     x = typed(x_at, x_tag)
@@ -44,7 +45,7 @@ def few_rows(
         w3 = typed(first_at + 3 * K * weight_bytes, weight_tag)
         for line in range(0, 4 * K * weight_bytes, _LINE_BYTES):
             prefetch(first_at + line + _AHEAD_BYTES)
-        scale = typed(scale_at, scale_tag)
+        scale, bias = typed(scale_at, scale_tag), typed(bias_at, scale_tag)
         out = typed(out_at, x_tag)
         for r in range(R):
             row = x_RK[r]
@@ -55,16 +56,15 @@ def few_rows(
                 y1 += value * load(w1, k)
                 y2 += value * load(w2, k)
                 y3 += value * load(w3, k)
-            at = r * N + n
-            store(out, at, y0 * load(scale, n))
-            store(out, at + 1, y1 * load(scale, n + 1))
-            store(out, at + 2, y2 * load(scale, n + 2))
-            store(out, at + 3, y3 * load(scale, n + 3))
+            sums = y0, y1, y2, y3
+            for i in range(4):
+                y = sums[i] * load(scale, n + i)
+                store(out, r * N + n + i, y + load(bias, n + i) if bias_at else y)
 
 
 @kernel
 def few_rows_of_bytes(
-    x_at, weight_at, total_at, scale_at, out_at, R, N, K, x_tag, total_tag, scale_tag
+    x_at, weight_at, total_at, scale_at, bias_at, out_at, R, N, K, x_tag, total_tag, scale_tag
 ):
     """As `few_rows`, of int8 weights, by products of bytes, which are exact in integers.
 
@@ -86,7 +86,7 @@ def few_rows_of_bytes(
         for line in range(0, 4 * K, _LINE_BYTES):
             prefetch(first_at + line + _AHEAD_BYTES)
         total, scale = typed(total_at, total_tag), typed(scale_at, scale_tag)
-        out = typed(out_at, x_tag)
+        bias, out = typed(bias_at, scale_tag), typed(out_at, x_tag)
         # Here, so that the loop is seen to read the bytes: Numba moves what it thinks independent.
         high_at = bytes_2RK.ctypes.data
         low_at = high_at + R * K
@@ -94,7 +94,8 @@ def few_rows_of_bytes(
             sums = _dot_bytes(high_at + r * K, low_at + r * K, first_at, K)
             for i in range(4):
                 y = np.float32(sums[i] - (np.int64(total[n + i]) << 15))
-                store(out, r * N + n + i, y * (steps_R[r] * load(scale, n + i)))
+                y *= steps_R[r] * load(scale, n + i)
+                store(out, r * N + n + i, y + load(bias, n + i) if bias_at else y)
 
 
 @device

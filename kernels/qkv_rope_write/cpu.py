@@ -39,7 +39,7 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
             slots_T = torch.arange(len(qkv_TN), dtype=torch.int32)
         rope_write(
             address(qkv_TN, dtype), angles.of(batch).data_ptr(), address(slots_T, torch.int32),
-            0 if norm_2D is None else norm_2D.data_ptr(), q_TN.data_ptr(), address(k, k.dtype),
+            address(norm_2D, torch.float32), q_TN.data_ptr(), address(k, k.dtype),
             address(v, k.dtype), len(qkv_TN), num_heads, num_kv_heads, head_dim, eps,
             TAGS[dtype], TAGS[k.dtype], _INDEX_TAG, TAGS[torch.float32],
         )  # fmt: skip

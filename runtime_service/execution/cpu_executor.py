@@ -17,6 +17,7 @@ from kernels.cpu import bind_node
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
 from kernels.kv_cache import by_layer, kv_format
 from kernels.linear.cpu import padded_rows
+from runtime_service.execution.recorded_steps import RecordedSteps
 from shared.ir import Graph, Node
 
 # One that takes longer than this many operations does (some 50 ms) hides what compiling it takes.
@@ -60,6 +61,11 @@ class CpuExecutor:
         self._dtype = target.activation_dtype
         (output,) = graph.outputs
         self._output = self._places[output]
+        last_reader = {place: i for i, (_, inputs, _) in enumerate(self._steps) for place in inputs}
+        # Values that no later node reads, a list for each node: their memory is used again.
+        self._ended: list[list[int]] = [[] for _ in self._steps]
+        for place, index in last_reader.items():
+            self._ended[index].append(place)
         self._vocab_size = int(str(graph.config["vocab_size"]))
         # Where no logits are wanted, what comes after the choice of rows is not run.
         self._num_before_rows = next(
@@ -67,28 +73,17 @@ class CpuExecutor:
         )
         kept = kv_format(graph, str(target.kv_dtype).removeprefix("torch."))
         self._kv_caches = by_layer(kept.allocate(graph, num_blocks, block_tokens, _zeros))
+        self._recorded = RecordedSteps(self._run, self._kv_caches, num_blocks)
 
     def forward(self, token_ids_T: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """Logits [R, V], fp32."""
         batch.kv_caches = self._kv_caches
-        has_rows = batch.logit_rows_R.numel() > 0
-        values: list[Any] = [None] * len(self._places)
-        values[0] = token_ids_T
-        for form, inputs, outputs in (
-            self._steps if has_rows else self._steps[: self._num_before_rows]
-        ):
-            if len(inputs) == 1:
-                result = form(values[inputs[0]], batch)
-            else:
-                result = form(values[inputs[0]], values[inputs[1]], batch)
-            if len(outputs) == 1:
-                values[outputs[0]] = result
-            else:
-                for place, value in zip(outputs, result, strict=True):
-                    values[place] = value
-        if not has_rows:
+        if not batch.logit_rows_R.numel():
+            self._run(token_ids_T, batch)
             return torch.empty(0, self._vocab_size)
-        logits: torch.Tensor = values[self._output]
+        logits = self._recorded.forward(token_ids_T, batch)
+        if logits is None:
+            logits = self._run(token_ids_T, batch)
         return logits.float()
 
     def preparations(self, max_rows: int) -> Iterator[Callable[[], object]]:
@@ -104,6 +99,26 @@ class CpuExecutor:
             for form, num_out, num_in in self._linears.values():
                 if 2 * num_rows * num_out * num_in <= MOST_PREPARED_FLOPS:
                     yield partial(form, torch.zeros(num_rows, num_in, dtype=self._dtype), None)
+
+    def _run(self, token_ids_T: torch.Tensor, batch: StepBatch) -> Any:
+        """Calls the forms in order; gives the output, or None where no logits are wanted."""
+        values: list[Any] = [None] * len(self._places)
+        values[0] = token_ids_T
+        has_rows = batch.logit_rows_R.numel() > 0
+        steps = self._steps if has_rows else self._steps[: self._num_before_rows]
+        for (form, inputs, outputs), ended in zip(steps, self._ended, strict=False):
+            if len(inputs) == 1:
+                result = form(values[inputs[0]], batch)
+            else:
+                result = form(values[inputs[0]], values[inputs[1]], batch)
+            if len(outputs) == 1:
+                values[outputs[0]] = result
+            else:
+                for place, value in zip(outputs, result, strict=True):
+                    values[place] = value
+            for place in ended:
+                values[place] = None
+        return values[self._output]
 
     def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
         """Copies whole KV blocks in all layers, one after the other."""
