@@ -8,7 +8,7 @@
 | fp32 | plain fp32 | fp32, oneDNN | fp32, oneDNN |
 | bf16 | int8_channel | our kernel of bytes where there is VNNI, else our kernel | bf16, oneDNN |
 | bf16 | plain | our kernel | bf16, oneDNN |
-| bf16 | int4_group | torch's int4 | bf16, oneDNN |
+| bf16 | int4_group | our kernel of nibbles where there is VNNI, else torch's int4 | bf16, oneDNN |
 | bf16 | int8_group | torch's int4, twice | bf16, oneDNN |
 | bf16 | fp8_channel | bf16, oneDNN | bf16, oneDNN |
 | any, rounded to int8 | int8_channel | int8, oneDNN (VNNI where there is) | int8, oneDNN |
@@ -18,7 +18,8 @@ fp16 keeps 11 bits of a value, bf16 has 8; values beyond fp16's range keep the f
 
 Few rows of int8 are multiplied as bytes, each activation as two of them: 15 bits below its row's largest magnitude.
 With 576 x 1536 weights, 1 / 2 / 4 / 8 rows take 87 / 112 / 125 / 252 us so, and 113 / 217 / 207 / 273 without
-(`bench/cpu_kernels.py`); at 16 rows a step gains nothing.
+(`bench/cpu_kernels.py`); at 16 rows a step gains nothing. int4 likewise, a scale for each group: as fast as torch's
+kernel alone, and steps that call kernels of ours alone are replayed without Python (`kernels/cpu_program.py`).
 
 Measured for all linears in a 135M model's layers, in ms. Zen 4, 2 cores with bf16 arithmetic, 1 / 4 / 16 rows:
 our int8 3.7 / 8.6 / 34; torch's int8 9.2 / - / 33; torch's int4 3.8 / - / 22; oneDNN bf16 11.5 / - / 16.1. 2 cores
@@ -38,10 +39,17 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
 from kernels.cpu_jit import TAGS, address
-from kernels.linear.cpu_kernel import BLOCK_N, VECTOR_BYTES, few_rows, few_rows_of_bytes
+from kernels.linear.cpu_kernel import (
+    BLOCK_N,
+    VECTOR_BYTES,
+    few_rows,
+    few_rows_of_bytes,
+    few_rows_of_nibbles,
+)
 from kernels.linear.op import activations, int8_tokens
 from shared.ir import Node
 
@@ -105,13 +113,13 @@ def _takes_fp16(weight: PackedWeight, target: CpuTarget) -> bool:
 def _takes_bytes(weight: PackedWeight, target: CpuTarget) -> bool:
     """Claims that the weight is multiplied as it is, with activations of two bytes."""
     num_rows, num_columns = weight.spec.shape
-    return (
-        target.has_vnni
-        and target.activation_dtype == torch.bfloat16
-        and weight.spec.layout == "int8_channel"
-        and num_rows % BLOCK_N == num_columns % VECTOR_BYTES == 0
-        and num_columns <= _MOST_BYTE_COLUMNS
-    )
+    if not (target.has_vnni and target.activation_dtype == torch.bfloat16):
+        return False
+    if num_rows % BLOCK_N or num_columns % VECTOR_BYTES:
+        return False
+    if weight.spec.layout == "int4_group":
+        return num_columns // weight.tensors["scale"].shape[1] % VECTOR_BYTES == 0
+    return weight.spec.layout == "int8_channel" and num_columns <= _MOST_BYTE_COLUMNS
 
 
 def _most_rows(weight: PackedWeight, target: CpuTarget) -> int:
@@ -166,14 +174,15 @@ def _few_rows_product(
 ) -> Product | None:
     """The product straight from stored values; None where the other form is as good."""
     num_rows, num_columns = weight.spec.shape
+    if _takes_bytes(weight, target):
+        multiply = _nibble_product if weight.spec.layout == "int4_group" else _byte_product
+        return multiply(weight, bias_N, target.activation_dtype)
     if weight.spec.layout in ("int4_group", "int8_group"):
         grouped = _grouped_product(weight, target)
         if grouped is None or bias_N is None:
             return grouped
         added_N = bias_N.to(target.activation_dtype)
         return lambda x: grouped(x).add_(added_N)
-    if _takes_bytes(weight, target):
-        return _byte_product(weight, bias_N, target.activation_dtype)
     stored = weight.tensors["weight"]
     is_ours = weight.spec.layout == "int8_channel" or (
         weight.spec.layout == "plain" and stored.dtype == target.activation_dtype == torch.bfloat16
@@ -207,6 +216,37 @@ def _byte_product(weight: PackedWeight, bias_N: torch.Tensor | None, dtype: torc
         few_rows_of_bytes(
             address(x, dtype), codes_NK.data_ptr(), total_N.data_ptr(), scale_N.data_ptr(),
             address(bias_N, torch.float32), out.data_ptr(), len(x), num_rows, num_columns, *tags,
+        )  # fmt: skip
+        return out
+
+    return run
+
+
+def pack_nibbles(stored_NK: torch.Tensor) -> torch.Tensor:
+    """`int4_group`'s bytes [N, K / 2] as `few_rows_of_nibbles` reads them: uint8 [N / 4, K / 64, 2, 64]."""
+    nibbles_NK = torch.stack((stored_NK & 15, stored_NK >> 4), -1).flatten(1)
+    num_rows, num_columns = nibbles_NK.shape
+    rows = nibbles_NK.view(num_rows // BLOCK_N, 2, 2, num_columns // VECTOR_BYTES, VECTOR_BYTES)
+    return (rows[:, :, 0] | rows[:, :, 1] << 4).transpose(1, 2).contiguous()
+
+
+def _nibble_product(
+    weight: PackedWeight, bias_N: torch.Tensor | None, dtype: torch.dtype
+) -> Product:
+    packed = pack_nibbles(weight.tensors["weight"])
+    num_rows, num_columns = weight.spec.shape
+    sizes = num_rows, num_columns, num_columns // weight.tensors["scale"].shape[1]
+    # Zeros are read in whole vectors, beyond the last ones too.
+    scale, zero = (
+        pad(weight.tensors[role].bfloat16().flatten(), (0, 16)) for role in ("scale", "zero")
+    )
+    tags = TAGS[dtype], TAGS[torch.bfloat16], TAGS[torch.float32]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(len(x), num_rows)
+        few_rows_of_nibbles(
+            address(x, dtype), packed.data_ptr(), scale.data_ptr(), zero.data_ptr(),
+            address(bias_N, torch.float32), out.data_ptr(), len(x), *sizes, *tags,
         )  # fmt: skip
         return out
 

@@ -153,6 +153,8 @@ LINEARS = [
     ("fp8_channel", 48, 64, 0),
     ("int4_group", 48, 128, 32),
     ("int4_group", 37, 128, 64),
+    ("int4_group", 48, 192, 64),
+    ("int4_group", 48, 256, 128),
 ]
 
 
@@ -209,49 +211,64 @@ def test_linear_of_int8_activations_equals_its_reference(
 
 
 @pytest.mark.skipif(not HAS_VNNI, reason="this CPU does not multiply bytes")
+@pytest.mark.parametrize(
+    ("layout", "group"), [("int8_channel", 0), ("int4_group", 64), ("int4_group", 128)]
+)
 class TestProductsOfBytes:
-    """int8 weights times activations of two bytes."""
+    """Weights of 8 and 4 bits times activations of two bytes."""
 
-    def _product(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
-        weights = {"weight": packed(weight_NK, "int8_channel", "bfloat16")}
+    def _stored(self, weight_NK: torch.Tensor, layout: str, group: int) -> PackedWeight:
+        """With scales as schemes choose them."""
+        weight = packed(weight_NK, layout, "bfloat16", group)
+        rounded = {
+            role: part.bfloat16().float() if part.is_floating_point() else part
+            for role, part in weight.tensors.items()
+        }
+        return PackedWeight(weight.spec, rounded)
+
+    def _product(self, x_TK: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         batch = ragged_batch([(0, 1)], torch.bfloat16, scattered=False)
-        node = Node("linear", (), ("y",))
-        found: torch.Tensor = bind_node(node, weights, TARGETS["bf16, VNNI"])(x_TK, batch)
+        form = bind_node(Node("linear", (), ("y",)), {"weight": weight}, TARGETS["bf16, VNNI"])
+        found: torch.Tensor = form(x_TK, batch)
         return found
 
     @pytest.mark.parametrize("num_tokens", [1, 7])
-    def test_lose_next_to_nothing_beside_an_outlier(self, num_tokens: int) -> None:
-        """Half a unit of a value's last place, and 2 ** -16 of the largest one's share."""
+    def test_lose_next_to_nothing_beside_an_outlier(
+        self, layout: str, group: int, num_tokens: int
+    ) -> None:
+        """A unit of a value's last place, and 7 standard deviations of what rounding to 15 bits does to a sum."""
         torch.manual_seed(num_tokens)
-        x, weight = torch.randn(num_tokens, 576).bfloat16(), torch.randn(48, 576)
+        x = torch.randn(num_tokens, 640).bfloat16()
         x[:, 5] = 60.0
-        stored = packed(weight, "int8_channel", "bfloat16").dense().double()
-        expected, found = x.double() @ stored.T, self._product(x, weight).double()
-        allowed = 2**-8 * expected.abs() + 2**-16 * 60.0 * stored.norm(dim=1)
+        weight = self._stored(torch.randn(48, 640) + 0.5, layout, group)
+        dense = weight.dense().double()
+        expected, found = x.double() @ dense.T, self._product(x, weight).double()
+        allowed = 2**-8 * expected.abs() + 2**-14 * 60.0 * dense.norm(dim=1)
         assert bool(((found - expected).abs() <= allowed).all())
 
-    def test_are_exact_at_the_ends_of_what_bytes_hold(self) -> None:
-        for columns in (64, 1 << 16):
+    def test_are_exact_at_the_ends_of_what_bytes_hold(self, layout: str, group: int) -> None:
+        for columns in (128, 1 << 16) if layout == "int8_channel" else (128, 1 << 10):
             x = torch.full((2, columns), 3.0).bfloat16()
             x[1] = -3.0
             weight = torch.ones(4, columns)
             weight[1] = -1.0
-            found = self._product(x, weight)
-            scale = packed(weight, "int8_channel", "bfloat16").dense()[0, 0]
+            stored = self._stored(weight, layout, group)
+            scale = stored.dense()[0, 0]
             row = torch.tensor([1.0, -1.0, 1.0, 1.0]) * (3.0 * columns * scale)
-            assert torch.equal(found, torch.stack((row, -row)).bfloat16())
+            assert torch.equal(self._product(x, stored), torch.stack((row, -row)).bfloat16())
 
-    def test_of_zeros_are_zero_and_of_what_is_no_number_none(self) -> None:
-        x = torch.zeros(4, 128).bfloat16()
+    def test_of_zeros_are_zero_and_of_what_is_no_number_none(self, layout: str, group: int) -> None:
+        x = torch.zeros(4, 256).bfloat16()
         x[1, 3], x[2, 4], x[3, 5] = torch.nan, torch.inf, 1.0
-        found = self._product(x, torch.randn(8, 128))
+        found = self._product(x, self._stored(torch.randn(8, 256), layout, group))
         assert torch.equal(found[0], torch.zeros(8).bfloat16())
         assert bool(found[1:3].isnan().all())
         assert bool(found[3].isfinite().all())
 
-    def test_of_a_row_do_not_depend_on_its_neighbours(self) -> None:
+    def test_of_a_row_do_not_depend_on_its_neighbours(self, layout: str, group: int) -> None:
         torch.manual_seed(0)
-        x, weight = torch.randn(5, 192).bfloat16(), torch.randn(48, 192)
+        x = torch.randn(5, 256).bfloat16()
+        weight = self._stored(torch.randn(48, 256), layout, group)
         together = self._product(x, weight)
         for row in range(5):
             assert torch.equal(self._product(x[row : row + 1], weight)[0], together[row])

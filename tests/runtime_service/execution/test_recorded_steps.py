@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels.batch import StepBatch
+from kernels.cpu_jit import multiplies_bytes
 from runtime_service.execution.cpu_executor import CpuExecutor
 from runtime_service.execution.loading import LoadedEngine, load_runner
 from runtime_service.execution.options import RunnerOptions
@@ -20,9 +21,11 @@ OPTIONS = RunnerOptions(
     num_threads=2,
     block_tokens=BLOCK_TOKENS,
 )
+# Without products of bytes int4 is multiplied by torch, and its steps are not recorded.
+BYTES = pytest.mark.skipif(not multiplies_bytes(), reason="this CPU does not multiply bytes")
 
 
-@pytest.fixture(params=["int8", "bf16"])
+@pytest.fixture(params=["int8", "bf16", pytest.param("int4-rtn", marks=BYTES)])
 def executor(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CpuExecutor]:
     """Of a tiny engine whose vectors are long enough to be multiplied as bytes."""
     store, engine = build_tiny(
