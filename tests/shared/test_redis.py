@@ -43,7 +43,7 @@ async def test_cancelled_task_ends_wherever_its_commands_are(redis_url: str) -> 
         for _ in range(ticks % 20):
             await asyncio.sleep(0)
         task.cancel()
-        done, _ = await asyncio.wait({task}, timeout=5)
+        done, _ = await asyncio.wait({task}, timeout=60)
         assert done, "the cancellation was lost"
     await client.aclose()
 
@@ -103,7 +103,7 @@ async def test_server_that_was_killed_is_started_again_with_its_data(
     with structlog.testing.capture_logs() as logs:
         background.keep("keep_redis", embedded_redis.keep_running)
         os.kill(killed, signal.SIGKILL)
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(60.0):
             while embedded_redis.pid == killed:  # noqa: ASYNC110 - no event tells
                 await asyncio.sleep(0.01)
     assert connect_sync(embedded_redis.url).get("a") == "1"
@@ -146,7 +146,7 @@ def test_server_ends_when_its_starter_is_killed() -> None:
     pid = int(starter.stdout.readline())
     starter.kill()
     starter.communicate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while _runs(pid):
         assert time.monotonic() < deadline, "the server outlived its starter"
         time.sleep(0.01)
