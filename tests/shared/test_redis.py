@@ -169,9 +169,11 @@ class PasswordServer:
     """A Valkey on a port of 127.0.0.1 that wants a password, or a user's."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        # Bound and not listening: nobody else is given the port, and a server that reuses addresses can listen.
+        self.held = socket.socket()
+        self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.held.bind(("127.0.0.1", 0))
+        self.port: int = self.held.getsockname()[1]
         self.process = subprocess.Popen(
             [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1",
              "--save", "", "--dir", str(folder), *flags],
@@ -191,7 +193,8 @@ def password_server(tmp_path: Path) -> Iterator[PasswordServer]:
     )
     yield server
     server.process.kill()
-    server.process.wait()
+    server.process.communicate()
+    server.held.close()
 
 
 async def test_password_and_user_are_taken_from_the_url(password_server: PasswordServer) -> None:
