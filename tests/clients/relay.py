@@ -71,6 +71,8 @@ class Relay:
             while data := source.recv(1 << 16):
                 sink.sendall(data)
                 self._last_passed_s = time.monotonic()
+        with self._lock:
+            self._sockets -= {source, sink}
         for connection in (source, sink):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
