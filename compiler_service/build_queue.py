@@ -263,12 +263,13 @@ class BuildQueue:
         """
         await self._run("FORGET_WORKERS", [BUILDS], [_FORGOTTEN_WORKER_MS])
         lease_ms = round(self.lease_s * 1000)
+        block_ms = min(round(lease_ms / 3), round(MAX_BLOCK_S * 1000))
         async with reachable(self._url):
             try:
                 found = await self._claim_lost(owner, lease_ms)
                 if not found:
                     streams = await self._redis.xreadgroup(
-                        GROUP, owner, {BUILDS: ">"}, count=1, block=round(lease_ms / 3)
+                        GROUP, owner, {BUILDS: ">"}, count=1, block=block_ms
                     )
                     found = [entry for _, entries in streams for entry in entries]
             except redis.exceptions.ResponseError as error:

@@ -55,7 +55,11 @@ _AT_ONCE_S = 2.0
 
 
 class Compiler:
-    """Operations and builds over one store and one queue; `close` ends what it resolves."""
+    """Operations and builds over one store and one queue; `close` ends what it resolves.
+
+    Args:
+        at_once_s: how long an answer waits for what is known of a model.
+    """
 
     def __init__(
         self,
@@ -64,10 +68,11 @@ class Compiler:
         store: EngineStore,
         cache_dir: Path,
         metrics: CompilerMetrics,
+        at_once_s: float = _AT_ONCE_S,
     ) -> None:
         self._queue, self._operations, self._store = queue, operations, store
         self._cache_dir = cache_dir
-        self._metrics = metrics
+        self._metrics, self._at_once_s = metrics, at_once_s
         self._background = Background()
         self._is_closing = threading.Event()
 
@@ -80,7 +85,7 @@ class Compiler:
             MillraceError: the request cannot be met, the queue is full, or Redis is away.
         """
         known = asyncio.create_task(asyncio.to_thread(_resolve_cached, request, self._cache_dir))
-        await asyncio.wait({known}, timeout=_AT_ONCE_S)
+        await asyncio.wait({known}, timeout=self._at_once_s)
         resolved = known.result() if known.done() else None
         if resolved is not None:
             return await self._admit(request, resolved)

@@ -6,11 +6,16 @@ Modules are read, never imported. Imports that are strings at run time are not s
 
 import ast
 import hashlib
+import threading
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("shared", "kernels", "compiler_service")
+
+# CPython 3.11 counts the depth of what it parses for all threads together: two that parse at once fail with a
+# SystemError where the collector runs in between. Source: python/cpython#106905.
+_parsing = threading.Lock()
 
 
 def fingerprint(
@@ -49,7 +54,8 @@ def import_closure(
         source = _source(name, root)
         if name in closure or source is None or name.partition(".")[0] not in PACKAGES:
             continue
-        tree = closure[name] = ast.parse(source.read_bytes(), filename=str(source))
+        with _parsing:
+            tree = closure[name] = ast.parse(source.read_bytes(), filename=str(source))
         waiting += _imports(tree, name, is_package=source.name == "__init__.py")
         waiting += _parents(name)
     return closure

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from shared.redis import EmbeddedRedis
 from tests.shared.remote_stores import (
@@ -21,6 +22,12 @@ from tests.shared.remote_stores import (
 # Servers run once, whichever files ask for them.
 __all__ = ["aws", "oci_url", "registry_address", "registry_folder", "remote", "s3", "s3_url", "url"]
 
+
+# What an example takes says how busy the machine is, and nothing of the code; a run's examples are every run's.
+settings.register_profile(
+    "millrace", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("millrace")
 
 # A shell starts what runs in its background with Ctrl-C ignored, and processes of tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

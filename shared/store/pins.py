@@ -43,9 +43,10 @@ def pinned_digests(folder: Path) -> set[str]:
             continue
         try:
             if try_lock(fd):
-                path.unlink()
+                path.unlink(missing_ok=True)  # it may be released this moment, and so removed
             else:
-                digests.update(path.read_text().split())
+                with open(fd, closefd=False) as file:
+                    digests.update(file.read().split())
         finally:
             os.close(fd)
     return digests

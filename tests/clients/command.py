@@ -20,7 +20,12 @@ def millrace(
         for name in ("COMPILER", "RUNTIME", "GATEWAY"):
             environ[f"MILLRACE_CLI_{name}"] = daemon.address
     return subprocess.run(
-        [*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=60, env=environ
+        [*COMMAND, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environ,
     )
 
 
@@ -46,6 +51,6 @@ def on_a_terminal(daemon: ScriptedDaemon, *arguments: str, until: str = "") -> s
         if until and until.encode() in shown:
             process.send_signal(signal.SIGINT)
             until = ""
-    process.wait(60)
+    process.wait(120)
     os.close(ours)
     return shown.decode(errors="replace")

@@ -9,7 +9,7 @@ import json
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +30,7 @@ from tests.clients.relay import Relay
 
 SCENARIOS = Path(__file__).parents[2] / "clients/conformance/scenarios.json"
 # Nothing of a scenario takes so long; a client that hangs is told apart from a slow machine.
-_PATIENCE_S = 20.0
+_PATIENCE_S = 60.0
 _MAX_MESSAGE_BYTES = 64 << 20
 _EVENTS = ("started", "tokens", "finished", "error")
 
@@ -109,6 +109,9 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
         self._api_key = script.get("api_key", "")
         self._relay = relay
         self._lock = threading.Lock()
+        # Answers of which everything was given to be sent.
+        self._num_whole = 0
+        self._is_whole = threading.Condition()
 
     def GetStatus(self, request: Any, context: Any) -> Any:
         self._enter("GetStatus", context)
@@ -145,6 +148,7 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
         reader.start()
         while (events := news.get()) is not None:
             yield pb.GenerateResponse(events=events)
+            news.task_done()  # gRPC comes back when it has sent them
 
     def _read(
         self,
@@ -177,10 +181,13 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
     def _play_into(
         self, news: "Queue[list[pb.Event] | None]", request: Any, ended: threading.Event
     ) -> None:
-        for events in self._play(request, self._answer_to(request), ended, None):
+        for events in self._play(request, self._answer_to(request), ended, None, news.join):
             for event in events:
                 event.request_id = _command(request).request_id
             news.put(events)
+        with self._is_whole:
+            self._num_whole += 1
+            self._is_whole.notify_all()
 
     def _answer_to(self, request: Any) -> list[Json]:
         """The steps of the answer to a command, which is noted."""
@@ -193,15 +200,32 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
         return self._answer(command.generation_id if name == "resume" else command.text)
 
     def _play(
-        self, request: Any, steps: list[Json], ended: threading.Event, context: Any
+        self,
+        request: Any,
+        steps: list[Json],
+        ended: threading.Event,
+        context: Any,
+        are_sent: Callable[[], None] = lambda: None,
     ) -> Iterator[list[pb.Event]]:
-        """Follows the steps; a generation that is resumed skips what its client has."""
+        """Follows the steps; a generation that is resumed skips what its client has.
+
+        Args:
+            are_sent: returns when what was given so far has been sent.
+        """
         known = list(request.resume.received_tokens)
         for step in steps:
             if "fail" in step:
                 _abort(context, step["fail"])
             elif "cut" in step:
+                are_sent()
                 self._relay.cut(for_good=step["cut"] == "for_good")
+            elif "wait_for_answers" in step:
+                num_others = step["wait_for_answers"]
+                with self._is_whole:
+                    are_whole = self._is_whole.wait_for(
+                        lambda num=num_others: self._num_whole >= num, _PATIENCE_S
+                    )
+                assert are_whole, "others are not asked for"
             elif "wait_for_cancel" in step:
                 if ended.wait(_PATIENCE_S) and context is None:
                     self._note_cancel()

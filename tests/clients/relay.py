@@ -1,6 +1,9 @@
 """A TCP relay before a server, whose connections can be lost: what a broken network is to a client."""
 
+import fcntl
 import socket
+import struct
+import termios
 import threading
 import time
 from contextlib import suppress
@@ -25,8 +28,8 @@ class Relay:
         """Loses all connections once they are quiet; `for_good` takes no others."""
         if for_good:
             self._stop_listening()
-        while (left_s := self._last_passed_s + _QUIET_S - time.monotonic()) > 0:
-            time.sleep(left_s)
+        while (left_s := self._last_passed_s + _QUIET_S - time.monotonic()) > 0 or self._has_more():
+            time.sleep(max(left_s, 0.001))
         self.lose()
 
     def close(self) -> None:
@@ -47,6 +50,11 @@ class Relay:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
+    def _has_more(self) -> bool:
+        """Claims that something has come that is not passed on yet."""
+        with self._lock:
+            return any(_num_unread(connection) for connection in self._sockets)
+
     def _accept(self) -> None:
         with suppress(OSError):  # it is closed
             while True:
@@ -63,6 +71,14 @@ class Relay:
             while data := source.recv(1 << 16):
                 sink.sendall(data)
                 self._last_passed_s = time.monotonic()
+        with self._lock:
+            self._sockets -= {source, sink}
         for connection in (source, sink):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+
+
+def _num_unread(connection: socket.socket) -> int:
+    """Bytes that have come and were not received."""
+    found: tuple[int] = struct.unpack("i", fcntl.ioctl(connection, termios.FIONREAD, b"\0" * 4))
+    return found[0]

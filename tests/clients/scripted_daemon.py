@@ -246,7 +246,7 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
             context.add_callback(self._script.cancelled.set)
         for index, event in enumerate(_events(self._script, start)):
             if index - 1 == self._script.blocks_after:
-                self._script.cancelled.wait(30)
+                self._script.cancelled.wait(60)
                 return
             yield runtime_pb2.GenerateStreamResponse(events=[event])
 

@@ -9,7 +9,15 @@ import pytest
 from millrace.cli.certs import make_certs
 
 from tests.clients.conformance_server import ConformanceServer, Json, load_scenarios
-from tests.clients.runners import CLIENTS, LANGUAGES, Runner, build_with
+from tests.clients.runners import (
+    BUILD_AND_TESTS_TIMEOUT_S,
+    CLIENTS,
+    LANGUAGES,
+    Runner,
+    build_with,
+)
+
+pytestmark = pytest.mark.timeout(BUILD_AND_TESTS_TIMEOUT_S)
 
 SCENARIOS = load_scenarios()
 # In a client's folder, once it is built.
@@ -95,7 +103,7 @@ def test_client_passes_its_own_tests(name: str) -> None:
     if missing := language.missing():
         assert not os.environ.get("CI"), f"CI lacks {missing}"
         pytest.skip(f"the {name} client needs {missing}")
-    language.build()
+    language.made()
     build_with(*OWN_TESTS[name], cwd=CLIENTS / name)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.runners import CLIENTS, LANGUAGES, build_with, go
+from tests.clients.runners import BUILD_AND_TESTS_TIMEOUT_S, CLIENTS, LANGUAGES, build_with, go
+
+pytestmark = pytest.mark.timeout(BUILD_AND_TESTS_TIMEOUT_S)
 
 GO = CLIENTS / "go"
 PACKAGES = [f"millrace.io/millrace{folder}" for folder in ("", "/conformance", "/example")]

@@ -42,7 +42,7 @@ def test_importing_the_sdk_imports_neither_torch_nor_the_daemons_code() -> None:
         "bad = {'torch', 'shared', 'kernels', 'pydantic', 'redis', 'rich', 'typer'};"
         "sys.exit(', '.join(bad & set(sys.modules)) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -71,7 +71,7 @@ def test_leaving_the_block_cancels(client: millrace.Client, script: Script) -> N
     script.blocks_after = 1
     with client.generate("hello") as stream:
         assert next(iter(stream)).text == "Once"
-    assert script.cancelled.wait(10)
+    assert script.cancelled.wait(60)
     assert list(stream) == []
 
 
@@ -82,7 +82,7 @@ def test_another_thread_can_stop_a_stream(client: millrace.Client, script: Scrip
     next(chunks)
     threading.Timer(0.05, stream.close).start()
     assert list(chunks) == []
-    assert script.cancelled.wait(10)
+    assert script.cancelled.wait(60)
 
 
 def test_refused_start_is_tried_again_after_the_daemons_delay(
@@ -249,7 +249,7 @@ async def test_leaving_an_async_block_cancels(daemon: ScriptedDaemon, script: Sc
             async for chunk in stream:
                 assert chunk.text == "Once"
                 break
-        assert await asyncio.to_thread(script.cancelled.wait, 10)
+        assert await asyncio.to_thread(script.cancelled.wait, 60)
 
 
 async def test_cancelled_task_cancels_its_generation(
@@ -265,11 +265,11 @@ async def test_cancelled_task_cancels_its_generation(
                 arrived.set()
 
         task = asyncio.create_task(read())
-        await asyncio.wait_for(arrived.wait(), 10)
+        await asyncio.wait_for(arrived.wait(), 60)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await asyncio.to_thread(script.cancelled.wait, 10)
+        assert await asyncio.to_thread(script.cancelled.wait, 60)
 
 
 async def test_session_carries_many_generations_on_one_call(daemon: ScriptedDaemon) -> None:
@@ -323,7 +323,7 @@ async def test_closing_a_session_stream_cancels_that_generation_alone(
         async with session.generate("hello") as stream:
             async for _ in stream:
                 break
-        assert await asyncio.to_thread(script.cancelled.wait, 10)
+        assert await asyncio.to_thread(script.cancelled.wait, 60)
         assert script.asked[-1].cancel.request_id == "1"
         script.blocks_after = None
         assert (await session.generate("hello").wait()).text == TEXT

@@ -75,7 +75,7 @@ async def working(
             await task
 
 
-async def eventually(claim: Callable[[], bool], limit_s: float = 20.0) -> None:
+async def eventually(claim: Callable[[], bool], limit_s: float = 60.0) -> None:
     """Waits until what another process does has made `claim` true."""
     deadline = time.monotonic() + limit_s
     while not claim():

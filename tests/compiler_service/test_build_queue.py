@@ -28,7 +28,7 @@ from shared.errors import (
     reason_of,
     to_status,
 )
-from shared.redis import EmbeddedRedis, connect_sync
+from shared.redis import MAX_BLOCK_S, EmbeddedRedis, connect_sync
 from tests.compiler_service.build_helpers import job, open_queue
 
 pytestmark = pytest.mark.redis
@@ -39,7 +39,7 @@ DIGEST = JOB.key.digest
 
 async def take(queue: BuildQueue, owner: str) -> tuple[Lease, Attempt]:
     """Leases and starts the next build, waiting for leases to run out where it must."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             lease = await queue.lease(owner)
             if lease is None:
@@ -136,29 +136,51 @@ async def test_silent_worker_is_fenced_off(redis_url: str) -> None:
         assert await queue.finish("b", fresh, SUCCEEDED)
 
 
+async def test_idle_worker_of_a_long_lease_waits_no_longer_than_redis_is_given(
+    redis_url: str,
+) -> None:
+    with connect_sync(redis_url) as client, client.monitor() as monitor:
+
+        def block_s() -> float:
+            for command in monitor.listen():
+                words = command["command"].split()
+                if words[0] == "XREADGROUP":
+                    return int(words[words.index("BLOCK") + 1]) / 1000
+            raise AssertionError("it reads")
+
+        async with open_queue(redis_url, lease_s=3600) as queue:
+            leasing = asyncio.create_task(queue.lease("a"))
+            assert await asyncio.to_thread(block_s) <= MAX_BLOCK_S
+            leasing.cancel()
+            await asyncio.wait({leasing})
+
+
 async def test_lost_build_is_found_behind_many_live_ones(redis_url: str) -> None:
     jobs = [job(f"ok-{number}") for number in range(13)]
-    async with open_queue(redis_url, lease_s=6) as queue:
+    async with open_queue(redis_url, lease_s=60) as queue:
         for each in jobs:
             await queue.enqueue([each])
         leases = [await queue.lease(f"worker-{number}") for number in range(len(jobs))]
         lost = leases[-1]
         assert lost is not None
         with connect_sync(redis_url) as client:
-            client.xclaim(BUILDS, GROUP, "worker-12", 0, [lost.entry], idle=6001, justid=True)
+            client.xclaim(BUILDS, GROUP, "worker-12", 0, [lost.entry], idle=60_001, justid=True)
         assert await queue.lease("next") == lost
 
 
 async def test_heartbeats_keep_the_lease(redis_url: str) -> None:
-    async with open_queue(redis_url, lease_s=0.3) as queue:
+    other = job(arch="sm_90")
+    async with open_queue(redis_url, lease_s=60) as queue:
         await queue.enqueue([JOB])
-        _, attempt = await take(queue, "a")
-        other = asyncio.create_task(take(queue, "b"))
-        for _ in range(10):
-            await asyncio.wait({other}, timeout=0.1)
-            await queue.beat("a", attempt)
-        assert not other.done()
-        other.cancel()
+        lease, attempt = await take(queue, "a")
+        await queue.enqueue([other])
+        with connect_sync(redis_url) as client:  # time passes
+            client.xclaim(BUILDS, GROUP, "a", 0, [lease.entry], idle=60_001, justid=True)
+        await queue.beat("a", attempt)
+        # What is lost would come first.
+        found = await queue.lease("b")
+        assert found is not None
+        assert found.digests == (other.key.digest,)
 
 
 async def test_build_fails_with_worker_lost_after_too_many_attempts(redis_url: str) -> None:

@@ -68,10 +68,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def daemon(redis_url: str, tmp_path: Path) -> AsyncIterator[Daemon]:
     connection = connect(redis_url)
     store = LocalStore(tmp_path / "store")
-    queue = BuildQueue(connection, redis_url, lease_s=1, max_queued=3)
+    queue = BuildQueue(connection, redis_url, lease_s=60, max_queued=3)
     metrics = CompilerMetrics(CollectorRegistry())
     operations = Operations(connection, redis_url)
-    compiler = Compiler(queue, operations, store, tmp_path / "cache", metrics)
+    compiler = Compiler(queue, operations, store, tmp_path / "cache", metrics, at_once_s=60)
     service = CompilerService(compiler, queue, store)
     server = DaemonServer("127.0.0.1:0", 1 << 20, CollectorRegistry())
     compiler_pb2_grpc.add_CompilerServiceServicer_to_server(service, server.grpc)
@@ -87,7 +87,7 @@ async def resolved(daemon: Daemon, model: Path, *archs: str, scheme: str = "fp32
     """The operation of a request once its checkpoint was hashed; its builds wait."""
     operation = await daemon.client.ask(model, *archs, scheme=scheme)
     request = compiler_pb2.WatchOperationRequest(name=operation.name)
-    async for response in daemon.stub.WatchOperation(request, timeout=30):
+    async for response in daemon.stub.WatchOperation(request, timeout=60):
         if response.operation.state != compiler_pb2.OPERATION_STATE_RESOLVING:
             return response.operation
     raise AssertionError("the watch ended while the operation was resolving")
@@ -150,7 +150,7 @@ async def test_watch_takes_over_an_operation_whose_daemon_died(
     connection = connect(redis_url)
     await Operations(connection, redis_url).begin(record)
     watch = daemon.stub.WatchOperation(
-        compiler_pb2.WatchOperationRequest(name=record.name), timeout=30
+        compiler_pb2.WatchOperationRequest(name=record.name), timeout=60
     )
     states = [(await watch.read()).operation.state]
     # As after a minute without the other daemon; the event is there only to save time.
@@ -181,7 +181,7 @@ async def test_renewing_an_operation_restores_it_and_leaves_a_resolved_one(redis
 async def test_watch_of_an_operation_follows_its_builds(daemon: Daemon, model: Path) -> None:
     operation = await resolved(daemon, model, "cpu")
     watch = daemon.stub.WatchOperation(
-        compiler_pb2.WatchOperationRequest(name=operation.name), timeout=30
+        compiler_pb2.WatchOperationRequest(name=operation.name), timeout=60
     )
     states = [(await watch.read()).operation.builds[0].state]
     lease = await daemon.queue.lease("worker")
@@ -205,7 +205,7 @@ async def test_watch_of_an_operation_follows_its_builds(daemon: Daemon, model: P
 async def test_cancelled_build_is_cancelled_and_asked_for_anew(daemon: Daemon, model: Path) -> None:
     operation = await resolved(daemon, model, "cpu")
     request = compiler_pb2.CancelBuildRequest(name=operation.builds[0].name)
-    build = (await daemon.stub.CancelBuild(request, timeout=10)).build
+    build = (await daemon.stub.CancelBuild(request, timeout=60)).build
     assert build.state == compiler_pb2.BUILD_STATE_CANCELLED
     again = await daemon.client.ask(model, "cpu")
     assert again.builds[0].state == compiler_pb2.BUILD_STATE_QUEUED
@@ -226,22 +226,22 @@ async def test_unknown_build_is_not_found(daemon: Daemon, name: str) -> None:
         (daemon.stub.CancelBuild, compiler_pb2.CancelBuildRequest(name=name)),
     )
     for call, request in calls:
-        assert (await refusal(call(request, timeout=10)))[:2] == (NOT_FOUND, "BUILD_NOT_FOUND")
+        assert (await refusal(call(request, timeout=60)))[:2] == (NOT_FOUND, "BUILD_NOT_FOUND")
     streams: tuple[tuple[Any, Any], ...] = (
         (daemon.stub.WatchBuild, compiler_pb2.WatchBuildRequest(name=name)),
         (daemon.stub.WatchOperation, compiler_pb2.WatchOperationRequest(name=name)),
     )
     for call, request in streams:
-        found = await refusal(call(request, timeout=10).read())
+        found = await refusal(call(request, timeout=60).read())
         assert found[:2] == (NOT_FOUND, "BUILD_NOT_FOUND")
 
 
 async def test_builds_are_listed_in_pages(daemon: Daemon) -> None:
     for name in ("b1", "b2", "b3"):
         await daemon.queue.enqueue([job(name)])
-    first = await daemon.stub.ListBuilds(compiler_pb2.ListBuildsRequest(page_size=2), timeout=10)
+    first = await daemon.stub.ListBuilds(compiler_pb2.ListBuildsRequest(page_size=2), timeout=60)
     second = await daemon.stub.ListBuilds(
-        compiler_pb2.ListBuildsRequest(page_size=2, page_token=first.next_page_token), timeout=10
+        compiler_pb2.ListBuildsRequest(page_size=2, page_token=first.next_page_token), timeout=60
     )
     uris = [build.model_uri for page in (first, second) for build in page.builds]
     assert uris == ["fake:b3", "fake:b2", "fake:b1"]
@@ -253,7 +253,7 @@ async def test_engines_are_listed_in_pages(daemon: Daemon) -> None:
     names, token = [], ""
     while True:
         page = await daemon.stub.ListEngines(
-            compiler_pb2.ListEnginesRequest(page_size=2, page_token=token), timeout=10
+            compiler_pb2.ListEnginesRequest(page_size=2, page_token=token), timeout=60
         )
         names += [engine.name for engine in page.engines]
         token = page.next_page_token
@@ -268,27 +268,27 @@ async def test_malformed_page_is_refused(daemon: Daemon, size: int, token: str) 
         (daemon.stub.ListBuilds, compiler_pb2.ListBuildsRequest),
         (daemon.stub.ListEngines, compiler_pb2.ListEnginesRequest),
     ):
-        found = await refusal(call(request(page_size=size, page_token=token), timeout=10))
+        found = await refusal(call(request(page_size=size, page_token=token), timeout=60))
         assert found[:2] == (INVALID, "INVALID_FIELD")
 
 
 async def test_engine_is_found_by_prefix_and_deleted_by_full_name(daemon: Daemon) -> None:
     name = daemon.publish("a").name
     get = compiler_pb2.GetEngineRequest(name=name[:16])
-    assert (await daemon.stub.GetEngine(get, timeout=10)).engine.name == name
+    assert (await daemon.stub.GetEngine(get, timeout=60)).engine.name == name
     for wrong in (name[:16], "engines/" + "0" * 64):
         request = compiler_pb2.DeleteEngineRequest(name=wrong)
-        found = await refusal(daemon.stub.DeleteEngine(request, timeout=10))
+        found = await refusal(daemon.stub.DeleteEngine(request, timeout=60))
         assert found[:2] == (NOT_FOUND, "ENGINE_NOT_FOUND")
-    await daemon.stub.DeleteEngine(compiler_pb2.DeleteEngineRequest(name=name), timeout=10)
-    assert (await refusal(daemon.stub.GetEngine(get, timeout=10)))[1] == "ENGINE_NOT_FOUND"
+    await daemon.stub.DeleteEngine(compiler_pb2.DeleteEngineRequest(name=name), timeout=60)
+    assert (await refusal(daemon.stub.GetEngine(get, timeout=60)))[1] == "ENGINE_NOT_FOUND"
 
 
 async def test_engine_without_a_record_is_a_cached_build(daemon: Daemon) -> None:
     name = "builds/" + daemon.publish("a").key.digest
-    build = (await daemon.stub.GetBuild(compiler_pb2.GetBuildRequest(name=name), timeout=10)).build
+    build = (await daemon.stub.GetBuild(compiler_pb2.GetBuildRequest(name=name), timeout=60)).build
     assert build.cached
-    watch = daemon.stub.WatchBuild(compiler_pb2.WatchBuildRequest(name=name), timeout=10)
+    watch = daemon.stub.WatchBuild(compiler_pb2.WatchBuildRequest(name=name), timeout=60)
     states = [response.build.state async for response in watch]
     assert states == [compiler_pb2.BUILD_STATE_SUCCEEDED]
 
@@ -307,12 +307,12 @@ async def test_without_redis_cached_engines_are_answered_and_the_rest_is_refused
     embedded_redis.stop()
     again = await daemon.client.ask(model, "cpu")
     assert again.builds[0].cached
-    engines = await daemon.stub.ListEngines(compiler_pb2.ListEnginesRequest(), timeout=10)
+    engines = await daemon.stub.ListEngines(compiler_pb2.ListEnginesRequest(), timeout=60)
     get = compiler_pb2.GetEngineRequest(name=engines.engines[0].name)
-    assert (await daemon.stub.GetEngine(get, timeout=10)).engine.name == get.name
+    assert (await daemon.stub.GetEngine(get, timeout=60)).engine.name == get.name
     for call in (
         daemon.client.ask(model, "sm_90", scheme="bf16"),
-        daemon.stub.ListBuilds(compiler_pb2.ListBuildsRequest(), timeout=10),
+        daemon.stub.ListBuilds(compiler_pb2.ListBuildsRequest(), timeout=60),
     ):
         code, reason, sentence = await refusal(call)
         assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "REDIS_UNREACHABLE")
@@ -322,7 +322,7 @@ async def test_without_redis_cached_engines_are_answered_and_the_rest_is_refused
 async def test_watch_is_sent_elsewhere_when_the_daemon_drains(daemon: Daemon) -> None:
     await daemon.queue.enqueue([job("b1")])
     name = "builds/" + job("b1").key.digest
-    watch = daemon.stub.WatchBuild(compiler_pb2.WatchBuildRequest(name=name), timeout=10)
+    watch = daemon.stub.WatchBuild(compiler_pb2.WatchBuildRequest(name=name), timeout=60)
     assert (await watch.read()).build.state == compiler_pb2.BUILD_STATE_QUEUED
     daemon.service.draining.set()
     code, reason, _ = await refusal(watch.read())

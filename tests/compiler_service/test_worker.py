@@ -83,12 +83,12 @@ def other_worker(redis_url: str, folders: Folders) -> Iterator[WorkerProcess]:
 
 
 async def end_of(queue: BuildQueue, digest: str) -> BuildRecord:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         return [record async for record in queue.watch(digest)][-1]
 
 
 async def until(queue: BuildQueue, digest: str, state: str) -> BuildRecord:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         async for record in queue.watch(digest):
             if record.state == state:
                 return record
@@ -274,7 +274,7 @@ async def test_idle_worker_outlives_redis(
     async with working(queue, folders, "a"):
         embedded_redis.kill()
         embedded_redis.start()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await queue.enqueue([job("ok")])
             assert (await end_of(queue, job("ok").key.digest)).state == SUCCEEDED
 

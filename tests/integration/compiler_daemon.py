@@ -20,15 +20,24 @@ class CompilerDaemon(DaemonProcess):
 
     Args:
         file_limit_bytes: largest file that it and its children may write; 0 sets no limit.
+        lease_s: short where a test waits for the builds of another daemon that is lost; else a lease runs out only
+            on a machine that stands still.
     """
 
-    def __init__(self, redis_url: str, root: Path, *flags: str, file_limit_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        redis_url: str,
+        root: Path,
+        *flags: str,
+        file_limit_bytes: int = 0,
+        lease_s: float = 60.0,
+    ) -> None:
         super().__init__(
             "compiler_service",
             "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0",
             "--redis-url", redis_url, "--store", str(root / "store"),
             "--cache-dir", str(root / "cache"), "--state-dir", str(root / "redis"),
-            "--lease-s", "1.5", *flags,
+            "--lease-s", str(lease_s), *flags,
             wrapper=("prlimit", f"--fsize={file_limit_bytes}") if file_limit_bytes else (),
         )  # fmt: skip
         self.metrics_address = str(self.wait_for("compiler_started")["metrics"])
@@ -46,12 +55,12 @@ class Client:
         request = compiler_pb2.BuildEngineRequest(
             model_uri=str(model), archs=archs, quant=engine_pb2.QuantConfig(scheme=scheme)
         )
-        return (await self.stub.BuildEngine(request, timeout=30)).operation
+        return (await self.stub.BuildEngine(request, timeout=60)).operation
 
     async def end_of(self, operation: Any) -> Any:
         """The operation when all of it has ended."""
         request = compiler_pb2.WatchOperationRequest(name=operation.name)
-        async for response in self.stub.WatchOperation(request, timeout=90):
+        async for response in self.stub.WatchOperation(request, timeout=240):
             operation = response.operation
         return operation
 

@@ -8,6 +8,9 @@ import sys
 import threading
 from typing import Any, Self
 
+# It imports torch, on a machine that does much beside.
+_START_S = 120.0
+
 
 class DaemonProcess:
     """`python -m MODULE FLAGS`, logging JSON; has bound its address when it is made.
@@ -36,16 +39,17 @@ class DaemonProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def wait_for(self, event: str, timeout_s: float = 60.0) -> dict[str, Any]:
-        """The first log line of that event."""
+    def wait_for(self, event: str, **fields: Any) -> dict[str, Any]:
+        """The first log line of that event, with those fields."""
         found: list[dict[str, Any]] = []
+        wanted = {"event": event, **fields}
 
         def is_there() -> bool:
-            found[:] = [line for line in self.lines if line.get("event") == event]
+            found[:] = [line for line in self.lines if wanted.items() <= line.items()]
             return bool(found) or self.process.poll() is not None
 
         with self._has_line:
-            self._has_line.wait_for(is_there, timeout_s)
+            self._has_line.wait_for(is_there, _START_S)
         assert found, f"no {event} in {self.lines[-20:]}"
         return found[0]
 

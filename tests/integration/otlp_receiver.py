@@ -60,7 +60,7 @@ class OtlpReceiver:
             return [span for span in self.spans if span.trace == trace]
 
         with self._news:
-            self._news.wait_for(lambda: is_enough({span.name for span in found()}), 30)
+            self._news.wait_for(lambda: is_enough({span.name for span in found()}), 60)
         return found()
 
     def _take(self, request: ExportTraceServiceRequest) -> None:

@@ -15,11 +15,11 @@ import pytest
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
-from tests.clients.runners import LANGUAGES, Json, Runner
+from tests.clients.runners import BUILD_AND_TESTS_TIMEOUT_S, LANGUAGES, Json, Runner
 from tests.integration.fleet_processes import FleetClient, FleetProcesses, is_near_tie
 from tests.runtime_service.daemon import Seen
 
-pytestmark = pytest.mark.redis
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(BUILD_AND_TESTS_TIMEOUT_S)]
 
 NUM_TOKENS = 400
 NUM_IN_SESSION = 12

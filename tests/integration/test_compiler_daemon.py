@@ -42,8 +42,8 @@ def start(redis_url: str, tmp_path: Path) -> Iterator[Start]:
     """Starts daemons that share a Redis and a store, and ends them after the test."""
     daemons: list[CompilerDaemon] = []
 
-    def start_daemon(*flags: str) -> CompilerDaemon:
-        daemons.append(CompilerDaemon(redis_url, tmp_path, *flags))
+    def start_daemon(*flags: str, **options: float) -> CompilerDaemon:
+        daemons.append(CompilerDaemon(redis_url, tmp_path, *flags, **options))
         return daemons[-1]
 
     yield start_daemon
@@ -54,7 +54,7 @@ def start(redis_url: str, tmp_path: Path) -> Iterator[Start]:
 async def build_in(client: Client, operation: Any, state: Any) -> Any:
     """The operation's first build once it is in that state."""
     request = compiler_pb2.WatchOperationRequest(name=operation.name)
-    async for response in client.stub.WatchOperation(request, timeout=60):
+    async for response in client.stub.WatchOperation(request, timeout=120):
         for build in response.operation.builds:
             if build.state == state:
                 return build
@@ -65,6 +65,40 @@ def children_of(pid: int) -> list[int]:
     """Process ids of the build children of a daemon."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in text.split()]
+
+
+async def stopped_child(daemon: CompilerDaemon) -> int:
+    """Stops the daemon's build child at its beginning, so that the build is not over before a test goes on.
+
+    It ends with its daemon; SIGCONT lets it go on.
+    """
+
+    def has_begun() -> bool:
+        """Claims that it is a program of its own, which knows what to do at SIGTERM and when its daemon dies."""
+        found = children_of(daemon.process.pid)
+        return (
+            bool(found)
+            and "build_child" in Path(f"/proc/{found[0]}/cmdline").read_text()
+            and has_signal(found[0], "SigCgt", signal.SIGTERM)
+        )
+
+    await until(has_begun)
+    (child,) = children_of(daemon.process.pid)
+    os.kill(child, signal.SIGSTOP)
+    return child
+
+
+def has_signal(pid: int, field: str, number: signal.Signals) -> bool:
+    """Claims that a set of signals of a process holds that one. Source: proc(5), status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (mask,) = (int(line.split()[1], 16) for line in lines if line.startswith(f"{field}:"))
+    return bool(mask >> (number - 1) & 1)
+
+
+async def continued_to_its_end(child: int) -> None:
+    """Has a stopped child go on once its daemon has told it to end."""
+    await until(lambda: has_signal(child, "ShdPnd", signal.SIGTERM))
+    os.kill(child, signal.SIGCONT)
 
 
 def metrics_of(daemon: CompilerDaemon) -> str:
@@ -81,7 +115,7 @@ async def test_two_daemons_and_many_callers_make_one_engine_and_the_next_call_is
         ended = await asyncio.gather(*(c.built(model, "cpu") for c in (a, b) * 5))
         assert {operation.builds[0].state for operation in ended} == {SUCCEEDED}
         assert len({operation.builds[0].name for operation in ended}) == 1
-        again = await b.ask(model, "cpu")
+        again = await b.built(model, "cpu")
         assert again.builds[0].cached
         # A moved folder is the same model.
         moved = write_checkpoint(tmp_path / "elsewhere")
@@ -96,9 +130,10 @@ async def test_killed_daemon_is_replaced_by_another(start: Start, model: Path) -
     doomed, survivor = start(), start("--no-worker")
     async with client_of(survivor) as client:
         operation = await client.ask(model, "cpu")
+        await stopped_child(doomed)
         await build_in(client, operation, RUNNING)
         doomed.send(signal.SIGKILL)
-        start()
+        start(lease_s=1.5)
         ended = await client.end_of(operation)
     assert (ended.builds[0].state, ended.builds[0].attempt) == (SUCCEEDED, 2)
 
@@ -109,13 +144,10 @@ async def test_daemon_stopped_past_its_lease_does_no_harm_when_it_goes_on(
     stopped, watching = start(), start("--no-worker")
     async with client_of(watching) as client:
         operation = await client.ask(model, "cpu")
-        # The child first, when it has only just begun: a build that is over cannot be stopped.
-        await until(lambda: children_of(stopped.process.pid), 60)
-        (child,) = children_of(stopped.process.pid)
-        os.kill(child, signal.SIGSTOP)
+        child = await stopped_child(stopped)
         await build_in(client, operation, RUNNING)
         stopped.send(signal.SIGSTOP)
-        start()
+        start(lease_s=1.5)
         ended = await client.end_of(operation)
         assert (ended.builds[0].state, ended.builds[0].attempt) == (SUCCEEDED, 2)
         stopped.send(signal.SIGCONT)
@@ -123,7 +155,7 @@ async def test_daemon_stopped_past_its_lease_does_no_harm_when_it_goes_on(
         line = await asyncio.to_thread(stopped.wait_for, "build_attempt_ended")
         assert line["outcome"] == "fenced"
         after = await client.stub.GetBuild(
-            compiler_pb2.GetBuildRequest(name=ended.builds[0].name), timeout=10
+            compiler_pb2.GetBuildRequest(name=ended.builds[0].name), timeout=60
         )
         assert after.build == ended.builds[0]
     store = LocalStore(tmp_path / "store")
@@ -137,11 +169,13 @@ async def test_build_resumes_when_redis_was_stopped_and_started(
     daemon = start()
     async with client_of(daemon) as client:
         operation = await client.ask(model, "cpu")
+        child = await stopped_child(daemon)
         await build_in(client, operation, RUNNING)
         embedded_redis.stop()
         request = compiler_pb2.WatchOperationRequest(name=operation.name)
-        code, reason, _ = await refusal(client.stub.WatchOperation(request, timeout=20).read())
+        code, reason, _ = await refusal(client.stub.WatchOperation(request, timeout=60).read())
         assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "REDIS_UNREACHABLE")
+        os.kill(child, signal.SIGCONT)
         embedded_redis.start()
         ended = await client.end_of(operation)
     assert (ended.builds[0].state, ended.builds[0].attempt) == (SUCCEEDED, 1)
@@ -153,8 +187,10 @@ async def test_cancel_ends_the_child_leaves_no_engine_and_is_counted(
     daemon = start()
     async with client_of(daemon) as client:
         operation = await client.ask(model, "cpu")
+        child = await stopped_child(daemon)
         build = await build_in(client, operation, RUNNING)
-        await client.stub.CancelBuild(compiler_pb2.CancelBuildRequest(name=build.name), timeout=10)
+        await client.stub.CancelBuild(compiler_pb2.CancelBuildRequest(name=build.name), timeout=60)
+        await continued_to_its_end(child)
         ended = await client.end_of(operation)
         assert ended.builds[0].state == CANCELLED
         assert children_of(daemon.process.pid) == []
@@ -173,6 +209,7 @@ async def test_sigterm_returns_the_build_uncounted_and_tells_the_watchers(
     leaving, staying = start(), start("--no-worker")
     async with client_of(leaving) as client, client_of(staying) as other:
         operation = await client.ask(model, "cpu")
+        child = await stopped_child(leaving)
         await build_in(client, operation, RUNNING)
         health = health_pb2_grpc.HealthStub(client.channel)
         state = await health.Check(health_pb2.HealthCheckRequest())
@@ -180,8 +217,9 @@ async def test_sigterm_returns_the_build_uncounted_and_tells_the_watchers(
         watching = asyncio.create_task(client.end_of(operation))
         await build_in(client, operation, RUNNING)
         leaving.send(signal.SIGTERM)
+        await continued_to_its_end(child)
         assert (await refusal(watching))[1] == "DRAINING"
-        assert await asyncio.to_thread(leaving.process.wait, 20) == 0
+        assert await asyncio.to_thread(leaving.process.wait, 60) == 0
         start()
         ended = await other.end_of(operation)
     assert (ended.builds[0].state, ended.builds[0].attempt) == (SUCCEEDED, 1)
@@ -236,11 +274,11 @@ async def test_daemon_without_redis_url_brings_its_own_and_keeps_it_running(
             (own,) = (child for child in children if "valkey" in child.name())
             own.kill()
             await asyncio.to_thread(daemon.wait_for, "embedded_redis_ended")
-            listed = await client.stub.ListBuilds(compiler_pb2.ListBuildsRequest(), timeout=10)
+            listed = await client.stub.ListBuilds(compiler_pb2.ListBuildsRequest(), timeout=60)
             # What it knew is there.
             assert len(listed.builds) == 1
         daemon.send(signal.SIGTERM)
-        assert await asyncio.to_thread(daemon.process.wait, 20) == 0
+        assert await asyncio.to_thread(daemon.process.wait, 60) == 0
     finally:
         daemon.close()
 

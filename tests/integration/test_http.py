@@ -75,7 +75,7 @@ async def over_kserve(channel: grpc.aio.Channel, metadata: Any) -> str:
 async def has_running(channel: grpc.aio.Channel, metadata: Any) -> None:
     """Returns when the gateway has sent a generation to a runtime."""
     stub: Any = fleet_pb2_grpc.FleetServiceStub(channel)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             fleet = await stub.GetFleet(fleet_pb2.GetFleetRequest(), metadata=metadata)
             if any(runtime.generations for runtime in fleet.runtimes):
@@ -95,7 +95,7 @@ async def test_all_faces_of_a_secured_gateway_give_the_same_tokens(
         DaemonProcess(
             "runtime_service.gateway",
             "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--metrics-listen", "",
-            "--runtimes", runtime.address, "--api-keys", str(tmp_path / "keys"),
+            "--runtimes", runtime.address, "--silent-s", "60", "--api-keys", str(tmp_path / "keys"),
             "--tls-cert", str(certs / "server.crt"), "--tls-key", str(certs / "server.key"),
         ) as gateway,
     ):  # fmt: skip
@@ -141,4 +141,4 @@ async def test_all_faces_of_a_secured_gateway_give_the_same_tokens(
             chunks = [chunk.choices[0] async for chunk in await running]
             assert "".join(chunk.text for chunk in chunks) == expected.text
             assert chunks[-1].finish_reason == "length"
-            assert await asyncio.to_thread(gateway.process.wait, 20) == 0
+            assert await asyncio.to_thread(gateway.process.wait, 60) == 0

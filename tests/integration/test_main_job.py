@@ -114,12 +114,17 @@ async def test_sigterm_ends_every_stream_once_and_then_the_daemon(
         call = stub.Generate()
         running = [str(index) for index in range(20)]
         for request_id in running:
-            await call.write(start(request_id, 100))
+            await call.write(start(request_id, 100, credit_tokens=10))
         events: dict[str, list[pb.Event]] = {}
         await collect(call, events, until=lambda: len(events) == len(running))
         runtime.send(signal.SIGTERM)
         await health(channel, health_pb2.HealthCheckResponse.NOT_SERVING)
         await call.write(start("late", 100))
+        await collect(call, events, until=lambda: "late" in events)
+        # Without it they would run for ever: none was at its end before the late one came.
+        for request_id in running:
+            credit = pb.AddCredit(request_id=request_id, tokens=100)
+            await call.write(pb.GenerateRequest(credit=credit))
         await call.done_writing()
         await collect(call, events, until=lambda: False)
     for request_id in running:
@@ -127,7 +132,7 @@ async def test_sigterm_ends_every_stream_once_and_then_the_daemon(
         assert len(terminal) == 1, request_id
         assert terminal[0].finished.usage.generated_tokens == 100
     assert [reason_of(event.error) for event in events["late"]] == ["DRAINING"]
-    assert await asyncio.to_thread(runtime.process.wait, 20) == 0
+    assert await asyncio.to_thread(runtime.process.wait, 60) == 0
 
 
 async def test_a_killed_engine_process_ends_streams_once_and_the_daemon_recovers(
@@ -140,7 +145,7 @@ async def test_a_killed_engine_process_ends_streams_once_and_the_daemon_recovers
         stub: Any = runtime_pb2_grpc.RuntimeServiceStub(channel)
         call = stub.Generate()
         for request_id in ("a", "b"):
-            await call.write(start(request_id, 110))
+            await call.write(start(request_id, 110, credit_tokens=10))
         events: dict[str, list[pb.Event]] = {}
         await collect(call, events, until=lambda: len(events) == 2)
         (engine,) = engine_processes(runtime.process.pid)
@@ -165,13 +170,16 @@ def greedy(checkpoint: Path) -> list[int]:
     return [int(token_id) for token_id in out[0, len(PROMPT) :]]
 
 
-def start(request_id: str, num_tokens: int = NUM_TOKENS) -> pb.GenerateRequest:
-    """A greedy generation of `num_tokens`, whatever they are."""
+def start(
+    request_id: str, num_tokens: int = NUM_TOKENS, credit_tokens: int | None = None
+) -> pb.GenerateRequest:
+    """A greedy generation of `num_tokens`, whatever they are; it waits where its credit is used up."""
     return pb.GenerateRequest(
         start=pb.StartGeneration(
             request_id=request_id,
             token_ids=pb.TokenIds(ids=PROMPT),
             stop=pb.StopConditions(max_new_tokens=num_tokens, ignore_end_tokens=True),
+            credit_tokens=credit_tokens,
         )
     )
 

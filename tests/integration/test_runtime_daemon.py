@@ -25,7 +25,7 @@ from compiler_service.artifact_service import ArtifactService
 from shared.errors import reason_of
 from shared.redis import EmbeddedRedis, connect_sync
 from shared.store import LocalStore
-from tests.runtime_service.daemon import Call, publish_echo, rest_of, start_of, until
+from tests.runtime_service.daemon import HANG_S, Call, publish_echo, rest_of, start_of, until
 
 ROOT = Path(__file__).parents[2]
 # The daemon as it is, but for the engine that its engine process loads.
@@ -59,7 +59,7 @@ class Process:
 
     async def exit_status(self) -> int:
         """Waits for the process to end."""
-        return await asyncio.wait_for(self.process.wait(), 20)
+        return await asyncio.wait_for(self.process.wait(), HANG_S)
 
 
 @asynccontextmanager
@@ -113,12 +113,13 @@ async def test_sigterm_under_load_ends_every_stream_and_the_process(
     tmp_path: Path, port: int
 ) -> None:
     """Those that finish within the grace do, the others get DRAINING; nobody gets both."""
-    async with daemon_process(tmp_path, port, "--drain-s", "1.5") as daemon:
+    async with daemon_process(tmp_path, port, "--drain-s", "5") as daemon:
         await daemon.serving()
         call = Call(daemon.stub.Generate())
         for number in range(4):
             await call.start(f"short{number}", [40, 41], max_new_tokens=60)
-            await call.start(f"long{number}", [40, 41], max_new_tokens=500)
+            # It waits for more credit than it gets: it is never at its end.
+            await call.start(f"long{number}", [40, 41], max_new_tokens=500, credit_tokens=10)
         await call.read_until(lambda: call.num_tokens("long3") > 2)
         daemon.process.send_signal(signal.SIGTERM)
         seen = await call.finish()
@@ -129,12 +130,11 @@ async def test_sigterm_under_load_ends_every_stream_and_the_process(
 
 
 async def test_idle_daemon_exits_at_once(tmp_path: Path, port: int) -> None:
-    async with daemon_process(tmp_path, port) as daemon:
+    """It does not use up a grace that it does not need."""
+    async with daemon_process(tmp_path, port, "--drain-s", "3600") as daemon:
         await daemon.serving()
-        started = time.monotonic()
         daemon.process.send_signal(signal.SIGINT)
         assert await daemon.exit_status() == 0
-        assert time.monotonic() - started < 5
 
 
 class _Stalling(ArtifactService):
@@ -187,16 +187,24 @@ async def test_redis_knows_who_serves_and_its_loss_is_not_noticed(
         status = await daemon.stub.GetStatus(pb.GetStatusRequest())
         key = f"runtime:{status.runtime_id}"
         client = connect_sync(embedded_redis.url)
-        await until(lambda: client.hget(key, "state") == "serving")
-        record = client.hgetall(key)
+        record: dict[str, str] = {}
+
+        def is_serving() -> bool:
+            nonlocal record
+            # At once: a heartbeat that is late lets the record expire.
+            record, left_ms = client.pipeline().hgetall(key).pttl(key).execute()
+            assert left_ms <= 600
+            return record.get("state") == "serving" and left_ms > 0
+
+        await until(is_serving)
         assert record["address"] == f"127.0.0.1:{port}"
         assert (record["model"], record["arch"], record["quant"]) == ("echo", "cpu", "fp32")
-        assert 0 < client.pttl(key) <= 600
 
         call = Call(daemon.stub.Generate())
-        await call.start("a", [40, 41], max_new_tokens=100)
+        await call.start("a", [40, 41], max_new_tokens=100, credit_tokens=10)
         await call.read_until(lambda: call.num_tokens("a") > 2)
         await asyncio.to_thread(embedded_redis.kill)
+        await call.let_go_on("a")
         assert (await call.finish())["a"].reason == "LENGTH"
 
         await asyncio.to_thread(embedded_redis.start)
@@ -272,7 +280,7 @@ async def test_daemon_that_cannot_serve_says_why_and_exits(
         env={"PATH": os.environ["PATH"]},
         stderr=asyncio.subprocess.PIPE,
     )
-    _, stderr = await asyncio.wait_for(process.communicate(), 20)
+    _, stderr = await asyncio.wait_for(process.communicate(), HANG_S)
     assert message in stderr.decode().splitlines()[-1]
     assert process.returncode == status
 
@@ -325,7 +333,7 @@ async def test_relays_pass_on_all_that_ends_with_the_daemon_and_end_with_it(
     tmp_path: Path, port: int
 ) -> None:
     """Streams on calls of their own, over two relays, while the daemon drains."""
-    async with daemon_process(tmp_path, port, "--drain-s", "10", "--relays", "2") as daemon:
+    async with daemon_process(tmp_path, port, "--drain-s", "60", "--relays", "2") as daemon:
         await daemon.serving()
         children = psutil.Process(daemon.process.pid).children()
         relays = [child for child in children if "runtime_service.relay" in child.cmdline()]

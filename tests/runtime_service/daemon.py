@@ -41,6 +41,11 @@ from tests.runtime_service.echo_engine import LOADER, VOCAB_SIZE
 
 TOKENIZER = byte_tokenizer()
 FP32 = QuantConfig("fp32")
+# What takes so long hangs; no test may depend on it, however busy the machine is.
+HANG_S = 60.0
+# Arguments of an engine on which a generation of ENDLESS_TOKENS is not at its end before a test ends it.
+ENDLESS = {"max_sequence_tokens": 1 << 16, "num_blocks": 1 << 14}
+ENDLESS_TOKENS = 60_000
 
 
 def publish_echo(
@@ -79,14 +84,16 @@ class Daemon:
         assert self.runtime.served is not None, "nothing is served"
         return self.runtime.served.client
 
-    async def freed(self, limit_s: float = 10.0) -> None:
+    async def freed(self) -> None:
         """Waits until the engine process says that no sequence holds a block."""
 
         def is_free() -> bool:
-            stats = self.client.stats
-            return stats is not None and not (stats.num_running or stats.num_waiting)
+            client, stats = self.client, self.client.stats
+            if client._outbox or client._is_working():
+                return False
+            return stats is None or not (stats.num_running or stats.num_waiting)
 
-        await until(is_free, limit_s)
+        await until(is_free)
 
     def call(self) -> "Call":
         """A new call of Generate."""
@@ -107,7 +114,6 @@ async def running_daemon(
     folder: Path,
     *,
     max_waiting_tokens: int = 0,
-    step_timeout_s: float = 30.0,
     max_message_bytes: int = 1 << 20,
     loader: str = LOADER,
     publish: Callable[[LocalStore], EngineManifest] = publish_echo,
@@ -137,8 +143,8 @@ async def running_daemon(
             spec,
             metrics,
             max_waiting_tokens=max_waiting_tokens,
-            load_timeout_s=30.0,
-            step_timeout_s=step_timeout_s,
+            load_timeout_s=HANG_S,
+            step_timeout_s=HANG_S,
             on_lost=on_lost,
             on_phase=on_phase,
         )
@@ -224,6 +230,10 @@ class Call:
         """Sends one command."""
         await self.raw.write(pb.GenerateRequest(**command))
 
+    async def let_go_on(self, request_id: str) -> None:
+        """Gives a generation all the credit that it needs: one with less waits for it, however late the test is."""
+        await self.send(credit=pb.AddCredit(request_id=request_id, tokens=1 << 20))
+
     async def done(self) -> None:
         """Half-closes."""
         await self.raw.done_writing()
@@ -288,8 +298,8 @@ def start_of(prompt: str | list[int], **fields: Any) -> pb.StartGeneration:
     return start
 
 
-async def until(condition: Callable[[], Any], limit_s: float = 10.0) -> None:
+async def until(condition: Callable[[], Any]) -> None:
     """Waits until `condition` holds, for what no event tells the test."""
-    async with asyncio.timeout(limit_s):
+    async with asyncio.timeout(HANG_S):
         while not condition():  # noqa: ASYNC110 - see above
             await asyncio.sleep(0.001)

@@ -119,9 +119,14 @@ async def test_process_says_when_it_is_idle_and_burns_no_cpu(start: Start) -> No
     reply = await process.link.receive()
     while not (isinstance(reply, StepOutputs) and reply.stats.is_idle):
         reply = await process.link.receive()
-    before = cpu_ticks(process.pid)
-    await asyncio.sleep(0.3)  # an interval to measure, not something to wait for
-    assert cpu_ticks(process.pid) - before <= 1
+    async with asyncio.timeout(60):
+        spent = 2
+        while (
+            spent > 1
+        ):  # it may be on its way to rest; what is busy while idle spends more in any interval
+            before = cpu_ticks(process.pid)
+            await asyncio.sleep(0.3)  # an interval to measure, not something to wait for
+            spent = cpu_ticks(process.pid) - before
 
 
 async def test_process_reports_what_failed_and_ends(start: Start) -> None:
@@ -195,7 +200,7 @@ def test_process_dies_with_a_killed_front() -> None:
         engine = os.pidfd_open(int(front.stdout.readline()))
         try:
             front.kill()
-            ended, _, _ = select.select([engine], [], [], 10)
+            ended, _, _ = select.select([engine], [], [], 60)
             assert ended, "the engine process outlives its front"
         finally:
             os.close(engine)
@@ -231,7 +236,7 @@ def test_waiting_process_ends_with_its_front(ending: str) -> None:
                 front.send_signal(signal.SIGINT)
             else:
                 front.communicate(b"\n")
-            ended, _, _ = select.select([engine], [], [], 10)
+            ended, _, _ = select.select([engine], [], [], 60)
             assert ended, "the waiting process outlives its front"
         finally:
             os.close(engine)

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from runtime_service.deployments import Deployment, Deployments, is_deployment_name
 from runtime_service.reconciler import Reconciler
 from shared.redis import connect
-from tests.runtime_service.daemon import FP32, Daemon, publish_echo, running_daemon
+from tests.runtime_service.daemon import FP32, HANG_S, Daemon, publish_echo, running_daemon
 
 pytestmark = pytest.mark.redis
 
@@ -68,7 +68,7 @@ class Members:
         publish_echo(daemon.store, "second")
         await daemon.runtime.unload()
         reconciler = Reconciler(
-            daemon.runtime, self._deployments, f"runtime{self._num}", name, 0.02, 5.0
+            daemon.runtime, self._deployments, f"runtime{self._num}", name, 0.02, HANG_S
         )
         return Member(daemon, reconciler)
 
@@ -108,12 +108,13 @@ async def test_versions_are_exchanged_one_at_a_time_and_what_runs_finishes(
     await first.settle()
     await second.settle()
     call = first.daemon.call()
-    await call.start("a", [40, 41], max_new_tokens=100, model="chat")
+    await call.start("a", [40, 41], max_new_tokens=100, model="chat", credit_tokens=10)
     await call.read_until(lambda: call.num_tokens("a") > 2)
     await deployments.apply(chat("second"))
     await first.reconciler.look()
     await second.settle()
     assert second.serves == "echo", "the first one is being exchanged"
+    await call.let_go_on("a")
     assert (await call.finish())["a"].reason == "LENGTH"
     await first.settle()
     assert (first.serves, second.serves) == ("second", "echo")
@@ -157,12 +158,13 @@ async def test_undeployed_runtime_finishes_what_it_has_and_becomes_idle(
     await deployments.apply(chat())
     await member.settle()
     call = member.daemon.call()
-    await call.start("a", [40, 41], max_new_tokens=60)
+    await call.start("a", [40, 41], max_new_tokens=60, credit_tokens=10)
     await call.read_until(lambda: call.num_tokens("a") > 2)
     assert await deployments.delete("chat")
     assert not await deployments.delete("chat")
     assert await deployments.list() == []
     await member.reconciler.look()
+    await call.let_go_on("a")
     assert (await call.finish())["a"].reason == "LENGTH"
     await member.settle()
     assert (member.serves, member.daemon.runtime.deployment) == ("", "")

@@ -8,6 +8,7 @@ import pytest
 
 from runtime_service.registration import Registration
 from shared.redis import connect
+from tests.runtime_service.daemon import HANG_S
 
 
 class _Mute:
@@ -43,13 +44,13 @@ async def registered() -> AsyncIterator[tuple[_Mute, Registration]]:
 async def test_mute_redis_does_not_put_a_drain_off() -> None:
     async with registered() as (mute, registration):
         await mute.has_heard.wait()
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(HANG_S):
             await registration.withdraw()
 
 
 async def test_heartbeat_that_is_not_answered_is_sent_on_a_new_connection() -> None:
     async with registered() as (mute, _):
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(HANG_S):
             await mute.came_again.wait()
 
 
@@ -65,7 +66,7 @@ async def test_runtime_registers_after_a_heartbeat_that_failed(redis_url: str) -
 
     registration = Registration(connect(redis_url), "odd", describe, 60.0)
     registration.start()
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(HANG_S):
         while not await redis.exists("runtime:odd"):
             pass
     await registration.withdraw()
@@ -90,7 +91,7 @@ async def test_change_on_the_eve_of_a_withdrawal_does_not_hold_it_up(
     registration.refresh()
     for _ in range(num_turns):
         await asyncio.sleep(0)
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(HANG_S):
         await registration.withdraw()
     assert not await redis.exists(key)
     await redis.aclose()

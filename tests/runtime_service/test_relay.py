@@ -20,7 +20,15 @@ from runtime_service.relay.relays import Relays
 from shared.errors import from_status, reason_of
 from shared.security import ServerSecurity
 from shared.settings import SettingsError
-from tests.runtime_service.daemon import Daemon, rest_of, running_daemon, start_of, until
+from tests.runtime_service.daemon import (
+    ENDLESS,
+    ENDLESS_TOKENS,
+    Daemon,
+    rest_of,
+    running_daemon,
+    start_of,
+    until,
+)
 from tests.runtime_service.echo_engine import VOCAB_SIZE
 from tests.runtime_service.gateway.running_gateway import kill, running_fleet
 from tests.runtime_service.gateway.test_gateway import Unsendable
@@ -92,15 +100,15 @@ async def test_errors_pass_with_their_details(tmp_path: Path) -> None:
 
 
 async def test_deadlines_and_lost_clients_end_what_they_started(tmp_path: Path) -> None:
-    async with running_daemon(tmp_path, step_s=0.02, relays=1) as daemon:
-        late = start_of([40], max_new_tokens=400)
+    async with running_daemon(tmp_path, step_s=0.02, relays=1, **ENDLESS) as daemon:
+        late = start_of([40], max_new_tokens=ENDLESS_TOKENS)
         late.timeout.FromMilliseconds(100)
         call = daemon.stub.GenerateStream(pb.GenerateStreamRequest(start=late))
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await rest_of(call)
         assert failed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await daemon.freed()
-        request = pb.GenerateStreamRequest(start=start_of([40], max_new_tokens=400))
+        request = pb.GenerateStreamRequest(start=start_of([40], max_new_tokens=ENDLESS_TOKENS))
         cancelled, left = daemon.stub.GenerateStream(request), daemon.stub.Generate()
         await cancelled.read()
         await left.write(pb.GenerateRequest(start=request.start))
@@ -111,8 +119,8 @@ async def test_deadlines_and_lost_clients_end_what_they_started(tmp_path: Path) 
 
 
 async def test_daemon_that_is_gone_ends_streams_with_an_error(tmp_path: Path) -> None:
-    async with running_daemon(tmp_path, step_s=0.02, relays=1) as daemon:
-        request = pb.GenerateStreamRequest(start=start_of([40], max_new_tokens=400))
+    async with running_daemon(tmp_path, step_s=0.02, relays=1, **ENDLESS) as daemon:
+        request = pb.GenerateStreamRequest(start=start_of([40], max_new_tokens=ENDLESS_TOKENS))
         call = daemon.stub.GenerateStream(request)
         await call.read()
         await daemon.server.grpc.stop(0)
@@ -125,10 +133,10 @@ async def test_daemon_that_is_gone_ends_streams_with_an_error(tmp_path: Path) ->
 
 async def test_command_that_cannot_be_sent_ends_what_runs_on_its_call(tmp_path: Path) -> None:
     """Nothing would reach the daemon any more, and nobody would know."""
-    async with running_daemon(tmp_path, step_s=0.005) as daemon:
+    async with running_daemon(tmp_path, step_s=0.005, **ENDLESS) as daemon:
         joined = JoinedCalls(daemon.channel).of(Caller(()))
         call = joined.open_call()
-        generation = call.start(start_of([40], request_id="a", max_new_tokens=400))
+        generation = call.start(start_of([40], request_id="a", max_new_tokens=ENDLESS_TOKENS))
         await until(lambda: generation.num_unread_tokens > 3)
         joined._outbox = Unsendable()
         joined.send(pb.GenerateRequest())
@@ -156,7 +164,7 @@ async def test_relay_that_died_is_replaced(tmp_path: Path) -> None:
     try:
         doomed, other = sorted(relays.pids)
         os.kill(doomed, signal.SIGKILL)
-        await until(lambda: doomed not in relays.pids and len(relays.pids) == 2, 30)
+        await until(lambda: doomed not in relays.pids and len(relays.pids) == 2)
         assert other in relays.pids
     finally:
         await relays.close()

@@ -100,7 +100,7 @@ async def test_tokens_are_counted_as_used_when_a_generation_has_ended(
         call = call_of(daemon, key)
         await call.start("a", PROMPT, max_new_tokens=412, credit_tokens=5)
         await call.read_until(lambda: call.num_tokens("a") == 5)
-        await call.start("b", PROMPT, max_new_tokens=100)
+        await call.start("b", PROMPT, max_new_tokens=400)
         refused = from_status((await call.read_to_end("b")).error)
         assert (refused.reason, refused.fields["limit"]) == ("QUOTA_EXCEEDED", "tokens_per_min")
         await call.send(cancel=pb.CancelGeneration(request_id="a"))

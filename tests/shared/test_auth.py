@@ -260,7 +260,7 @@ async def test_requests_beyond_the_tenants_rate_are_refused_until_the_time_told(
 ) -> None:
     """Its keys share the limit; other tenants do not feel it."""
     path = tmp_path / "keys"
-    first = new_key(capsys, path, "acme", requests_per_s=0.5)
+    first = new_key(capsys, path, "acme", requests_per_s=0.01)
     second, other = new_key(capsys, path, "acme"), new_key(capsys, path, "globex")
     async with serving(path) as address:
         async with client(address, first) as asking:
@@ -271,7 +271,7 @@ async def test_requests_beyond_the_tenants_rate_are_refused_until_the_time_told(
         )  # fmt: skip
         assert error.metadata["limit"] == "requests_per_s"
         assert error.retry_after_s is not None
-        assert 0 < error.retry_after_s <= 2
+        assert 0 < error.retry_after_s <= 100
         async with client(address, other) as asking:
             assert (await asking.get_status()).runtime_id == "globex"
 
@@ -301,7 +301,7 @@ async def test_keys_never_reach_the_log(tmp_path: Path, capsys: pytest.CaptureFi
 def test_denials_name_no_other_tenant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "keys"
     new_key(capsys, path, "secret-customer", concurrent=1)
-    key = new_key(capsys, path, "acme", "build", requests_per_s=1)
+    key = new_key(capsys, path, "acme", "build", requests_per_s=0.01)
     principal = ApiKeys(path).authenticate(shown(key))
     principal.quota.count_request()
     for refuse in (

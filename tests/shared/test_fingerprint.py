@@ -1,6 +1,9 @@
 """Law 3 for code: an edit that does something is seen, one that does not is not."""
 
+import gc
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -140,3 +143,18 @@ def test_our_own_code_has_a_fingerprint() -> None:
     assert fingerprint(["shared.store"]) == fingerprint(["shared.store"])
     assert len(fingerprint(["shared.store"])) == 64
     assert module.__name__ not in import_closure(["shared.engine"])
+
+
+def test_modules_are_read_by_any_number_of_threads_at_once() -> None:
+    """Where the garbage collector gives other threads a turn inside the parser, too."""
+
+    def give_way(phase: str, info: dict[str, int]) -> None:
+        time.sleep(0)  # lets go of the interpreter
+
+    gc.callbacks.append(give_way)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(import_closure, [["shared.engine"]] * 80))
+    finally:
+        gc.callbacks.remove(give_way)
+    assert len({tuple(sorted(closure)) for closure in found}) == 1

@@ -270,7 +270,7 @@ def test_sweep_passes_over_a_corrupt_manifest(store: LocalStore, is_read_first: 
         "import sys; from shared.store import LocalStore\nLocalStore(sys.argv[1]).sweep(grace_s=0)"
     )
     command = [sys.executable, "-c", script, str(store.root)]
-    subprocess.run(command, check=True, timeout=30, cwd=REPOSITORY)
+    subprocess.run(command, check=True, timeout=120, cwd=REPOSITORY)
     store.verify(store.get(good.name))
     assert store.list() == (good,)
     assert publish_engine(store, bad.key, graph=b"bad").manifest == bad.manifest

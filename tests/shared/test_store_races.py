@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import EngineNotFound
 from shared.store import LocalStore, pull
+from shared.store.pins import Pin, pinned_digests
 from tests.shared.engines import INT8, engine_key, publish_engine, weight_bytes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -68,6 +70,25 @@ def test_store_stays_whole_while_processes_race(tmp_path: Path, seed: int) -> No
         child.communicate()
     assert [child.returncode for child in children] == [0, 0, 0]
     require_whole(LocalStore(tmp_path))
+
+
+def test_pins_that_are_released_while_a_sweep_reads_them_are_no_error(tmp_path: Path) -> None:
+    """Between its looks at the folder, at a file and at the file's lock any of them may go."""
+    for _ in range(20):
+        pins = [Pin(tmp_path) for _ in range(400)]
+        for pin in pins:
+            pin.add("sha256:1")
+
+        def release(pins: list[Pin] = pins) -> None:
+            for pin in pins:
+                pin.release()
+
+        releasing = threading.Thread(target=release)
+        releasing.start()
+        while releasing.is_alive():
+            assert pinned_digests(tmp_path) <= {"sha256:1"}
+        releasing.join()
+        assert pinned_digests(tmp_path) == set()
 
 
 def test_store_stays_whole_when_writers_are_killed(tmp_path: Path) -> None:

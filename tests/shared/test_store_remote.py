@@ -238,7 +238,7 @@ def test_download_whose_process_is_killed_is_resumed(
     with BreakingProxy(server_of(url, s3), limits, stands_still=True) as proxy:
         with monkeypatch.context() as detour:
             process = puller(through(proxy, url, detour).url, engine, other)
-        assert proxy.reached.wait(30)
+        assert proxy.reached.wait(60)
         while not partial.exists() or partial.stat().st_size < 1 << 20:
             assert process.poll() is None, "it ended by itself"
         process.send_signal(signal.SIGKILL)
@@ -275,7 +275,7 @@ def test_processes_that_pull_one_engine_fetch_its_blobs_once(
     with BreakingProxy(server_of(url, s3)) as proxy:
         store = through(proxy, url, monkeypatch)
         processes = [puller(store.url, engine, other) for _ in range(3)]
-        assert [process.wait(60) for process in processes] == [0, 0, 0]
+        assert [process.wait(120) for process in processes] == [0, 0, 0]
         assert BIG_BYTES < proxy.num_bytes["answers"] < 1.2 * BIG_BYTES
     other.verify(engine)
 

@@ -55,7 +55,7 @@ async def serving(
 async def tenant(address: str, **options: str) -> str:
     """Whom the server sees."""
     retries = Retries(max_attempts=1)
-    async with AsyncClient(runtime=address, timeout_s=10, retries=retries, **options) as client:
+    async with AsyncClient(runtime=address, timeout_s=60, retries=retries, **options) as client:
         return (await client.get_status()).runtime_id
 
 
@@ -193,9 +193,9 @@ def test_metrics_off_loopback_are_https(certs: Path) -> None:
     with pytest.raises(SettingsError, match="--insecure"):
         start_metrics("0.0.0.0:0", daemon_registry())
     plain = start_metrics("127.0.0.1:0", daemon_registry(), ServerSecurity(server_files(certs)))
-    assert b"process_" in urlopen(f"http://{plain}/metrics", timeout=10).read()
+    assert b"process_" in urlopen(f"http://{plain}/metrics", timeout=60).read()
     address = start_metrics("0.0.0.0:0", daemon_registry(), ServerSecurity(server_files(certs)))
     port = address.rpartition(":")[2]
     trusting = ssl.create_default_context(cafile=str(certs / "ca.crt"))
     url = f"https://127.0.0.1:{port}/metrics"
-    assert b"process_" in urlopen(url, timeout=10, context=trusting).read()
+    assert b"process_" in urlopen(url, timeout=60, context=trusting).read()

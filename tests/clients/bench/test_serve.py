@@ -15,8 +15,7 @@ from bench.paced_runtime import Pace, start_paced_runtime
 from tests.clients.bench.paced_openai import PacedOpenAi
 
 FIRST_S, TOKEN_S = 0.05, 0.02
-# What a busy machine may add to a median; what is measured is never less than the pace.
-SLACK_MS = 60.0
+HANG_S = 120.0
 
 Done = tuple[int, str, str]
 
@@ -42,18 +41,24 @@ async def start(*arguments: str) -> asyncio.subprocess.Process:
 async def serve(*arguments: str) -> Done:
     """Exit code, stdout and stderr of the command."""
     process = await start(*arguments)
-    out, err = await asyncio.wait_for(process.communicate(), 60)
+    out, err = await asyncio.wait_for(process.communicate(), HANG_S)
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
 
 
 def check_pace(report: dict[str, Any], num_tokens: int) -> None:
-    """The report tells the server's pace, and nothing faster."""
+    """The report tells the server's pace, slowed down by the machine, and nothing faster.
+
+    tests/clients/bench/test_driver.py holds the numbers to the millisecond, on a clock that no machine slows down.
+    """
     first_ms, token_ms = FIRST_S * 1000, TOKEN_S * 1000
     e2e_ms = first_ms + (num_tokens - 1) * token_ms
     for name, pace_ms in (("ttft_ms", first_ms), ("tpot_ms", token_ms), ("e2e_ms", e2e_ms)):
-        assert pace_ms - 1 <= report[name]["p50"] <= pace_ms + SLACK_MS, name
-    assert report["itl_ms"]["mean"] == pytest.approx(report["tpot_ms"]["mean"], rel=0.01)
+        assert pace_ms - 1 <= report[name]["p50"], name
+    assert report["ttft_ms"]["max"] <= report["e2e_ms"]["max"] <= report["duration_s"] * 1000 + 1
+    mean = {name: report[f"{name}_ms"]["mean"] for name in ("ttft", "tpot", "e2e", "itl")}
+    assert mean["ttft"] + (num_tokens - 1) * mean["tpot"] <= mean["e2e"] + 1
+    assert mean["itl"] == pytest.approx(mean["tpot"], rel=0.01)
 
 
 @pytest.mark.parametrize("calls", ["0", "1", "3"])
@@ -139,9 +144,9 @@ async def test_a_trace_is_played_at_its_own_moments(runtime: str, tmp_path: Path
 async def test_ctrl_c_shows_what_was_measured_until_then() -> None:
     async with PacedOpenAi(0.0, 0.0) as server:
         process = await start("--openai", server.url, "-c", "2", "--duration", "600", "--out", "2")
-        await asyncio.wait_for(server.is_busy.wait(), 30)
+        await asyncio.wait_for(server.is_busy.wait(), HANG_S)
         process.send_signal(signal.SIGINT)
-        out, err = await asyncio.wait_for(process.communicate(), 30)
+        out, err = await asyncio.wait_for(process.communicate(), HANG_S)
     assert process.returncode == 130, err
     assert "interrupted" in err.decode()
     assert "Traceback" not in err.decode()

@@ -26,7 +26,7 @@ from runtime_service.relay.relays import Relays
 from shared.channels import PeerSecurity
 from shared.security import ServerSecurity
 from shared.server import OPEN, DaemonServer
-from tests.runtime_service.daemon import Call, Daemon, running_daemon, until
+from tests.runtime_service.daemon import HANG_S, Call, Daemon, running_daemon, until
 
 PLAIN = PeerSecurity()
 
@@ -70,9 +70,9 @@ async def running_gateway(
     addresses: list[str],
     daemons: list[Daemon],
     *,
-    wait_s: float = 20.0,
+    wait_s: float = 2 * HANG_S,
     keep_s: float = 60.0,
-    silent_s: float = 5.0,
+    silent_s: float = HANG_S,
     redis: Redis | None = None,
     security: ServerSecurity = OPEN,
     peers: PeerSecurity = PLAIN,
@@ -114,7 +114,7 @@ async def running_fleet(
     folder: Path,
     num_runtimes: int = 2,
     *,
-    wait_s: float = 20.0,
+    wait_s: float = 2 * HANG_S,
     keep_s: float = 60.0,
     redis: Redis | None = None,
     gateway_security: ServerSecurity = OPEN,

@@ -13,7 +13,11 @@ import pytest
 from shared.auth import ApiKeys
 from shared.security import ServerSecurity
 from tests.runtime_service.daemon import until
-from tests.runtime_service.gateway.running_gateway import RunningGateway, running_fleet
+from tests.runtime_service.gateway.running_gateway import (
+    RunningGateway,
+    running_fleet,
+    running_gateway,
+)
 from tests.runtime_service.gateway.test_openai import HELLO, TEXT, client_of
 from tests.shared.key_files import new_key
 
@@ -227,7 +231,7 @@ async def test_a_stream_is_its_tenants_and_is_forgotten_after_a_while(
     keys = tmp_path / "keys"
     mine, other = (new_key(capsys, keys, tenant) for tenant in ("acme", "other"))
     security = ServerSecurity(api_keys=ApiKeys(keys))
-    async with running_fleet(tmp_path, 1, gateway_security=security, keep_s=1.0) as fleet:
+    async with running_fleet(tmp_path, 1, gateway_security=security) as fleet:
         statuses = {}
         reader = Reader(fleet, COMPLETIONS, _LONG, {"Authorization": f"Bearer {mine}"})
         await reader.read()
@@ -236,11 +240,16 @@ async def test_a_stream_is_its_tenants_and_is_forgotten_after_a_while(
             again = Reader(fleet, COMPLETIONS, _LONG, headers, last_id=reader.ids[5])
             await again.read("GET")
             statuses[name] = again.status
-
-        kept = fleet.gateway._kept
-        await until(lambda: not kept._items)
-        late = Reader(fleet, COMPLETIONS, _LONG, headers, last_id=reader.ids[5])
-        await late.read("GET")
+        addresses = [daemon.server.address for daemon in fleet.daemons]
+        async with running_gateway(
+            addresses, fleet.daemons, security=security, keep_s=0.01
+        ) as forgetful:
+            reader = Reader(forgetful, COMPLETIONS, _LONG, headers)
+            await reader.read()
+            kept = forgetful.gateway._kept
+            await until(lambda: not kept._items)
+            late = Reader(forgetful, COMPLETIONS, _LONG, headers, last_id=reader.ids[5])
+            await late.read("GET")
     assert statuses == {"other": 404, "nobody": 401, "mine": 200}
     assert late.status == 404
 

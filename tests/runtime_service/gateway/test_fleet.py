@@ -18,7 +18,7 @@ from runtime_service.registration import Registration
 from shared.errors import reason_of
 from shared.redis import EmbeddedRedis, connect
 from tests.integration.compiler_daemon import refusal
-from tests.runtime_service.daemon import Daemon, publish_echo, running_daemon, until
+from tests.runtime_service.daemon import HANG_S, Daemon, publish_echo, running_daemon, until
 from tests.runtime_service.gateway.running_gateway import (
     RunningGateway,
     running_fleet,
@@ -169,7 +169,7 @@ async def test_new_version_rolls_without_a_lost_generation(tmp_path: Path, redis
         for number, daemon in enumerate(gateway.daemons):
             publish_echo(daemon.store, "second")
             reconciler = Reconciler(
-                daemon.runtime, Deployments(redis), str(number), "chat", 0.02, 5.0
+                daemon.runtime, Deployments(redis), str(number), "chat", 0.02, HANG_S
             )
             following.append(asyncio.create_task(reconciler.run()))
         await deploy(gateway, "echo")
@@ -186,6 +186,11 @@ async def test_new_version_rolls_without_a_lost_generation(tmp_path: Path, redis
                     await call.start(str(num_started), [40, 41], max_new_tokens=40, model="chat")
                     num_started += 1
                 await asyncio.sleep(0.01)
+                # On a busy machine more would come than is finished.
+                await until(lambda: num_running() < 200)
+
+        def num_running() -> int:
+            return num_started - sum(one.num_terminal for one in call.seen.values())
 
         starting = asyncio.create_task(keep_starting())
         reading = asyncio.create_task(call.read_rest())
@@ -217,7 +222,7 @@ async def deploy(gateway: RunningGateway, model: str) -> fleet_pb2.Deployment:
 
 async def ready(gateway: RunningGateway) -> fleet_pb2.Deployment:
     """The deployment, once all of its replicas are ready."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG_S):
         while True:
             found = await gateway.fleet_stub.GetFleet(fleet_pb2.GetFleetRequest())
             for deployment in found.deployments:

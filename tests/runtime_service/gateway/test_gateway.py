@@ -15,7 +15,16 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
 from shared.errors import from_status, reason_of
-from tests.runtime_service.daemon import TOKENIZER, Call, Seen, start_of, until
+from tests.runtime_service.daemon import (
+    ENDLESS,
+    ENDLESS_TOKENS,
+    HANG_S,
+    TOKENIZER,
+    Call,
+    Seen,
+    start_of,
+    until,
+)
 from tests.runtime_service.echo_engine import CRASH
 from tests.runtime_service.gateway.running_gateway import (
     RunningGateway,
@@ -59,6 +68,18 @@ async def test_generations_run_over_the_fleet_as_on_one_runtime(tmp_path: Path) 
         assert 0 < timings.queued.ToNanoseconds() <= first_ns <= timings.total.ToNanoseconds()
 
 
+async def start_thirty(call: Call) -> None:
+    """Starts generations that have begun, and cannot end before they are let go on."""
+    for number in range(30):
+        await call.start(str(number), [40, number + 41], max_new_tokens=200, credit_tokens=100)
+    await call.read_until(lambda: min(call.num_tokens(str(n)) for n in range(30)) > 5)
+
+
+async def let_all_go_on(call: Call) -> None:
+    for number in range(30):
+        await call.let_go_on(str(number))
+
+
 class Unsendable(deque[pb.GenerateRequest]):
     """What cannot be sent, for a reason that nobody thought of."""
 
@@ -70,16 +91,13 @@ async def test_streams_survive_a_command_that_cannot_be_sent(tmp_path: Path) -> 
     """Whoever writes to a runtime fails, and no command would reach it any more: what ran there goes on elsewhere."""
     async with running_fleet(tmp_path, step_s=0.004) as fleet:
         call = fleet.call()
-        for number in range(30):
-            await call.start(str(number), [40, number + 41], max_new_tokens=200)
-        await call.read_until(
-            lambda: min((call.num_tokens(str(n)) for n in range(30)), default=0) > 5
-        )
+        await start_thirty(call)
         odd = next(link for link in fleet.fleet if link.num_runs)
         (opened,) = odd._calls.values()
         opened.outbox = Unsendable([pb.GenerateRequest()])
         with structlog.testing.capture_logs() as logs:
             opened.has_outbox.set()
+            await let_all_go_on(call)
             seen = await call.finish()
         for number in range(30):
             is_whole(seen[str(number)], [40, number + 41], 200)
@@ -90,11 +108,7 @@ async def test_streams_survive_a_command_that_cannot_be_sent(tmp_path: Path) -> 
 async def test_streams_survive_the_loss_of_their_runtime(tmp_path: Path, how: str) -> None:
     async with running_fleet(tmp_path, step_s=0.004) as fleet:
         call = fleet.call()
-        for number in range(30):
-            await call.start(str(number), [40, number + 41], max_new_tokens=200)
-        await call.read_until(
-            lambda: min((call.num_tokens(str(n)) for n in range(30)), default=0) > 5
-        )
+        await start_thirty(call)
         lost = fleet.busiest()
         num_moved = fleet.runs_on(lost)
         assert num_moved > 0
@@ -102,6 +116,7 @@ async def test_streams_survive_the_loss_of_their_runtime(tmp_path: Path, how: st
             await kill(lost)
         else:
             os.kill(lost.client.pid, signal.SIGKILL)
+        await let_all_go_on(call)
         seen = await call.finish()
         for number in range(30):
             is_whole(seen[str(number)], [40, number + 41], 200)
@@ -128,7 +143,7 @@ async def test_text_goes_on_where_it_broke_off(tmp_path: Path, cut: int) -> None
         await call.start("b", TEXT, max_new_tokens=300, strings=["STOP", "r; Zwölf"])
         await call.read_until(lambda: call.num_tokens("a") == cut)
         await kill(next(d for d in fleet.daemons if fleet.runs_on(d)))
-        await call.send(credit=pb.AddCredit(request_id="a", tokens=1000))
+        await call.let_go_on("a")
         seen = await call.finish()
     is_whole(seen["a"], prompt, 2 * len(prompt))
     assert seen["a"].text[0] == TEXT * 2
@@ -216,7 +231,8 @@ async def test_generation_that_kills_its_engine_is_given_up(tmp_path: Path) -> N
         await call.start("culprit", [40, CRASH])
         seen = await call.finish()
         assert reason_of(seen["culprit"].error) == "ENGINE_LOST"
-        assert sum(daemon.runtime.metrics.engine_restarts for daemon in fleet.daemons) == 3
+        restarted = [daemon.runtime.metrics for daemon in fleet.daemons]
+        await until(lambda: sum(metrics.engine_restarts for metrics in restarted) == 3)
         for number in range(8):
             is_whole(seen[str(number)], [40, number + 41], 100)
 
@@ -224,11 +240,12 @@ async def test_generation_that_kills_its_engine_is_given_up(tmp_path: Path) -> N
 async def test_generation_waits_for_the_only_runtime_to_come_back(tmp_path: Path) -> None:
     async with running_fleet(tmp_path, num_runtimes=1, step_s=0.004) as fleet:
         call = fleet.call()
-        await call.start("running", [40, 41], max_new_tokens=80)
+        await call.start("running", [40, 41], max_new_tokens=80, credit_tokens=10)
         await call.read_until(lambda: call.num_tokens("running") > 5)
         os.kill(fleet.daemons[0].client.pid, signal.SIGKILL)
         await fleet.usable(0)
         await call.start("new", [50, 51], max_new_tokens=10)
+        await call.let_go_on("running")
         seen = await call.finish()
     is_whole(seen["running"], [40, 41], 80)
     is_whole(seen["new"], [50, 51], 10)
@@ -237,7 +254,7 @@ async def test_generation_waits_for_the_only_runtime_to_come_back(tmp_path: Path
 async def test_generation_that_no_runtime_can_go_on_with_ends_once(tmp_path: Path) -> None:
     async with running_fleet(tmp_path, num_runtimes=1, step_s=0.004, wait_s=0.3) as fleet:
         call = fleet.call()
-        await call.start("a", [40, 41], max_new_tokens=400)
+        await call.start("a", [40, 41], max_new_tokens=400, credit_tokens=10)
         await call.read_until(lambda: call.num_tokens("a") > 5)
         await kill(fleet.daemons[0])
         seen = (await call.finish())["a"]
@@ -263,9 +280,11 @@ async def test_start_that_no_runtime_takes_disturbs_no_other(tmp_path: Path) -> 
     """Runtimes break the call of a message that is too large, with all that is on it."""
     async with running_fleet(tmp_path, num_runtimes=1, step_s=0.004) as fleet:
         call = fleet.call()
-        await call.start("other", [40, 41], max_new_tokens=60)
+        await call.start("other", [40, 41], max_new_tokens=60, credit_tokens=10)
         await call.read_until(lambda: call.num_tokens("other") > 2)
         await call.start("large", "a" * ((1 << 20) - 50))
+        await call.read_to_end("large")
+        await call.let_go_on("other")
         seen = await call.finish()
         assert reason_of(seen["large"].error) == "INVALID_FIELD"
         is_whole(seen["other"], [40, 41], 60)
@@ -278,7 +297,11 @@ async def test_what_every_runtime_refuses_is_refused_with_a_delay(tmp_path: Path
     async with running_fleet(tmp_path, **options) as fleet:  # type: ignore[arg-type]
         call = fleet.call()
         for number in range(24):
-            await call.start(str(number), [40, 41, 42, 43], max_new_tokens=8)
+            await call.start(str(number), [40, 41, 42, 43], max_new_tokens=8, credit_tokens=2)
+        await call.read_until(lambda: sum(one.num_terminal for one in call.seen.values()) > 9)
+        for number in range(24):
+            if not call.seen.get(str(number), Seen()).num_terminal:
+                await call.let_go_on(str(number))
         seen = await call.finish()
         finished = [one for one in seen.values() if one.finished is not None]
         errors = [from_status(one.error) for one in seen.values() if one.finished is None]
@@ -292,17 +315,20 @@ async def test_draining_runtime_gets_nothing_new_and_finishes_what_it_has(tmp_pa
     async with running_fleet(tmp_path, step_s=0.004) as fleet:
         call = fleet.call()
         for number in range(20):
-            await call.start(str(number), [40, number + 41], max_new_tokens=100)
+            await call.start(str(number), [40, number + 41], max_new_tokens=100, credit_tokens=10)
         await call.read_until(lambda: all(call.num_tokens(str(n)) for n in range(20)))
         draining = fleet.daemons[0]
         num_before = fleet.runs_on(draining)
-        task = asyncio.create_task(draining.runtime.drain(30))
+        assert num_before > 0
+        task = asyncio.create_task(draining.runtime.drain(HANG_S))
         await fleet.usable(1)
         assert fleet.runs_on(draining) == num_before
         for number in range(20, 30):
             await call.start(str(number), [40, number + 41], max_new_tokens=5)
         await call.read_until(lambda: all(call.num_tokens(str(n)) for n in range(20, 30)))
-        assert fleet.runs_on(draining) <= num_before
+        assert fleet.runs_on(draining) == num_before
+        for number in range(20):
+            await call.let_go_on(str(number))
         seen = await call.finish()
         await task
     for number in range(20):
@@ -395,10 +421,10 @@ async def test_silent_runtime_is_lost_and_gets_nothing_new(tmp_path: Path) -> No
 
 
 async def test_cancelled_generations_free_their_blocks_and_end_once(tmp_path: Path) -> None:
-    async with running_fleet(tmp_path, step_s=0.002) as fleet:
+    async with running_fleet(tmp_path, step_s=0.002, **ENDLESS) as fleet:
         call = fleet.call()
         for number in range(40):
-            await call.start(str(number), [40, number + 41], max_new_tokens=450)
+            await call.start(str(number), [40, number + 41], max_new_tokens=ENDLESS_TOKENS)
         await call.read_until(lambda: call.num_tokens("39") > 2)
         for number in range(40):
             await call.send(cancel=pb.CancelGeneration(request_id=str(number)))
@@ -409,24 +435,27 @@ async def test_cancelled_generations_free_their_blocks_and_end_once(tmp_path: Pa
 
 
 async def test_lost_call_frees_its_blocks(tmp_path: Path) -> None:
-    async with running_fleet(tmp_path, step_s=0.002) as fleet:
+    async with running_fleet(tmp_path, step_s=0.002, **ENDLESS) as fleet:
         call = fleet.call()
         for number in range(20):
-            await call.start(str(number), [40, number + 41], max_new_tokens=450)
+            await call.start(str(number), [40, number + 41], max_new_tokens=ENDLESS_TOKENS)
         await call.read_until(lambda: call.num_tokens("19") > 2)
         call.raw.cancel()
+        await until(lambda: fleet.sample("running_generations") == 0)
         for daemon in fleet.daemons:
             await daemon.freed()
-        assert fleet.sample("running_generations") == 0
 
 
 async def test_deadline_counts_from_the_start_wherever_it_runs(tmp_path: Path) -> None:
     async with running_fleet(tmp_path, step_s=0.01) as fleet:
         call = fleet.call()
-        start = start_of([40, 41], request_id="a", max_new_tokens=450)
+        # It cannot end otherwise: after these tokens it waits for credit.
+        start = start_of([40, 41], request_id="a", max_new_tokens=450, credit_tokens=20)
         start.timeout.FromMilliseconds(600)
         await call.send(start=start)
-        await call.read_until(lambda: call.num_tokens("a") > 5)
+        await call.read_until(
+            lambda: call.num_tokens("a") > 5 or bool(call.seen and call.seen["a"].num_terminal)
+        )
         await kill(fleet.busiest())
         seen = (await call.finish())["a"]
     assert reason_of(seen.error) == "DEADLINE_EXCEEDED"
@@ -443,12 +472,16 @@ async def drained(call: Call) -> dict[str, Seen]:
 async def test_gateway_drains(tmp_path: Path) -> None:
     async with running_fleet(tmp_path, step_s=0.004) as fleet:
         call = fleet.call()
-        await call.start("short", [40, 41], max_new_tokens=20)
-        await call.start("long", [40, 41], max_new_tokens=500)
+        await call.start("short", [40, 41], max_new_tokens=20, credit_tokens=4)
+        await call.start("long", [40, 41], max_new_tokens=500, credit_tokens=4)
         await call.read_until(lambda: call.num_tokens("long") > 2)
-        draining = asyncio.create_task(fleet.gateway.drain(0.5))
+        draining = asyncio.create_task(fleet.gateway.drain(HANG_S))
         await asyncio.sleep(0)
         await call.start("late", [40, 41])
+        await call.read_to_end("late")
+        await call.let_go_on("short")
+        await call.read_to_end("short")
+        await fleet.gateway.drain(0.0)  # as when the grace is over
         seen = await drained(call)
         await draining
     is_whole(seen["short"], [40, 41], 20)
@@ -518,10 +551,10 @@ async def test_resumed_generation_leaves_the_call_that_nobody_reads(tmp_path: Pa
     """A half-open connection: the old call has not noticed yet."""
     async with running_fleet(tmp_path, step_s=0.004) as fleet:
         old = fleet.call()
-        await old.start("a", [40, 41], max_new_tokens=100)
+        await old.start("a", [40, 41], max_new_tokens=100, credit_tokens=10)
         await old.read_until(lambda: old.num_tokens("a") > 4)
         had = old.num_tokens("a")
-        _, seen = await resumed(fleet, generation_id_of(old), had)
+        _, seen = await resumed(fleet, generation_id_of(old), had, credit_tokens=1000)
         assert seen.token_ids[0] == ([40, 41] * 50)[had:]
         await old.done()
         await old.read_rest()
@@ -546,7 +579,7 @@ async def test_finished_generation_can_be_read_again_and_samples_go_on_apart(
 async def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     async with running_fleet(tmp_path, num_runtimes=1, step_s=0.004) as fleet:
         call = fleet.call()
-        await call.start("a", [40, 41], max_new_tokens=300)
+        await call.start("a", [40, 41], max_new_tokens=300, credit_tokens=10)
         await call.read_until(lambda: call.num_tokens("a") > 4)
         known = generation_id_of(call)
         for generation_id, received, reason in (

@@ -21,7 +21,7 @@ from runtime_service.gateway.sampling_fields import Sampling
 from shared.auth import ApiKeys
 from shared.errors import InvalidField
 from shared.security import ServerSecurity
-from tests.runtime_service.daemon import TOKENIZER, until
+from tests.runtime_service.daemon import ENDLESS, ENDLESS_TOKENS, TOKENIZER, until
 from tests.runtime_service.gateway.running_gateway import RunningGateway, kill, running_fleet
 from tests.shared.key_files import new_key
 
@@ -210,7 +210,7 @@ async def test_tritons_client_streams_many_at_once(tmp_path: Path) -> None:
 async def test_stream_survives_the_loss_of_its_runtime_and_ends_with_its_call(
     tmp_path: Path,
 ) -> None:
-    async with connected(tmp_path, 2, step_s=0.005) as (fleet, stub):
+    async with connected(tmp_path, 2, step_s=0.005, **ENDLESS) as (fleet, stub):
         call = stub.ModelStreamInfer()
         asked = {"text_input": TEXT, "stream": True, "max_tokens": 3 * NUM_TOKENS}
         await call.write(request_of("a", **asked))
@@ -222,7 +222,7 @@ async def test_stream_survives_the_loss_of_its_runtime_and_ends_with_its_call(
             if text and not is_killed:
                 is_killed = True
                 await kill(fleet.busiest())
-        await call.write(request_of("b", **{**asked, "max_tokens": 400}))
+        await call.write(request_of("b", **{**asked, "max_tokens": ENDLESS_TOKENS}))
         await call.read()
         call.cancel()
         await until(lambda: fleet.sample("running_generations") == 0)

@@ -35,7 +35,7 @@ from runtime_service.gateway.http.openai_requests import (
 from shared.auth import ApiKeys
 from shared.errors import InvalidField
 from shared.security import ServerSecurity
-from tests.runtime_service.daemon import TOKENIZER, until
+from tests.runtime_service.daemon import ENDLESS, ENDLESS_TOKENS, HANG_S, TOKENIZER, until
 from tests.runtime_service.gateway.running_gateway import RunningGateway, kill, running_fleet
 from tests.shared.key_files import new_key
 
@@ -47,7 +47,7 @@ HELLO: list[Any] = [{"role": "user", "content": "hello Wörld"}]
 def client_of(fleet: RunningGateway, key: str = "none") -> AsyncOpenAI:
     """A client that does not try again by itself."""
     return AsyncOpenAI(
-        base_url=f"http://{fleet.http.address}/v1", api_key=key, max_retries=0, timeout=60.0
+        base_url=f"http://{fleet.http.address}/v1", api_key=key, max_retries=0, timeout=2 * HANG_S
     )
 
 
@@ -343,9 +343,9 @@ async def test_unknown_model_is_told_which_there_are(tmp_path: Path) -> None:
 
 
 async def test_client_that_leaves_ends_its_generation(tmp_path: Path) -> None:
-    async with serving(tmp_path, num_runtimes=1, step_s=0.01) as (fleet, client):
+    async with serving(tmp_path, num_runtimes=1, step_s=0.01, **ENDLESS) as (fleet, client):
         stream = await client.completions.create(
-            model="echo", prompt=TEXT, max_tokens=400, stream=True
+            model="echo", prompt=TEXT, max_tokens=ENDLESS_TOKENS, stream=True
         )
         async for _ in stream:
             break
@@ -353,7 +353,7 @@ async def test_client_that_leaves_ends_its_generation(tmp_path: Path) -> None:
         await stream.close()
         await until(lambda: fleet.sample("running_generations") == 0)
         whole = asyncio.create_task(
-            client.completions.create(model="echo", prompt=TEXT, max_tokens=400)
+            client.completions.create(model="echo", prompt=TEXT, max_tokens=ENDLESS_TOKENS)
         )
         await until(lambda: fleet.sample("running_generations") == 1)
         whole.cancel()
@@ -365,11 +365,11 @@ async def test_client_that_leaves_ends_its_generation(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_storm_of_leaving_clients_gives_every_block_back(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
-    async with serving(tmp_path, step_s=0.002, num_blocks=2048) as (fleet, client):
+    async with serving(tmp_path, step_s=0.002, **ENDLESS) as (fleet, client):
 
         async def ask(number: int) -> None:
             stream = await client.completions.create(
-                model="echo", prompt=[40, 41 + number], max_tokens=300, stream=True
+                model="echo", prompt=[40, 41 + number], max_tokens=ENDLESS_TOKENS, stream=True
             )
             num_chunks = draw.randrange(30)
             async for _ in stream:
@@ -380,10 +380,7 @@ async def test_storm_of_leaving_clients_gives_every_block_back(tmp_path: Path, s
 
         await asyncio.gather(*(ask(number) for number in range(60)))
         await until(lambda: fleet.sample("running_generations") == 0)
-        # Who is read late may have come to its end.
-        num_left = fleet.sample("generations_total", reason="client_gone")
-        assert num_left > 0
-        assert num_left + fleet.sample("generations_total", reason="finished") == 60
+        assert fleet.sample("generations_total", reason="client_gone") == 60
         for daemon in fleet.daemons:
             await daemon.freed()
 
@@ -404,9 +401,10 @@ async def test_stream_survives_the_loss_of_its_runtime(tmp_path: Path) -> None:
 
 
 async def test_failure_in_a_stream_is_an_event_and_before_it_a_status(tmp_path: Path) -> None:
-    async with serving(tmp_path, num_runtimes=1, step_s=0.01, wait_s=0.1) as (fleet, client):
+    some = {"num_runtimes": 1, "step_s": 0.01, "wait_s": 0.1, **ENDLESS}
+    async with serving(tmp_path, **some) as (fleet, client):
         stream = await client.completions.create(
-            model="echo", prompt=TEXT, max_tokens=400, stream=True
+            model="echo", prompt=TEXT, max_tokens=ENDLESS_TOKENS, stream=True
         )
         await anext(aiter(stream))
         await kill(fleet.daemons[0])
@@ -425,11 +423,12 @@ async def test_keys_scopes_and_quotas_have_their_statuses(
 ) -> None:
     keys = tmp_path / "keys"
     good = new_key(capsys, keys, "acme", concurrent=1)
-    poor = new_key(capsys, keys, "poor", tokens_per_min=60)
+    poor = new_key(capsys, keys, "poor", tokens_per_min=6)
     builder = new_key(capsys, keys, "builder", "build")
     security = ServerSecurity(api_keys=ApiKeys(keys))
-    ask: Any = {"model": "echo", "prompt": TEXT, "max_tokens": 400}
-    async with running_fleet(tmp_path, 1, gateway_security=security, step_s=0.01) as fleet:
+    ask: Any = {"model": "echo", "prompt": TEXT, "max_tokens": 8}
+    options = {"gateway_security": security, "step_s": 0.01, **ENDLESS}
+    async with running_fleet(tmp_path, 1, **options) as fleet:
         async with client_of(fleet, "mr_x_y") as client:
             with pytest.raises(AuthenticationError) as wrong:
                 await client.models.list()
@@ -442,9 +441,11 @@ async def test_keys_scopes_and_quotas_have_their_statuses(
             with pytest.raises(RateLimitError) as too_many:
                 await client.completions.create(**ask)
             seconds = int(too_many.value.response.headers["retry-after"])
-            assert 1 < seconds <= 600
+            # It has used more than a minute's, and asks for more than is left of the next ones.
+            assert 60 < seconds <= 1200
         async with client_of(fleet, good) as client:
-            stream = await client.completions.create(**ask, stream=True)
+            endless = {**ask, "max_tokens": ENDLESS_TOKENS, "stream": True}
+            stream = await client.completions.create(**endless)
             with pytest.raises(RateLimitError) as busy:
                 await client.completions.create(**ask)
             assert busy.value.code == "rate_limit_exceeded"
@@ -459,7 +460,7 @@ async def test_draining_gateway_finishes_streams_and_refuses_others(tmp_path: Pa
         chunks = aiter(stream)
         text = (await anext(chunks)).choices[0].text
         fleet.server.edge.is_draining = True
-        draining = asyncio.create_task(fleet.gateway.drain(20.0))
+        draining = asyncio.create_task(fleet.gateway.drain(HANG_S))
         with pytest.raises(InternalServerError) as refused:
             await client.models.list()
         assert refused.value.status_code == 503

@@ -28,7 +28,7 @@ from shared.security import ServerSecurity
 from shared.settings import SettingsError
 from shared.tls import TlsFiles
 from tests.integration.test_command import COMMAND, ENVIRON
-from tests.runtime_service.daemon import Call, start_of, until
+from tests.runtime_service.daemon import HANG_S, Call, start_of, until
 from tests.runtime_service.gateway.running_gateway import (
     RunningGateway,
     kill,
@@ -144,7 +144,7 @@ async def test_drained_call_of_an_idle_tenant_leaves_the_others_alone(
         await call.start("a", PROMPT, max_new_tokens=20, credit_tokens=4)
         await call.read_until(lambda: call.num_tokens("a") == 4)
         (link,) = fleet.fleet
-        draining = asyncio.create_task(fleet.daemons[0].runtime.drain(10.0))
+        draining = asyncio.create_task(fleet.daemons[0].runtime.drain(HANG_S))
         await until(lambda: list(link._calls) == ["acme"])
         await call.send(credit=pb.AddCredit(request_id="a", tokens=100))
         seen = (await call.finish())["a"]
@@ -217,7 +217,7 @@ async def test_tokens_are_counted_once_and_as_used(
         call = call_of(fleet, key)
         await call.start("a", PROMPT, max_new_tokens=412, credit_tokens=5)
         await call.read_until(lambda: call.num_tokens("a") == 5)
-        await call.start("b", PROMPT, max_new_tokens=100)
+        await call.start("b", PROMPT, max_new_tokens=400)
         error = from_status((await call.read_to_end("b")).error)
         assert (error.reason, error.fields["limit"]) == ("QUOTA_EXCEEDED", "tokens_per_min")
         assert error.retry_after_s
@@ -281,7 +281,8 @@ async def test_each_generation_keeps_its_tenant_where_it_moves(
         calls = {tenant: call_of(fleet, keys[tenant]) for tenant in ("acme", "globex")}
         for call in calls.values():
             for number in range(10):
-                await call.start(str(number), [40 + number, *PROMPT], max_new_tokens=200)
+                prompt = [40 + number, *PROMPT]
+                await call.start(str(number), prompt, max_new_tokens=200, credit_tokens=100)
         for call in calls.values():
             await call.read_until(
                 lambda call=call: min(call.num_tokens(str(n)) for n in range(10)) > 5  # type: ignore[misc]
@@ -289,6 +290,8 @@ async def test_each_generation_keeps_its_tenant_where_it_moves(
         lost = fleet.busiest()
         await kill(lost)
         for call in calls.values():
+            for number in range(10):
+                await call.let_go_on(str(number))
             seen = await call.finish()
             assert {one.reason for one in seen.values()} == {"LENGTH"}
             for number in range(10):

@@ -70,7 +70,7 @@ def stream(
         )
     found, num_ended = [], 0
     while num_ended < len(requests):
-        result, error = answers.get(timeout=30)
+        result, error = answers.get(timeout=60)
         if error is not None:
             found.append({"error": str(error)})
             num_ended += 1

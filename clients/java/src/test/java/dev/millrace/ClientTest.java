@@ -16,7 +16,7 @@ import org.junit.jupiter.api.Timeout;
 import org.junit.jupiter.api.io.TempDir;
 
 /** Wrong uses, and what needs no server. */
-@Timeout(30)
+@Timeout(120)
 class ClientTest {
   private static final Retries ONCE = Retries.NONE;
 
