@@ -428,7 +428,7 @@ def _fits(
     return (
         selector.model in (model, engine.model, key.model_digest)
         and (key.arch, quant.scheme) == (selector.arch, wanted.scheme)
-        and quant.group_size == wanted.group_size
+        and (quant.group_size, quant.kv_cache) == (wanted.group_size, wanted.kv_cache)
         and (max_format == 0 or engine.format_version <= max_format)
     )
 

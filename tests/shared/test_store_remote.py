@@ -75,6 +75,20 @@ def test_store_elsewhere_answers_as_the_local_one(
             fresh.get(name)
 
 
+def test_selector_elsewhere_names_the_kv_cache(
+    remote: RegistryStore, url: str, local: LocalStore
+) -> None:
+    """Else whoever asks for bf16 would be given a cache that loses something."""
+    quants = [QuantConfig("bf16", kv_cache=kept) for kept in ("", "fp8")]
+    engines = [publish_engine(local, engine_key(quant=quant)) for quant in quants]
+    for engine in engines:
+        remote.push(local, engine)
+    for quant, engine in zip(quants, engines, strict=True):
+        assert opened(url).find(EngineSelector("tiny", "cpu", quant)) == engine
+    asked = EngineSelector("tiny", "cpu", QuantConfig("bf16", kv_cache="int8"))
+    assert opened(url).find(asked) is None
+
+
 def test_pulled_engine_is_the_one_that_was_pushed(
     remote: RegistryStore, url: str, local: LocalStore, other: LocalStore
 ) -> None:
