@@ -168,6 +168,8 @@ class Generation:
             return
         sample = self._samples[output.sample_index]
         if sample.finish is not None:
+            if output.token_ids:  # drawn before the engine knew: no reader pays for them
+                self._add_credit(len(output.token_ids))
             return
         token_ids = output.token_ids
         sample.make_room()
