@@ -1,6 +1,8 @@
 """What the gateway keeps of generations that have ended."""
 
+import gc
 import tracemalloc
+import weakref
 
 import pytest
 from millrace.runtime.v1 import runtime_pb2 as pb
@@ -39,6 +41,21 @@ async def test_large_generations_make_room_of_as_many_small_ones_as_it_takes() -
         with pytest.raises(GenerationNotFound):
             kept.find(gone, "")
     assert kept.find("large 1", "").request_id == "large 1"
+
+
+async def test_generation_that_made_room_takes_none_any_more() -> None:
+    """What is forgotten early is gone, not only unknown until its time is over."""
+    kept = KeptGenerations(keep_s=60.0)
+    generation = RoutedGeneration("a", _Nowhere(), lambda _: None, lambda _: None)
+    generation.begin(pb.StartGeneration(text="x"), "", "a")
+    kept.add(generation)
+    kept.ended(generation)
+    is_there = weakref.ref(generation)
+    del generation
+    for number in range(4):
+        ended(kept, f"large {number}", MAX_KEPT_BYTES // 4 + 1)
+    gc.collect()
+    assert is_there() is None
 
 
 async def test_small_generations_count_with_all_that_they_take() -> None:
