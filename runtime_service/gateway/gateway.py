@@ -138,7 +138,7 @@ class Gateway:
             credit = validation.credit_of(resume, "resume.credit_tokens")
             timeout_s = validation.timeout_of(old.start)
             # What it held of its tenant's quota is what it goes on with.
-            old.supersede()
+            old.abandon()
             generation.quota.reserve(max(self._most_tokens(old.start) - old.num_used(received), 0))
         except MillraceError as error:
             generation.fail(error)
