@@ -63,7 +63,7 @@ class Gateway:
         self._calls: set[GenerationCall[RoutedGeneration]] = set()
         self._running: set[RoutedGeneration] = set()
         # In the order of their coming.
-        self._waiting: dict[Run, asyncio.TimerHandle | None] = {}
+        self._waiting: dict[Run, asyncio.TimerHandle] = {}
         self._waiting_tokens = 0
         self._on_trial: RunOwner | None = None
         self._idle = asyncio.Event()
