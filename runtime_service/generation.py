@@ -168,6 +168,8 @@ class Generation:
             return
         sample = self._samples[output.sample_index]
         if sample.finish is not None:
+            if output.token_ids:  # drawn before the engine knew: no reader pays for them
+                self._add_credit(len(output.token_ids))
             return
         token_ids = output.token_ids
         sample.make_room()
@@ -175,7 +177,7 @@ class Generation:
             self._on_first_output(sample, output)
         num_taken, stop_string = sample.text.feed(token_ids, output.finish == "stop_token")
         if num_taken:
-            self._count_tokens(num_taken, now_s)
+            self._count_tokens(sample, num_taken, now_s)
             sample.num_tokens += num_taken
             sample.token_ids += token_ids[:num_taken]
             if self._sends_logprobs:
@@ -230,16 +232,16 @@ class Generation:
             self._queued_s = self._submitted_s - self._started_s + (output.queued_s or 0.0)
             self._metrics.queue_seconds.observe(self._queued_s)
 
-    def _count_tokens(self, num_tokens: int, now_s: float) -> None:
+    def _count_tokens(self, sample: Sample, num_tokens: int, now_s: float) -> None:
         self.num_unread_tokens += num_tokens
         metrics = self._metrics
         metrics.generated_tokens += num_tokens
-        if self._first_token_s:
-            metrics.inter_token_seconds.observe((now_s - self._last_token_s) / num_tokens)
-        else:
+        if sample.last_token_s:
+            metrics.inter_token_seconds.observe((now_s - sample.last_token_s) / num_tokens)
+        elif not self._first_token_s:
             self._first_token_s = now_s
             metrics.first_token(now_s - self._started_s)
-        self._last_token_s = now_s
+        sample.last_token_s = self._last_token_s = now_s
 
     def _finish_cancelled(self) -> None:
         for index, sample in enumerate(self._samples):

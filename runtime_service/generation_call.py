@@ -51,7 +51,7 @@ class CallMember(Protocol):
         """Ends it with `error`; means nothing once it has ended."""
 
     def abandon(self) -> None:
-        """Ends it without an event: nobody is there to read it."""
+        """Ends it without an event: nobody is there to read it. What has ended drops what it has."""
 
     def take_events(self) -> Iterator[pb.Event]:
         """Everything that happened since the last time, oldest first; may be taken slowly."""
@@ -131,6 +131,9 @@ class GenerationCall(Generic[Member]):
         """Ends every generation without a word: nobody reads any more."""
         for generation in list(self._running.values()):
             generation.abandon()
+        unread, self._unread = self._unread, {}
+        for one in unread:
+            one.abandon()
 
     async def messages(self) -> AsyncIterator[list[pb.Event]]:
         """What the generations gain, a message's worth at a time, until the last one has ended.
@@ -272,6 +275,9 @@ class _Refusal:
     def __init__(self, request_id: str, error: MillraceError) -> None:
         self.request_id = request_id
         self._error = error
+
+    def abandon(self) -> None:
+        """Nobody reads it."""
 
     def take_events(self) -> Iterator[pb.Event]:
         """Its one event."""

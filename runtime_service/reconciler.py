@@ -152,29 +152,38 @@ class Reconciler:
         if not attempt.loading.done():
             await self._deployments.hold_roll(name, self._id, self._ttl_s)
             return
+        # What became of it is noted before Redis is asked, which may be away.
         self._attempt = None
+        is_unfit = self._note(attempt)
         await self._deployments.end_roll(name, self._id)
+        if is_unfit:
+            await self._drop_out(attempt.wanted)
+
+    def _note(self, attempt: _Attempt) -> bool:
+        """Takes note of how an attempt ended; whether this runtime is not fit for that version."""
         if attempt.loading.cancelled():
-            return
-        error = attempt.loading.exception()
+            return False
+        wanted, error = attempt.wanted, attempt.loading.exception()
         if error is None:
             self._retry_s = _FIRST_RETRY_S
-            return
+            return False
         if not isinstance(error, MillraceError):
             raise error
         _log.error(
             "deployment_not_served",
-            deployment=name,
-            version=attempt.wanted.version,
+            deployment=wanted.name,
+            version=wanted.version,
             reason=error.reason,
             problem=str(error),
         )
-        self._failed = (name, attempt.wanted.version)
+        self._failed = (wanted.name, wanted.version)
         self._retry_at_s = asyncio.get_running_loop().time() + self._retry_s
         self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
-        if not self._own_name and error.retry_after_s is None and self._runtime.served is None:
-            self._unfit.add((name, attempt.wanted.version))
-            await self._drop_out(attempt.wanted)
+        has_hope = self._own_name or error.retry_after_s is not None
+        if has_hope or self._runtime.served is not None:
+            return False
+        self._unfit.add((wanted.name, wanted.version))
+        return True
 
     async def _drop_out(self, deployment: Deployment) -> None:
         """Serves nothing: there are members enough, or it does not fit."""

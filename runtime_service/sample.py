@@ -16,12 +16,14 @@ class Sample:
     """Filled by its generation, emptied by `take_events`."""
 
     __slots__ = (
-        "_sealed", "finish", "logprobs", "num_tokens", "prompt_logprobs", "text", "token_ids"
+        "_sealed", "finish", "last_token_s", "logprobs", "num_tokens", "prompt_logprobs", "text",
+        "token_ids",
     )  # fmt: skip
 
     def __init__(self, text: SampleText) -> None:
         self.text = text
         self.num_tokens = 0
+        self.last_token_s = 0.0
         self.finish: pb.SampleFinish | None = None
         # What waits to be read.
         self.token_ids: list[int] = []

@@ -63,7 +63,7 @@ class Gateway:
         self._calls: set[GenerationCall[RoutedGeneration]] = set()
         self._running: set[RoutedGeneration] = set()
         # In the order of their coming.
-        self._waiting: dict[Run, asyncio.TimerHandle | None] = {}
+        self._waiting: dict[Run, asyncio.TimerHandle] = {}
         self._waiting_tokens = 0
         self._on_trial: RunOwner | None = None
         self._idle = asyncio.Event()
@@ -138,7 +138,7 @@ class Gateway:
             credit = validation.credit_of(resume, "resume.credit_tokens")
             timeout_s = validation.timeout_of(old.start)
             # What it held of its tenant's quota is what it goes on with.
-            old.supersede()
+            old.abandon()
             generation.quota.reserve(max(self._most_tokens(old.start) - old.num_used(received), 0))
         except MillraceError as error:
             generation.fail(error)

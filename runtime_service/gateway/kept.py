@@ -47,7 +47,7 @@ class Kept(Generic[Item]):
     def __init__(self, keep_s: float) -> None:
         self.keep_s = keep_s
         self._items: dict[str, Item] = {}
-        self._ended: deque[tuple[Item, int]] = deque()
+        self._ended: deque[tuple[Item, int, asyncio.TimerHandle]] = deque()
         self._ended_bytes = 0
 
     def add(self, item: Item) -> None:
@@ -68,26 +68,24 @@ class Kept(Generic[Item]):
     def ended(self, item: Item) -> None:
         """Forgets it, after a while."""
         num_bytes = item.num_kept_bytes
-        self._ended.append((item, num_bytes))
+        # One timer for each: what is forgotten before its time is referred to by none.
+        timer = asyncio.get_running_loop().call_later(self.keep_s, self._forget_oldest)
+        self._ended.append((item, num_bytes, timer))
         self._ended_bytes += num_bytes
         while self._ended_bytes > MAX_KEPT_BYTES:
-            self._forget_oldest()
-        asyncio.get_running_loop().call_later(self.keep_s, self._expire, item)
+            self._forget_oldest().cancel()
 
     def forget(self, item: Item) -> None:
         """Forgets it at once; a no-op where another one has its id."""
         if self._items.get(item.generation_id) is item:
             del self._items[item.generation_id]
 
-    def _expire(self, item: Item) -> None:
-        # Timers of one length fire in order: only what room was made of is gone before.
-        if self._ended and self._ended[0][0] is item:
-            self._forget_oldest()
-
-    def _forget_oldest(self) -> None:
-        item, num_bytes = self._ended.popleft()
+    def _forget_oldest(self) -> asyncio.TimerHandle:
+        """Its timer: timers of one length fire in order, so that which fires is the oldest's."""
+        item, num_bytes, timer = self._ended.popleft()
         self._ended_bytes -= num_bytes
         self.forget(item)
+        return timer
 
 
 KeptGenerations = Kept[RoutedGeneration]

@@ -163,14 +163,13 @@ class RoutedGeneration:
             self._end(error.reason)
 
     def abandon(self) -> None:
-        """Ends it without an event: nobody is there to read it."""
+        """Ends it without an event: nobody is there to read it, or its client goes on elsewhere."""
+        # It may be kept for long, and nobody takes these any more.
+        self._unread.clear()
+        for sample in self.samples:
+            sample.last_unread = None
         if not self.is_ended:
             self._end("client_gone")
-
-    def supersede(self) -> None:
-        """Ends it without a word: its client goes on with it elsewhere."""
-        self._unread.clear()
-        self.abandon()
 
     def num_used(self, num_tokens: Iterable[int]) -> int:
         """What it had cost when its samples had that many tokens, in tokens: the prompt too."""

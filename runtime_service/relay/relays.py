@@ -123,8 +123,8 @@ class Relays:
         except OSError as error:  # no more processes, or no memory for one
             raise SettingsError(f"a relay cannot be started: {error}") from None
         self.pids.add(process.pid)
-        said = await _reader(process)
         try:
+            said = await _reader(process)
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
                 stdin.write(self._options.to_line())
@@ -140,7 +140,7 @@ class Relays:
             await said.read()
             return process.wait()
         finally:
-            await _end(process, said)
+            await _end(process)
             self.pids.discard(process.pid)
 
 
@@ -163,12 +163,12 @@ async def _reader(process: "subprocess.Popen[bytes]") -> asyncio.StreamReader:
     return reader
 
 
-async def _end(process: "subprocess.Popen[bytes]", said: asyncio.StreamReader) -> None:
+async def _end(process: "subprocess.Popen[bytes]") -> None:
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_S):
-                await said.read()
+                await asyncio.to_thread(process.wait)
         process.kill()
         process.wait()
 

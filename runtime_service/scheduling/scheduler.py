@@ -1,7 +1,7 @@
 """Which sequences run how many tokens in the next step: policy, in integers.
 
     order       higher priority first, then arrival, then sample
-    a step      decoding sequences, then prompts under way, then new ones, while the budget lasts
+    a step      decoding sequences, then prompts in order, under way or new, while the budget lasts
     blocks      a prompt takes all of its blocks when it is admitted; a decoding sequence takes one
                 when it needs it, from the sequence that comes last in order if none is free
     preemption  the sequence gives up row and blocks, and computes its tokens again later
@@ -128,7 +128,10 @@ class Scheduler:
         self._room.make_for(self._waiting.first())
         step = Step(self._num_steps, self._limits.max_step_tokens)
         prompts = self._schedule_decoding(step)
+        self._roster.compact()
         for sequence in prompts:
+            # A long prompt under way would keep those that come before it out for many steps.
+            self._admit(step, before=sequence)
             if step.budget and sequence.state is State.RUNNING:
                 self._schedule_prompt(step, sequence)
         self._roster.compact()
@@ -280,11 +283,11 @@ class Scheduler:
             if group.leader is sequence:
                 step.led.append(group)
 
-    def _admit(self, step: Step) -> None:
-        """Moves waiting sequences into rows, in order, until one does not fit."""
+    def _admit(self, step: Step, before: Sequence | None = None) -> None:
+        """Moves waiting sequences into rows, in order, until one does not fit, or `before` comes."""
         while step.budget and self._roster.free_rows:
             sequence = self._waiting.first()
-            if sequence is None:
+            if sequence is None or (before is not None and before.order < sequence.order):
                 return
             assert sequence.num_tokens == len(sequence.token_ids), "a drawn token was not read"
             shared, num_cached, copied = self._find_cached(step, sequence)

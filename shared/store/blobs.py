@@ -258,8 +258,12 @@ class BlobFolder:
         """Keeps these blobs until the pin is released or this process ends."""
         with self.disk_full(), self.adding():
             pin = Pin(self._pins)
-            for digest in digests:
-                pin.add(digest)
+            try:
+                for digest in digests:
+                    pin.add(digest)
+            except BaseException:
+                pin.release()
+                raise
         return pin
 
     def unless_held(self, digest: str, then: Callable[[], None]) -> bool:

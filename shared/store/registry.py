@@ -259,7 +259,7 @@ class RegistryStore:
             old = oci.Referrers() if index is None else oci.referrers_of(index)
             if index and any(b.digest == manifest.digest for b in old.tunings):
                 return index
-            others = tuple(b for b in old.tunings if self._tuning_of(b).title != gpu)
+            others = [b for b in old.tunings if (t := self._tuning_of(b)) and t.title != gpu]
             return oci.referrers_json(replace(old, tunings=(*others, manifest)))
 
         self._change(oci.referrers_ref(engine.manifest), add)
@@ -398,14 +398,14 @@ class RegistryStore:
         referrers = self._referrers(engine.manifest)
         artifacts = (self.registry.manifest(blob.digest) for blob in referrers.signatures)
         found = {oci.signature_of(artifact[1]) for artifact in artifacts if artifact is not None}
-        tunings = sorted(map(self._tuning_of, referrers.tunings), key=lambda blob: blob.title)
+        records = filter(None, map(self._tuning_of, referrers.tunings))
+        tunings = sorted(records, key=lambda blob: blob.title)
         return replace(engine, signatures=tuple(sorted(found)), tunings=tuple(tunings))
 
-    def _tuning_of(self, artifact: Blob) -> Blob:
+    def _tuning_of(self, artifact: Blob) -> Blob | None:
+        """The record that the artifact holds; None where it is lost, and tells nothing."""
         found = self.registry.manifest(artifact.digest)
-        if found is None:
-            raise BlobNotFound(digest=artifact.digest)
-        return oci.tuning_of(found[1])
+        return None if found is None else oci.tuning_of(found[1])
 
     def _referrers(self, manifest: Blob) -> oci.Referrers:
         found = self.registry.manifest(oci.referrers_ref(manifest))
@@ -428,7 +428,7 @@ def _fits(
     return (
         selector.model in (model, engine.model, key.model_digest)
         and (key.arch, quant.scheme) == (selector.arch, wanted.scheme)
-        and quant.group_size == wanted.group_size
+        and (quant.group_size, quant.kv_cache) == (wanted.group_size, wanted.kv_cache)
         and (max_format == 0 or engine.format_version <= max_format)
     )
 

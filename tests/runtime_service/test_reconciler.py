@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import structlog
 from redis.asyncio import Redis
 
 from runtime_service.deployments import Deployment, Deployments, is_deployment_name
@@ -136,6 +137,33 @@ async def test_version_that_cannot_be_loaded_leaves_the_old_one_serving(
     await deployments.apply(chat("second"))
     await first.settle()
     assert first.serves == "second"
+
+
+class _LostOnce(Deployments):
+    """Redis that is away when a turn is to be given back, once."""
+
+    is_lost = True
+
+    async def end_roll(self, name: str, runtime_id: str) -> None:
+        if self.is_lost:
+            self.is_lost = False
+            raise ConnectionError("a test has it so")
+        await super().end_roll(name, runtime_id)
+
+
+async def test_failed_load_is_told_where_redis_is_away_meanwhile(
+    redis: Redis, tmp_path: Path
+) -> None:
+    """Else the same version would be tried again at every look, and nobody would know why."""
+    deployments = _LostOnce(redis)
+    async with AsyncExitStack() as stack:
+        member = await Members(tmp_path, deployments, stack).new()
+        await deployments.apply(chat("missing", replicas=1))
+        with structlog.testing.capture_logs() as logs, pytest.raises(ConnectionError):
+            await member.settle()
+        assert "deployment_not_served" in {line["event"] for line in logs}
+        await member.reconciler.look()
+        assert member.reconciler._attempt is None, "it waits before it tries again"
 
 
 async def test_unchanged_engine_is_not_loaded_again(

@@ -213,3 +213,17 @@ async def test_gateway_has_relays_too_and_moves_their_streams(tmp_path: Path) ->
         await kill(fleet.busiest())
         events = await rest_of(call)
         assert events[-1].finished.usage.generated_tokens == 60
+
+
+async def test_relays_that_are_closed_while_they_start_leave_no_process() -> None:
+    relays = Relays(1, 1 << 20, ServerSecurity(), "critical")
+    opening = asyncio.create_task(relays.open("127.0.0.1:0"))
+    for _ in range(2):  # turns of the loop: its task begins, and that of the relay
+        await asyncio.sleep(0)
+    (pid,) = relays.pids
+    await relays.close()
+    assert not relays.pids
+    assert not psutil.pid_exists(pid)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening

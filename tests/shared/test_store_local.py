@@ -1,5 +1,6 @@
 """The store in a folder: names, selectors, blobs, sweeps."""
 
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.engine import Blob, EngineSelector, QuantConfig
+from shared.engine import GRAPH_TYPE, Blob, EngineSelector, QuantConfig
 from shared.errors import BlobNotFound, DigestMismatch, DiskFull, EngineNotFound, InvalidField
 from shared.store import GrpcStore, LocalStore, open_store
 from tests.shared.engines import (
@@ -306,6 +307,20 @@ def test_pinned_blobs_survive_a_sweep_until_released(store: LocalStore) -> None:
         assert LocalStore(store.root).sweep(grace_s=0).num_blobs == 0
         assert blob_files(store) == {old.digest, written.digest, named.digest}
     assert store.sweep(grace_s=0).num_blobs == 3
+    assert not list((store.root / "pins").iterdir())
+
+
+def test_hold_that_fails_half_way_keeps_nothing(store: LocalStore) -> None:
+    """Its pin would keep blobs, and a file open, for as long as the process lives."""
+    blob = store.write_blob([b"held"], GRAPH_TYPE)
+
+    def digests() -> Iterator[str]:
+        yield blob.digest
+        raise OSError(errno.ENOSPC, "no room for the other one")
+
+    with pytest.raises(DiskFull):
+        store.blobs.hold(digests())
+    assert store.sweep(grace_s=0).num_blobs == 1
     assert not list((store.root / "pins").iterdir())
 
 

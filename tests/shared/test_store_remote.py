@@ -75,6 +75,20 @@ def test_store_elsewhere_answers_as_the_local_one(
             fresh.get(name)
 
 
+def test_selector_elsewhere_names_the_kv_cache(
+    remote: RegistryStore, url: str, local: LocalStore
+) -> None:
+    """Else whoever asks for bf16 would be given a cache that loses something."""
+    quants = [QuantConfig("bf16", kv_cache=kept) for kept in ("", "fp8")]
+    engines = [publish_engine(local, engine_key(quant=quant)) for quant in quants]
+    for engine in engines:
+        remote.push(local, engine)
+    for quant, engine in zip(quants, engines, strict=True):
+        assert opened(url).find(EngineSelector("tiny", "cpu", quant)) == engine
+    asked = EngineSelector("tiny", "cpu", QuantConfig("bf16", kv_cache="int8"))
+    assert opened(url).find(asked) is None
+
+
 def test_pulled_engine_is_the_one_that_was_pushed(
     remote: RegistryStore, url: str, local: LocalStore, other: LocalStore
 ) -> None:
@@ -356,3 +370,21 @@ def test_tuning_records_travel_with_their_engine(
     pulled = pull(fresh, fresh.get(engine.name), other)
     assert (pulled.tunings, pulled.signatures) == (later.tunings, engine.signatures)
     assert other.read_all(pulled.tunings[0].digest) == record_bytes(engine, choice="c")
+
+
+def test_tuning_record_that_is_lost_hides_no_engine(
+    remote: RegistryStore, url: str, local: LocalStore
+) -> None:
+    """It may go between two looks of somebody who reads: whoever deletes its engine removes it first."""
+    engine, other = (publish_engine(local, engine_key("sm_90", builder=str(n))) for n in range(2))
+    for one in (engine, other):
+        remote.push(local, one)
+    tuned = remote.add_tuning(engine, GPU, record_bytes(engine))
+    (artifact,) = remote._referrers(engine.manifest).tunings
+    remote.registry.delete_manifest(artifact.digest)
+    fresh = opened(url)
+    assert set(fresh.list()) == {engine, other}
+    assert fresh.get(engine.name) == engine
+    again = fresh.add_tuning(engine, GPU, record_bytes(engine, choice="c"))
+    assert [blob.title for blob in again.tunings] == [GPU]
+    assert again.tunings != tuned.tunings

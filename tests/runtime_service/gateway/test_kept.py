@@ -1,6 +1,8 @@
 """What the gateway keeps of generations that have ended."""
 
+import gc
 import tracemalloc
+import weakref
 
 import pytest
 from millrace.runtime.v1 import runtime_pb2 as pb
@@ -8,7 +10,9 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from runtime_service.gateway.kept import MAX_KEPT_BYTES, KeptGenerations
 from runtime_service.gateway.routed_generation import KEPT_GENERATION_BYTES, RoutedGeneration
 from runtime_service.gateway.run import Run
-from shared.errors import GenerationNotFound
+from runtime_service.generation_call import GenerationCall, OnMember
+from shared.errors import EngineLost, GenerationNotFound
+from shared.quotas import GenerationQuota
 
 
 class _Nowhere:
@@ -39,6 +43,59 @@ async def test_large_generations_make_room_of_as_many_small_ones_as_it_takes() -
         with pytest.raises(GenerationNotFound):
             kept.find(gone, "")
     assert kept.find("large 1", "").request_id == "large 1"
+
+
+async def test_generation_that_made_room_takes_none_any_more() -> None:
+    """What is forgotten early is gone, not only unknown until its time is over."""
+    kept = KeptGenerations(keep_s=60.0)
+    generation = RoutedGeneration("a", _Nowhere(), lambda _: None, lambda _: None)
+    generation.begin(pb.StartGeneration(text="x"), "", "a")
+    kept.add(generation)
+    kept.ended(generation)
+    is_there = weakref.ref(generation)
+    del generation
+    for number in range(4):
+        ended(kept, f"large {number}", MAX_KEPT_BYTES // 4 + 1)
+    gc.collect()
+    assert is_there() is None
+
+
+class _Starter:
+    """Starts what the test then feeds."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+
+    def new_generation(
+        self, request_id: str, on_news: OnMember, on_end: OnMember, quota: GenerationQuota
+    ) -> RoutedGeneration:
+        return RoutedGeneration(request_id, _Nowhere(), on_news, on_end, quota)
+
+    def start(
+        self, generation: RoutedGeneration, start: pb.StartGeneration, cache_salt: str
+    ) -> None:
+        generation.begin(start, cache_salt, generation.request_id)
+        self.runs.append(Run(generation, 0, 1, None))
+
+    def resume(
+        self, generation: RoutedGeneration, resume: pb.ResumeGeneration, cache_salt: str
+    ) -> None: ...
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+async def test_what_a_lost_reader_did_not_take_is_not_kept(has_ended: bool) -> None:
+    """Text and log probabilities are many times what a resumption needs, and are not counted."""
+    starter = _Starter()
+    call = GenerationCall(starter)
+    generation = call.start(pb.StartGeneration(request_id="a", text="x"))
+    (run,) = starter.runs
+    generation.run_gained(run, pb.Event(tokens=pb.TokenChunk(token_ids=[1], text="one")))
+    if has_ended:
+        generation.fail(EngineLost(problem="a test has it so"))
+    call.close()
+    assert generation.is_ended
+    assert list(generation.samples[0].token_ids) == [1]
+    assert list(generation.take_events()) == []
 
 
 async def test_small_generations_count_with_all_that_they_take() -> None:

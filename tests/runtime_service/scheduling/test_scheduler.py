@@ -84,6 +84,21 @@ def test_higher_priority_takes_the_place_of_a_lower_one() -> None:
     expect_alone(drive, low, high)
 
 
+@pytest.mark.parametrize("max_unread_steps", [0, 1])
+def test_higher_priority_does_not_wait_for_the_rest_of_a_long_prompt(max_unread_steps: int) -> None:
+    """A prompt under way takes what those before it leave of a step, also where they come later."""
+    limits = small_limits(max_sequence_tokens=400, num_blocks=256, max_step_tokens=8)
+    drive = Drive(limits, max_unread_steps)
+    low, high = request(0, prompt=300, num_tokens=2), request(1, prompt=5, priority=1)
+    drive.add(low)
+    drive.step()
+    drive.add(high)
+    drive.run()
+    assert next(iter(drive.finishes)) == (1, 0)
+    assert drive.scheduler.stats().preemptions == 0
+    expect_alone(drive, low, high)
+
+
 def test_equal_priority_does_not_preempt_on_arrival() -> None:
     drive = Drive(small_limits(max_sequences=1))
     drive.add(request(0, num_tokens=40))
