@@ -29,6 +29,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic-rope": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}}),
     "yarn-rope": ("qwen2", {"rope_scaling": YARN}),
     "rope-parameters": ("llama", {"rope_parameters": {"rope_theta": 500.0, **LLAMA3_ROPE}}),
+    "rope-scaling-beside-parameters": (
+        "llama",
+        {"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": YARN},
+    ),
+    "yarn-original-beside-scaling": (
+        "llama",
+        {"rope_scaling": YARN, "original_max_position_embeddings": 128},
+    ),
+    "llama3-original-beside-scaling": (
+        "llama",
+        {"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 32},
+    ),
     "mistral-no-window": ("mistral", {"sliding_window": None}),
     "qwen2-window": (
         "qwen2",
