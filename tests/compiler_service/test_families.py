@@ -136,6 +136,17 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         InvalidModel,
         "1 layer_types for 2 layers",
     ),
+    "layer type": (
+        {
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["chunked_attention", "full_attention"],
+        },
+        UnsupportedModel,
+        "layer type chunked_attention",
+    ),
 }
 
 
