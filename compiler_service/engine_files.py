@@ -118,7 +118,7 @@ def _require_text(files: Mapping[str, bytes], name: str) -> None:
 def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
         value = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidModel(problem=f"{name} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise InvalidModel(problem=f"{name} holds no JSON object")

@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise InvalidModel(problem=f"{path.name} is missing in {path.parent}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidModel(problem=f"{path.name} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise InvalidModel(problem=f"{path.name} holds no JSON object")

@@ -16,6 +16,7 @@ from shared.ir import Attr, Graph, Node, TensorSpec, WeightSpec
 _MOST, _MOST_LAYERS = (1 << 31) - 1, 4096
 # What transformers' MistralConfig, Qwen2Config and Qwen3Config say where config.json does not.
 _DEFAULT_WINDOW, _DEFAULT_WINDOW_LAYERS = 4096, 28
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +284,10 @@ def sliding_windows(config: Mapping[str, Any]) -> tuple[int, ...]:
     if not isinstance(layer_types, list) or len(layer_types) != num_layers:
         found = len(layer_types) if isinstance(layer_types, list) else f"{layer_types!r} as"
         raise InvalidModel(problem=f"{found} layer_types for {num_layers} layers")
+    for kind in layer_types:
+        if kind not in _LAYER_TYPES:
+            known = ", ".join(_LAYER_TYPES)
+            raise UnsupportedModel(architecture=f"layer type {kind}", known=known)
     return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
 
 

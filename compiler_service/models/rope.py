@@ -38,7 +38,8 @@ def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
         UnsupportedModel: a variant without a row in ROPE_VARIANTS, or a partial rotation.
         InvalidModel: the variant lacks a parameter.
     """
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Where a config has both, transformers takes the older one.
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise InvalidModel(problem=f"config.json's rope_scaling is {given!r}, no object")
     parameters = dict(given)
@@ -51,9 +52,13 @@ def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if not isinstance(kind, str) or kind not in ROPE_VARIANTS:
         raise UnsupportedModel(architecture=f"rope_type {kind}", known=", ".join(ROPE_VARIANTS))
-    if parameters.get("original_max_position_embeddings") is None:
+    # As transformers has it: the config's own field wins over that among the parameters.
+    original = "original_max_position_embeddings"
+    if config.get(original) is not None:
+        parameters[original] = config[original]
+    elif parameters.get(original) is None:
         # What it was trained for, if nothing else is said, is what the config says.
-        parameters["original_max_position_embeddings"] = config.get("max_position_embeddings")
+        parameters[original] = config.get("max_position_embeddings")
     plain = [float(theta) ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     try:
         rope = ROPE_VARIANTS[kind](plain, float(theta), parameters)

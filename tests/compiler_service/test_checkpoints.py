@@ -169,6 +169,18 @@ BROKEN: dict[str, tuple[Callable[[Path], object], int, type[MillraceError], str]
         InvalidModel,
         "not JSON",
     ),
+    "config nested too deep": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        1,
+        InvalidModel,
+        "config.json is not JSON",
+    ),
+    "generation_config nested too deep": (
+        lambda f: (f / "generation_config.json").write_text("[" * 100_000),
+        1,
+        InvalidModel,
+        "generation_config.json is not JSON",
+    ),
     "config no object": (lambda f: (f / "config.json").write_text("[]"), 1, InvalidModel, "object"),
     "dtype": (
         lambda f: _edit_tensors(f, lambda t: t.update({DOWN: t[DOWN].to(torch.int8)})),

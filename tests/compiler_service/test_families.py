@@ -29,6 +29,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic-rope": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}}),
     "yarn-rope": ("qwen2", {"rope_scaling": YARN}),
     "rope-parameters": ("llama", {"rope_parameters": {"rope_theta": 500.0, **LLAMA3_ROPE}}),
+    "rope-scaling-beside-parameters": (
+        "llama",
+        {"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": YARN},
+    ),
+    "yarn-original-beside-scaling": (
+        "llama",
+        {"rope_scaling": YARN, "original_max_position_embeddings": 128},
+    ),
+    "llama3-original-beside-scaling": (
+        "llama",
+        {"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 32},
+    ),
     "mistral-no-window": ("mistral", {"sliding_window": None}),
     "qwen2-window": (
         "qwen2",
@@ -123,6 +135,17 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         },
         InvalidModel,
         "1 layer_types for 2 layers",
+    ),
+    "layer type": (
+        {
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["chunked_attention", "full_attention"],
+        },
+        UnsupportedModel,
+        "layer type chunked_attention",
     ),
 }
 
