@@ -10,10 +10,19 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import structlog
+from prometheus_client import Counter
 
 Result = TypeVar("Result")
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 30.0
+
+FAILURES = Counter(
+    "millrace_background_failures",
+    "Background work that failed, by task; what keeps a daemon up to date begins again.",
+    ["task"],
+    registry=None,
+)
+"""The process's, as its memory is: `daemon_registry` tells it beside that."""
 
 _log = structlog.get_logger()
 
@@ -25,11 +34,15 @@ class Background:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def keep(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
-        """Has `work` go on until it returns or its task is cancelled: one that fails is logged, and begins again.
+        """Has `work` go on until it returns or its task is cancelled.
+
+        One that fails is logged and counted, and begins again.
 
         Args:
-            name: what the log calls it.
+            name: what the log and Prometheus call it.
         """
+        # Prometheus sees a first failure only where it saw none before.
+        FAILURES.labels(name)
         return self.own(_kept(name, work))
 
     def run(
@@ -38,15 +51,17 @@ class Background:
         work: Coroutine[Any, Any, None],
         on_failure: Callable[[], object] | None = None,
     ) -> asyncio.Task[None]:
-        """Has `work` run once; one that fails is logged.
+        """Has `work` run once; one that fails is logged and counted.
 
         Args:
             on_failure: called then: what waits for its effects would wait for ever.
         """
+        FAILURES.labels(name)
         task = self.own(work)
 
         def tell(ended: asyncio.Task[None]) -> None:
             if not ended.cancelled() and (error := ended.exception()) is not None:
+                FAILURES.labels(name).inc()
                 _log.error("background_failed", task=name, exc_info=error)
                 if on_failure is not None:
                     on_failure()
@@ -79,6 +94,7 @@ async def _kept(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> Non
         except Exception:  # an edge: nobody else hears of it
             if time.monotonic() - began_s > LAST_RETRY_S:
                 retry_s = FIRST_RETRY_S
+            FAILURES.labels(name).inc()
             _log.exception("background_failed", task=name, retry_s=retry_s)
         await asyncio.sleep(retry_s)
         retry_s = min(2 * retry_s, LAST_RETRY_S)

@@ -23,6 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
+from shared.background import FAILURES
 from shared.channels import is_loopback
 from shared.edge import EdgeInterceptor
 from shared.security import ServerSecurity
@@ -230,11 +231,12 @@ def server_options(
 
 
 def daemon_registry() -> CollectorRegistry:
-    """A registry that already tells about the process: memory, CPU, files, Python."""
+    """A registry that already tells about the process: memory, CPU, files, Python, what failed in the background."""
     registry = CollectorRegistry()
     prometheus_client.ProcessCollector(registry=registry)
     prometheus_client.PlatformCollector(registry=registry)
     prometheus_client.GCCollector(registry=registry)
+    registry.register(FAILURES)
     return registry
 
 

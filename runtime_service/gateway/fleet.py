@@ -95,14 +95,15 @@ class Fleet:
             return None
         try:
             async with asyncio.timeout(max(5 * self._options.poll_s, 2.0)):
-                keys = [key async for key in self._redis.scan_iter("runtime:*", count=1000)]
-                found = await self._addresses.read(keys)
+                found = await self._addresses.read_all("runtime:*")
         # Redis remembers who is working and nothing else: generations go on without it.
         except (RedisError, OSError, TimeoutError) as error:
             if self.redis_answers:
                 _log.warning("redis_lost", error=type(error).__name__)
             self.redis_answers = False
             return None
+        if not self.redis_answers:
+            _log.info("redis_found")
         self.redis_answers = True
         return {address for address in found.values() if address}
 

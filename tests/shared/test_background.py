@@ -6,6 +6,7 @@ import pytest
 import structlog
 
 from shared.background import Background
+from shared.server import daemon_registry
 
 
 class Unforeseen(Exception):
@@ -60,6 +61,32 @@ async def test_work_that_fails_once_is_told_to_the_log_and_to_its_owner() -> Non
             await is_told.wait()
     assert [(log["event"], log["task"]) for log in logs] == [("background_failed", "read")]
     assert isinstance(logs[0]["exc_info"], Unforeseen)
+
+
+async def test_failures_are_counted_by_task_from_none_on() -> None:
+    """What was never there has not grown, for Prometheus: a first failure would go unseen."""
+    registry, background, is_told = daemon_registry(), Background(), asyncio.Event()
+
+    def count(task: str) -> float | None:
+        return registry.get_sample_value("millrace_background_failures_total", {"task": task})
+
+    begun = 0
+
+    async def fail_twice() -> None:
+        nonlocal begun
+        begun += 1
+        if begun < 3:
+            raise Unforeseen
+
+    async def fail() -> None:
+        raise Unforeseen
+
+    kept = background.keep("counted_kept", fail_twice)
+    background.run("counted_once", fail(), on_failure=is_told.set)
+    assert (count("counted_kept"), count("counted_once")) == (0.0, 0.0)
+    await asyncio.wait_for(is_told.wait(), 10.0)
+    await asyncio.wait_for(kept, 10.0)
+    assert (count("counted_kept"), count("counted_once")) == (2.0, 1.0)
 
 
 async def test_work_that_is_cancelled_or_ends_well_is_no_failure() -> None:
