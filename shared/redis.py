@@ -42,7 +42,7 @@ _READ_ONLY = (
     redis.exceptions.ReadOnlyError,
     redis.exceptions.MasterDownError,
 )
-# Likewise, or its disk fails it, or too few replicas follow it; from a script that tells it on, with its name before it.
+# Likewise, or its disk fails it, or too few replicas follow it; a script that tells it on puts its name before it.
 _READ_ONLY_WORDS = re.compile(r"(?:\w+:\d+: )?(?:OOM|READONLY|MASTERDOWN|MISCONF|NOREPLICAS) ")
 _UNREACHABLE = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, TimeoutError)
 
