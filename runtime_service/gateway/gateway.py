@@ -233,11 +233,14 @@ class Gateway:
         return num_prompt_tokens + (start.sampling.n or 1) * num_new_tokens
 
     def _fleet_changed(self) -> None:
-        """Who waits for a runtime looks again."""
+        """Who waits for a runtime looks again, also who waits at one that exchanges its engine."""
         usable = [link.is_usable for link in self._fleet]
         self._metrics.runtimes.labels("yes").set(sum(usable))
         self._metrics.runtimes.labels("no").set(len(usable) - sum(usable))
         self._try_all_again()
+        for run in [run for generation in self._running for run in generation.held_runs]:
+            if self._choose(run) is not None:
+                run.withdraw()
 
     # Placing.
 

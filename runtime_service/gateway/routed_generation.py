@@ -187,6 +187,11 @@ class RoutedGeneration:
         return self._num_losses > 1 and not self.is_ended
 
     @property
+    def held_runs(self) -> list[Run]:
+        """What of it a runtime makes wait for an engine."""
+        return [run for run in self._runs if run.is_held]
+
+    @property
     def num_kept_bytes(self) -> int:
         """About what a resumption needs of it."""
         num_tokens = len(self.start.token_ids.ids)
