@@ -9,6 +9,7 @@ neither calls nor processes: commands to the engine go through `EngineLink`.
 import time
 from asyncio import TimerHandle
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from typing import Protocol
 
 import structlog
@@ -72,6 +73,8 @@ class Generation:
         self.trace: GenerationTrace | None = None
         # A timer that ends it, or None; cancelled with it.
         self.deadline: TimerHandle | None = None
+        # Whose it is, for the log: it ends wherever its engine or runtime is listened to.
+        self._context = copy_context()
         self._metrics = metrics
         self._on_news = on_news
         self._on_end = on_end
@@ -275,7 +278,8 @@ class Generation:
         self._total_s = total_s = time.monotonic() - self._started_s
         self._metrics.ended(reason, total_s)
         first_s = self._first_token_s - self._started_s if self._first_token_s else None
-        _log.info(
+        self._context.run(
+            _log.info,
             "generation_finished",
             request_id=self.request_id,
             reason=reason,

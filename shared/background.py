@@ -7,6 +7,7 @@ new any more. Work that its starter awaits is a plain task, and its errors are t
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from contextvars import Context
 from typing import Any, TypeVar
 
 import structlog
@@ -34,7 +35,7 @@ class Background:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def keep(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
-        """Has `work` go on until it returns or its task is cancelled.
+        """Has `work` go on until it returns or its task is cancelled, for nobody: no call's context is its own.
 
         One that fails is logged and counted, and begins again.
 
@@ -43,21 +44,23 @@ class Background:
         """
         # Prometheus sees a first failure only where it saw none before.
         FAILURES.labels(name)
-        return self.own(_kept(name, work))
+        return self.own(_kept(name, work), Context())
 
     def run(
         self,
         name: str,
         work: Coroutine[Any, Any, None],
         on_failure: Callable[[], object] | None = None,
+        context: Context | None = None,
     ) -> asyncio.Task[None]:
         """Has `work` run once; one that fails is logged and counted.
 
         Args:
             on_failure: called then: what waits for its effects would wait for ever.
+            context: for whom it runs; by default for nobody, whichever call began it.
         """
         FAILURES.labels(name)
-        task = self.own(work)
+        task = self.own(work, context or Context())
 
         def tell(ended: asyncio.Task[None]) -> None:
             if not ended.cancelled() and (error := ended.exception()) is not None:
@@ -69,9 +72,15 @@ class Background:
         task.add_done_callback(tell)
         return task
 
-    def own(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
-        """Has `work` run, and end with the others; its errors are for whoever waits for it."""
-        task = asyncio.get_running_loop().create_task(work)
+    def own(
+        self, work: Coroutine[Any, Any, Result], context: Context | None = None
+    ) -> asyncio.Task[Result]:
+        """Has `work` run, and end with the others; its errors are for whoever waits for it.
+
+        Args:
+            context: for whom it runs; by default for whoever began it.
+        """
+        task = asyncio.get_running_loop().create_task(work, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

@@ -198,7 +198,8 @@ class Gateway:
         if not self._running:
             self._idle.set()
         num_tokens = sum(len(sample.token_ids) for sample in generation.samples)
-        _log.info(
+        generation.context.run(
+            _log.info,
             "generation_finished",
             request_id=generation.request_id,
             reason=reason,

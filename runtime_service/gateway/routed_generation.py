@@ -10,6 +10,7 @@ import time
 from array import array
 from asyncio import TimerHandle
 from collections.abc import Iterable, Iterator
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -84,6 +85,8 @@ class RoutedGeneration:
         self.started: pb.GenerationStarted | None = None
         self.started_s = time.monotonic()
         self.first_token_s = 0.0
+        # Whose it is, for the log: it ends wherever its engine or runtime is listened to.
+        self.context = copy_context()
         self._placer = placer
         self._on_news, self._on_end = on_news, on_end
         self._runs: list[Run] = []

@@ -1,6 +1,8 @@
 """Work that nobody waits for never ends without a word."""
 
 import asyncio
+from contextvars import ContextVar, copy_context
+from functools import partial
 
 import pytest
 import structlog
@@ -87,6 +89,25 @@ async def test_failures_are_counted_by_task_from_none_on() -> None:
     await asyncio.wait_for(is_told.wait(), 10.0)
     await asyncio.wait_for(kept, 10.0)
     assert (count("counted_kept"), count("counted_once")) == (2.0, 1.0)
+
+
+async def test_work_for_nobody_has_no_calls_context_and_owned_work_its_starters() -> None:
+    """What a call happened to begin outlives it: its lines must not be told as that call's."""
+    background, caller = Background(), ContextVar("caller", default="nobody")
+    seen: dict[str, str] = {}
+
+    async def work(name: str) -> None:
+        seen[name] = caller.get()
+
+    caller.set("a call")
+    tasks = [
+        background.keep("kept", partial(work, "kept")),
+        background.run("run", work("run")),
+        background.run("for a call", work("for a call"), context=copy_context()),
+        background.own(work("own")),
+    ]
+    await asyncio.wait(tasks)
+    assert seen == {"kept": "nobody", "run": "nobody", "for a call": "a call", "own": "a call"}
 
 
 async def test_work_that_is_cancelled_or_ends_well_is_no_failure() -> None:

@@ -430,7 +430,7 @@ async def test_silent_runtime_is_lost_and_gets_nothing_new(tmp_path: Path) -> No
 
 
 async def test_cancelled_generations_free_their_blocks_and_end_once(tmp_path: Path) -> None:
-    async with running_fleet(tmp_path, step_s=0.002) as fleet:
+    async with running_fleet(tmp_path, step_s=0.02) as fleet:
         call = fleet.call()
         for number in range(40):
             await call.start(str(number), [40, number + 41], max_new_tokens=450)
