@@ -168,7 +168,8 @@ class DaemonServer:
                 return int(self.grpc.add_insecure_port(listen))
             return int(self.grpc.add_secure_port(listen, credentials))
         except RuntimeError as error:
-            raise SettingsError(f"cannot listen on {listen}: {error}") from None
+            problem = str(error).partition("; set GRPC_VERBOSITY")[0]
+            raise SettingsError(f"cannot listen on {listen}: {problem}") from None
 
     async def _drained(self, drain: Callable[[], Awaitable[None]]) -> None:
         await drain()

@@ -197,20 +197,10 @@ class Gateway:
             self._on_trial = None
         if not self._running:
             self._idle.set()
-        num_tokens = sum(len(sample.token_ids) for sample in generation.samples)
-        generation.context.run(
-            _log.info,
-            "generation_finished",
-            request_id=generation.request_id,
-            reason=reason,
-            num_samples=len(generation.samples),
-            generated_tokens=num_tokens,
-            duration_s=round(generation.elapsed_s, 6),
-            **trace_fields(generation.span),
-        )
+        generation.context.run(_tell_end, generation, reason)
         generation.span.end(
             generation.error.reason if generation.error else "",
-            {"millrace.end_reason": reason, "gen_ai.usage.output_tokens": num_tokens},
+            {"millrace.end_reason": reason, "gen_ai.usage.output_tokens": generation.num_tokens},
         )
 
     def recovered(self, generation: RoutedGeneration) -> None:
@@ -319,6 +309,18 @@ class Gateway:
         self._metrics.waiting.set(len(self._waiting))
         if not run.is_over:
             self.place(run)
+
+
+def _tell_end(generation: RoutedGeneration, reason: str) -> None:
+    _log.info(
+        "generation_finished",
+        request_id=generation.request_id,
+        reason=reason,
+        num_samples=len(generation.samples),
+        generated_tokens=generation.num_tokens,
+        duration_s=round(generation.elapsed_s, 6),
+        **trace_fields(generation.span),
+    )
 
 
 def _received(resume: pb.ResumeGeneration, old: RoutedGeneration) -> list[int]:

@@ -185,6 +185,11 @@ class RoutedGeneration:
         return any(sample.token_ids for sample in self.samples)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that its client was sent, over all samples."""
+        return sum(len(sample.token_ids) for sample in self.samples)
+
+    @property
     def is_suspect(self) -> bool:
         """Claims that it may be what takes engines down."""
         return self._num_losses > 1 and not self.is_ended
@@ -197,8 +202,7 @@ class RoutedGeneration:
     @property
     def num_kept_bytes(self) -> int:
         """About what a resumption needs of it."""
-        num_tokens = len(self.start.token_ids.ids)
-        num_tokens += sum(len(sample.token_ids) for sample in self.samples)
+        num_tokens = len(self.start.token_ids.ids) + self.num_tokens
         return KEPT_GENERATION_BYTES + self.start.ByteSize() + _KEPT_TOKEN_BYTES * num_tokens
 
     @property
@@ -365,7 +369,7 @@ class RoutedGeneration:
         usage = self._usage
         if self.started is not None:
             usage.prompt_tokens = self.started.prompt_tokens
-        usage.generated_tokens = sum(len(sample.token_ids) for sample in self.samples)
+        usage.generated_tokens = self.num_tokens
         finished = pb.GenerationFinished(
             samples=[s.finish for s in self.samples if s.finish is not None], usage=usage
         )
