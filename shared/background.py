@@ -7,11 +7,13 @@ new any more. Work that its starter awaits is a plain task, and its errors are t
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from contextvars import Context
+from contextvars import Context, copy_context
 from typing import Any, TypeVar
 
 import structlog
 from prometheus_client import Counter
+
+from shared.tracing import leave_span
 
 Result = TypeVar("Result")
 
@@ -44,7 +46,7 @@ class Background:
         """
         # Prometheus sees a first failure only where it saw none before.
         FAILURES.labels(name)
-        return self.own(_kept(name, work), Context())
+        return self.own(_kept(name, work), _nobodys_context())
 
     def run(
         self,
@@ -60,7 +62,7 @@ class Background:
             context: for whom it runs; by default for nobody, whichever call began it.
         """
         FAILURES.labels(name)
-        task = self.own(work, context or Context())
+        task = self.own(work, context or _nobodys_context())
 
         def tell(ended: asyncio.Task[None]) -> None:
             if not ended.cancelled() and (error := ended.exception()) is not None:
@@ -92,6 +94,14 @@ class Background:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+
+def _nobodys_context() -> Context:
+    """The starter's context without what it says of a call: neither log lines nor spans are the call's."""
+    context = copy_context()
+    context.run(structlog.contextvars.clear_contextvars)
+    context.run(leave_span)
+    return context
 
 
 async def _kept(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -93,20 +93,23 @@ async def test_failures_are_counted_by_task_from_none_on() -> None:
 
 async def test_work_for_nobody_has_no_calls_context_and_owned_work_its_starters() -> None:
     """What a call happened to begin outlives it: its lines must not be told as that call's."""
-    background, caller = Background(), ContextVar("caller", default="nobody")
+    background, process = Background(), ContextVar("process", default="")
     seen: dict[str, str] = {}
 
     async def work(name: str) -> None:
-        seen[name] = caller.get()
+        assert process.get() == "what a process has configured stays"
+        seen[name] = structlog.contextvars.get_contextvars().get("rpc", "nobody")
 
-    caller.set("a call")
+    process.set("what a process has configured stays")
+    structlog.contextvars.bind_contextvars(rpc="a call")
     tasks = [
         background.keep("kept", partial(work, "kept")),
         background.run("run", work("run")),
         background.run("for a call", work("for a call"), context=copy_context()),
         background.own(work("own")),
     ]
-    await asyncio.wait(tasks)
+    await asyncio.gather(*tasks)
+    structlog.contextvars.clear_contextvars()
     assert seen == {"kept": "nobody", "run": "nobody", "for a call": "a call", "own": "a call"}
 
 
