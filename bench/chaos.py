@@ -6,7 +6,8 @@
 storm: rounds of streams that are cancelled at random moments; KV blocks must come back within a
 second, and memory must not grow. overload: so many times what the runtimes admit at once; what is
 refused says when to try again, and what is admitted does not wait longer than a full queue means.
-Prints JSON lines. tests/integration/test_chaos.py kills things as well, in less time.
+Prints JSON lines, and fails where one of these is not so. tests/integration/test_chaos.py kills
+things as well, in less time.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from tests.integration.fleet_processes import FleetClient, FleetProcesses, rando
 from tests.runtime_service.daemon import Call, Seen
 
 NUM_RUNTIMES = 3
+# Resident memory of any process may grow by so much, and the slowest first tokens come so many times later.
+MAX_GROWTH, MAX_LATENESS = 0.02, 2.0
 
 
 def main() -> None:
@@ -84,6 +87,7 @@ async def storm(fleet: FleetProcesses, client: FleetClient, arguments: argparse.
     first, last = settled[arguments.warm_up], settled[-1]
     growth = [round(after / before - 1, 4) for before, after in zip(first, last, strict=True)]
     print(json.dumps({"growth": growth}))
+    assert max(growth) < MAX_GROWTH, f"memory grew by more than {MAX_GROWTH:.0%}"
 
 
 def rss_mb(fleet: FleetProcesses) -> list[float]:
@@ -100,6 +104,7 @@ async def overload(
 ) -> None:
     """Sends far more than is admitted at once, and says what became of it."""
     admitted = NUM_RUNTIMES * (16 + 1500 // 12)
+    late_s: list[float] = []
     for factor in (1, arguments.factor):
         call = Call(client.stub.Generate())
         sent_s: dict[str, float] = {}
@@ -113,10 +118,14 @@ async def overload(
                 if event.HasField("tokens"):
                     waited_s = time.monotonic() - sent_s[event.request_id]
                     first_s.setdefault(event.request_id, waited_s)
-        print(
-            json.dumps({"sent": factor * admitted, **described(call.seen, list(first_s.values()))})
-        )
+        found = described(call.seen, list(first_s.values()))
+        late_s.append(found["ttft_p99_s"])
+        print(json.dumps({"sent": factor * admitted, **found}), flush=True)
+        assert set(found["refused"]) <= {"QUEUE_FULL"}, "something else was refused"
+        assert not found["retry_after_s"] or found["retry_after_s"][0] > 0, "no delay was told"
     await client.freed(5.0)
+    print(json.dumps({"ttft_p99_ratio": round(late_s[1] / late_s[0], 2)}))
+    assert late_s[1] < MAX_LATENESS * late_s[0], f"p99 grew by more than {MAX_LATENESS}"
     assert all(runtime.process.poll() is None for runtime in fleet.runtimes)
 
 

@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextvars import copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,7 +92,8 @@ class Compiler:
             return await self._admit(request, resolved)
         record = OperationRecord(request, RESOLVING)
         if await self._operations.begin(record):
-            self._background.run("resolve", self._resolve(record))
+            # Its builds are traced, and its lines told, as the call's that began it.
+            self._background.run("resolve", self._resolve(record), context=copy_context())
         return record, []
 
     async def watch_operation(

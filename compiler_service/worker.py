@@ -73,6 +73,7 @@ class Worker:
         self._command, self._store, self._cache_dir = command, store, cache_dir
         self._metrics = metrics
         self._beat_s = min(queue.lease_s / 3, _MAX_BEAT_S)
+        self._is_reachable = True
         self._log = structlog.get_logger()
 
     async def run(self) -> None:
@@ -81,10 +82,11 @@ class Worker:
             while True:
                 try:
                     lease = await self._queue.lease(self._owner)
+                    self._note_redis(None)
                     if lease is not None:
                         await self._work(lease)
                 except RedisUnreachable as error:
-                    self._log.warning("redis_unreachable", error=str(error))
+                    self._note_redis(error)
                     await asyncio.sleep(_RETRY_S)
                 except Fenced:
                     pass  # the lease is another worker's, who does the rest
@@ -98,7 +100,15 @@ class Worker:
         try:
             await self._queue.leave(self._owner)
         except RedisUnreachable as error:  # then its leases run out by themselves
+            self._note_redis(error)
+
+    def _note_redis(self, error: RedisUnreachable | None) -> None:
+        """Logs that Redis was lost, or found again; not each of many tries in between."""
+        if error is not None and self._is_reachable:
             self._log.warning("redis_unreachable", error=str(error))
+        if error is None and not self._is_reachable:
+            self._log.info("redis_found")
+        self._is_reachable = error is None
 
     async def _work(self, lease: Lease) -> None:
         for digest in lease.digests:
@@ -182,8 +192,9 @@ class Worker:
                     if await self._queue.beat(self._owner, attempt, progress):
                         return True
                     told = progress or told
+                    self._note_redis(None)
                 except RedisUnreachable as error:
-                    self._log.warning("redis_unreachable", error=str(error))
+                    self._note_redis(error)
                 await asyncio.wait({running}, timeout=self._beat_s)
             return False
         finally:
@@ -228,7 +239,7 @@ class Worker:
                 await self._give_back(attempt)
                 raise Fenced  # asked for again while it was being cancelled: anybody's now
             except RedisUnreachable as unreachable:
-                self._log.warning("redis_unreachable", error=str(unreachable))
+                self._note_redis(unreachable)
                 await asyncio.sleep(_RETRY_S)
         if state == SUCCEEDED:
             self._metrics.seconds.labels(attempt.job.key.arch).observe(

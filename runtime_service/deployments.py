@@ -111,8 +111,7 @@ class Deployments:
 
     async def list(self) -> "list[Deployment]":
         """All that somebody is to serve, by name."""
-        keys = [key async for key in self._redis.scan_iter(f"{_PREFIX}*", count=1000)]
-        found = await self._records.read(sorted(key for key in keys if key.count(":") == 1))
+        found = await self._records.read_all(f"{_PREFIX}*", lambda key: key.count(":") == 1)
         return [deployment for deployment in found.values() if deployment.replicas]
 
     async def hold_slot(self, wanted: Deployment, runtime_id: str, ttl_s: float) -> bool:

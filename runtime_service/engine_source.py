@@ -17,6 +17,7 @@ from shared.channels import PeerSecurity
 from shared.engine import READABLE_FORMATS, EngineManifest, EngineSelector, Signature
 from shared.errors import (
     BlobNotFound,
+    BuildNotFound,
     CompilerUnreachable,
     DigestMismatch,
     EngineNotFound,
@@ -34,6 +35,12 @@ from shared.store.pull import add_tuning_from
 from shared.tracing import trace_metadata
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.5, 10.0
+# A compile daemon imports torch before it answers its first request.
+_ASK_TIMEOUT_S = 60.0
+# A machine that vanished says nothing, and a build may say nothing for long: watches are begun anew.
+_WATCH_S = 120.0
+
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 _log = structlog.get_logger()
 
@@ -52,6 +59,7 @@ class EngineSource:
         peers: how it is called.
         trusted: whose engines may be loaded; None: anybody's.
         cache: `local`, where it is a cache of limited size.
+        watch_s: how long one call may watch a build; the next one goes on.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class EngineSource:
         peers: PeerSecurity | None = None,
         trusted: TrustedKeys | None = None,
         cache: EngineCache | None = None,
+        watch_s: float = _WATCH_S,
     ) -> None:
         self._local = local
         self._remote = remote
@@ -69,6 +78,7 @@ class EngineSource:
         self._peers = peers or PeerSecurity()
         self._trusted = trusted
         self._cache = cache
+        self._watch_s = watch_s
         self._is_closed = False
 
     def close(self) -> None:
@@ -217,12 +227,11 @@ class EngineSource:
         async with self._peers.aio_channel(self._compiler) as channel:
             stub: compiler_pb2_grpc.CompilerServiceAsyncStub
             stub = compiler_pb2_grpc.CompilerServiceStub(channel)
-            try:
-                operation = (await stub.BuildEngine(request, metadata=trace_metadata())).operation
-            except grpc.aio.AioRpcError as error:
-                raise of_compiler(error, self._compiler) from error
-            _log.info("build_requested", operation=operation.name, engine=str(selector))
-            operation = await self._watch(stub, operation)
+            operation = await self._ask(stub, request)
+            while (ended := await self._watch(stub, operation)) is None:
+                _log.warning("build_forgotten", operation=operation.name)
+                operation = await self._ask(stub, request)
+            operation = ended
         if operation.HasField("error"):
             raise from_status(operation.error)
         for build in operation.builds:
@@ -231,24 +240,44 @@ class EngineSource:
             if build.state != pb.BUILD_STATE_SUCCEEDED:
                 raise EngineNotFound(engine=selector)
 
+    async def _ask(
+        self, stub: "compiler_pb2_grpc.CompilerServiceAsyncStub", request: pb.BuildEngineRequest
+    ) -> pb.Operation:
+        try:
+            asked = stub.BuildEngine(request, timeout=_ASK_TIMEOUT_S, metadata=trace_metadata())
+            operation = (await asked).operation
+        except grpc.aio.AioRpcError as error:
+            raise of_compiler(error, self._compiler) from error
+        _log.info("build_requested", operation=operation.name, model=request.model)
+        return operation
+
     async def _watch(
         self, stub: "compiler_pb2_grpc.CompilerServiceAsyncStub", operation: pb.Operation
-    ) -> pb.Operation:
-        """The operation once it has ended; a lost connection is tried again for as long."""
+    ) -> pb.Operation | None:
+        """The operation once it has ended; a lost connection is tried again for as long.
+
+        None where nobody knows it any more: Redis came back empty. Asking twice is asking once.
+        """
         delay_s = _FIRST_RETRY_S
         stage = ""
         while not _has_ended(operation):
+            is_heard = False
             try:
-                async for change in stub.WatchOperation(
-                    pb.WatchOperationRequest(name=operation.name)
-                ):
-                    operation, delay_s = change.operation, _FIRST_RETRY_S
+                request = pb.WatchOperationRequest(name=operation.name)
+                async for change in stub.WatchOperation(request, timeout=self._watch_s):
+                    operation, delay_s, is_heard = change.operation, _FIRST_RETRY_S, True
                     if operation.builds and operation.builds[0].progress.stage != stage:
                         stage = operation.builds[0].progress.stage
                         _log.info("build_progressed", operation=operation.name, stage=stage)
             except grpc.aio.AioRpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE:
-                    raise of_compiler(error, self._compiler) from error
+                problem = of_compiler(error, self._compiler)
+                if isinstance(problem, BuildNotFound):
+                    return None
+                if error.code() not in _LOST:
+                    raise problem from error
+                # A watch tells the state first: one that brought that was cut off by its own deadline.
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and is_heard:
+                    continue
                 _log.warning("build_watch_lost", operation=operation.name, retry_s=delay_s)
             if not _has_ended(operation):
                 await asyncio.sleep(delay_s)

@@ -9,6 +9,7 @@ neither calls nor processes: commands to the engine go through `EngineLink`.
 import time
 from asyncio import TimerHandle
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from typing import Protocol
 
 import structlog
@@ -72,6 +73,8 @@ class Generation:
         self.trace: GenerationTrace | None = None
         # A timer that ends it, or None; cancelled with it.
         self.deadline: TimerHandle | None = None
+        # Whose it is, for the log: it ends wherever its engine or runtime is listened to.
+        self._context = copy_context()
         self._metrics = metrics
         self._on_news = on_news
         self._on_end = on_end
@@ -276,6 +279,12 @@ class Generation:
         self.quota.close(self._num_prompt_tokens + num_generated_tokens)
         self._total_s = total_s = time.monotonic() - self._started_s
         self._metrics.ended(reason, total_s)
+        self._context.run(self._tell_end, reason, num_generated_tokens)
+        if self.trace is not None:
+            self._end_trace(self.trace)
+        self._on_end(self)
+
+    def _tell_end(self, reason: str, num_generated_tokens: int) -> None:
         first_s = self._first_token_s - self._started_s if self._first_token_s else None
         _log.info(
             "generation_finished",
@@ -288,12 +297,9 @@ class Generation:
             generated_tokens=num_generated_tokens,
             queued_s=round(self._queued_s, 6),
             first_token_s=first_s and round(first_s, 6),
-            duration_s=round(total_s, 6),
+            duration_s=round(self._total_s, 6),
             **trace_fields(self.trace.span if self.trace else NO_SPAN),
         )
-        if self.trace is not None:
-            self._end_trace(self.trace)
-        self._on_end(self)
 
     def _end_trace(self, trace: GenerationTrace) -> None:
         first_step_s = self._started_s + self._queued_s if self._queued_s else 0.0

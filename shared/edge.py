@@ -52,8 +52,8 @@ _KINDS = {  # (requests stream, responses stream)
     (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
 }
 
-# Asked again and again by gateways and probes: a line for each would bury the others.
-_POLLED = {"GetStatus", "GetFleet", "ServerLive", "ServerReady", "ModelReady"}
+# Asked again and again by gateways, pages and probes: a line for each would bury the others.
+_POLLED = {"GetStatus", "GetFleet", "ListBuilds", "ServerLive", "ServerReady", "ModelReady"}
 
 Behaviour = Callable[[Any, Any], Any]
 Metadata = Iterable[tuple[str, str | bytes]]

@@ -237,10 +237,10 @@ class EngineLost(MillraceError):
 
 
 class RedisUnreachable(MillraceError):
-    """Redis does not answer."""
+    """Redis does not answer, or takes no writes."""
 
     reason, code = "REDIS_UNREACHABLE", _S.UNAVAILABLE
-    template = "Redis at {url} does not answer."
+    template = "Redis at {url} {problem}."
     default_retry_after_s = 2.0
 
 

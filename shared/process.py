@@ -43,6 +43,14 @@ def end_at_signals() -> None:
         signal.signal(number, _end)
 
 
+def quiet_grpc() -> None:
+    """Has gRPC's core write nothing, unless its own variable says otherwise: its lines are none of the log's.
+
+    Call it before gRPC is imported. What connections and handshakes met is told by whoever asked for them.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
 def _end(number: int, _: object) -> None:
     # What was opened is closed on the way out; a thread that waits for the network does not hold it up.
     late = threading.Timer(_END_S, os._exit, (128 + number,))

@@ -36,6 +36,14 @@ _LOOK_S = 0.5
 
 # A wrong password and a user without rights: the server is there, and not for us.
 _REFUSED = (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)
+# It is there, and out of memory, or a replica.
+_READ_ONLY = (
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.MasterDownError,
+)
+# Likewise, or its disk fails it, or too few replicas follow it; a script that tells it on puts its name before it.
+_READ_ONLY_WORDS = re.compile(r"(?:\w+:\d+: )?(?:OOM|READONLY|MASTERDOWN|MISCONF|NOREPLICAS) ")
 _UNREACHABLE = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, TimeoutError)
 
 # What a parser raises that meets what it does not know.
@@ -69,16 +77,23 @@ async def reachable(url: str) -> AsyncIterator[None]:
     """A block that talks to the server at `url`; bounds it in time.
 
     Raises:
-        RedisUnreachable: the server is away, loading, or does not answer.
+        RedisUnreachable: the server is away, loading, does not answer, or takes no writes.
     """
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             yield
     except _REFUSED as error:
-        where = f"{public_url(url)} refuses the user or password in the URL and"
-        raise RedisUnreachable(url=where) from error
+        problem = "refuses the user or password in the URL"
+        raise RedisUnreachable(url=public_url(url), problem=problem) from error
     except _UNREACHABLE as error:
-        raise RedisUnreachable(url=public_url(url)) from error
+        raise RedisUnreachable(url=public_url(url), problem="does not answer") from error
+    except redis.exceptions.ResponseError as error:
+        said = str(error).partition(" script: ")[0].rstrip(".")
+        word = _READ_ONLY_WORDS.match(said)
+        if word is None and not isinstance(error, _READ_ONLY):
+            raise
+        problem = f"takes no writes: {said[word.end() if word else 0 :]}"
+        raise RedisUnreachable(url=public_url(url), problem=problem) from error
 
 
 class Records(Generic[Record]):
@@ -97,6 +112,21 @@ class Records(Generic[Record]):
         self._redis = client
         self._parse = parse
         self._passed_over: set[str] = set()
+
+    async def read_all(
+        self, pattern: str, is_record: Callable[[str], bool] = lambda _: True
+    ) -> dict[str, Record]:
+        """The records at all keys of a glob-style pattern that there are, by key; raises redis-py's errors.
+
+        Args:
+            is_record: whether a key that fits the pattern is of this kind.
+        """
+        scanned = self._redis.scan_iter(pattern, count=1000)
+        # A scan may give a key twice.
+        keys = {key async for key in scanned if is_record(key)}
+        # What is gone is told anew should it come back, and takes no room until then.
+        self._passed_over &= keys
+        return await self.read(sorted(keys))
 
     async def read(self, keys: Sequence[str]) -> dict[str, Record]:
         """The records at `keys` that are there, in their order; raises redis-py's errors."""

@@ -23,6 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
+from shared.background import FAILURES
 from shared.channels import is_loopback
 from shared.edge import EdgeInterceptor
 from shared.security import ServerSecurity
@@ -167,7 +168,8 @@ class DaemonServer:
                 return int(self.grpc.add_insecure_port(listen))
             return int(self.grpc.add_secure_port(listen, credentials))
         except RuntimeError as error:
-            raise SettingsError(f"cannot listen on {listen}: {error}") from None
+            problem = str(error).partition("; set GRPC_VERBOSITY")[0]
+            raise SettingsError(f"cannot listen on {listen}: {problem}") from None
 
     async def _drained(self, drain: Callable[[], Awaitable[None]]) -> None:
         await drain()
@@ -230,11 +232,12 @@ def server_options(
 
 
 def daemon_registry() -> CollectorRegistry:
-    """A registry that already tells about the process: memory, CPU, files, Python."""
+    """A registry that already tells about the process: memory, CPU, files, Python, what failed in the background."""
     registry = CollectorRegistry()
     prometheus_client.ProcessCollector(registry=registry)
     prometheus_client.PlatformCollector(registry=registry)
     prometheus_client.GCCollector(registry=registry)
+    registry.register(FAILURES)
     return registry
 
 

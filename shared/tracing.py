@@ -200,6 +200,11 @@ def current_traceparent() -> str:
     return _current.get().traceparent
 
 
+def leave_span() -> None:
+    """What runs in this context is no part of a call's span from here on."""
+    _current.set(NO_SPAN)
+
+
 def trace_metadata() -> tuple[tuple[str, str], ...]:
     """What a call to another daemon carries, so that its work belongs to this trace."""
     traceparent = current_traceparent()

@@ -1,11 +1,12 @@
 """`millrace-gateway`: can be ended, and is then the daemon, whose imports take longest."""
 
-from shared.process import end_at_signals
+from shared.process import end_at_signals, quiet_grpc
 
 
 def main() -> None:
     """Runs the gateway."""
     end_at_signals()
+    quiet_grpc()
     from runtime_service.gateway.daemon import run
 
     run()

@@ -34,7 +34,8 @@ class Fleet:
     """
 
     def __init__(self, redis: Redis | None, fixed: tuple[str, ...], options: LinkOptions) -> None:
-        self.redis_answers = False
+        # None before the first look.
+        self._is_redis_there: bool | None = None
         self._redis = redis
         self._addresses = (
             None if redis is None else Records(redis, lambda _, fields: fields["address"])
@@ -46,6 +47,11 @@ class Fleet:
         self._background = Background()
         for address in fixed:
             self._add(address, is_fixed=True)
+
+    @property
+    def redis_answers(self) -> bool:
+        """Claims that it answered when it was last asked."""
+        return bool(self._is_redis_there)
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Has `listener` called when a runtime came, went, or changed in what it takes."""
@@ -95,15 +101,16 @@ class Fleet:
             return None
         try:
             async with asyncio.timeout(max(5 * self._options.poll_s, 2.0)):
-                keys = [key async for key in self._redis.scan_iter("runtime:*", count=1000)]
-                found = await self._addresses.read(keys)
+                found = await self._addresses.read_all("runtime:*")
         # Redis remembers who is working and nothing else: generations go on without it.
         except (RedisError, OSError, TimeoutError) as error:
-            if self.redis_answers:
+            if self._is_redis_there is not False:
                 _log.warning("redis_lost", error=type(error).__name__)
-            self.redis_answers = False
+            self._is_redis_there = False
             return None
-        self.redis_answers = True
+        if self._is_redis_there is False:
+            _log.info("redis_found")
+        self._is_redis_there = True
         return {address for address in found.values() if address}
 
     async def _meet(self, addresses: set[str]) -> None:

@@ -12,7 +12,7 @@ from runtime_service.gateway.fleet import Fleet
 from runtime_service.gateway.runtime_link import RuntimeLink
 from shared import wire
 from shared.errors import DeploymentNotFound, InvalidField, RedisUnreachable
-from shared.redis import public_url, reachable
+from shared.redis import reachable
 
 MAX_REPLICAS = 1000
 # Whether there is such a scheme is the compile daemon's to know.
@@ -71,7 +71,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
 
     def _written(self) -> Deployments:
         if self._deployments is None:
-            raise RedisUnreachable(url=public_url(self._redis_url) or "(none is configured)")
+            problem = "keeps deployments: this gateway was started without --redis-url"
+            raise RedisUnreachable(url="(none)", problem=problem)
         return self._deployments
 
     def _described(self, deployment: Deployment) -> pb.Deployment:

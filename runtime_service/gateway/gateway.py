@@ -197,19 +197,10 @@ class Gateway:
             self._on_trial = None
         if not self._running:
             self._idle.set()
-        num_tokens = sum(len(sample.token_ids) for sample in generation.samples)
-        _log.info(
-            "generation_finished",
-            request_id=generation.request_id,
-            reason=reason,
-            num_samples=len(generation.samples),
-            generated_tokens=num_tokens,
-            duration_s=round(generation.elapsed_s, 6),
-            **trace_fields(generation.span),
-        )
+        generation.context.run(_tell_end, generation, reason)
         generation.span.end(
             generation.error.reason if generation.error else "",
-            {"millrace.end_reason": reason, "gen_ai.usage.output_tokens": num_tokens},
+            {"millrace.end_reason": reason, "gen_ai.usage.output_tokens": generation.num_tokens},
         )
 
     def recovered(self, generation: RoutedGeneration) -> None:
@@ -233,11 +224,14 @@ class Gateway:
         return num_prompt_tokens + (start.sampling.n or 1) * num_new_tokens
 
     def _fleet_changed(self) -> None:
-        """Who waits for a runtime looks again."""
+        """Who waits for a runtime looks again, also who waits at one that exchanges its engine."""
         usable = [link.is_usable for link in self._fleet]
         self._metrics.runtimes.labels("yes").set(sum(usable))
         self._metrics.runtimes.labels("no").set(len(usable) - sum(usable))
         self._try_all_again()
+        for run in [run for generation in self._running for run in generation.held_runs]:
+            if self._choose(run) is not None:
+                run.withdraw()
 
     # Placing.
 
@@ -315,6 +309,18 @@ class Gateway:
         self._metrics.waiting.set(len(self._waiting))
         if not run.is_over:
             self.place(run)
+
+
+def _tell_end(generation: RoutedGeneration, reason: str) -> None:
+    _log.info(
+        "generation_finished",
+        request_id=generation.request_id,
+        reason=reason,
+        num_samples=len(generation.samples),
+        generated_tokens=generation.num_tokens,
+        duration_s=round(generation.elapsed_s, 6),
+        **trace_fields(generation.span),
+    )
 
 
 def _received(resume: pb.ResumeGeneration, old: RoutedGeneration) -> list[int]:

@@ -10,6 +10,7 @@ import time
 from array import array
 from asyncio import TimerHandle
 from collections.abc import Iterable, Iterator
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -84,6 +85,8 @@ class RoutedGeneration:
         self.started: pb.GenerationStarted | None = None
         self.started_s = time.monotonic()
         self.first_token_s = 0.0
+        # Whose it is, for the log: it ends wherever its engine or runtime is listened to.
+        self.context = copy_context()
         self._placer = placer
         self._on_news, self._on_end = on_news, on_end
         self._runs: list[Run] = []
@@ -181,15 +184,24 @@ class RoutedGeneration:
         return any(sample.token_ids for sample in self.samples)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that its client was sent, over all samples."""
+        return sum(len(sample.token_ids) for sample in self.samples)
+
+    @property
     def is_suspect(self) -> bool:
         """Claims that it may be what takes engines down."""
         return self._num_losses > 1 and not self.is_ended
 
     @property
+    def held_runs(self) -> list[Run]:
+        """What of it a runtime makes wait for an engine."""
+        return [run for run in self._runs if run.is_held]
+
+    @property
     def num_kept_bytes(self) -> int:
         """About what a resumption needs of it."""
-        num_tokens = len(self.start.token_ids.ids)
-        num_tokens += sum(len(sample.token_ids) for sample in self.samples)
+        num_tokens = len(self.start.token_ids.ids) + self.num_tokens
         return KEPT_GENERATION_BYTES + self.start.ByteSize() + _KEPT_TOKEN_BYTES * num_tokens
 
     @property
@@ -356,7 +368,7 @@ class RoutedGeneration:
         usage = self._usage
         if self.started is not None:
             usage.prompt_tokens = self.started.prompt_tokens
-        usage.generated_tokens = sum(len(sample.token_ids) for sample in self.samples)
+        usage.generated_tokens = self.num_tokens
         finished = pb.GenerationFinished(
             samples=[s.finish for s in self.samples if s.finish is not None], usage=usage
         )

@@ -10,7 +10,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.runtime_link import RuntimeLink
 from runtime_service.validation import MAX_CREDIT
-from shared.errors import EngineLost, MillraceError, from_status
+from shared.errors import EngineLost, MillraceError, NoEngine, from_status
 from shared.tracing import NO_SPAN, Span, start_span
 
 # Bytes of text in a token at least, on average, for an estimate of what a prompt costs.
@@ -104,6 +104,12 @@ class Run:
             self._span.end(error, {"gen_ai.usage.output_tokens": self._num_tokens})
 
     @property
+    def is_held(self) -> bool:
+        """Claims that its runtime makes it wait for an engine."""
+        link = self._link
+        return link is not None and link.is_loading and not (self.is_started or self._is_over)
+
+    @property
     def tenant(self) -> str:
         """Whose it is."""
         return self.generation.cache_salt
@@ -147,6 +153,12 @@ class Run:
         self.over()
         if self._link is not None:
             self._link.forget(self._name)
+
+    def withdraw(self) -> None:
+        """Goes elsewhere: its runtime holds it back, and has not begun it."""
+        self.refusal = NoEngine(wanted=self.generation.start.model or "any model")
+        self.forget()
+        self.generation.run_moved(self)
 
     def update(self, update: pb.UpdateGeneration) -> None:
         """Passes an update on; a run that is still to be placed takes it along."""

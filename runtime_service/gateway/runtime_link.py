@@ -153,6 +153,11 @@ class RuntimeLink:
         return self._answers and self.status.state == pb.RUNTIME_STATE_SERVING
 
     @property
+    def is_loading(self) -> bool:
+        """Claims that what it was sent and has not begun waits until it has loaded an engine."""
+        return self._answers and self.status.state == pb.RUNTIME_STATE_LOADING
+
+    @property
     def state(self) -> pb.RuntimeState.ValueType:
         """Where it stands; unspecified while it does not answer."""
         if self._is_draining:

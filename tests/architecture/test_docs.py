@@ -19,6 +19,7 @@ from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.settings import GatewaySettings
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.settings import RuntimeSettings
+from shared.background import FAILURES
 from shared.edge import EdgeInterceptor
 from shared.settings import Settings, flag_of, variable_of
 from tests.architecture.test_imports import PACKAGES, ROOT, sources
@@ -115,6 +116,7 @@ def test_variables_of_the_command_are_documented_and_exist() -> None:
 
 def test_metrics_are_documented_and_exist() -> None:
     registry = CollectorRegistry()
+    registry.register(FAILURES)
     EdgeInterceptor(registry)
     CompilerMetrics(registry)
     GatewayMetrics(registry)

@@ -12,7 +12,8 @@ from tests.architecture.test_imports import PACKAGES, ROOT, sources
 FILES = [path for folder in PACKAGES.values() for path in sources(folder)]
 VAGUE = {"utils.py", "util.py", "helpers.py", "common.py", "base.py", "misc.py"}
 # Daemons are told by settings. kernels/aot.py gives Triton's own variables to its child processes.
-READ_ENVIRONMENT = {"shared/settings.py", "kernels/aot.py"}
+# `process` tells a library of its silence, before settings could be imported.
+READ_ENVIRONMENT = {"shared/settings.py", "shared/process.py", "kernels/aot.py"}
 # Where a process or a request ends, anything may arrive: it is logged, and told as INTERNAL.
 CATCH_EVERYTHING = {
     "clients/python/millrace/cli/app.py",

@@ -3,6 +3,8 @@
 import re
 import shutil
 import subprocess
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -12,7 +14,13 @@ import yaml
 
 from shared.settings import Settings
 from tests.architecture.kustomize import Manifest, compose
-from tests.architecture.test_deploy import DAEMONS, DOCKERFILE, dockerfile_env
+from tests.architecture.test_deploy import (
+    DAEMONS,
+    DOCKERFILE,
+    dockerfile_env,
+    runs,
+    valkey_takes,
+)
 from tests.architecture.test_imports import ROOT
 from tests.architecture.test_monitoring import SERIES
 
@@ -168,7 +176,24 @@ def test_probes_ask_for_health_and_only_readiness_for_serving(name: str) -> None
     assert container["livenessProbe"]["exec"]["command"] == [*health, "--answering"]
     assert container["startupProbe"]["exec"]["command"][:3] == health
     for probe in ("readinessProbe", "livenessProbe", "startupProbe"):
+        runs(container[probe]["exec"]["command"])
         assert container[probe]["timeoutSeconds"] > 5  # what `millrace health` waits
+
+
+def test_redis_is_started_by_a_command_that_valkey_takes(tmp_path: Path) -> None:
+    valkey_takes(container_of(WORKLOADS["redis"])["command"], tmp_path)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_images_start_the_daemon_whose_settings_the_pod_has(name: str) -> None:
+    """No manifest says a command: the image's entry point is the daemon."""
+    container = container_of(WORKLOADS[name])
+    assert not {"command", "args"} & container.keys()
+    stage = re.search(rf"AS {name}\n(.*?)(?:\nFROM |\Z)", DOCKERFILE.read_text(), re.S)
+    assert stage is not None
+    assert f'["millrace-{name}"]' in stage[1]
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert f"millrace-{name}" in scripts
 
 
 @pytest.mark.parametrize("name", OURS)

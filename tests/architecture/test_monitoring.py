@@ -138,7 +138,14 @@ def test_alerts_say_what_is_wrong_with_labels_that_their_query_leaves() -> None:
         for rule in group["rules"]:
             assert rule["labels"]["severity"] in ("critical", "warning")
             named = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
-            assert named <= TARGET_LABELS | {"arch"}, rule["alert"]
+            asked = [SERIES[name] for name, _ in selectors(rule["expr"])]
+            assert named <= set.intersection(*asked), rule["alert"]
+
+
+def test_every_alert_is_in_the_manual_which_names_no_other() -> None:
+    manual = (ROOT / "docs/OPERATIONS.md").read_text()
+    alerts = {rule["alert"] for group in ALERTS["groups"] for rule in group["rules"]}
+    assert alerts == set(re.findall(r"`(Millrace\w+)`", manual))
 
 
 def test_prometheus_scrapes_the_stacks_services_where_they_serve_metrics() -> None:

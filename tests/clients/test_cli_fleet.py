@@ -24,6 +24,7 @@ def a_fleet() -> fleet_pb2.GetFleetResponse:
     serving.load.time_to_first_token.FromMilliseconds(42)
     silent = fleet_pb2.Runtime(address="10.0.0.2:7602")
     silent.silent_for.FromMilliseconds(12_000)
+    silent.load.running_sequences = 100
     starting = fleet_pb2.Runtime(address="10.0.0.3:7602", state=runtime_pb2.RUNTIME_STATE_LOADING)
     for name, milliseconds in (("find_engine", 1250), ("load_engine", 2500)):
         for runtime in (serving, starting):
@@ -41,8 +42,10 @@ def test_status_shows_every_runtime_and_deployment() -> None:
         assert shown in lines[1]
     assert f"serving {duration_text(3.75)} tiny" in " ".join(lines[1].split())
     assert "silent 12 s" in lines[2]
+    assert lines[2].split()[-5:] == ["-"] * 5  # what it said before it fell silent is not how it is
+    assert lines[3].split()[:4] == ["10.0.0.3:7602", "loading", *duration_text(3.75).split()]
     phases = f"find_engine {duration_text(1.25)}, load_engine {duration_text(2.5)}"
-    assert phases in lines[3]
+    assert lines[4] == f"10.0.0.3:7602 starts: {phases}"
     assert "load_engine" not in lines[1]
     assert lines[-1].split() == ["chat", "tiny", "3", "1", "of", "2"]
     assert as_json["runtimes"][0]["address"] == "10.0.0.1:7602"
@@ -87,7 +90,7 @@ def test_top_shows_fleet_and_builds_until_it_is_interrupted() -> None:
     with ScriptedDaemon(script) as daemon:
         shown = on_a_terminal(daemon, "top", until=DIGEST[:12])
     for part in (
-        "3 runtimes",
+        "3 runtimes  6 running",
         "load_engine",
         "tokens/s",
         "TTFT",

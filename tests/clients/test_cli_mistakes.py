@@ -7,8 +7,10 @@ import grpc
 import pytest
 from millrace.compiler.v1 import compiler_pb2
 
+from shared.errors import Unauthenticated
 from tests.clients.command import millrace
 from tests.clients.scripted_daemon import Script, ScriptedDaemon, a_build
+from tests.shared.certificates import made_in
 
 _TOO_MANY = str(1 << 70)
 
@@ -80,3 +82,21 @@ def test_daemon_of_another_kind_is_named() -> None:
     assert done.stderr == (
         f"millrace: The daemon at {address} does not offer this: it is of another kind, or older.\n"
     )
+
+
+def test_failed_handshake_is_told_in_one_line(daemon: ScriptedDaemon, tmp_path: Path) -> None:
+    """gRPC's core would tell it too, in lines of its own."""
+    ca = made_in(tmp_path) / "ca.crt"
+    done = millrace(daemon, "--tls-ca", str(ca), "status")
+    assert done.returncode == 4
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"millrace: {daemon.address} cannot be spoken to: ")
+
+
+def test_missing_key_is_told_with_where_the_command_takes_it_from(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    script.failures = [Unauthenticated(problem="This call carries no API key")]
+    done = millrace(daemon, "builds")
+    assert done.returncode == 1
+    assert done.stderr.endswith("The command takes it from MILLRACE_CLI_API_KEY.\n")

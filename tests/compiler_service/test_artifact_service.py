@@ -4,7 +4,9 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -226,6 +228,72 @@ def test_broken_pull_is_resumed_where_it_stopped(
     assert (weights.digest, num_bytes) in recording.reads
     assert (weights.digest, 0) not in recording.reads
     local.verify(engine)
+
+
+class HangingStore:
+    """Sends one piece of a blob and then hangs, each time that it is read; `release` ends that.
+
+    Its server's connection is well all the while, and answers every ping.
+    """
+
+    def __init__(self, store: LocalStore) -> None:
+        self._store = store
+        self._released = threading.Event()
+        self.find, self.get, self.list = store.find, store.get, store.list
+        self.release = self._released.set
+
+    def read(self, digest: str, offset: int = 0) -> Iterator[bytes]:
+        chunks = self._store.read(digest, offset)
+        yield from islice(chunks, 1)
+        for chunk in chunks:
+            self._released.wait(60.0)
+            yield chunk
+
+
+def test_read_goes_on_at_a_daemon_that_hangs_after_every_piece(
+    served: LocalStore, engine: EngineManifest
+) -> None:
+    hanging: Any = HangingStore(served)
+    server = RunningServer(hanging)
+    source = GrpcStore(server.address, timeout_s=0.5)
+    try:
+        chunks = list(source.read(engine.layers[1].digest))
+    finally:
+        hanging.release()
+        server.stop()
+    assert b"".join(chunks) == weight_bytes(BIG_BYTES)
+
+
+def test_pull_from_a_daemon_that_hangs_is_given_up_and_resumed_elsewhere(
+    served: LocalStore, local: LocalStore, engine: EngineManifest
+) -> None:
+    """Only what is under way is lost; nothing waits for ever for a daemon that is alive and does nothing."""
+
+    class DeadStore(HangingStore):
+        def read(self, digest: str, offset: int = 0) -> Iterator[bytes]:
+            if digest != engine.layers[1].digest:
+                yield from self._store.read(digest, offset)
+            elif not offset:
+                yield from super().read(digest)
+            self._released.wait(60.0 if offset else 0.0)
+
+    hanging: Any = DeadStore(served)
+    server = RunningServer(hanging)
+    try:
+        with pytest.raises(CompilerUnreachable, match="DEADLINE_EXCEEDED"):
+            pull(GrpcStore(server.address, timeout_s=0.5), engine, local)
+    finally:
+        hanging.release()
+        server.stop()
+    partial = local.root / "partial" / engine.layers[1].digest.removeprefix("sha256:")
+    assert partial.stat().st_size == 1 << 20
+    well = RunningServer(served)
+    try:
+        recording = RecordingStore(GrpcStore(well.address))
+        assert pull(recording, engine, local) == engine
+    finally:
+        well.stop()
+    assert (engine.layers[1].digest, 1 << 20) in recording.reads
 
 
 def test_corrupt_partial_download_starts_again(

@@ -12,6 +12,8 @@ from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
 from prometheus_client import CollectorRegistry
 
+# It imports torch, for seconds: a first request would be answered before it is resolved.
+import compiler_service.resolve  # noqa: F401
 from compiler_service.build_queue import SUCCEEDED, BuildQueue
 from compiler_service.compiler import Compiler
 from compiler_service.metrics import CompilerMetrics

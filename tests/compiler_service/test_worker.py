@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import structlog
 
 from compiler_service.build_process import eta_s
 from compiler_service.build_queue import (
@@ -252,6 +253,31 @@ async def test_build_goes_on_while_redis_is_away(
         record = await end_of(queue, digest)
         assert (record.state, record.attempt) == (SUCCEEDED, 1)
     assert len(folders.started()) == 1
+
+
+async def test_build_goes_on_while_redis_takes_no_writes_and_the_log_says_so_once(
+    queue: BuildQueue, folders: Folders, redis_url: str
+) -> None:
+    """A Redis whose memory is full answers every heartbeat with an error of its own."""
+    redis = connect_sync(redis_url)
+    with structlog.testing.capture_logs() as logs:
+
+        def told() -> list[str]:
+            return [log["error"] for log in logs if log["event"] == "redis_unreachable"]
+
+        async with working(queue, folders, "a"), waiting_build(queue, folders) as digest:
+            redis.config_set("maxmemory", "1")
+            await eventually(lambda: bool(told()))
+            folders.release()
+            await eventually(lambda: len(folders.engines()) == 1)
+            redis.config_set("maxmemory", "0")
+            record = await end_of(queue, digest)
+            assert (record.state, record.attempt) == (SUCCEEDED, 1)
+            await eventually(lambda: "redis_found" in [log["event"] for log in logs])
+    assert len(folders.started()) == 1
+    (sentence,) = told()
+    assert "takes no writes: command not allowed when used memory > 'maxmemory'." in sentence
+    assert "worker_failed_unforeseen" not in [log["event"] for log in logs]
 
 
 async def test_build_goes_on_when_redis_comes_back_empty(

@@ -307,3 +307,18 @@ def test_wrong_setting_ends_the_daemon_with_one_line(
     last = ended.stderr.splitlines()[-1]
     assert last.startswith("millrace-compiler: ")
     assert message in last
+
+
+def test_daemon_whose_port_is_taken_says_so_in_one_line(
+    start: Start, redis_url: str, tmp_path: Path
+) -> None:
+    first = start()
+    flags = ("--listen", first.address, "--metrics-listen", "", "--redis-url", redis_url)
+    second = subprocess.run(
+        [sys.executable, "-m", "compiler_service", *flags, "--store", str(tmp_path / "other"),
+         "--cache-dir", str(tmp_path / "cache")],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert second.returncode == 2
+    (line,) = second.stderr.splitlines()
+    assert line.startswith(f"millrace-compiler: cannot listen on {first.address}: ")

@@ -21,6 +21,7 @@ from runtime_service.engine_source import EngineSource
 from shared.engine import FORMAT_VERSION, EngineManifest, EngineSelector
 from shared.errors import (
     ArchMismatch,
+    BuildNotFound,
     BuildQueueFull,
     CompilerUnreachable,
     DigestMismatch,
@@ -44,6 +45,8 @@ class Builder(compiler_pb2_grpc.CompilerServiceServicer):
         refuses: raised by BuildEngine.
         fails: what the build ends with instead.
         drops: watches that lose their connection before they tell the end.
+        hangs: watches that say nothing more before they tell the end, as of a machine that vanished.
+        forgets: watches of an operation that is not known any more.
     """
 
     def __init__(
@@ -52,12 +55,14 @@ class Builder(compiler_pb2_grpc.CompilerServiceServicer):
         refuses: MillraceError | None = None,
         fails: MillraceError | None = None,
         drops: int = 0,
+        hangs: int = 0,
+        forgets: int = 0,
     ) -> None:
         self.requests: list[pb.BuildEngineRequest] = []
         self._store = store
         self._refuses = refuses
         self._fails = fails
-        self._drops = drops
+        self._drops, self._hangs, self._forgets = drops, hangs, forgets
 
     async def BuildEngine(self, request: pb.BuildEngineRequest, context: Any) -> Any:
         self.requests.append(request)
@@ -68,6 +73,9 @@ class Builder(compiler_pb2_grpc.CompilerServiceServicer):
 
     async def WatchOperation(self, request: pb.WatchOperationRequest, context: Any) -> Any:
         assert request.name == "operations/x"
+        if self._forgets:
+            self._forgets -= 1
+            raise BuildNotFound(build=request.name, kept="7 days")
         operation = pb.Operation(name=request.name, state=pb.OPERATION_STATE_RESOLVED)
         build = operation.builds.add(state=pb.BUILD_STATE_RUNNING)
         build.progress.stage = "quantize"
@@ -75,6 +83,9 @@ class Builder(compiler_pb2_grpc.CompilerServiceServicer):
         if self._drops:
             self._drops -= 1
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection is gone")
+        if self._hangs:
+            self._hangs -= 1
+            await asyncio.Event().wait()
         if self._fails is not None:
             build.state = pb.BUILD_STATE_FAILED
             build.error.CopyFrom(to_status(self._fails))
@@ -132,6 +143,26 @@ async def test_missing_engine_is_built_and_pulled(tmp_path: Path, drops: int) ->
     assert [(r.model_uri, list(r.archs), r.quant.scheme, r.model) for r in builder.requests] == [
         ("sample:echo", ["cpu"], "fp32", "echo")
     ]
+
+
+async def test_build_is_watched_anew_where_nothing_is_heard_for_long(tmp_path: Path) -> None:
+    """A compile daemon's machine that lost its power closes no connection."""
+    local = LocalStore(tmp_path)
+    builder = Builder(local, hangs=2)
+    async with compile_daemon(builder, local) as address:
+        source = EngineSource(local, None, address, watch_s=0.3)
+        async with asyncio.timeout(30.0):
+            found = await source.find(ECHO, "sample:echo", lambda: None)
+    assert (found.model, len(builder.requests)) == ("echo", 1)
+
+
+async def test_build_that_is_forgotten_is_asked_for_again(tmp_path: Path) -> None:
+    """Redis came back empty: who still wants the engine says so, and no runtime ends."""
+    local = LocalStore(tmp_path)
+    builder = Builder(local, forgets=2)
+    async with compile_daemon(builder, local) as address:
+        found = await EngineSource(local, None, address).find(ECHO, "sample:echo", lambda: None)
+    assert (found.model, len(builder.requests)) == ("echo", 3)
 
 
 async def test_build_into_a_shared_store_needs_no_pull(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Work that nobody waits for never ends without a word."""
 
 import asyncio
+from contextvars import ContextVar, copy_context
+from functools import partial
 
 import pytest
 import structlog
 
 from shared.background import Background
+from shared.server import daemon_registry
 
 
 class Unforeseen(Exception):
@@ -60,6 +63,54 @@ async def test_work_that_fails_once_is_told_to_the_log_and_to_its_owner() -> Non
             await is_told.wait()
     assert [(log["event"], log["task"]) for log in logs] == [("background_failed", "read")]
     assert isinstance(logs[0]["exc_info"], Unforeseen)
+
+
+async def test_failures_are_counted_by_task_from_none_on() -> None:
+    """What was never there has not grown, for Prometheus: a first failure would go unseen."""
+    registry, background, is_told = daemon_registry(), Background(), asyncio.Event()
+
+    def count(task: str) -> float | None:
+        return registry.get_sample_value("millrace_background_failures_total", {"task": task})
+
+    begun = 0
+
+    async def fail_twice() -> None:
+        nonlocal begun
+        begun += 1
+        if begun < 3:
+            raise Unforeseen
+
+    async def fail() -> None:
+        raise Unforeseen
+
+    kept = background.keep("counted_kept", fail_twice)
+    background.run("counted_once", fail(), on_failure=is_told.set)
+    assert (count("counted_kept"), count("counted_once")) == (0.0, 0.0)
+    await asyncio.wait_for(is_told.wait(), 10.0)
+    await asyncio.wait_for(kept, 10.0)
+    assert (count("counted_kept"), count("counted_once")) == (2.0, 1.0)
+
+
+async def test_work_for_nobody_has_no_calls_context_and_owned_work_its_starters() -> None:
+    """What a call happened to begin outlives it: its lines must not be told as that call's."""
+    background, process = Background(), ContextVar("process", default="")
+    seen: dict[str, str] = {}
+
+    async def work(name: str) -> None:
+        assert process.get() == "what a process has configured stays"
+        seen[name] = structlog.contextvars.get_contextvars().get("rpc", "nobody")
+
+    process.set("what a process has configured stays")
+    structlog.contextvars.bind_contextvars(rpc="a call")
+    tasks = [
+        background.keep("kept", partial(work, "kept")),
+        background.run("run", work("run")),
+        background.run("for a call", work("for a call"), context=copy_context()),
+        background.own(work("own")),
+    ]
+    await asyncio.gather(*tasks)
+    structlog.contextvars.clear_contextvars()
+    assert seen == {"kept": "nobody", "run": "nobody", "for a call": "a call", "own": "a call"}
 
 
 async def test_work_that_is_cancelled_or_ends_well_is_no_failure() -> None:

@@ -84,3 +84,17 @@ def test_a_package_that_is_missing_changes_nothing() -> None:
     before = sys.pycache_prefix, sys.dont_write_bytecode
     keep_bytecode("no_such_package")
     assert (sys.pycache_prefix, sys.dont_write_bytecode) == before
+
+
+@pytest.mark.parametrize(("said", "kept"), [(None, "NONE"), ("debug", "debug")])
+def test_grpcs_core_writes_nothing_unless_somebody_says_otherwise(
+    said: str | None, kept: str
+) -> None:
+    program = "import os; from shared.process import quiet_grpc; quiet_grpc(); print(os.environ['GRPC_VERBOSITY'])"
+    environ = {"PYTHONPATH": str(Path(__file__).parents[2])} | (
+        {"GRPC_VERBOSITY": said} if said else {}
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True
+    )
+    assert ran.stdout.strip() == kept

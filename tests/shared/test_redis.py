@@ -85,6 +85,64 @@ async def test_bad_record_hides_no_other_and_is_told_once(redis_url: str) -> Non
     await client.aclose()
 
 
+async def test_records_that_are_gone_are_forgotten_and_told_anew_when_they_come_back(
+    redis_url: str,
+) -> None:
+    client = connect(redis_url)
+    records = Records(client, number_of)
+    await client.hset("thing:good", "number", "1")
+    with structlog.testing.capture_logs() as logs:
+        for number in range(5):
+            await client.set(f"thing:{number}", "1")
+            await client.set(f"thing:{number}:part", "1")
+            found = await records.read_all("thing:*", lambda key: key.count(":") == 1)
+            assert found == {"thing:good": 1}
+            assert len(records._passed_over) == 1
+            await client.delete(f"thing:{number}")
+        await client.set("thing:0", "1")
+        await records.read_all("thing:*", lambda key: key.count(":") == 1)
+    told = [log["key"] for log in logs]
+    assert told == ["thing:0", "thing:1", "thing:2", "thing:3", "thing:4", "thing:0"]
+    await client.aclose()
+
+
+SCRIPTS = {
+    "command": "",
+    "script": "return redis.call('SET', KEYS[1], '1')",
+    # The script's own words: the server puts its name before them.
+    "told on": "local said = redis.pcall('SET', KEYS[1], '1')\nif said['err'] then error(said['err']) end",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        (("maxmemory", "1"), "command not allowed when used memory > 'maxmemory'."),
+        (("min-replicas-to-write", "1"), "Not enough good replicas to write."),
+        (("replicaof", "127.0.0.1 1"), "You can't write against a read only replica."),
+    ],
+    ids=["full", "alone", "replica"],
+)
+async def test_server_that_takes_no_writes_is_told_in_its_own_words(
+    redis_url: str, setting: tuple[str, str], sentence: str, script: str
+) -> None:
+    client = connect(redis_url)
+    if setting[0] == "replicaof":
+        await client.execute_command("REPLICAOF", *setting[1].split())
+    else:
+        await client.config_set(*setting)
+    write = client.register_script(SCRIPTS[script])
+    with pytest.raises(RedisUnreachable) as failed:
+        async with reachable(redis_url):
+            await (write(keys=["a"]) if SCRIPTS[script] else client.set("a", "1"))
+    said = str(failed.value)
+    assert said.removeprefix(f"Redis at {redis_url} takes no writes: ") == sentence
+    async with reachable(redis_url):
+        assert await client.get("a") is None
+    await client.aclose()
+
+
 async def test_records_of_a_server_that_is_away_are_no_empty_answer() -> None:
     url = "redis://127.0.0.1:1/0"
     client = connect(url)

@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from shared.engine import GRAPH_TYPE, Blob, EngineSelector, QuantConfig
+from shared.engine import GRAPH_TYPE, Blob, EngineSelector, QuantConfig, Signature
 from shared.errors import BlobNotFound, DigestMismatch, DiskFull, EngineNotFound, InvalidField
 from shared.store import GrpcStore, LocalStore, open_store
 from tests.shared.engines import (
@@ -475,3 +475,62 @@ def test_stores_open_by_url(tmp_path: Path) -> None:
         with pytest.raises(InvalidField, match="store"):
             open_store(url)
     assert isinstance(open_store("grpc://host:1"), GrpcStore)
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "half": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+}
+
+
+def damage_file(path: Path, damage: str) -> None:
+    """What a disk or a file system can leave of a small file when the power goes."""
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_record_hides_no_other_engine_and_is_made_anew(
+    store: LocalStore, damage: str
+) -> None:
+    good = publish_engine(store, engine_key(builder="good"))
+    bad = publish_engine(store, engine_key(builder="bad"))
+    damage_file(store.root / "engines" / bad.key.digest, damage)
+    again = LocalStore(store.root)
+    assert again.list() == (good,)
+    assert again.find(EngineSelector("tiny", "cpu", INT8)) == good
+    with pytest.raises(EngineNotFound):
+        again.get(bad.name)
+    again.sweep(grace_s=0.0)
+    again.verify(good)
+    mended = publish_engine(again, engine_key(builder="bad"))
+    assert again.get(bad.name) == mended
+    again.verify(mended)
+    assert {engine.name for engine in again.list()} == {good.name, bad.name}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_index_is_written_anew_by_the_next_sweep(store: LocalStore, damage: str) -> None:
+    engine = publish_engine(store)
+    index = store.root / "index.json"
+    whole = index.read_bytes()
+    damage_file(index, damage)
+    again = LocalStore(store.root)
+    assert again.list() == (engine,)
+    again.sweep(grace_s=0.0)
+    assert index.read_bytes() == whole
+    again.verify(engine)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_signature_signs_nothing_and_hides_no_engine(
+    store: LocalStore, damage: str
+) -> None:
+    engine = publish_engine(store)
+    signed = store.add_signature(engine, Signature(b"k" * 32, b"s" * 64))
+    assert signed.signatures
+    (record,) = (store.root / "signatures" / engine.key.digest).iterdir()
+    damage_file(record, damage)
+    assert LocalStore(store.root).get(engine.name) == engine
+    store.sweep(grace_s=0.0)
+    store.verify(engine)

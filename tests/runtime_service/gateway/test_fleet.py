@@ -40,6 +40,23 @@ def registration(daemon: Daemon, redis_url: str) -> Registration:
     return Registration(connect(redis_url), address, lambda: {"address": address}, 0.1)
 
 
+async def test_log_says_once_that_redis_is_lost_and_that_it_is_back(
+    embedded_redis: EmbeddedRedis, redis: Redis
+) -> None:
+    """Also where it was never there: a gateway may come up before it."""
+    await asyncio.to_thread(embedded_redis.stop)
+    with structlog.testing.capture_logs() as logs:
+
+        def told() -> list[str]:
+            return [log["event"] for log in logs if log["event"].startswith("redis_")]
+
+        async with running_gateway([], [], redis=redis) as gateway:
+            await until(lambda: told() == ["redis_lost"])
+            await asyncio.to_thread(embedded_redis.start)
+            await until(lambda: gateway.fleet.redis_answers)
+            assert told() == ["redis_lost", "redis_found"]
+
+
 async def test_gateway_meets_registered_runtimes_and_goes_on_without_redis(
     tmp_path: Path, embedded_redis: EmbeddedRedis, redis: Redis
 ) -> None:

@@ -104,6 +104,41 @@ async def test_streams_survive_a_command_that_cannot_be_sent(tmp_path: Path) -> 
         assert "write_runtime" in [log.get("task") for log in logs]
 
 
+async def test_what_a_runtime_holds_while_it_exchanges_its_engine_runs_elsewhere(
+    tmp_path: Path,
+) -> None:
+    """A rolling version costs nobody a load: what came before the gateway's next look is moved."""
+    async with running_fleet(tmp_path, step_s=0.004) as fleet:
+        call = fleet.call()
+        await call.start("old", [40, 41], credit_tokens=1, max_new_tokens=5)
+        await call.read_until(lambda: call.num_tokens("old") == 1)
+        rolling = fleet.busiest()
+        link = next(link for link in fleet.fleet if link.address == rolling.server.address)
+        look, is_blind, sees = link._look, asyncio.Event(), asyncio.Event()
+
+        async def look_late() -> None:
+            is_blind.set()
+            await sees.wait()
+            await look()
+
+        link._look = look_late  # type: ignore[method-assign]
+        await is_blind.wait()
+        loading = asyncio.create_task(rolling.load())
+        await until(lambda: rolling.runtime._is_holding)
+        for number in range(30):
+            await call.start(str(number), [40, number + 41], max_new_tokens=20)
+        await until(lambda: fleet.runs_on(rolling) > 1)
+        sees.set()
+        for number in range(30):
+            is_whole(await call.read_to_end(str(number)), [40, number + 41], 20)
+        assert rolling.runtime._is_holding
+        assert fleet.runs_on(rolling) == 1
+        assert fleet.sample("moved_generations_total", reason="NO_ENGINE") > 0
+        await call.send(credit=pb.AddCredit(request_id="old", tokens=10))
+        is_whole(await call.read_to_end("old"), [40, 41], 5)
+        await loading
+
+
 @pytest.mark.parametrize("how", ["process", "engine"])
 async def test_streams_survive_the_loss_of_their_runtime(tmp_path: Path, how: str) -> None:
     async with running_fleet(tmp_path, step_s=0.004) as fleet:

@@ -106,6 +106,28 @@ async def test_tenants_of_a_gateway_share_no_block_and_one_tenant_does(
         await shares_within_tenants_alone(fleet, keys)
 
 
+async def test_a_generations_last_line_names_the_key_that_asked_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], new: NewKey
+) -> None:
+    """At the gateway and at its runtime, also where one call there carries those of several clients."""
+    keys = [new("acme"), new("acme")]
+    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as logs:
+        async with secured(tmp_path, capsys, "generate", "delegate", num_runtimes=1) as fleet:
+            calls = [call_of(fleet, key) for key in keys]
+            for number, call in enumerate(calls):
+                await call.start(f"client {number}", PROMPT, max_new_tokens=2)
+            for call in calls:
+                await call.finish()
+    told = [log for log in logs if log["event"] == "generation_finished"]
+    at_gateway = {log["request_id"]: log for log in told if "prompt_tokens" not in log}
+    for number, key in enumerate(keys):
+        line = at_gateway[f"client {number}"]
+        assert line["key"] == key.split("_")[1]
+        assert (line["tenant"], line["rpc"]) == ("acme", "Generate")
+    at_runtime = [log for log in told if "prompt_tokens" in log]
+    assert [(log["rpc"], log["tenant"]) for log in at_runtime] == [("Generate", "acme")] * 2
+
+
 async def test_tenants_share_no_block_on_runtimes_that_ask_nobody(
     tmp_path: Path, new: NewKey
 ) -> None:

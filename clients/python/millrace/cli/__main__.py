@@ -1,10 +1,14 @@
 """Runs the `millrace` command."""
 
+import os
+
 from millrace.cli.app import app
 
 
 def main() -> None:
     """Entry point of the command."""
+    # A failure is one line, which says what gRPC's core would say too.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     app(prog_name="millrace")
 
 

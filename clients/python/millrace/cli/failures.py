@@ -21,6 +21,9 @@ _EXIT_CODES = {
     "DEADLINE_EXCEEDED": UNAVAILABLE,
 }
 
+# Daemons say what any client has to do; this is how one does it here.
+_HINTS = {"UNAUTHENTICATED": " The command takes it from MILLRACE_CLI_API_KEY."}
+
 
 class CommandFailed(Exception):
     """The command cannot go on; the message is one sentence for people."""
@@ -54,7 +57,8 @@ def report(error: BaseException, as_json: bool) -> int | None:
 
     if not isinstance(error, MillraceError):
         return None
-    _tell(error.message, error.reason, dict(error.metadata), as_json)
+    hint = _HINTS.get(error.reason, "")
+    _tell(error.message + hint, error.reason, dict(error.metadata), as_json)
     return _EXIT_CODES.get(error.code.name, FAILED)
 
 

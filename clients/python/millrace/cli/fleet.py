@@ -80,6 +80,8 @@ def show_status(fleet: FleetClient, *, as_json: bool) -> None:
     output.print_table(
         _RUNTIME_COLUMNS, [_runtime_row(r) for r in found.runtimes], "The gateway knows no runtime."
     )
+    for line in _starts(found):
+        output.print_line(line)
     if found.deployments:
         output.print_line("")
         output.print_table(_DEPLOYMENT_COLUMNS, [_deployment_row(d) for d in found.deployments], "")
@@ -113,6 +115,7 @@ def screen(fleet: FleetClient, compiler: Client) -> "RenderableType":
     else:
         parts += [_head(found), ""]
         parts.append(output.table(_RUNTIME_COLUMNS, map(_runtime_row, found.runtimes)))
+        parts += [Text(line, "dim") for line in _starts(found)]
         if found.deployments:
             rows = map(_deployment_row, found.deployments)
             parts += ["", output.table(_DEPLOYMENT_COLUMNS, rows)]
@@ -125,9 +128,10 @@ def screen(fleet: FleetClient, compiler: Client) -> "RenderableType":
 def _head(found: fleet_pb2.GetFleetResponse) -> "RenderableType":
     from rich.text import Text
 
-    running = sum(runtime.load.running_sequences for runtime in found.runtimes)
-    waiting = sum(runtime.load.waiting_sequences for runtime in found.runtimes)
-    rate = sum(runtime.tokens_per_s for runtime in found.runtimes)
+    heard = [runtime for runtime in found.runtimes if not _is_silent(runtime)]
+    running = sum(runtime.load.running_sequences for runtime in heard)
+    waiting = sum(runtime.load.waiting_sequences for runtime in heard)
+    rate = sum(runtime.tokens_per_s for runtime in heard)
     return Text.assemble(
         ("millrace  ", "bold"),
         f"{time.strftime('%H:%M:%S')}  {len(found.runtimes)} runtimes  {running} running  "
@@ -151,35 +155,49 @@ def _builds(compiler: Client) -> "RenderableType":
 
 def _runtime_row(runtime: fleet_pb2.Runtime) -> tuple[str, ...]:
     load = runtime.load
-    state = runtime_pb2.RuntimeState.Name(runtime.state).removeprefix("RUNTIME_STATE_").lower()
-    if runtime.state == runtime_pb2.RUNTIME_STATE_UNSPECIFIED:
+    served = f"{runtime.model} {quant_text(runtime.quant)}" if runtime.engine else "-"
+    version = f" v{runtime.deployment_version}" if runtime.deployment_version else ""
+    deployment = f"{runtime.deployment}{version}" or "-"
+    if _is_silent(runtime):
+        # How busy it was is not how busy it is.
         state = f"silent {output.duration_text(runtime.silent_for.ToMilliseconds() / 1000)}"
-    start = "-" if state.startswith("silent") else _start_text(runtime)
+        return (runtime.address, state, "-", served, deployment, "-", "-", "-", "-", "-")
+    state = runtime_pb2.RuntimeState.Name(runtime.state).removeprefix("RUNTIME_STATE_").lower()
+    start_s = sum(seconds for _, seconds in _phases(runtime))
     used = 1 - load.free_blocks / runtime.num_blocks if runtime.num_blocks else 0.0
     first_ms = load.time_to_first_token.ToNanoseconds() / 1e6
-    version = f" v{runtime.deployment_version}" if runtime.deployment_version else ""
     return (
         runtime.address,
         state,
-        start,
-        f"{runtime.model} {quant_text(runtime.quant)}" if runtime.engine else "-",
-        f"{runtime.deployment}{version}" or "-",
+        output.duration_text(start_s) if runtime.startup else "-",
+        served,
+        deployment,
         str(load.running_sequences),
-        f"{load.waiting_sequences} ({load.waiting_tokens} tokens)",
-        f"{used:.0%} of {runtime.num_blocks}",
+        f"{load.waiting_sequences}"
+        + (f" ({load.waiting_tokens} tokens)" if load.waiting_tokens else ""),
+        f"{used:.0%} of {runtime.num_blocks}" if runtime.num_blocks else "-",
         f"{runtime.tokens_per_s:.0f}",
         f"{first_ms:.0f} ms" if first_ms else "-",
     )
 
 
-def _start_text(runtime: fleet_pb2.Runtime) -> str:
-    """How long its start took; of one that goes on, its phases so far."""
-    phases = [(phase.name, phase.duration.ToNanoseconds() / 1e9) for phase in runtime.startup]
-    if not phases:
-        return "-"
-    if runtime.state in (runtime_pb2.RUNTIME_STATE_BUILDING, runtime_pb2.RUNTIME_STATE_LOADING):
-        return ", ".join(f"{name} {output.duration_text(seconds)}" for name, seconds in phases)
-    return output.duration_text(sum(seconds for _, seconds in phases))
+def _is_silent(runtime: fleet_pb2.Runtime) -> bool:
+    return runtime.state == runtime_pb2.RUNTIME_STATE_UNSPECIFIED
+
+
+def _phases(runtime: fleet_pb2.Runtime) -> list[tuple[str, float]]:
+    return [(phase.name, phase.duration.ToNanoseconds() / 1e9) for phase in runtime.startup]
+
+
+def _starts(found: fleet_pb2.GetFleetResponse) -> list[str]:
+    """A line for each runtime that starts: its phases so far, the last of which goes on."""
+    states = (runtime_pb2.RUNTIME_STATE_BUILDING, runtime_pb2.RUNTIME_STATE_LOADING)
+    return [
+        f"{runtime.address} starts: "
+        + ", ".join(f"{name} {output.duration_text(s)}" for name, s in _phases(runtime))
+        for runtime in found.runtimes
+        if runtime.state in states and runtime.startup
+    ]
 
 
 def _deployment_row(deployment: fleet_pb2.Deployment) -> tuple[str, ...]:

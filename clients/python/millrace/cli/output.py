@@ -64,9 +64,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
     from rich import box
     from rich.table import Table
 
-    drawn = Table(
-        *columns, box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False
-    )
+    drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
+    for column in columns:
+        # The first one says which row it is: where there is no room, others are folded.
+        drawn.add_column(column, no_wrap=not drawn.columns, overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     return drawn
