@@ -25,6 +25,14 @@ _TOO_MANY = str(1 << 70)
             ("up", "--state", "{tmp}/up", "--compiler", "here"),
             "'here' is not of the form host:port",
         ),
+        (("builds", "--compiler", "here"), "'here' is not of the form host:port"),
+        (
+            ("generate", "hi", "--runtime", "http://h:1"),
+            "'http://h:1' is not of the form host:port",
+        ),
+        (("status", "--gateway", "h:port"), "'h:port' is not of the form host:port"),
+        (("health", "here"), "'here' is not of the form host:port"),
+        (("top",), "top needs a terminal; `millrace status` prints the fleet once"),
         (("bench", "serve", "--openai", "here"), "'here' is not of the form http://host:port/v1"),
         (("sign", "m", "--key", "{tmp}/file"), "{tmp}/file holds no private key in PEM"),
     ],
@@ -79,4 +87,21 @@ def test_daemon_of_another_kind_is_named() -> None:
     assert done.returncode == 1
     assert done.stderr == (
         f"millrace: The daemon at {address} does not offer this: it is of another kind, or older.\n"
+    )
+
+
+def test_daemon_elsewhere_that_does_not_answer_is_told_with_the_reason() -> None:
+    done = millrace(None, "builds", "--compiler", "no-such-host.invalid:7601")
+    assert done.returncode == 4
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("millrace: No daemon answers at no-such-host.invalid:7601 (")
+    assert "millrace up" not in done.stderr, "it would start one here"
+
+
+def test_keys_of_a_missing_file_are_told_how_to_make_one(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    done = millrace(None, "keys", "list", "--file", str(path))
+    assert done.returncode == 3
+    assert done.stderr == (
+        f"millrace: no key file {path}; make one with: millrace keys create TENANT --file {path}\n"
     )

@@ -75,7 +75,7 @@ def from_rpc_error(raised: grpc.RpcError, address: str) -> MillraceError:
             return from_status(status_pb2.Status.FromString(value))
     code, details = raised.code(), raised.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE:
-        message = f"No daemon answers at {address}; start one with: millrace up"
+        message = f"No daemon answers at {address}{_what_to_do(address, details)}"
         if problem := _tls_problem(details):
             message = f"{address} cannot be spoken to: {problem}"
         return MillraceError(message, UNREACHABLE, code, {"address": address, "details": details})
@@ -112,6 +112,15 @@ def filled(message: type[AnyMessage], **fields: object) -> AnyMessage:
 def is_lost_call(error: MillraceError) -> bool:
     """Claims that a call broke, and that its generations may go on elsewhere."""
     return error.reason in (UNREACHABLE, _CALL_ENDED)
+
+
+def _what_to_do(address: str, details: str) -> str:
+    """How a sentence about a daemon that does not answer ends."""
+    if address.startswith(("127.", "localhost:", "[::1]")):
+        return "; start one with: millrace up"
+    # gRPC's last words say why: connection refused, no such name, no route.
+    why = details.rpartition(": ")[2].strip(" .]")
+    return f" ({why}); is it running, and is that its address?"
 
 
 def _tls_problem(details: str) -> str:

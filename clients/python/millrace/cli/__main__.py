@@ -1,10 +1,16 @@
 """Runs the `millrace` command."""
 
+import os
+
 from millrace.cli.app import app
 
 
 def main() -> None:
     """Entry point of the command."""
+    if "_MILLRACE_COMPLETE" in os.environ:  # a shell asks, by the script of `millrace completion`
+        from typer.completion import completion_init
+
+        completion_init()
     app(prog_name="millrace")
 
 

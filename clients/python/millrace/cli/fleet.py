@@ -1,11 +1,12 @@
 """`millrace deploy`, `undeploy`, `status` and `top`: what the fleet is to serve, and what it does."""
 
+import sys
 import time
 from typing import TYPE_CHECKING
 
 from millrace.cli import output
 from millrace.cli.building import parse_quant, state_text
-from millrace.cli.failures import CommandFailed
+from millrace.cli.failures import USAGE, CommandFailed
 from millrace.cli.listing import quant_text
 from millrace.client import Client
 from millrace.compiler.v1 import compiler_pb2
@@ -47,16 +48,17 @@ def deploy(
     scheme, group_size, kv_cache = parse_quant(quant)
     deployment = fleet.deploy(name, model, scheme, group_size, model_uri, replicas, kv_cache)
     deadline = time.monotonic() + wait_s
-    while wait_s and deployment.ready_replicas < replicas:
-        if time.monotonic() > deadline:
-            raise CommandFailed(
-                f"{deployment.ready_replicas} of {replicas} replicas of {name} are ready after "
-                f"{output.duration_text(wait_s)}; `millrace status` shows them"
-            )
-        time.sleep(_POLL_S / 4)
-        now = {d.name: d for d in fleet.get_fleet().deployments}
-        # Redis may be away for a moment.
-        deployment = now.get(name, deployment)
+    with output.waiting(f"waiting for {replicas} to serve {name}"):
+        while wait_s and deployment.ready_replicas < replicas:
+            if time.monotonic() > deadline:
+                raise CommandFailed(
+                    f"{deployment.ready_replicas} of {replicas} replicas of {name} are ready after "
+                    f"{output.duration_text(wait_s)}; `millrace status` shows them"
+                )
+            time.sleep(_POLL_S / 4)
+            now = {d.name: d for d in fleet.get_fleet().deployments}
+            # Redis may be away for a moment.
+            deployment = now.get(name, deployment)
     return deployment
 
 
@@ -88,8 +90,15 @@ def show_status(fleet: FleetClient, *, as_json: bool) -> None:
 
 
 def watch_status(fleet: FleetClient, compiler: Client) -> None:
-    """Shows the fleet and its builds on the whole screen, until Ctrl-C."""
+    """Shows the fleet and its builds on the whole screen, until Ctrl-C.
+
+    Raises:
+        CommandFailed: stdout is no terminal.
+    """
     from rich.live import Live
+
+    if not sys.stdout.isatty():
+        raise CommandFailed("top needs a terminal; `millrace status` prints the fleet once", USAGE)
 
     with Live(screen=True, auto_refresh=False, console=output.console()) as live:
         try:

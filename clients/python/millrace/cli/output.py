@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,18 @@ def is_fancy(is_stderr: bool = False) -> bool:
 def say(text: str = "") -> None:
     """One line about the work, for people, on stderr. Markup is rich's."""
     console(is_stderr=True).print(text)
+
+
+@contextmanager
+def waiting(for_what: str) -> Iterator[None]:
+    """Shows on a terminal's stderr what is waited for; the line goes once it is there."""
+    if not is_fancy(is_stderr=True):
+        yield
+        return
+    from rich.markup import escape
+
+    with console(is_stderr=True).status(f"[dim]{escape(for_what)}[/]"):
+        yield
 
 
 def print_line(text: str) -> None:
