@@ -105,3 +105,12 @@ def test_keys_of_a_missing_file_are_told_how_to_make_one(tmp_path: Path) -> None
     assert done.stderr == (
         f"millrace: no key file {path}; make one with: millrace keys create TENANT --file {path}\n"
     )
+
+
+def test_missing_gateway_is_told_what_starts_one() -> None:
+    done = millrace(None, "status", "--gateway", "127.0.0.1:1")
+    assert done.returncode == 4
+    assert done.stderr == (
+        "millrace: No daemon answers at 127.0.0.1:1; "
+        "start one with: millrace up --runtimes 2 --runtime 127.0.0.1:1\n"
+    )
