@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from millrace.cli.building import Speed, parse_quant
 from millrace.cli.inspecting import graph_text
 from millrace.cli.listing import recipe_text
-from millrace.cli.output import bytes_text, duration_text
+from millrace.cli.output import bytes_text, duration_text, fitting
 from millrace.compiler.v1 import compiler_pb2
 
 from runtime_service.settings import quant_named
@@ -490,3 +490,11 @@ def test_shell_completes_commands_and_options() -> None:
 def test_terminal_shows_what_is_waited_for(daemon: ScriptedDaemon) -> None:
     shown = on_a_terminal(daemon, "generate", "hi", "--runtime", daemon.address)
     assert shown.index("waiting for the first token") < shown.index(WORDS[0].strip())
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"), [(21, [0, 1, 2]), (20, [0, 2]), (14, [0, 2]), (13, [0])]
+)
+def test_narrow_terminal_gets_fewer_columns_and_whole_cells(width: int, shown: list[int]) -> None:
+    columns, rows = ("name", "start", "state"), [("runtime", "1 s", "idle")]
+    assert fitting(columns, rows, ("start", "state"), width) == shown

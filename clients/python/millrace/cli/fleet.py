@@ -23,6 +23,7 @@ _MAX_BUILDS = 8
 _RUNTIME_COLUMNS = (
     "runtime", "state", "start", "serves", "deployment", "running", "waiting", "KV", "tokens/s", "TTFT",
 )  # fmt: skip
+_LEAST_COLUMNS = ("start", "KV", "TTFT", "deployment")
 _DEPLOYMENT_COLUMNS = ("deployment", "model", "quant", "version", "ready")
 _BUILD_COLUMNS = ("build", "model", "arch", "quant", "state", "done")
 
@@ -80,7 +81,10 @@ def show_status(fleet: FleetClient, *, as_json: bool) -> None:
         output.print_json(output.to_dict(found))
         return
     output.print_table(
-        _RUNTIME_COLUMNS, [_runtime_row(r) for r in found.runtimes], "The gateway knows no runtime."
+        _RUNTIME_COLUMNS,
+        [_runtime_row(r) for r in found.runtimes],
+        "The gateway knows no runtime.",
+        _LEAST_COLUMNS,
     )
     if found.deployments:
         output.print_line("")
@@ -121,7 +125,9 @@ def screen(fleet: FleetClient, compiler: Client) -> "RenderableType":
         parts.append(Text(str(error), "red"))
     else:
         parts += [_head(found), ""]
-        parts.append(output.table(_RUNTIME_COLUMNS, map(_runtime_row, found.runtimes)))
+        parts.append(
+            output.table(_RUNTIME_COLUMNS, map(_runtime_row, found.runtimes), _LEAST_COLUMNS)
+        )
         if found.deployments:
             rows = map(_deployment_row, found.deployments)
             parts += ["", output.table(_DEPLOYMENT_COLUMNS, rows)]
