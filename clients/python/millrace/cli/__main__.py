@@ -8,7 +8,7 @@ from millrace.cli.app import app
 def main() -> None:
     """Entry point of the command."""
     if "_MILLRACE_COMPLETE" in os.environ:  # a shell asks, by the script of `millrace completion`
-        from typer.completion import completion_init
+        from typer.completion import completion_init  # type: ignore[attr-defined]
 
         completion_init()
     app(prog_name="millrace")

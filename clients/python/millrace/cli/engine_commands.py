@@ -197,7 +197,7 @@ def delete(
     Runtimes that serve it go on. A bucket's space is freed by `millrace store sweep`.
     """
     from millrace.cli.connecting import client as connect
-    from millrace.cli.listing import delete_engine
+    from millrace.cli.deleting import delete_engine
 
     with connect(compiler) as client:
         delete_engine(client, engine, quant)

@@ -55,23 +55,6 @@ def cancel_build(client: Client, name: str) -> None:
     output.print_line(f"{output.short_name(build.name)}  {state_text(build)}")
 
 
-def delete_engine(client: Client, name: str, quant: str) -> None:
-    """Deletes the engine that `name` means from the store, and prints which one it was.
-
-    Raises:
-        CommandFailed: there is none, or there are several that differ in arch or quant.
-    """
-    from millrace.cli.loading import find_engine
-
-    engine = find_engine(client, name, quant)
-    client.delete_engine(engine.name)
-    key = engine.key
-    output.print_line(
-        f"deleted {output.short_name(engine.name)}  {engine.model}  {key.arch}  "
-        f"{quant_text(key.quant)}"
-    )
-
-
 def quant_text(quant: engine_pb2.QuantConfig) -> str:
     """A quantization as people write it: `int4-g128`, `bf16-kv-fp8`."""
     group = f"-g{quant.group_size}" if quant.group_size else ""
