@@ -65,13 +65,13 @@ $(PY):
 	done; echo 'Millrace needs Python 3.11 or 3.12 (with venv) on PATH.' >&2; exit 1
 
 $(READY): pyproject.toml | $(PY)
-	@echo 'installing pinned dependencies into $(VENV) (once)'
+	@echo 'installing pinned dependencies into $(VENV): once, some 2 GB, takes minutes'
 	@$(PIP) install -e .
 	@$(PIP) install --no-deps $(SAMPLE)
 	@touch $@
 
 $(READY_DEV): pyproject.toml | $(PY)
-	@echo 'installing pinned dependencies and development tools into $(VENV) (once)'
+	@echo 'installing pinned dependencies and development tools into $(VENV): once, some 2 GB, takes minutes'
 	@$(PIP) install -e '.[dev]'
 	@$(PIP) install --no-deps $(SAMPLE)
 	@touch $@ $(READY)

@@ -167,9 +167,11 @@ class DaemonServer:
             if credentials is None:
                 return int(self.grpc.add_insecure_port(listen))
             return int(self.grpc.add_secure_port(listen, credentials))
-        except RuntimeError as error:
-            problem = str(error).partition("; set GRPC_VERBOSITY")[0]
-            raise SettingsError(f"cannot listen on {listen}: {problem}") from None
+        except RuntimeError:  # gRPC's own words only name the address again
+            raise SettingsError(
+                f"cannot listen on {listen}; does another daemon, or is it no address of this "
+                "machine?"
+            ) from None
 
     async def _drained(self, drain: Callable[[], Awaitable[None]]) -> None:
         await drain()

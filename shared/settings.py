@@ -233,29 +233,44 @@ def _parser(cls: type[Settings]) -> argparse.ArgumentParser:
     )
     for name, field in cls.model_fields.items():
         action: Any = argparse.BooleanOptionalAction if field.annotation is bool else "store"
-        more: dict[str, Any] = {} if field.annotation is bool else {"metavar": _metavar(field)}
+        more: dict[str, Any] = (
+            {} if field.annotation is bool else {"metavar": _metavar(name, field)}
+        )
         parser.add_argument(
             flag_of(name), dest=name, action=action, default=None, help=_help(cls, name), **more
         )
     return parser
 
 
-def _metavar(field: FieldInfo) -> str:
+def _metavar(name: str, field: FieldInfo) -> str:
+    """What a value is, with its unit: names of settings end in theirs."""
+    if name.endswith("_s"):
+        return "SECONDS"
+    if name.endswith("_bytes"):
+        return "BYTES"
+    if name.endswith(("_url", "_uri")):
+        return "URL"
+    if field.annotation is str and (field.description or "").startswith("host:port"):
+        return "HOST:PORT"
     if get_origin(field.annotation) is Literal:
         return "{" + ",".join(map(str, field.annotation.__args__)) + "}"  # type: ignore[union-attr]
     if get_origin(field.annotation) is tuple:
         return "A,B"
-    if field.annotation == Path | None:
-        return "FILE"
-    return getattr(field.annotation, "__name__", "value").upper()
+    words: dict[Any, str] = {str: "TEXT", int: "N", Path: "FOLDER", Path | None: "FILE"}
+    return words.get(field.annotation, "VALUE")
 
 
 def _help(cls: type[Settings], name: str) -> str:
     field = cls.model_fields[name]
     assert field.description, f"setting {name} has no description"
-    default = "required" if field.is_required() else f"default {field.default!r}"
-    text = f"{field.description} ({default}; {variable_of(cls, name)})"
-    return text.replace("%", "%%")
+    parts = [variable_of(cls, name)]
+    if field.is_required():
+        parts.insert(0, "required")
+    elif field.default not in ("", None, ()):
+        is_flag = isinstance(field.default, bool)
+        default = ("off", "on")[field.default] if is_flag else field.default
+        parts.insert(0, f"default {default}")
+    return f"{field.description} ({'; '.join(parts)})".replace("%", "%%")
 
 
 def _explain(cls: type[Settings], error: ValidationError) -> str:

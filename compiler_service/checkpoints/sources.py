@@ -65,7 +65,10 @@ def open_path(path: Path) -> Checkpoint:
         return open_folder(path)
     if path.is_file():
         return GgufFile(path)
-    raise ModelNotFound(model_uri=path, problem="no such file or folder on the compile daemon")
+    problem = "no such file or folder on the compile daemon's machine"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        problem += f"; a model of the Hugging Face hub is hf:{path}"
+    raise ModelNotFound(model_uri=path, problem=problem)
 
 
 def _expanded(text: str) -> Path:

@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from millrace.cli.building import Speed, parse_quant
 from millrace.cli.inspecting import graph_text
 from millrace.cli.listing import recipe_text
-from millrace.cli.output import bytes_text, duration_text
+from millrace.cli.output import bytes_text, duration_text, fitting
 from millrace.compiler.v1 import compiler_pb2
 
 from runtime_service.settings import quant_named
@@ -35,7 +35,7 @@ from tests.clients.scripted_daemon import (
 COMMANDS = (
     "up", "build", "builds", "cancel", "engines", "inspect", "load", "generate", "chat", "bench",
     "deploy", "undeploy", "status", "top", "doctor", "health", "certs", "keys", "sign", "store",
-    "tune", "demo",
+    "tune", "demo", "delete", "completion",
 )  # fmt: skip
 GRAPH = {
     "inputs": {"token_ids": {"dims": ["T"], "dtype": "int32"}},
@@ -446,3 +446,55 @@ def test_sizes_are_short(size: float, text: str) -> None:
 )
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+def test_engine_is_deleted_by_its_model_name_and_told(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    script.engines = [an_engine({}, {})]
+    engine = script.engines[0]
+    done = millrace(daemon, "delete", engine.model)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"deleted {DIGEST[:12]}  {engine.model}")
+    assert [request.name for request in script.asked] == [engine.name]
+
+
+def test_no_engine_is_deleted_where_several_are_meant(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    script.engines = [an_engine({}, {}), an_engine({}, {})]
+    script.engines[1].key.arch = "sm_90"
+    done = millrace(daemon, "delete", script.engines[0].model)
+    assert done.returncode == 1
+    assert "has several engines" in done.stderr
+    assert script.asked == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script_asks_the_command(shell: str) -> None:
+    script = millrace(None, "completion", shell).stdout
+    assert f"_MILLRACE_COMPLETE=complete_{shell}" in script
+
+
+def test_shell_completes_commands_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        environ = {**os.environ, "_MILLRACE_COMPLETE": "complete_bash", "COMP_WORDS": words,
+                   "COMP_CWORD": str(len(words.split()) - 1)}  # fmt: skip
+        done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=60, env=environ)
+        return done.stdout.split()
+
+    assert completed("millrace en") == ["engines"]
+    assert completed("millrace build --ar") == ["--arch"]
+
+
+def test_terminal_shows_what_is_waited_for(daemon: ScriptedDaemon) -> None:
+    shown = on_a_terminal(daemon, "generate", "hi", "--runtime", daemon.address)
+    assert shown.index("waiting for the first token") < shown.index(WORDS[0].strip())
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"), [(21, [0, 1, 2]), (20, [0, 2]), (14, [0, 2]), (13, [0])]
+)
+def test_narrow_terminal_gets_fewer_columns_and_whole_cells(width: int, shown: list[int]) -> None:
+    columns, rows = ("name", "start", "state"), [("runtime", "1 s", "idle")]
+    assert fitting(columns, rows, ("start", "state"), width) == shown

@@ -27,6 +27,14 @@ _TOO_MANY = str(1 << 70)
             ("up", "--state", "{tmp}/up", "--compiler", "here"),
             "'here' is not of the form host:port",
         ),
+        (("builds", "--compiler", "here"), "'here' is not of the form host:port"),
+        (
+            ("generate", "hi", "--runtime", "http://h:1"),
+            "'http://h:1' is not of the form host:port",
+        ),
+        (("status", "--gateway", "h:port"), "'h:port' is not of the form host:port"),
+        (("health", "here"), "'here' is not of the form host:port"),
+        (("top",), "top needs a terminal; `millrace status` prints the fleet once"),
         (("bench", "serve", "--openai", "here"), "'here' is not of the form http://host:port/v1"),
         (("sign", "m", "--key", "{tmp}/file"), "{tmp}/file holds no private key in PEM"),
     ],
@@ -100,3 +108,29 @@ def test_missing_key_is_told_with_where_the_command_takes_it_from(
     done = millrace(daemon, "builds")
     assert done.returncode == 1
     assert done.stderr.endswith("The command takes it from MILLRACE_CLI_API_KEY.\n")
+
+
+def test_daemon_elsewhere_that_does_not_answer_is_told_with_the_reason() -> None:
+    done = millrace(None, "builds", "--compiler", "no-such-host.invalid:7601")
+    assert done.returncode == 4
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("millrace: No daemon answers at no-such-host.invalid:7601 (")
+    assert "millrace up" not in done.stderr, "it would start one here"
+
+
+def test_keys_of_a_missing_file_are_told_how_to_make_one(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    done = millrace(None, "keys", "list", "--file", str(path))
+    assert done.returncode == 3
+    assert done.stderr == (
+        f"millrace: no key file {path}; make one with: millrace keys create TENANT --file {path}\n"
+    )
+
+
+def test_missing_gateway_is_told_what_starts_one() -> None:
+    done = millrace(None, "status", "--gateway", "127.0.0.1:1")
+    assert done.returncode == 4
+    assert done.stderr == (
+        "millrace: No daemon answers at 127.0.0.1:1; "
+        "start one with: millrace up --runtimes 2 --runtime 127.0.0.1:1\n"
+    )

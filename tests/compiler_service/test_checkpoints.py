@@ -258,6 +258,7 @@ NOT_FOUND = {
     "": (InvalidField, "model_uri: it is empty"),
     "/nowhere/at/all": (ModelNotFound, "no such file or folder"),
     "file:///nowhere": (ModelNotFound, "no such file or folder"),
+    "org/model": (ModelNotFound, "a model of the Hugging Face hub is hf:org/model"),
     "x" * 300: (ModelNotFound, "no path here"),
     "~nobody-at-all/model": (ModelNotFound, "no such file or folder"),
     "random:~nobody-at-all/model": (ModelNotFound, "no file"),

@@ -87,6 +87,16 @@ def test_help_shows_every_setting_with_default_and_variable(
         assert "--" + field.replace("_", "-") in text
 
 
+def test_help_shows_units_and_no_python(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ExampleSettings.parse(["--help"], {})
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--lease-s SECONDS" in text
+    assert "--max-message-bytes BYTES" in text
+    assert "(default on; MILLRACE_COMPILER_WORKER)" in text
+    assert not any(word in text for word in ("None", "PosixPath", "''", "()", "True", "False"))
+
+
 def test_malformed_redis_url_does_not_show_its_password() -> None:
     with pytest.raises(SettingsError) as refused:
         ExampleSettings.parse(["--redis-url", "http://user:secret@h"], {})

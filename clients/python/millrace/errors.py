@@ -67,15 +67,21 @@ def from_status(status: status_pb2.Status) -> MillraceError:
     return error
 
 
-def from_rpc_error(raised: grpc.RpcError, address: str) -> MillraceError:
-    """The error that a call of the daemon at `address` ended with."""
+def from_rpc_error(
+    raised: grpc.RpcError, address: str, start: str = "millrace up"
+) -> MillraceError:
+    """The error that a call of the daemon at `address` ended with.
+
+    Args:
+        start: the command that starts such a daemon on this machine, at `{address}`.
+    """
     assert isinstance(raised, grpc.Call | grpc.aio.AioRpcError), "every ended call has a status"
     for key, value in raised.trailing_metadata() or ():
         if key == _DETAILS_KEY and isinstance(value, bytes):
             return from_status(status_pb2.Status.FromString(value))
     code, details = raised.code(), raised.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE:
-        message = f"No daemon answers at {address}; start one with: millrace up"
+        message = f"No daemon answers at {address}{_what_to_do(address, details, start)}"
         if problem := _tls_problem(details):
             message = f"{address} cannot be spoken to: {problem}"
         return MillraceError(message, UNREACHABLE, code, {"address": address, "details": details})
@@ -112,6 +118,15 @@ def filled(message: type[AnyMessage], **fields: object) -> AnyMessage:
 def is_lost_call(error: MillraceError) -> bool:
     """Claims that a call broke, and that its generations may go on elsewhere."""
     return error.reason in (UNREACHABLE, _CALL_ENDED)
+
+
+def _what_to_do(address: str, details: str, start: str) -> str:
+    """How a sentence about a daemon that does not answer ends."""
+    if address.startswith(("127.", "localhost:", "[::1]")):
+        return f"; start one with: {start.format(address=address)}"
+    # gRPC's last words say why: connection refused, no such name, no route.
+    why = details.rpartition(": ")[2].strip(" .]")
+    return f" ({why}); is it running, and is that its address?"
 
 
 def _tls_problem(details: str) -> str:

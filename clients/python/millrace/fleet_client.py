@@ -9,6 +9,8 @@ from millrace.engine.v1 import engine_pb2
 from millrace.errors import filled, from_rpc_error
 from millrace.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 
+_START = "millrace up --runtimes 2 --runtime {address}"
+
 
 class FleetClient:
     """The fleet behind the gateway at `gateway`; connects when it is used.
@@ -51,7 +53,7 @@ class FleetClient:
         try:
             return self._stub.GetFleet(fleet_pb2.GetFleetRequest(), timeout=self._timeout_s)
         except grpc.RpcError as raised:
-            raise from_rpc_error(raised, self._address) from None
+            raise from_rpc_error(raised, self._address, _START) from None
 
     def deploy(
         self,
@@ -78,7 +80,7 @@ class FleetClient:
         try:
             return self._stub.ApplyDeployment(request, timeout=self._timeout_s).deployment
         except grpc.RpcError as raised:
-            raise from_rpc_error(raised, self._address) from None
+            raise from_rpc_error(raised, self._address, _START) from None
 
     def undeploy(self, name: str) -> None:
         """Has nobody serve the deployment `name`; what runs is finished."""
@@ -86,4 +88,4 @@ class FleetClient:
         try:
             self._stub.DeleteDeployment(request, timeout=self._timeout_s)
         except grpc.RpcError as raised:
-            raise from_rpc_error(raised, self._address) from None
+            raise from_rpc_error(raised, self._address, _START) from None

@@ -1,6 +1,7 @@
 """How commands reach daemons: the connection's options and variables, read in one place."""
 
 import os
+import re
 from typing import TypedDict
 
 from millrace.aio import AsyncClient
@@ -44,8 +45,21 @@ def security() -> Security:
     return Security(**connection())
 
 
+def checked(address: str) -> str:
+    """`address`, where gRPC would take it for one.
+
+    Raises:
+        CommandFailed: it is not of the form host:port.
+    """
+    if not re.fullmatch(r"unix:.+|(?:dns:///)?[^/]+:\d{1,5}", address):
+        raise CommandFailed(f"{address!r} is not of the form host:port", USAGE)
+    return address
+
+
 def client(compiler: str = DEFAULT_COMPILER, runtime: str = DEFAULT_RUNTIME) -> Client:
     """A client of the daemons at these addresses, as this invocation's options say."""
+    checked(compiler)
+    checked(runtime)
     try:
         return Client(compiler, runtime, **connection())
     except ValueError as error:  # the key would cross a network in plaintext
@@ -54,6 +68,7 @@ def client(compiler: str = DEFAULT_COMPILER, runtime: str = DEFAULT_RUNTIME) -> 
 
 def fleet_client(gateway: str) -> FleetClient:
     """A client of the fleet behind a gateway, as this invocation's options say."""
+    checked(gateway)
     try:
         return FleetClient(gateway, **connection())
     except ValueError as error:
@@ -62,6 +77,7 @@ def fleet_client(gateway: str) -> FleetClient:
 
 def async_client(runtime: str, retries: Retries) -> AsyncClient:
     """An asyncio client of a runtime, as this invocation's options say."""
+    checked(runtime)
     try:
         return AsyncClient(runtime=runtime, retries=retries, **connection())
     except ValueError as error:

@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from millrace.cli.options import COMPILER, ENGINES, HOME, AsJson, Compiler, Limit, Quant, State
+from millrace.cli.options import (
+    COMPILER,
+    ENGINES,
+    HOME,
+    AnyQuant,
+    AsJson,
+    Compiler,
+    Limit,
+    OwnQuant,
+    Quant,
+    State,
+)
 
 if TYPE_CHECKING:
     from millrace.builds import RecipeOptions
@@ -35,7 +46,7 @@ def build(
             help="cpu, sm_80, sm_90, ...; several with commas. auto: this machine's GPU, or cpu.",
         ),
     ] = "auto",
-    quant: Quant = "",
+    quant: OwnQuant = "",
     name: Annotated[
         str, typer.Option("--name", metavar="NAME", help="What runtimes call the model.")
     ] = "",
@@ -54,12 +65,23 @@ def build(
         ),
     ] = "",
     calibration_tokens: Annotated[
-        int, typer.Option("--calibration-tokens", metavar="N", min=0, help="To look at; 0: 4096.")
+        int,
+        typer.Option(
+            "--calibration-tokens",
+            metavar="N",
+            min=0,
+            show_default=False,
+            help="Tokens of it to look at; 0: 4,096.",
+        ),
     ] = 0,
     max_kl: Annotated[
         float,
         typer.Option(
-            "--max-kl", metavar="N", min=0, help="Mean KL divergence allowed; 0: the default."
+            "--max-kl",
+            metavar="NATS",
+            min=0,
+            show_default=False,
+            help="Mean KL divergence allowed; 0: the scheme's own limit.",
         ),
     ] = 0.0,
     max_perplexity_increase: Annotated[
@@ -68,14 +90,15 @@ def build(
             "--max-perplexity-increase",
             metavar="N",
             min=0,
-            help="Allowed, as a share: 0.05; 0: the default.",
+            show_default=False,
+            help="Allowed, as a share: 0.05 is 5 %; 0: the scheme's own limit.",
         ),
     ] = 0.0,
     auto_keep: Annotated[
         bool, typer.Option("--auto-keep", help="Beyond the limits keep more weights in bf16.")
     ] = False,
     skip_quality: Annotated[
-        bool, typer.Option("--no-quality", help="Measure nothing, promise nothing.")
+        bool, typer.Option("--no-quality", help="Skip measuring what quantizing cost.")
     ] = False,
     kv_cache: Annotated[
         str,
@@ -89,10 +112,13 @@ def build(
             "--probe-tokens",
             metavar="N",
             min=0,
-            help="Longest context in which the quality report hides facts; 0: 1024.",
+            show_default=False,
+            help="Longest context in which the quality report hides facts, in tokens; 0: 1,024.",
         ),
     ] = 0,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not wait for it.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return once it is queued.")
+    ] = False,
     compiler: Compiler = COMPILER,
     as_json: AsJson = False,
 ) -> None:
@@ -156,6 +182,25 @@ def engines(limit: Limit = 50, compiler: Compiler = COMPILER, as_json: AsJson = 
 
     with connect(compiler) as client:
         show_engines(client, limit, as_json)
+
+
+@commands.command(rich_help_panel=ENGINES, epilog="Example: millrace delete 3f9a52c01b7d")
+def delete(
+    engine: Annotated[
+        str, typer.Argument(metavar="ENGINE", help="Model name, engine name, or its first digits.")
+    ],
+    quant: AnyQuant = "",
+    compiler: Compiler = COMPILER,
+) -> None:
+    """Delete an engine from the store.
+
+    Runtimes that serve it go on. A bucket's space is freed by `millrace store sweep`.
+    """
+    from millrace.cli.connecting import client as connect
+    from millrace.cli.deleting import delete_engine
+
+    with connect(compiler) as client:
+        delete_engine(client, engine, quant)
 
 
 @commands.command(rich_help_panel=ENGINES, epilog="Example: millrace inspect 3f9a52 --graph")

@@ -1,11 +1,12 @@
 """`millrace deploy`, `undeploy`, `status` and `top`: what the fleet is to serve, and what it does."""
 
+import sys
 import time
 from typing import TYPE_CHECKING
 
 from millrace.cli import output
 from millrace.cli.building import parse_quant, state_text
-from millrace.cli.failures import CommandFailed
+from millrace.cli.failures import USAGE, CommandFailed
 from millrace.cli.listing import quant_text
 from millrace.client import Client
 from millrace.compiler.v1 import compiler_pb2
@@ -22,6 +23,7 @@ _MAX_BUILDS = 8
 _RUNTIME_COLUMNS = (
     "runtime", "state", "start", "serves", "deployment", "running", "waiting", "KV", "tokens/s", "TTFT",
 )  # fmt: skip
+_LEAST_COLUMNS = ("start", "KV", "TTFT", "deployment")
 _DEPLOYMENT_COLUMNS = ("deployment", "model", "quant", "version", "ready")
 _BUILD_COLUMNS = ("build", "model", "arch", "quant", "state", "done")
 
@@ -47,16 +49,17 @@ def deploy(
     scheme, group_size, kv_cache = parse_quant(quant)
     deployment = fleet.deploy(name, model, scheme, group_size, model_uri, replicas, kv_cache)
     deadline = time.monotonic() + wait_s
-    while wait_s and deployment.ready_replicas < replicas:
-        if time.monotonic() > deadline:
-            raise CommandFailed(
-                f"{deployment.ready_replicas} of {replicas} replicas of {name} are ready after "
-                f"{output.duration_text(wait_s)}; `millrace status` shows them"
-            )
-        time.sleep(_POLL_S / 4)
-        now = {d.name: d for d in fleet.get_fleet().deployments}
-        # Redis may be away for a moment.
-        deployment = now.get(name, deployment)
+    with output.waiting(f"waiting for {replicas} to serve {name}"):
+        while wait_s and deployment.ready_replicas < replicas:
+            if time.monotonic() > deadline:
+                raise CommandFailed(
+                    f"{deployment.ready_replicas} of {replicas} replicas of {name} are ready after "
+                    f"{output.duration_text(wait_s)}; `millrace status` shows them"
+                )
+            time.sleep(_POLL_S / 4)
+            now = {d.name: d for d in fleet.get_fleet().deployments}
+            # Redis may be away for a moment.
+            deployment = now.get(name, deployment)
     return deployment
 
 
@@ -78,7 +81,10 @@ def show_status(fleet: FleetClient, *, as_json: bool) -> None:
         output.print_json(output.to_dict(found))
         return
     output.print_table(
-        _RUNTIME_COLUMNS, [_runtime_row(r) for r in found.runtimes], "The gateway knows no runtime."
+        _RUNTIME_COLUMNS,
+        [_runtime_row(r) for r in found.runtimes],
+        "The gateway knows no runtime.",
+        _LEAST_COLUMNS,
     )
     for line in _starts(found):
         output.print_line(line)
@@ -90,8 +96,15 @@ def show_status(fleet: FleetClient, *, as_json: bool) -> None:
 
 
 def watch_status(fleet: FleetClient, compiler: Client) -> None:
-    """Shows the fleet and its builds on the whole screen, until Ctrl-C."""
+    """Shows the fleet and its builds on the whole screen, until Ctrl-C.
+
+    Raises:
+        CommandFailed: stdout is no terminal.
+    """
     from rich.live import Live
+
+    if not sys.stdout.isatty():
+        raise CommandFailed("top needs a terminal; `millrace status` prints the fleet once", USAGE)
 
     with Live(screen=True, auto_refresh=False, console=output.console()) as live:
         try:
@@ -114,7 +127,9 @@ def screen(fleet: FleetClient, compiler: Client) -> "RenderableType":
         parts.append(Text(str(error), "red"))
     else:
         parts += [_head(found), ""]
-        parts.append(output.table(_RUNTIME_COLUMNS, map(_runtime_row, found.runtimes)))
+        parts.append(
+            output.table(_RUNTIME_COLUMNS, map(_runtime_row, found.runtimes), _LEAST_COLUMNS)
+        )
         parts += [Text(line, "dim") for line in _starts(found)]
         if found.deployments:
             rows = map(_deployment_row, found.deployments)

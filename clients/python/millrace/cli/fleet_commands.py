@@ -18,15 +18,21 @@ def deploy(
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help="Model name or digest.")],
     quant: Quant = "int8",
     replicas: Annotated[
-        int, typer.Option("--replicas", metavar="N", min=1, help="Runtimes to serve it.")
+        int, typer.Option("--replicas", metavar="N", min=1, help="How many runtimes serve it.")
     ] = 1,
     model_uri: Annotated[
-        str, typer.Option("--model-uri", metavar="URI", help="Built from, where it is missing.")
+        str,
+        typer.Option(
+            "--model-uri", metavar="URI", help="Checkpoint to build from, where no engine is there."
+        ),
     ] = "",
     wait_s: Annotated[
         float,
         typer.Option(
-            "--wait", metavar="SECONDS", min=0, help="Seconds to wait until all are ready; 0: none."
+            "--wait",
+            metavar="SECONDS",
+            min=0,
+            help="Wait at most this long until all are ready; 0: do not wait.",
         ),
     ] = 0.0,
     gateway: Gateway = GATEWAY,

@@ -2,10 +2,12 @@
 
 import sys
 import time
+from collections.abc import Iterator
 
 from millrace.cli import output
 from millrace.client import Client
-from millrace.generation import GenerateOptions, Generation, Message, Prompt
+from millrace.generation import Chunk, GenerateOptions, Generation, Message, Prompt
+from millrace.stream import Stream
 
 
 def generate(client: Client, prompt: Prompt, options: GenerateOptions, *, as_json: bool) -> None:
@@ -25,7 +27,7 @@ def stream_text(
     start = time.monotonic()
     first_s = 0.0
     with client.generate(prompt, **options) as stream:
-        for chunk in stream:
+        for chunk in _watched(stream):
             first_s = first_s or time.monotonic() - start
             if chunk.sample_index == 0:
                 sys.stdout.write(chunk.text)
@@ -35,6 +37,16 @@ def stream_text(
         sys.stdout.write(f"\n--- sample {index}\n{sample.text}\n")
     sys.stdout.flush()
     return stream.result, first_s
+
+
+def _watched(stream: Stream) -> Iterator[Chunk]:
+    """The stream's chunks; until the first one a terminal shows that it is waited for."""
+    chunks = iter(stream)
+    with output.waiting("waiting for the first token"):
+        first = next(chunks, None)
+    if first is not None:
+        yield first
+        yield from chunks
 
 
 def speed_text(result: Generation, first_s: float) -> str:
@@ -110,7 +122,7 @@ def _answer(client: Client, messages: list[Message], options: GenerateOptions) -
     first_s = 0.0
     with client.generate(messages, **options) as stream:
         try:
-            for chunk in stream:
+            for chunk in _watched(stream):
                 first_s = first_s or time.monotonic() - start
                 said.append(chunk.text)
                 sys.stdout.write(chunk.text)

@@ -9,10 +9,10 @@ from millrace.cli.options import (
     COMPILER,
     GENERATING,
     RUNTIME,
+    AnyQuant,
     AsJson,
     Compiler,
     MaxTokens,
-    Quant,
     Runtime,
     Seed,
     Stop,
@@ -32,7 +32,7 @@ def load(
     engine: Annotated[
         str, typer.Argument(metavar="ENGINE", help="Model name, engine name, or its first digits.")
     ],
-    quant: Quant = "",
+    quant: AnyQuant = "",
     compiler: Compiler = COMPILER,
     runtime: Runtime = RUNTIME,
     as_json: AsJson = False,
@@ -63,12 +63,17 @@ def generate(
     top_k: TopK = 0,
     seed: Seed = None,
     samples: Annotated[
-        int, typer.Option("--samples", metavar="N", min=1, help="Answers to draw.")
+        int, typer.Option("--samples", metavar="N", min=1, help="How many answers.")
     ] = 1,
     stop: Stop = None,
-    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on past the end.")] = False,
+    ignore_end: Annotated[
+        bool, typer.Option("--ignore-end", help="Go on past the model's end token.")
+    ] = False,
     timeout_s: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", min=0, help="Seconds; 0: none.")
+        float,
+        typer.Option(
+            "--timeout", metavar="SECONDS", min=0, help="Give up after this long; 0: never."
+        ),
     ] = 0.0,
     runtime: Runtime = RUNTIME,
     as_json: AsJson = False,

@@ -106,6 +106,11 @@ def _changing(path: Path) -> Iterator[dict[str, Any]]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CommandFailed(
+            f"no key file {path}; make one with: millrace keys create TENANT --file {path}",
+            NOT_FOUND,
+        ) from None
     except OSError as error:
         raise CommandFailed(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:

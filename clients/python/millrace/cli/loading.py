@@ -28,13 +28,14 @@ def load(client: Client, name: str, quant: str, *, as_json: bool) -> None:
 def serve(client: Client, engine: engine_pb2.Engine) -> engine_pb2.Engine:
     """Has the runtime serve the newest engine of `engine`'s selector; returns it."""
     key = engine.key
-    return client.load_engine(
-        engine.model,
-        key.quant.scheme,
-        group_size=key.quant.group_size,
-        kv_cache=key.quant.kv_cache,
-        arch=key.arch,
-    )
+    with output.waiting(f"loading {engine.model} {quant_text(key.quant)}"):
+        return client.load_engine(
+            engine.model,
+            key.quant.scheme,
+            group_size=key.quant.group_size,
+            kv_cache=key.quant.kv_cache,
+            arch=key.arch,
+        )
 
 
 def startup_text(phases: Iterable[runtime_pb2.StartupPhase]) -> str:

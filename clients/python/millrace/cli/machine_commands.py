@@ -1,5 +1,6 @@
 """The commands of this machine: the local stack, and what daemons and machine lack."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -60,7 +61,9 @@ def demo(
     question: Annotated[
         str, typer.Option("--question", metavar="TEXT", help="What is asked.")
     ] = "",
-    model: Annotated[str, typer.Option("--model", metavar="URI")] = "sample:smollm2-135m",
+    model: Annotated[
+        str, typer.Option("--model", metavar="URI", help="What is built.")
+    ] = "sample:smollm2-135m",
     quant: Quant = "int8",
     state: State = HOME,
 ) -> None:
@@ -95,17 +98,43 @@ def doctor(
     )
 
 
+class Shell(StrEnum):
+    """Shells that complete."""
+
+    BASH = "bash"
+    ZSH = "zsh"
+    FISH = "fish"
+
+
+@commands.command(rich_help_panel=MACHINE, epilog="Example: millrace completion bash >> ~/.bashrc")
+def completion(
+    shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
+) -> None:
+    """Print a script that has a shell complete commands and options."""
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
+
+    script = get_completion_script(
+        prog_name="millrace", complete_var="_MILLRACE_COMPLETE", shell=shell.value
+    )
+    typer.echo(script)
+
+
 @commands.command(rich_help_panel=MACHINE, epilog="Example: millrace health 127.0.0.1:7602")
 def health(
-    address: Annotated[str, typer.Argument(metavar="HOST:PORT")] = RUNTIME,
+    address: Annotated[
+        str,
+        typer.Argument(
+            metavar="HOST:PORT", envvar="MILLRACE_CLI_RUNTIME", help="A daemon of any kind."
+        ),
+    ] = RUNTIME,
     answering: Annotated[
-        bool, typer.Option("--answering", help="Do not ask that it serves already.")
+        bool, typer.Option("--answering", help="An answer is enough, serving or not.")
     ] = False,
 ) -> None:
     """Ask a daemon whether it serves, for health checks."""
     from millrace.channels import is_serving
-    from millrace.cli.connecting import security
+    from millrace.cli.connecting import checked, security
     from millrace.cli.failures import UNAVAILABLE
 
-    if not is_serving(address, 5.0, security()) and not answering:
+    if not is_serving(checked(address), 5.0, security()) and not answering:
         raise CommandFailed(f"{address} answers and does not serve now", UNAVAILABLE)

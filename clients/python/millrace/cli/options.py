@@ -47,6 +47,21 @@ Quant = Annotated[
         help="bf16, fp32, int8, int4-awq, int4-g128, fp8, as-is ...",
     ),
 ]
+OwnQuant = Annotated[
+    str,
+    typer.Option(
+        "--quant",
+        "-q",
+        metavar="SCHEME",
+        help="bf16, fp32, int8, int4-awq, int4-g128, fp8, as-is ...; unset: as the checkpoint is.",
+    ),
+]
+AnyQuant = Annotated[
+    str,
+    typer.Option(
+        "--quant", "-q", metavar="SCHEME", help="Which of the model's engines; unset: the only one."
+    ),
+]
 Limit = Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="At most this many.")]
 MaxTokens = Annotated[
     int,

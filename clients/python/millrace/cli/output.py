@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
     from rich.console import Console
     from rich.table import Table
+
+_BETWEEN = "  "  # columns of a table
 
 
 @cache
@@ -36,6 +39,18 @@ def is_fancy(is_stderr: bool = False) -> bool:
 def say(text: str = "") -> None:
     """One line about the work, for people, on stderr. Markup is rich's."""
     console(is_stderr=True).print(text)
+
+
+@contextmanager
+def waiting(for_what: str) -> Iterator[None]:
+    """Shows on a terminal's stderr what is waited for; the line goes once it is there."""
+    if not is_fancy(is_stderr=True):
+        yield
+        return
+    from rich.markup import escape
+
+    with console(is_stderr=True).status(f"[dim]{escape(for_what)}[/]"):
+        yield
 
 
 def print_line(text: str) -> None:
@@ -59,33 +74,66 @@ def to_dict(message: "Message") -> dict[str, Any]:
     return value
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
-    """A table as terminals show it."""
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    least: Sequence[str] = (),
+    width: int | None = None,
+) -> "Table":
+    """A table as terminals show it.
+
+    Args:
+        least: columns to do without on a narrow terminal, the least important one first.
+        width: of the terminal, in characters; unset: this one's.
+    """
     from rich import box
     from rich.table import Table
 
-    drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
-    for column in columns:
+    rows = list(rows)
+    shown = fitting(columns, rows, least, console().width if width is None else width)
+    drawn = Table(
+        box=box.SIMPLE_HEAD,
+        header_style="bold",
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
+    )
+    for i in shown:
         # The first one says which row it is: where there is no room, others are folded.
-        drawn.add_column(column, no_wrap=not drawn.columns, overflow="fold")
+        drawn.add_column(columns[i], no_wrap=not drawn.columns, overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(row[i] for i in shown))
     return drawn
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
-    """A table on stdout; `empty` is said where there are no rows."""
+def fitting(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], least: Sequence[str], width: int
+) -> list[int]:
+    """Indices of the columns that are shown: all, less those of `least` that `width` asks for."""
+    widths = [max(len(c), *(len(row[i]) for row in rows), 0) for i, c in enumerate(columns)]
+    shown = list(range(len(columns)))
+    for name in least:
+        if sum(widths[i] for i in shown) + len(_BETWEEN) * (len(shown) - 1) <= width:
+            break
+        shown.remove(columns.index(name))
+    return shown
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str, least: Sequence[str] = ()
+) -> None:
+    """A table on stdout; `empty` is said where there are no rows. `least` as `table` has it."""
     if not rows:
         say(empty)
     elif is_fancy():
-        console().print(table(columns, rows))
+        console().print(table(columns, rows, least))
     else:
         widths = [
             max(len(column), *(len(row[i]) for row in rows)) for i, column in enumerate(columns)
         ]
         for row in ([column.upper() for column in columns], *rows):
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            print_line("  ".join(cells).rstrip())
+            print_line(_BETWEEN.join(cells).rstrip())
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:

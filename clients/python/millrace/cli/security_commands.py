@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from millrace.cli.options import COMPILER, SECURITY, AsJson, Compiler, Quant
+from millrace.cli.options import COMPILER, SECURITY, AnyQuant, AsJson, Compiler
 
 commands = typer.Typer()
 
@@ -47,7 +47,7 @@ def sign(
         str, typer.Argument(metavar="ENGINE", help="Model name, engine name, or its first digits.")
     ],
     key: Annotated[Path, typer.Option("--key", metavar="FILE", help="Ed25519 private key, PEM.")],
-    quant: Quant = "",
+    quant: AnyQuant = "",
     compiler: Compiler = COMPILER,
     as_json: AsJson = False,
 ) -> None:
