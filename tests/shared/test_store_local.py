@@ -13,7 +13,8 @@ import pytest
 
 from shared.engine import Blob, EngineSelector, QuantConfig
 from shared.errors import BlobNotFound, DigestMismatch, DiskFull, EngineNotFound, InvalidField
-from shared.store import GrpcStore, LocalStore, open_store
+from shared.store import LocalStore, open_store
+from shared.store.remote import GrpcStore
 from tests.shared.engines import (
     INT8,
     draft_engine,
