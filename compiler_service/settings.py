@@ -6,7 +6,8 @@ from typing import ClassVar, cast
 from pydantic import Field, model_validator
 
 from shared.settings import Address, Settings
-from shared.store import EngineStore, GrpcStore, open_store
+from shared.store import EngineStore, open_store
+from shared.store.remote import GrpcStore
 
 
 class CompilerSettings(Settings):

@@ -33,8 +33,9 @@ from shared.security import ServerSecurity, peer_security
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, exit_with
 from shared.signing import TrustedKeys
-from shared.store import ArtifactStore, GrpcStore, LocalStore, open_store
+from shared.store import ArtifactStore, LocalStore, open_store
 from shared.store.cache import EngineCache
+from shared.store.remote import GrpcStore
 from shared.tracing import configure_tracing
 
 if TYPE_CHECKING:

@@ -29,9 +29,10 @@ from shared.errors import (
     of_compiler,
 )
 from shared.signing import TrustedKeys
-from shared.store import ArtifactStore, GrpcStore, LocalStore, pull
+from shared.store import ArtifactStore, LocalStore, pull
 from shared.store.cache import EngineCache
 from shared.store.pull import add_tuning_from
+from shared.store.remote import GrpcStore
 from shared.tracing import trace_metadata
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.5, 10.0

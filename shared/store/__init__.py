@@ -7,34 +7,42 @@ torch).
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shared.channels import PeerSecurity
 from shared.errors import InvalidField
 from shared.store.artifact_store import ArtifactStore, EngineStore
 from shared.store.local import LocalStore
 from shared.store.pull import pull
-from shared.store.remote import GrpcStore
+
+if TYPE_CHECKING:
+    from shared.channels import PeerSecurity
 
 __all__ = [
     "STORES",
     "ArtifactStore",
     "EngineStore",
-    "GrpcStore",
     "LocalStore",
     "open_store",
     "pull",
 ]
 
 
-def _s3(url: str, _: PeerSecurity) -> ArtifactStore:
-    # Libraries that only these stores need are imported with them.
+# What only these stores need is imported with them: an engine process, which reads a folder alone, starts sooner.
+def _grpc(url: str, peers: "PeerSecurity | None") -> ArtifactStore:
+    from shared.channels import PeerSecurity
+    from shared.store.remote import GrpcStore
+
+    return GrpcStore.from_url(url, peers or PeerSecurity())
+
+
+def _s3(url: str, _: "PeerSecurity | None") -> ArtifactStore:
     from shared.store.registry import RegistryStore
     from shared.store.s3 import S3Registry
 
     return RegistryStore(S3Registry.from_url(url))
 
 
-def _oci(url: str, _: PeerSecurity) -> ArtifactStore:
+def _oci(url: str, _: "PeerSecurity | None") -> ArtifactStore:
     from shared.store.oci_registry import OciRegistry
     from shared.store.registry import RegistryStore
 
@@ -42,16 +50,16 @@ def _oci(url: str, _: PeerSecurity) -> ArtifactStore:
 
 
 # URL scheme to backend; a URL without a scheme is a path.
-STORES: dict[str, Callable[[str, PeerSecurity], ArtifactStore]] = {
+STORES: dict[str, Callable[[str, "PeerSecurity | None"], ArtifactStore]] = {
     "file": lambda url, _: LocalStore.from_url(url),
-    "grpc": GrpcStore.from_url,
+    "grpc": _grpc,
     "s3": _s3,
     "oci": _oci,
     "oci+http": _oci,
 }
 
 
-def open_store(url: str, peers: PeerSecurity | None = None) -> ArtifactStore:
+def open_store(url: str, peers: "PeerSecurity | None" = None) -> ArtifactStore:
     """The store at `url`; nothing is asked of one that is elsewhere.
 
     Args:
@@ -67,4 +75,4 @@ def open_store(url: str, peers: PeerSecurity | None = None) -> ArtifactStore:
     if scheme not in STORES:
         known = ", ".join(f"{name}://" for name in STORES)
         raise InvalidField(field="store", problem=f"{url!r} is neither a path nor one of {known}")
-    return STORES[scheme](url, peers or PeerSecurity())
+    return STORES[scheme](url, peers)

@@ -13,7 +13,10 @@ _HEAVY = ("triton", "transformers", "sympy", "torch._dynamo", "torch._inductor")
     [
         ("runtime_service.engine_process, runtime_service.execution.loading", _HEAVY),
         # It hashes weights while torch is imported.
-        ("runtime_service.engine_process, runtime_service.execution.loader", ("torch", *_HEAVY)),
+        (
+            "runtime_service.engine_process, runtime_service.execution.loader",
+            ("torch", "pydantic", "shared.channels", *_HEAVY),
+        ),
         # It starts the engine process before it imports the daemon.
         ("runtime_service.__main__", ("asyncio", "grpc", "pydantic", "structlog", "torch")),
         # They can be ended before they import what takes long.

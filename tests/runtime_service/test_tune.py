@@ -20,7 +20,8 @@ from shared.engine import EngineManifest, EngineSelector
 from shared.errors import EngineNotFound, EngineNotTrusted, InvalidField, TuningRefused
 from shared.server import DaemonServer
 from shared.settings import SettingsError
-from shared.store import GrpcStore, LocalStore
+from shared.store import LocalStore
+from shared.store.remote import GrpcStore
 from shared.tuning import MAX_TUNINGS, TunedSite, TuningRecord
 from tests.shared.engines import INT8, engine_key, publish_engine
 from tests.shared.test_signing import KEY, key_file, signature

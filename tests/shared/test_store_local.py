@@ -14,7 +14,8 @@ import pytest
 
 from shared.engine import GRAPH_TYPE, Blob, EngineSelector, QuantConfig, Signature
 from shared.errors import BlobNotFound, DigestMismatch, DiskFull, EngineNotFound, InvalidField
-from shared.store import GrpcStore, LocalStore, open_store
+from shared.store import LocalStore, open_store
+from shared.store.remote import GrpcStore
 from tests.shared.engines import (
     INT8,
     draft_engine,

@@ -25,7 +25,7 @@ from shared.errors import CompilerUnreachable
 from shared.security import ServerSecurity
 from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, split_address
-from shared.store import GrpcStore
+from shared.store.remote import GrpcStore
 from shared.tls import TlsFiles
 from tests.shared.certificates import client_options, let_expire, made_in, server_files
 
