@@ -14,7 +14,6 @@ def main() -> None:
     """Runs the daemon."""
     end_at_signals()
     quiet_grpc()
-    quiet_grpc()
     with EngineInterpreter(_AHEAD) as waiting:
         keep_bytecode("torch")
         from runtime_service.daemon import run

@@ -169,8 +169,7 @@ class DaemonServer:
             return int(self.grpc.add_secure_port(listen, credentials))
         except RuntimeError:  # gRPC's own words only name the address again
             raise SettingsError(
-                f"cannot listen on {listen}; does another daemon, or is it no address of this "
-                "machine?"
+                f"cannot listen on {listen}: another process does, or it is no address of this machine"
             ) from None
 
     async def _drained(self, drain: Callable[[], Awaitable[None]]) -> None:

@@ -163,7 +163,7 @@ async def test_reflection_lists_the_services(daemon: Daemon) -> None:
 async def test_taken_port_is_named(daemon: Daemon) -> None:
     second = DaemonServer(daemon.server.address, 1 << 16, CollectorRegistry())
     with pytest.raises(
-        SettingsError, match=f"cannot listen on {daemon.server.address}; does another"
+        SettingsError, match=f"cannot listen on {daemon.server.address}: another process does"
     ) as taken:
         await second.start(SERVICE)
     assert "GRPC_VERBOSITY" not in str(taken.value)
