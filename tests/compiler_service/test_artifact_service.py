@@ -25,7 +25,8 @@ from shared.errors import (
     InvalidField,
 )
 from shared.server import DaemonServer
-from shared.store import GrpcStore, LocalStore, open_store, pull
+from shared.store import LocalStore, open_store, pull
+from shared.store.remote import GrpcStore
 from tests.shared.engines import INT8, engine_key, publish_engine, weight_bytes
 
 BIG_BYTES = 5 << 20

@@ -32,7 +32,8 @@ from shared.errors import (
     to_status,
 )
 from shared.server import DaemonServer
-from shared.store import GrpcStore, LocalStore
+from shared.store import LocalStore
+from shared.store.remote import GrpcStore
 from tests.runtime_service.daemon import FP32, publish_echo, running_daemon, until
 
 ECHO = EngineSelector("echo", "cpu", FP32)
