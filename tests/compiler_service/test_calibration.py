@@ -70,6 +70,14 @@ TOO_SHORT = {
         b'\n{"text": "a\\ud800"}\n',
         "line 2 of text.jsonl holds half",
     ),
+    "a line without end": (
+        "text.jsonl",
+        b'"' + b"a" * (5 << 20) + b'"',
+        "line 1 of text.jsonl is longer",
+    ),
+    "no string": ("text.jsonl", b'{"text": null}\n', "line 1 of text.jsonl has no string"),
+    "binary": ("text.txt", b"ab\0" * 400, "text.txt is no text: character 2 is NUL"),
+    "lines in capitals": ("TEXT.JSONL", b"hello\n", "line 1 of TEXT.JSONL is not JSON"),
     "blank lines": ("text.jsonl", b"  \n\n\t\n", "has 0 tokens"),
     "no field": ("text.jsonl", b'{"body": "a"}\n', "line 1 of text.jsonl has no string"),
 }
