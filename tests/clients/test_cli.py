@@ -426,6 +426,8 @@ def test_speed_is_of_the_running_stage() -> None:
     assert speed.update("import", 10_000_000, 1.0) == 10_000_000
     assert speed.update("quantize", 0, 1.5) == 0.0
     assert speed.update("quantize", 5_000_000, 2.0) == 10_000_000
+    assert speed.update("quantize", 0, 2.5) == 0.0, "the checkpoint is read once more"
+    assert speed.update("quantize", 4_000_000, 3.0) == 8_000_000
 
 
 def test_repeated_layers_are_told_once() -> None:
