@@ -62,6 +62,7 @@ class QuantConfig:
         skip_quality: nothing is measured, so nothing is promised.
         kv_cache: how keys and values are kept: "fp8" or "int8"; "" = as activations are.
         probe_tokens: of the longest context that facts are hidden in and asked for; 0 = the default.
+        no_act_order: GPTQ rounds columns as they are stored, not the most active first.
     """
 
     scheme: str
@@ -75,6 +76,7 @@ class QuantConfig:
     skip_quality: bool = False
     kv_cache: str = ""
     probe_tokens: int = 0
+    no_act_order: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scheme", SCHEME_ALIASES.get(self.scheme, self.scheme))

@@ -34,6 +34,7 @@ def quant_to_proto(quant: QuantConfig) -> engine_pb2.QuantConfig:
         skip_quality=quant.skip_quality,
         kv_cache=quant.kv_cache,
         probe_tokens=quant.probe_tokens,
+        no_act_order=quant.no_act_order,
     )
 
 
@@ -61,6 +62,7 @@ def quant_from_proto(message: engine_pb2.QuantConfig) -> QuantConfig:
         message.skip_quality,
         message.kv_cache,
         message.probe_tokens,
+        message.no_act_order,
     )
 
 

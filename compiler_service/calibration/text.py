@@ -67,10 +67,18 @@ def read_calibration_text(uri: str, digest: str) -> list[str]:
     except UnicodeDecodeError as error:
         problem = f"{path.name} is not UTF-8 text (byte {error.start})"
         raise InvalidField(field=_FIELD, problem=problem) from error
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
+        if "\0" in text:
+            problem = f"{path.name} is no text: character {text.index(chr(0))} is NUL"
+            raise InvalidField(field=_FIELD, problem=problem)
         return [text]
     # Strings in JSON may hold the other characters that `splitlines` takes for ends of lines.
-    lines = text.split("\n") if len(text) < _MAX_CHARACTERS else text.split("\n")[:-1]
+    lines = text.split("\n")
+    if len(text) == _MAX_CHARACTERS:  # the last line may go on
+        lines.pop()
+        if not lines:
+            problem = f"line 1 of {path.name} is longer than {_MAX_CHARACTERS} characters"
+            raise InvalidField(field=_FIELD, problem=problem)
     return [
         _document(path.name, number, line) for number, line in enumerate(lines, 1) if line.strip()
     ]

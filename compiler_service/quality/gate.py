@@ -1,4 +1,4 @@
-"""The quality gate: what a measurement may be, and the smallest set of weights to keep that is."""
+"""The quality gate: what a measurement may be, and a set of weights to keep that is, as small as is found."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from shared.engine import QuantConfig
 from shared.errors import QualityGate
 
 _NUM_NAMED = 4
+# Of the weights that were found to do, so many are tried without.
+_NUM_TRIED_WITHOUT = 8
 
 
 def exceeded(measurement: Measurement, quant: QuantConfig) -> str:
@@ -36,10 +38,11 @@ def fewest_kept(
     measure: Callable[[frozenset[str]], Measurement],
     passes: Callable[[Measurement], bool],
 ) -> Kept | None:
-    """The shortest beginning of `ranked` that passes when it is kept; every claim is measured.
+    """Few weights that pass when they are kept; every claim is measured.
 
-    It is doubled until it passes, then halved towards the last one that did not: few sets are
-    measured where few weights do. None where keeping all of them does not pass.
+    A beginning of `ranked` is doubled until it passes, then halved towards the last one that did not:
+    few sets are measured where few weights do. What ranks last of it is then left out, one by one,
+    where that passes too. None where keeping all of `ranked` does not pass.
     """
     failed, best = 0, None
     size = 1
@@ -59,6 +62,12 @@ def fewest_kept(
             best = Kept(kept, measurement)
         else:
             failed = size
+    # Without the last one of the beginning it was measured, and failed.
+    for name in reversed(ranked[:failed][-_NUM_TRIED_WITHOUT:]) if best is not None else ():
+        kept = best.weights - {name}
+        measurement = measure(kept)
+        if passes(measurement):
+            best = Kept(kept, measurement)
     return best
 
 

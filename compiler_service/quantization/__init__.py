@@ -1,5 +1,7 @@
 """Quantization schemes, a row each."""
 
+from dataclasses import replace
+
 from compiler_service.quantization.as_is import AS_IS
 from compiler_service.quantization.float_formats import BF16, FP32
 from compiler_service.quantization.fp8 import FP8
@@ -32,7 +34,7 @@ SCHEMES: dict[str, QuantScheme] = {
 
 
 def scheme_named(quant: QuantConfig) -> QuantScheme:
-    """The scheme of `quant`.
+    """The scheme of `quant`, rounding in the order that `quant` says.
 
     Raises:
         UnsupportedQuant: there is none; names those that exist.
@@ -40,4 +42,6 @@ def scheme_named(quant: QuantConfig) -> QuantScheme:
     scheme = SCHEMES.get(quant.scheme)
     if scheme is None:
         raise UnsupportedQuant(quant=str(quant), problem=f"known schemes are {', '.join(SCHEMES)}")
+    if quant.no_act_order and scheme.prepare_in_order is not None:
+        return replace(scheme, prepare_pack=scheme.prepare_in_order)
     return scheme

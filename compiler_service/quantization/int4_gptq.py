@@ -21,6 +21,7 @@ GPTQ as Babai's Nearest Plane Algorithm": the form without an inverse.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -37,12 +38,22 @@ _CHUNK_TOKENS, _CHUNK_COLUMNS = 512, 2048
 
 
 def prepare_pack(
-    group_size: int, inputs_TK: torch.Tensor | None, importance_K: torch.Tensor | None
+    group_size: int,
+    inputs_TK: torch.Tensor | None,
+    importance_K: torch.Tensor | None,
+    act_order: bool = True,
 ) -> Pack:
-    """Packs rows for a linear that reads `inputs_TK`."""
+    """Packs rows for a linear that reads `inputs_TK`.
+
+    Args:
+        act_order: the most active columns are rounded first; else the first.
+    """
     assert inputs_TK is not None, "GPTQ packs by the linear's inputs, and has none"
     active_K = torch.linalg.vector_norm(inputs_TK, dim=0).square_()
-    order_K = torch.argsort(active_K, descending=True, stable=True).flip(0)
+    order_K = torch.arange(len(active_K))
+    if act_order:
+        order_K = torch.argsort(active_K, descending=True, stable=True)
+    order_K = order_K.flip(0)
     factor_KK = _factor(inputs_TK, order_K, float(active_K.mean()))
 
     def pack(weight_NK: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -137,4 +148,10 @@ def _round_block(
     return levels_BN
 
 
-INT4_GPTQ = replace(INT4_RTN, name="int4-gptq", prepare_pack=prepare_pack, reads_inputs=True)
+INT4_GPTQ = replace(
+    INT4_RTN,
+    name="int4-gptq",
+    prepare_pack=prepare_pack,
+    prepare_in_order=partial(prepare_pack, act_order=False),
+    reads_inputs=True,
+)

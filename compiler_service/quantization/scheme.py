@@ -118,6 +118,7 @@ class QuantScheme:
         group_sizes: values per scale that may be asked for, the default first; empty = no groups.
         calibrate: adjusts weights before any is packed.
         prepare_pack: chooses the values of linears inside the layers; None = each to its nearest.
+        prepare_in_order: `prepare_pack` for recipes of no act-order; None = no order is chosen.
         reads_inputs: `prepare_pack` wants the linear's inputs.
         activations: how the inputs of quantized linears inside the layers are rounded; see `linear`.
         nearest: the scheme to take where this one cannot run.
@@ -133,6 +134,7 @@ class QuantScheme:
     group_sizes: tuple[int, ...] = ()
     calibrate: Calibrate | None = None
     prepare_pack: PreparePack | None = None
+    prepare_in_order: PreparePack | None = None
     reads_inputs: bool = False
     activations: str = ""
     nearest: str = "int8"
@@ -163,6 +165,9 @@ class QuantScheme:
             known = ", ".join(EIGHT_BIT_FORMATS)
             problem = f"the KV cache may be {known}, or stay as it is, and not {quant.kv_cache!r}"
             raise UnsupportedQuant(quant=self.name, problem=problem)
+        if quant.no_act_order and self.prepare_in_order is None:
+            problem = "no_act_order is for int4-gptq, which alone rounds columns in an order"
+            raise UnsupportedQuant(quant=str(quant), problem=problem)
         limits = self._limits(quant)
         return replace(
             quant,

@@ -277,7 +277,7 @@ def test_build_asks_for_the_whole_recipe(
         daemon, "build", "sample:tiny", "-q", "int4-gptq-g32", "--keep", "lm_head, layers.0.*=bf16",
         "--calibration", os.path.relpath(text), "--calibration-tokens", "512", "--max-kl", "0.2",
         "--max-perplexity-increase", "0.1", "--auto-keep",
-        "--kv-cache", "int8", "--probe-tokens", "4096",
+        "--kv-cache", "int8", "--probe-tokens", "4096", "--no-act-order",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     asked = script.asked[0]
@@ -292,7 +292,7 @@ def test_build_asks_for_the_whole_recipe(
         0.1,
     )
     assert (quant.auto_keep, quant.skip_quality, quant.kv_cache) == (True, False, "int8")
-    assert quant.probe_tokens == 4096
+    assert (quant.probe_tokens, quant.no_act_order) == (4096, True)
     assert recipe_text(quant).startswith("int4-gptq-g32-kv-int8, keeps lm_head")
 
 
@@ -426,6 +426,8 @@ def test_speed_is_of_the_running_stage() -> None:
     assert speed.update("import", 10_000_000, 1.0) == 10_000_000
     assert speed.update("quantize", 0, 1.5) == 0.0
     assert speed.update("quantize", 5_000_000, 2.0) == 10_000_000
+    assert speed.update("quantize", 0, 2.5) == 0.0, "the checkpoint is read once more"
+    assert speed.update("quantize", 4_000_000, 3.0) == 8_000_000
 
 
 def test_repeated_layers_are_told_once() -> None:

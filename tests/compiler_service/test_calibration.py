@@ -6,17 +6,24 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
 
 from compiler_service.builder import BuildRequest, build
 from compiler_service.calibration.text import read_calibration_text
 from compiler_service.calibration.windows import TextTokenizer, cut_windows
 from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer_files
+from compiler_service.quantization import SCHEMES
 from compiler_service.resolve import resolve
-from shared.engine import QuantConfig
+from shared.engine import EngineManifest, QuantConfig
 from shared.errors import InvalidField, ModelChanged, UnsupportedQuant
 from shared.store.local import LocalStore
 from tests.checkpoints import write_checkpoint
-from tests.compiler_service.quantized_engines import LOOSE, build_quantized, report_of
+from tests.compiler_service.quantized_engines import (
+    LOOSE,
+    build_quantized,
+    report_of,
+    write_uneven_checkpoint,
+)
 
 TOKENIZER = TextTokenizer(byte_tokenizer_files())
 TEXT = "".join(f"line {number}: the quick brown fox\n" for number in range(400))
@@ -63,6 +70,14 @@ TOO_SHORT = {
         b'\n{"text": "a\\ud800"}\n',
         "line 2 of text.jsonl holds half",
     ),
+    "a line without end": (
+        "text.jsonl",
+        b'"' + b"a" * (5 << 20) + b'"',
+        "line 1 of text.jsonl is longer",
+    ),
+    "no string": ("text.jsonl", b'{"text": null}\n', "line 1 of text.jsonl has no string"),
+    "binary": ("text.txt", b"ab\0" * 400, "text.txt is no text: character 2 is NUL"),
+    "lines in capitals": ("TEXT.JSONL", b"hello\n", "line 1 of TEXT.JSONL is not JSON"),
     "blank lines": ("text.jsonl", b"  \n\n\t\n", "has 0 tokens"),
     "no field": ("text.jsonl", b'{"body": "a"}\n', "line 1 of text.jsonl has no string"),
 }
@@ -159,11 +174,52 @@ def test_calibration_is_deterministic(scheme: str, tmp_path: Path) -> None:
     assert engines[0].manifest == engines[1].manifest
 
 
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "int4-rtn", "int4-awq", "w8a8-int8"])
+def test_number_of_threads_is_not_in_the_key_and_rounding_does_not_see_it(
+    scheme: str, tmp_path: Path
+) -> None:
+    """What is rounded to nearest is the same bytes; what calibration chose may differ in last bits."""
+    folder = write_checkpoint(tmp_path / "tiny")
+    engines, before = {}, torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            store = LocalStore(tmp_path / str(threads))
+            quant = QuantConfig(scheme, **({} if scheme == "bf16" else LOOSE))
+            engines[threads] = build_quantized(folder, quant, tmp_path, store)[1]
+    finally:
+        torch.set_num_threads(before)
+    assert engines[1].key == engines[2].key
+    if not SCHEMES[scheme].calibrates:
+        assert _weight_layers(engines[1]) == _weight_layers(engines[2])
+
+
+def test_order_of_columns_is_in_the_key_and_changes_what_gptq_stores(tmp_path: Path) -> None:
+    folder = write_uneven_checkpoint(tmp_path / "tiny")
+    active, stored = (
+        build_quantized(folder, QuantConfig("int4-gptq", no_act_order=no, **LOOSE), tmp_path)[1]
+        for no in (False, True)
+    )
+    assert active.key != stored.key
+    assert "no_act_order" not in active.key.quant.to_dict()
+    assert _weight_layers(active) != _weight_layers(stored)
+
+
+def _weight_layers(engine: EngineManifest) -> list[str]:
+    digests = [blob.digest for blob in engine.layers if blob.title.startswith("weights/")]
+    assert digests
+    return digests
+
+
 REFUSED = {
     "tokens that nobody reads": (QuantConfig("int8", calibration_tokens=9), "looks at no tokens"),
     "nothing to keep": (QuantConfig("bf16", keep=("lm_head",)), "quantizes nothing"),
     "limits unmeasured": (QuantConfig("int8", max_kl=1.0, skip_quality=True), "skip_quality"),
     "a probe unmeasured": (QuantConfig("bf16", probe_tokens=512), "nothing is measured"),
+    "an order of none": (
+        QuantConfig("int4-awq", no_act_order=True),
+        "no_act_order is for int4-gptq",
+    ),
     "a probe too short": (QuantConfig("int8", probe_tokens=255), "256 to 131072, not 255"),
     "a probe too long": (QuantConfig("int8", probe_tokens=131073), "256 to 131072, not 131073"),
     "a pattern of nothing": (QuantConfig("int8", keep=("layers.9.*",)), "'layers.9.*' matches no"),

@@ -259,7 +259,19 @@ def test_fewest_weights_that_pass_are_found_and_each_claim_is_measured(
     else:
         assert found == Kept(frozenset(ranked[:needed]), _measured(0.0))
         assert found.weights in asked
-    assert len(asked) <= 2 * count.bit_length() + 1
+    assert len(asked) <= 2 * count.bit_length() + 1 + 8
+    assert len(set(asked)) == len(asked), "a set was measured twice"
+
+
+@given(st.integers(2, 9), st.data())
+def test_no_weight_is_kept_that_the_limits_do_not_need(count: int, data: st.DataObject) -> None:
+    """Ranks are estimates: what ranks high may cost nothing."""
+    ranked = [f"w{index}" for index in range(count)]
+    needed = frozenset(data.draw(st.sets(st.sampled_from(ranked), min_size=1)))
+    found = fewest_kept(
+        ranked, lambda kept: _measured(float(len(needed - kept))), lambda m: m.kl_mean == 0.0
+    )
+    assert found == Kept(needed, _measured(0.0))
 
 
 def test_default_text_is_named_by_its_digest(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from compiler_service import builder
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.planning import plan
-from compiler_service.quantization import SCHEMES
+from compiler_service.quantization import SCHEMES, scheme_named
 from compiler_service.quantization.int4_awq import prepare_pack as prepare_awq
 from compiler_service.quantization.int4_gptq import prepare_pack as prepare_gptq
 from compiler_service.quantization.rescale import fold_scales, scale_sources
@@ -79,12 +79,17 @@ def test_gptq_rounds_to_nearest_where_no_column_can_make_up_for_another() -> Non
 
 
 @pytest.mark.parametrize("num_tokens", [40, 512], ids=["fewer than columns", "more"])
-def test_gptq_chooses_what_the_paper_does(num_tokens: int) -> None:
+@pytest.mark.parametrize("act_order", [True, False], ids=["act-order", "as stored"])
+def test_gptq_chooses_what_the_paper_does(num_tokens: int, act_order: bool) -> None:
     """Levels are those of the inverse Hessian's factor, which is never made; a tie may go either way."""
     weight, x = _weight(), _inputs(num_tokens, 128)
-    packed = prepare_gptq(64, x, None)(weight)
+    scheme = scheme_named(QuantConfig("int4-gptq", no_act_order=not act_order))
+    assert scheme.prepare_pack is not None
+    packed = scheme.prepare_pack(64, x, None)(weight)
     found = LAYOUTS["int4_group"].unpack(packed)
-    expected = _gptq_of_the_paper(weight, x, packed["scale"], packed["zero"], 64)
+    order = x.square().sum(0).argsort(descending=True, stable=True)
+    order = order if act_order else torch.arange(128)
+    expected = _gptq_of_the_paper(weight, x, packed["scale"], packed["zero"], 64, order)
     steps = (found - expected).abs() / packed["scale"].repeat_interleave(64, 1)
     same_rows = (steps < 0.5).all(1)
     assert same_rows.float().mean() > 0.9, "a row is told apart by its first tie"
@@ -96,9 +101,9 @@ def _gptq_of_the_paper(
     scale_NJ: torch.Tensor,
     zero_NJ: torch.Tensor,
     group_size: int,
+    order: torch.Tensor,
 ) -> torch.Tensor:
-    """Algorithm 1 with act-order and static groups, in fp64."""
-    order = x_TK.square().sum(0).argsort(descending=True, stable=True)
+    """Algorithm 1 over columns in some order, with static groups, in fp64."""
     x = x_TK[:, order].double()
     hessian = x.T @ x
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(order), dtype=torch.float64)

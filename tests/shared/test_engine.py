@@ -35,6 +35,7 @@ quants = st.builds(
     skip_quality=st.booleans(),
     kv_cache=words,
     probe_tokens=st.integers(0),
+    no_act_order=st.booleans(),
 )
 keys = st.builds(EngineKey, words, words, quants, words)
 
@@ -65,6 +66,7 @@ def test_keys_share_a_name_only_if_equal(one: EngineKey, two: EngineKey) -> None
         replace(KEY, quant=QuantConfig("int4", 64, skip_quality=True)),
         replace(KEY, quant=QuantConfig("int4", 64, kv_cache="fp8")),
         replace(KEY, quant=QuantConfig("int4", 64, probe_tokens=2048)),
+        replace(KEY, quant=QuantConfig("int4", 64, no_act_order=True)),
         replace(KEY, builder="builder2"),
     ],
 )

@@ -24,6 +24,7 @@ class RecipeOptions(TypedDict, total=False):
     skip_quality: measure nothing.
     kv_cache: how keys and values are kept: `fp8` or `int8`; empty: as activations are.
     probe_tokens: of the longest context that facts are hidden in and asked for; 0: 1,024.
+    no_act_order: `int4-gptq` rounds columns as they are stored, not the most active first.
     """
 
     keep: Sequence[str]
@@ -35,6 +36,7 @@ class RecipeOptions(TypedDict, total=False):
     skip_quality: bool
     kv_cache: str
     probe_tokens: int
+    no_act_order: bool
 
 
 def build_request(
@@ -64,6 +66,7 @@ def build_request(
         skip_quality=recipe.get("skip_quality", False),
         kv_cache=recipe.get("kv_cache", ""),
         probe_tokens=recipe.get("probe_tokens", 0),
+        no_act_order=recipe.get("no_act_order", False),
     )
     if config.ByteSize():
         request.quant.CopyFrom(config)

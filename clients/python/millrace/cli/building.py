@@ -113,7 +113,8 @@ class Speed:
 
     def update(self, stage: str, done_bytes: int, now_s: float) -> float:
         """The speed, after `done_bytes` of `stage` were read at `now_s`; 0 while unknown."""
-        if stage != self._stage:
+        # A search for what to keep reads the checkpoint again and again in one stage.
+        if stage != self._stage or (self._samples and done_bytes < self._samples[-1][1]):
             self._stage, self._samples = stage, []
         self._samples.append((now_s, done_bytes))
         while len(self._samples) > 2 and now_s - self._samples[0][0] > self._WINDOW_S:

@@ -116,6 +116,12 @@ def build(
             help="Longest context in which the quality report hides facts, in tokens; 0: 1,024.",
         ),
     ] = 0,
+    no_act_order: Annotated[
+        bool,
+        typer.Option(
+            "--no-act-order", help="int4-gptq: round columns as stored, not the most active first."
+        ),
+    ] = False,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Return once it is queued.")
     ] = False,
@@ -144,6 +150,7 @@ def build(
         "skip_quality": skip_quality,
         "kv_cache": kv_cache or named_kv_cache,
         "probe_tokens": probe_tokens,
+        "no_act_order": no_act_order,
     }
     with connect(compiler) as client:
         run(client, model, archs, scheme, group_size, name, recipe, detach=detach, as_json=as_json)

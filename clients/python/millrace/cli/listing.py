@@ -72,6 +72,8 @@ def recipe_text(quant: engine_pb2.QuantConfig) -> str:
         parts.append(f"KL at most {quant.max_kl:g}")
     if quant.max_perplexity_increase:
         parts.append(f"perplexity at most {quant.max_perplexity_increase:+.0%}")
+    if quant.no_act_order:
+        parts.append("no act-order")
     if quant.skip_quality:
         parts.append("not measured")
     return ", ".join(parts)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmillrace/engine/v1/engine.proto\x12\x12millrace.engine.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"p\n\tEngineKey\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x0c\n\x04\x61rch\x18\x02 \x01(\t\x12.\n\x05quant\x18\x03 \x01(\x0b\x32\x1f.millrace.engine.v1.QuantConfig\x12\x0f\n\x07\x62uilder\x18\x04 \x01(\t\"\xf9\x01\n\x0bQuantConfig\x12\x0e\n\x06scheme\x18\x01 \x01(\t\x12\x12\n\ngroup_size\x18\x02 \x01(\x05\x12\x0c\n\x04keep\x18\x03 \x03(\t\x12\x1a\n\x12\x63\x61libration_digest\x18\x04 \x01(\t\x12\x1a\n\x12\x63\x61libration_tokens\x18\x05 \x01(\x05\x12\x0e\n\x06max_kl\x18\x06 \x01(\x01\x12\x1f\n\x17max_perplexity_increase\x18\x07 \x01(\x01\x12\x11\n\tauto_keep\x18\x08 \x01(\x08\x12\x14\n\x0cskip_quality\x18\t \x01(\x08\x12\x10\n\x08kv_cache\x18\n \x01(\t\x12\x14\n\x0cprobe_tokens\x18\x0b \x01(\x05\"]\n\x0e\x45ngineSelector\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04\x61rch\x18\x02 \x01(\t\x12.\n\x05quant\x18\x03 \x01(\x0b\x32\x1f.millrace.engine.v1.QuantConfig\"M\n\x04\x42lob\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\r\n\x05title\x18\x04 \x01(\t\"\xce\x02\n\x06\x45ngine\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x03key\x18\x02 \x01(\x0b\x32\x1d.millrace.engine.v1.EngineKey\x12\r\n\x05model\x18\x03 \x01(\t\x12\x16\n\x0e\x66ormat_version\x18\x04 \x01(\x05\x12*\n\x08manifest\x18\x05 \x01(\x0b\x32\x18.millrace.engine.v1.Blob\x12(\n\x06layers\x18\x06 \x03(\x0b\x32\x18.millrace.engine.v1.Blob\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\nsignatures\x18\x08 \x03(\x0b\x32\x1d.millrace.engine.v1.Signature\x12)\n\x07tunings\x18\t \x03(\x0b\x32\x18.millrace.engine.v1.Blob\"2\n\tSignature\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x42\'\n\x16\x64\x65v.millrace.engine.v1B\x0b\x45ngineProtoP\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmillrace/engine/v1/engine.proto\x12\x12millrace.engine.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"p\n\tEngineKey\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x0c\n\x04\x61rch\x18\x02 \x01(\t\x12.\n\x05quant\x18\x03 \x01(\x0b\x32\x1f.millrace.engine.v1.QuantConfig\x12\x0f\n\x07\x62uilder\x18\x04 \x01(\t\"\x8f\x02\n\x0bQuantConfig\x12\x0e\n\x06scheme\x18\x01 \x01(\t\x12\x12\n\ngroup_size\x18\x02 \x01(\x05\x12\x0c\n\x04keep\x18\x03 \x03(\t\x12\x1a\n\x12\x63\x61libration_digest\x18\x04 \x01(\t\x12\x1a\n\x12\x63\x61libration_tokens\x18\x05 \x01(\x05\x12\x0e\n\x06max_kl\x18\x06 \x01(\x01\x12\x1f\n\x17max_perplexity_increase\x18\x07 \x01(\x01\x12\x11\n\tauto_keep\x18\x08 \x01(\x08\x12\x14\n\x0cskip_quality\x18\t \x01(\x08\x12\x10\n\x08kv_cache\x18\n \x01(\t\x12\x14\n\x0cprobe_tokens\x18\x0b \x01(\x05\x12\x14\n\x0cno_act_order\x18\x0c \x01(\x08\"]\n\x0e\x45ngineSelector\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04\x61rch\x18\x02 \x01(\t\x12.\n\x05quant\x18\x03 \x01(\x0b\x32\x1f.millrace.engine.v1.QuantConfig\"M\n\x04\x42lob\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\r\n\x05title\x18\x04 \x01(\t\"\xce\x02\n\x06\x45ngine\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x03key\x18\x02 \x01(\x0b\x32\x1d.millrace.engine.v1.EngineKey\x12\r\n\x05model\x18\x03 \x01(\t\x12\x16\n\x0e\x66ormat_version\x18\x04 \x01(\x05\x12*\n\x08manifest\x18\x05 \x01(\x0b\x32\x18.millrace.engine.v1.Blob\x12(\n\x06layers\x18\x06 \x03(\x0b\x32\x18.millrace.engine.v1.Blob\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\nsignatures\x18\x08 \x03(\x0b\x32\x1d.millrace.engine.v1.Signature\x12)\n\x07tunings\x18\t \x03(\x0b\x32\x18.millrace.engine.v1.Blob\"2\n\tSignature\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x42\'\n\x16\x64\x65v.millrace.engine.v1B\x0b\x45ngineProtoP\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,13 +36,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINEKEY']._serialized_start=88
   _globals['_ENGINEKEY']._serialized_end=200
   _globals['_QUANTCONFIG']._serialized_start=203
-  _globals['_QUANTCONFIG']._serialized_end=452
-  _globals['_ENGINESELECTOR']._serialized_start=454
-  _globals['_ENGINESELECTOR']._serialized_end=547
-  _globals['_BLOB']._serialized_start=549
-  _globals['_BLOB']._serialized_end=626
-  _globals['_ENGINE']._serialized_start=629
-  _globals['_ENGINE']._serialized_end=963
-  _globals['_SIGNATURE']._serialized_start=965
-  _globals['_SIGNATURE']._serialized_end=1015
+  _globals['_QUANTCONFIG']._serialized_end=474
+  _globals['_ENGINESELECTOR']._serialized_start=476
+  _globals['_ENGINESELECTOR']._serialized_end=569
+  _globals['_BLOB']._serialized_start=571
+  _globals['_BLOB']._serialized_end=648
+  _globals['_ENGINE']._serialized_start=651
+  _globals['_ENGINE']._serialized_end=985
+  _globals['_SIGNATURE']._serialized_start=987
+  _globals['_SIGNATURE']._serialized_end=1037
 # @@protoc_insertion_point(module_scope)

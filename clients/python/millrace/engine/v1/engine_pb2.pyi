@@ -88,6 +88,7 @@ class QuantConfig(_message.Message):
     SKIP_QUALITY_FIELD_NUMBER: _builtins.int
     KV_CACHE_FIELD_NUMBER: _builtins.int
     PROBE_TOKENS_FIELD_NUMBER: _builtins.int
+    NO_ACT_ORDER_FIELD_NUMBER: _builtins.int
     scheme: _builtins.str
     """One of the compile daemon's schemes, such as `bf16`, `int8`, `int4-awq` or
     `fp8`; docs/QUANTIZATION.md has the table. `int4` is read as `int4-rtn`.
@@ -124,6 +125,10 @@ class QuantConfig(_message.Message):
     probe hides facts, 256 to 131072; it probes halves and quarters of it too,
     down to 256. 0 means 1024.
     """
+    no_act_order: _builtins.bool
+    """`int4-gptq` alone: round columns in the order in which they are stored, not
+    the most active first.
+    """
     @_builtins.property
     def keep(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Weights that stay in bf16: patterns with `*` and `?` over the names that
@@ -145,10 +150,11 @@ class QuantConfig(_message.Message):
         skip_quality: _builtins.bool = ...,
         kv_cache: _builtins.str = ...,
         probe_tokens: _builtins.int = ...,
+        no_act_order: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_keep", b"auto_keep", "calibration_digest", b"calibration_digest", "calibration_tokens", b"calibration_tokens", "group_size", b"group_size", "keep", b"keep", "kv_cache", b"kv_cache", "max_kl", b"max_kl", "max_perplexity_increase", b"max_perplexity_increase", "probe_tokens", b"probe_tokens", "scheme", b"scheme", "skip_quality", b"skip_quality"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_keep", b"auto_keep", "calibration_digest", b"calibration_digest", "calibration_tokens", b"calibration_tokens", "group_size", b"group_size", "keep", b"keep", "kv_cache", b"kv_cache", "max_kl", b"max_kl", "max_perplexity_increase", b"max_perplexity_increase", "no_act_order", b"no_act_order", "probe_tokens", b"probe_tokens", "scheme", b"scheme", "skip_quality", b"skip_quality"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
