@@ -62,8 +62,10 @@ def fewest_kept(
             best = Kept(kept, measurement)
         else:
             failed = size
+    if best is None:
+        return None
     # Without the last one of the beginning it was measured, and failed.
-    for name in reversed(ranked[:failed][-_NUM_TRIED_WITHOUT:]) if best is not None else ():
+    for name in reversed(ranked[:failed][-_NUM_TRIED_WITHOUT:]):
         kept = best.weights - {name}
         measurement = measure(kept)
         if passes(measurement):
