@@ -8,13 +8,14 @@ Two questions of every linear of some layers, a line of JSON for each layout and
     error      how far each library's own rounding is from the weight, relative (Frobenius norms), and ours
     decoding   the largest difference where both decode the same codes, scales and zeros: ours
 
-int8: a scale for each channel, symmetric. int4: groups of 64, with a zero for each. llm-compressor
-stores and reads its weights by compressed-tensors, which is asked here.
+int8 and fp8 (e4m3): a scale for each channel, symmetric. int4: groups of 64, with a zero for each.
+llm-compressor stores and reads its weights by compressed-tensors, which is asked here.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -22,6 +23,9 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize, quanti
 from compressed_tensors.quantization.utils import calculate_qparams
 from torchao.quantization.quant_primitives import (
     MappingType,
+    _choose_scale_float8,
+    _dequantize_affine_float8,
+    _quantize_affine_float8,
     choose_qparams_affine,
     dequantize_affine,
     quantize_affine,
@@ -32,6 +36,7 @@ from kernels.linear.layouts import LAYOUTS
 
 GROUP = 64
 Rounding = Callable[[torch.Tensor], torch.Tensor]
+Decoding = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 def torchao_round(bits: int, group: int) -> Rounding:
@@ -49,9 +54,14 @@ def torchao_round(bits: int, group: int) -> Rounding:
     return rounded
 
 
-def compressed_round(bits: int, group: int) -> Rounding:
+def torchao_round_fp8(weight_NK: torch.Tensor) -> torch.Tensor:
+    """torchao's rounding to e4m3."""
+    scale_NJ = _choose_scale_float8(weight_NK, [1, weight_NK.shape[1]])
+    return _dequantize_affine_float8(_quantize_affine_float8(weight_NK, scale_NJ), scale_NJ)
+
+
+def compressed_round(args: QuantizationArgs, group: int) -> Rounding:
     """compressed-tensors' rounding to nearest, by the same rules."""
-    args = _args(bits, group)
 
     def rounded(weight_NK: torch.Tensor) -> torch.Tensor:
         rows_NJG = weight_NK.reshape(len(weight_NK), -1, group or weight_NK.shape[1])
@@ -61,7 +71,16 @@ def compressed_round(bits: int, group: int) -> Rounding:
     return rounded
 
 
-def decodings(bits: int, packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def fp8_decodings(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What each library makes of our e4m3 codes and scales."""
+    codes_NK, scale_NJ = packed["weight"], packed["scale"][:, None]
+    return {
+        "torchao": _dequantize_affine_float8(codes_NK, scale_NJ),
+        "compressed-tensors": dequantize(codes_NK, scale_NJ, None, _fp8_args()),
+    }
+
+
+def int_decodings(bits: int, packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What each library makes of our codes and scales; both know integer zeros alone, so that ours,
     which are values, are added to what they give."""
     if bits == 8:
@@ -91,6 +110,10 @@ def _args(bits: int, group: int, symmetric: bool | None = None) -> QuantizationA
     )
 
 
+def _fp8_args() -> QuantizationArgs:
+    return QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="channel")
+
+
 def _relative(found: torch.Tensor, weight: torch.Tensor) -> float:
     return float((found - weight).norm() / weight.norm())
 
@@ -108,11 +131,33 @@ def main() -> None:
         for name, info in checkpoint.tensors.items()
         if len(info.shape) == 2 and any(part in name for part in parts)
     ]
-    for layout, bits, group in (("int8_channel", 8, 0), ("int4_group", 4, GROUP)):
-        rounding = {
-            "torchao": torchao_round(bits, group),
-            "compressed-tensors": compressed_round(bits, group),
-        }
+    comparisons: tuple[tuple[str, int, dict[str, Rounding], Decoding], ...] = (
+        (
+            "int8_channel",
+            0,
+            {
+                "torchao": torchao_round(8, 0),
+                "compressed-tensors": compressed_round(_args(8, 0), 0),
+            },
+            partial(int_decodings, 8),
+        ),
+        (
+            "int4_group",
+            GROUP,
+            {
+                "torchao": torchao_round(4, GROUP),
+                "compressed-tensors": compressed_round(_args(4, GROUP), GROUP),
+            },
+            partial(int_decodings, 4),
+        ),
+        (
+            "fp8_channel",
+            0,
+            {"torchao": torchao_round_fp8, "compressed-tensors": compressed_round(_fp8_args(), 0)},
+            fp8_decodings,
+        ),
+    )
+    for layout, group, rounding, decodings in comparisons:
         for library, rounded in rounding.items():
             ours, theirs, decoding = [], [], 0.0
             for name in names:
@@ -121,7 +166,7 @@ def main() -> None:
                 unpacked_NK = LAYOUTS[layout].unpack(packed)
                 ours.append(_relative(unpacked_NK, weight_NK))
                 theirs.append(_relative(rounded(weight_NK), weight_NK))
-                difference = (decodings(bits, packed)[library] - unpacked_NK).abs().max()
+                difference = (decodings(packed)[library] - unpacked_NK).abs().max()
                 decoding = max(decoding, float(difference))
             result = {
                 "layout": layout,

@@ -1,13 +1,13 @@
-"""AWQ and SmoothQuant beside llm-compressor's, on the same weights, calibration and held-out text.
+"""AWQ, GPTQ and SmoothQuant beside llm-compressor's: the same weights, calibration and held-out text.
 
     pip install llmcompressor==0.14.0.1      # beside the project, in an environment of its own
-    python -m bench.smoothing_peer STORE [--methods rtn,awq,...] [--layers 2]
+    PYTHONPATH=.:clients/python python -m bench.smoothing_peer STORE [--methods rtn,awq,...] [--layers 2]
 
 Both read the checkpoint's values in fp32, llm-compressor as a transformers model, and the windows that our
 builds calibrate with; groups have 64 values; embedding and head stay as they are in both. A line of JSON
 for each method: the mean KL divergence from the unquantized model on the windows that no calibration saw,
-of ours as the engine's report tells it, and of llm-compressor's by transformers. `their_scales_our_grid`
-is the weights that its AWQ smoothed, rounded as our `int4-rtn` rounds.
+and the perplexity there, of ours as the engine's report tells it, and of llm-compressor's by transformers.
+`their_scales_our_grid` is the weights that its AWQ smoothed, rounded as our `int4-rtn` rounds.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -45,7 +46,9 @@ from shared.engine import QuantConfig
 from shared.store.local import LocalStore
 
 GROUP = 64
-OURS = {"rtn": "int4-rtn", "awq": "int4-awq", "w8a8": "", "smoothquant": "w8a8-int8"}
+OURS = {
+    "rtn": "int4-rtn", "awq": "int4-awq", "gptq": "int4-gptq", "w8a8": "", "smoothquant": "w8a8-int8",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -70,14 +73,15 @@ def main() -> None:
         for method in options.methods.split(","):
             peer = LlamaForCausalLM.from_pretrained(folder)
             oneshot(peer, processor=processor, dataset=batches(windows), recipe=recipe(method))
-            result = {"method": method, "theirs": kl(expected_RV, logits(peer, windows))}
+            result = {"method": method, "theirs": quality(expected_RV, peer, windows)}
             if method == "awq":
-                model.load_state_dict(peer.state_dict(), strict=False)
-                round_as_ours(model)
-                result["their_scales_our_grid"] = kl(expected_RV, logits(model, windows))
+                smoothed = LlamaForCausalLM.from_pretrained(folder)
+                smoothed.load_state_dict(peer.state_dict(), strict=False)
+                round_as_ours(smoothed)
+                result["their_scales_our_grid"] = quality(expected_RV, smoothed, windows)
             if OURS[method]:
                 store = LocalStore(options.store)
-                result["ours"] = our_kl(store, str(folder), OURS[method], tokens)
+                result["ours"] = our_quality(store, str(folder), OURS[method], tokens)
             print(json.dumps(result), flush=True)
 
 
@@ -127,7 +131,8 @@ def recipe(method: str) -> list[Any]:
             "num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP,
         }  # fmt: skip
         groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-        rounding = QuantizationModifier(config_groups=groups, ignore=["lm_head"])
+        modifier = GPTQModifier if method == "gptq" else QuantizationModifier
+        rounding = modifier(config_groups=groups, ignore=["lm_head"])
     before = {"awq": [AWQModifier()], "smoothquant": [SmoothQuantModifier()]}
     return [*before.get(method, []), rounding]
 
@@ -138,10 +143,16 @@ def logits(model: LlamaForCausalLM, windows: TextWindows) -> torch.Tensor:
     return torch.cat([model(window.token_ids[None]).logits[0] for window in windows.measured])
 
 
-def kl(expected_RV: torch.Tensor, found_RV: torch.Tensor) -> float:
-    """The mean KL divergence, nats a token."""
+def quality(
+    expected_RV: torch.Tensor, model: LlamaForCausalLM, windows: TextWindows
+) -> dict[str, float]:
+    """The mean KL divergence, nats a token, and the perplexity."""
+    found_RV = logits(model, windows)
     expected, found = (x.double().log_softmax(-1) for x in (expected_RV, found_RV))
-    return round(float((expected.exp() * (expected - found)).sum(-1).mean()), 5)
+    divergence = (expected.exp() * (expected - found)).sum(-1).mean()
+    following = torch.cat([window.following for window in windows.measured])
+    perplexity = found.gather(1, following[:, None]).mean().neg().exp()
+    return {"kl": round(float(divergence), 5), "perplexity": round(float(perplexity), 3)}
 
 
 @torch.no_grad()
@@ -153,7 +164,9 @@ def round_as_ours(model: LlamaForCausalLM) -> None:
             module.weight.copy_(LAYOUTS["int4_group"].unpack(packed))
 
 
-def our_kl(store: LocalStore, uri: str, scheme: str, calibration_tokens: int) -> float:
+def our_quality(
+    store: LocalStore, uri: str, scheme: str, calibration_tokens: int
+) -> dict[str, float]:
     """What the engine of `scheme` reports, built here where it is not in the store."""
     quant = QuantConfig(
         scheme,
@@ -167,7 +180,8 @@ def our_kl(store: LocalStore, uri: str, scheme: str, calibration_tokens: int) ->
     request = BuildRequest(uri, resolved.keys["cpu"], resolved.model, cache)
     engine = build(request, store, lambda progress: None)
     report = json.loads(store.read_all(engine.layer("quality.json").digest))
-    return round(float(report["kl"]["mean"]), 5)
+    perplexity = report["perplexity"]["quantized"]
+    return {"kl": round(report["kl"]["mean"], 5), "perplexity": round(perplexity, 3)}
 
 
 if __name__ == "__main__":

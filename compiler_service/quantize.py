@@ -27,7 +27,7 @@ from compiler_service.streaming import (
     row_chunks,
 )
 from compiler_service.weight_table import import_weight, pack_weight, read_parts
-from kernels.linear.op import multiplied
+from kernels.linear.op import FP8_MAX, activations, multiplied
 from shared.ir import Graph, Node
 
 # Errors of weights are measured on about this many tokens.
@@ -178,7 +178,7 @@ class GraphQuantizer:
         name = node.weights["weight"]
         weight, spec = weights["weight"], self._graph.weights[name]
         num_rows, num_columns = spec.shape
-        x_TK = multiplied(node, quantized.input(node))
+        x_TK = _multiplied(node, spec.layout, quantized.input(node))
         y_TN = torch.empty(len(x_TK), num_rows)
         if self._reference is None:
             for rows in row_chunks(num_rows, num_columns):
@@ -186,7 +186,9 @@ class GraphQuantizer:
         else:
             expected_TK = self._reference.input(node)
             expected_TN = torch.empty(len(expected_TK), num_rows)
-            error = _OutputError(node, weight.adjustment, expected_TK, self._num_probed)
+            error = _OutputError(
+                node, spec.layout, weight.adjustment, expected_TK, self._num_probed
+            )
             for rows in row_chunks(num_rows, num_columns):
                 stored = weight.stored(rows)
                 expected_TN[:, rows] = expected_TK @ weight.dense(rows).T
@@ -205,9 +207,10 @@ class GraphQuantizer:
             return
         name = node.weights["weight"]
         spec = self._graph.weights[name]
-        expected_RK, x_RK = self._reference.input(node), quantized.input(node)
+        expected_RK = self._reference.input(node)
+        x_RK = _multiplied(node, spec.layout, quantized.input(node))
         comparison = LogitComparison(self._probe.following_R)
-        error = _OutputError(node, weight.adjustment, expected_RK, len(expected_RK))
+        error = _OutputError(node, spec.layout, weight.adjustment, expected_RK, len(expected_RK))
         for rows in row_chunks(*spec.shape):
             stored = weight.stored(rows)
             expected_RC = expected_RK @ weight.dense(rows).T
@@ -223,12 +226,18 @@ class _OutputError:
     """A linear's relative errors, gathered over slices of its rows.
 
     Args:
+        layout: of the weight.
         expected_TK: the unquantized inputs.
         num_probed: how many of the quantized rows belong to the same tokens, in the same order.
     """
 
     def __init__(
-        self, node: Node, adjustment: Adjustment, expected_TK: torch.Tensor, num_probed: int
+        self,
+        node: Node,
+        layout: str,
+        adjustment: Adjustment,
+        expected_TK: torch.Tensor,
+        num_probed: int,
     ) -> None:
         step = max(len(expected_TK) // _SAMPLED_TOKENS, 1)
         self._sampled = slice(0, None, step)
@@ -236,7 +245,7 @@ class _OutputError:
         self._x_TK = expected_TK[self._sampled]
         if adjustment.columns_K is not None:
             self._x_TK = self._x_TK / adjustment.columns_K
-        self._x_TK = multiplied(node, self._x_TK)
+        self._x_TK = _multiplied(node, layout, self._x_TK)
         self._own = self._drift = self._norm = 0.0
 
     def add(
@@ -261,6 +270,15 @@ class _OutputError:
     def drift(self) -> float:
         """As in `WeightError.drift`."""
         return _ratio(self._drift, self._norm)
+
+
+def _multiplied(node: Node, layout: str, x_TK: torch.Tensor) -> torch.Tensor:
+    """The input as the engine's product for many tokens sees it: by e4m3 weights it is e4m3 too, with
+    a scale for each token where calibration gave none."""
+    if activations(node) or layout != "fp8_channel":
+        return multiplied(node, x_TK)
+    scale_T1 = x_TK.abs().amax(-1, keepdim=True).div_(FP8_MAX).clamp_(min=1e-30)
+    return (x_TK / scale_T1).to(torch.float8_e4m3fn).float() * scale_T1
 
 
 def _square(values: torch.Tensor) -> float:

@@ -11,4 +11,5 @@ FP8 = QuantScheme(
     head_layout="fp8_channel",
     runs_on=lambda arch: arch.has_fp8,
     limits=EIGHT_BITS,
+    nearest="w8a8-int8",
 )

@@ -5,7 +5,7 @@ weights first, which round well.
     s[k] = sqrt(max |x[k]| / max_n |w[n, k]|);   w'[n, k] = w[n, k] s[k];   x'[k] = x[k] / s[k]
 
 Scales of tokens are found as they come. The head multiplies what it is given: its logits are what
-people see. A GPU has no kernel for it yet.
+people see.
 
 Legend: K in, N out.
 Source: Xiao et al. 2022, "SmoothQuant", section 4, equation 4 with a migration strength of 0.5.

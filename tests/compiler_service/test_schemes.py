@@ -311,11 +311,11 @@ def test_linear_that_reads_nothing_takes_no_scale_that_is_no_number(
 
 
 REFUSED = {
-    "fp8 on sm_80": ("fp8", "sm_80", "sm_89, sm_90, sm_100, sm_120 can; on sm_80 take int8"),
+    "fp8 on sm_80": ("fp8", "sm_80", "sm_89, sm_90, sm_100, sm_120 can; on sm_80 take w8a8-int8"),
     "fp8-static on cpu": (
         "fp8-static",
         "cpu",
-        "sm_89, sm_90, sm_100, sm_120 can; on cpu take int8",
+        "sm_89, sm_90, sm_100, sm_120 can; on cpu take w8a8-int8",
     ),
     "fp32 on a GPU": ("fp32", "sm_90", "cpu can; on sm_90 take bf16"),
 }
@@ -363,6 +363,29 @@ def test_fp8_static_engine_holds_the_largest_input_of_every_linear(
     assert all(isinstance(scale, float) and scale > 0 for scale in found.values())
     errors = {weight["weight"]: weight["error"] for weight in report_of(store, engine)["weights"]}
     assert 0.01 < errors["layers.1.down"] < 0.1
+
+
+def test_fp8_report_counts_the_rounding_of_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token with one value far beyond the others loses these: no error of weights alone shows it."""
+    monkeypatch.setattr(builder, "machine_code", lambda graph, arch: [])
+    folder = write_checkpoint(tmp_path / "tiny")
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(
+            "_proj.weight"
+        ):  # e4m3 holds these exactly, whatever is rounded beside them
+            tensor.copy_(tensor.sign() / 16)
+        if name == "model.norm.weight":
+            tensor[0] = 3e6
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].sign() / 64
+    tensors["lm_head.weight"][:, 0] = 0.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    store, engine = build_quantized(folder, QuantConfig("fp8", **LOOSE), tmp_path, arch="sm_90")
+    errors = {weight["weight"]: weight["error"] for weight in report_of(store, engine)["weights"]}
+    assert 0.005 < errors.pop("layers.0.qkv") < 0.05, "e4m3 has 3 bits beside the first"
+    assert errors["lm_head"] > 0.5
 
 
 def test_fp8_static_input_is_rounded_and_clipped_by_its_scale() -> None:
