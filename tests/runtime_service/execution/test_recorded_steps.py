@@ -21,11 +21,16 @@ OPTIONS = RunnerOptions(
     num_threads=2,
     block_tokens=BLOCK_TOKENS,
 )
-# Without products of bytes int4 is multiplied by torch, and its steps are not recorded.
+# Without them torch multiplies, and steps are not recorded.
 BYTES = pytest.mark.skipif(not multiplies_bytes(), reason="this CPU does not multiply bytes")
+BF16 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="this CPU does not multiply bf16"
+)
 
 
-@pytest.fixture(params=["int8", "bf16", pytest.param("int4-rtn", marks=BYTES)])
+@pytest.fixture(
+    params=["int8", pytest.param("bf16", marks=BF16), pytest.param("int4-rtn", marks=[BF16, BYTES])]
+)
 def executor(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CpuExecutor]:
     """Of a tiny engine whose vectors are long enough to be multiplied as bytes."""
     store, engine = build_tiny(
