@@ -66,7 +66,8 @@ def int4_values(words, groups, PART: tl.constexpr, FORMAT: tl.constexpr):
         scale, zero = bf16_halves(groups)
         levels = ((words.to(tl.int32) >> (4 * PART)) & 15).to(tl.float32) - 8.0
         return (levels * scale[:, None] + zero[:, None]).to(tl.float16)
-    return int4_bf16(words, groups[:, None], PART)
+    else:  # a `return` behind the `if` would be compiled with it, as another dtype
+        return int4_bf16(words, groups[:, None], PART)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from bench.gpu_models import MODELS, llama_graph
 from kernels.aot import CompiledKernel, compile_variants, pack_kernels
 from kernels.cubin import parameter_sizes
 from kernels.linear.launch import LinearShape, Tiles, built_in_tiles, few_tokens, one_token
-from kernels.linear.launch_int4 import many_int4, many_int4_tiles, takes_wgmma
+from kernels.linear.launch_int4 import dense_int4, many_int4, many_int4_tiles, takes_wgmma
 from kernels.lowering import variants
 from kernels.regimes import Regime
 from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant
@@ -79,6 +79,18 @@ def test_int4_by_tensor_cores_compiles_within_the_arch_limits(arch: Arch) -> Non
     for kernel in kernels:
         copying = 4 if kernel.variant in many else 0
         assert kernel.num_warps == kernel.variant.num_warps + copying
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_int4_compiles_in_either_dtype_of_a_model(dtype: str) -> None:
+    arch, shape = ARCHES["sm_80"], replace(_INT4, dtype=dtype, out_dtype=dtype)
+    tiles, few = (built_in_tiles(shape, arch, rows)[0] for rows in (1, 16))
+    wanted = [
+        one_token(shape, arch, tiles),
+        few_tokens(shape, arch, few, 16),
+        dense_int4(shape, arch),
+    ]
+    assert {kernel.variant for kernel in compile_variants(wanted, arch)} == set(wanted)
 
 
 def test_same_variants_give_the_same_bytes() -> None:
