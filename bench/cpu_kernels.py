@@ -111,7 +111,7 @@ def prompt_attention() -> None:
     form = bind_node(Node("attention", ("q", "kv"), ("y",), attrs={**sizes, **how}), {}, BYTES)
     q_TN = torch.randn(PROMPT, HEADS * HEAD_DIM).to(BF16)
     q = q_TN.view(PROMPT, HEADS, HEAD_DIM).transpose(0, 1)[None]
-    k, v = (part.flatten(0, 1).transpose(0, 1)[None] for part in batch.kv_caches[0])
+    k, v = (part.transpose(0, 1).flatten(1, 2)[None] for part in batch.kv_caches[0])
 
     def torchs(dtype: torch.dtype) -> torch.Tensor:
         repeated = (x.to(dtype).repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))

@@ -91,13 +91,12 @@ def launcher(
 
 
 def _cache(shape: AttentionShape, num_blocks: int) -> tuple[torch.Tensor, ...]:
-    values = (num_blocks, _BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
+    values = (num_blocks, shape.num_kv_heads, _BLOCK_TOKENS, shape.head_dim)
     dtype = _TORCH_DTYPES[shape.kv_dtype]
     if not shape.is_scaled:
         return tuple(torch.randn(values, dtype=dtype, device="cuda") for _ in "kv")
     parts = [torch.empty(values, dtype=dtype, device="cuda") for _ in "kv"]
-    scales = (num_blocks, shape.num_kv_heads, _BLOCK_TOKENS)
-    cache = (*parts, *(torch.empty(scales, device="cuda") for _ in "kv"))
+    cache = (*parts, *(torch.empty(values[:-1], device="cuda") for _ in "kv"))
     for slots in torch.arange(num_blocks * _BLOCK_TOKENS, device="cuda").split(1 << 16):
         rows = torch.randn(2, len(slots), shape.num_kv_heads * shape.head_dim, device="cuda")
         write(cache, slots, rows[0], rows[1])

@@ -29,7 +29,8 @@ def operands(shape: LinearShape, tokens: int) -> dict[str, torch.Tensor]:
     """Random operands of one linear, by argument name, without the weight."""
     half = {"dtype": torch.bfloat16, "device": "cuda"}
     width = shape.n if shape.epilogue == "plain" else shape.n // 2
-    heads = max(1, shape.num_kv_heads)
+    block = max(1, shape.block_tokens)
+    cache = (-(-tokens // block), max(1, shape.num_kv_heads), block, max(1, shape.head_dim))
     ints = {"dtype": torch.int32, "device": "cuda"}
     return {
         "x": torch.randn(tokens, shape.k, **half),
@@ -46,8 +47,8 @@ def operands(shape: LinearShape, tokens: int) -> dict[str, torch.Tensor]:
         "positions": torch.arange(tokens, **ints),
         "slots": torch.arange(tokens, **ints),
         "rope": torch.rand(64 + tokens, max(1, shape.head_dim), device="cuda"),
-        "k_cache": torch.empty(tokens, heads * max(1, shape.head_dim), **half),
-        "v_cache": torch.empty(tokens, heads * max(1, shape.head_dim), **half),
+        "k_cache": torch.empty(cache, **half),
+        "v_cache": torch.empty(cache, **half),
     }
 
 

@@ -15,7 +15,10 @@ import torch
 from shared.ir import Graph
 
 LayerCache = tuple[torch.Tensor, ...]
-"""One layer's keys and values, [N, B, K, D] each; where they are codes, then their scales, fp32 [N, K, B] each."""
+"""One layer's keys and values, [N, K, B, D] each; where they are codes, then their scales, fp32 [N, K, B] each.
+
+In a block the tokens of a head follow each other: who attends reads a head's keys in one piece.
+"""
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
@@ -54,10 +57,10 @@ class KvFormat:
             allocate: gives zeros of a shape and a dtype.
         """
         num_layers, num_heads, head_dim = _sizes(graph)
-        values = (num_layers, num_blocks, block_tokens, num_heads, head_dim)
+        values = (num_layers, num_blocks, num_heads, block_tokens, head_dim)
         parts: list[tuple[tuple[int, ...], torch.dtype]] = [(values, getattr(torch, self.dtype))]
         if self.is_scaled:
-            parts.append(((num_layers, num_blocks, num_heads, block_tokens), torch.float32))
+            parts.append((values[:-1], torch.float32))
         return tuple(allocate(shape, dtype) for shape, dtype in parts for _ in "kv")
 
 
@@ -82,16 +85,22 @@ def by_layer(parts: Sequence[torch.Tensor]) -> list[LayerCache]:
     return list(zip(*parts, strict=True))
 
 
+def block_tokens(cache: LayerCache) -> int:
+    """Tokens of a block."""
+    return cache[0].shape[2]
+
+
 def write(cache: LayerCache, slots_T: torch.Tensor, *new: torch.Tensor) -> None:
     """Puts keys and values, [T, K*D] each, into their tokens' slots: block * B + offset."""
-    block_tokens = cache[0].shape[1]
-    blocks_T, offsets_T = slots_T.long() // block_tokens, slots_T.long() % block_tokens
+    size = block_tokens(cache)
+    blocks_T, offsets_T = slots_T.long() // size, slots_T.long() % size
     for index, new_TN in enumerate(new):
-        stored, x_TKD = cache[index], new_TN.reshape(-1, *cache[index].shape[2:])
+        stored = cache[index]
+        x_TKD = new_TN.reshape(-1, stored.shape[1], stored.shape[3])
         if len(cache) > 2:
             x_TKD, scale_TK = _encoded(x_TKD, stored.dtype)
             cache[2 + index][blocks_T, :, offsets_T] = scale_TK
-        stored[blocks_T, offsets_T] = x_TKD.to(stored.dtype)
+        stored[blocks_T, :, offsets_T] = x_TKD.to(stored.dtype)
 
 
 def read(cache: LayerCache, blocks: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,10 +108,10 @@ def read(cache: LayerCache, blocks: torch.Tensor, length: int) -> tuple[torch.Te
     blocks = blocks.long()
 
     def values(index: int) -> torch.Tensor:
-        x_NBKD = cache[index][blocks]
+        x_NKBD = cache[index][blocks]
         if len(cache) > 2:
-            x_NBKD = x_NBKD.float() * cache[2 + index][blocks].transpose(1, 2)[..., None]
-        return x_NBKD.flatten(0, 1)[:length]
+            x_NKBD = x_NKBD.float() * cache[2 + index][blocks][..., None]
+        return x_NKBD.transpose(1, 2).flatten(0, 1)[:length]
 
     return values(0), values(1)
 

@@ -14,6 +14,7 @@ from kernels.attention.cpu_kernel import TILE_QUERIES, many_queries, one_query
 from kernels.batch import StepBatch
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
 from kernels.cpu_jit import TAGS, address
+from kernels.kv_cache import block_tokens
 from kernels.op import integer, number
 from shared.ir import Node
 
@@ -50,11 +51,11 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
         cut = _cut_of(batch, len(q_TN))
         out_TN = torch.empty_like(q_TN)
         q_at, out_at, tables = address(q_TN, dtype), out_TN.data_ptr(), batch.block_tables_SB
-        k_cache, v_cache, *scales = batch.kv_caches[layer]
+        k_cache, v_cache, *scales = cache = batch.kv_caches[layer]
         k_at, v_at = address(k_cache, kv_dtype), address(v_cache, kv_dtype)
         scales_at = [address(part, torch.float32) for part in scales] or [0, 0]
         tables_at, lens_at = address(tables, torch.int32), address(batch.seq_lens_S, torch.int32)
-        sizes = tables.stride(0), k_cache.shape[1]
+        sizes = tables.stride(0), block_tokens(cache)
         if len(cut.single_rows_S):
             one_query(
                 q_at, cut.single_tokens_S.data_ptr(), tables_at, cut.single_rows_S.data_ptr(), lens_at,

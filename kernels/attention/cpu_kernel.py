@@ -72,10 +72,10 @@ def _attend(
         q_GD[i] = load(q, query + i) * scale
     for block in range(first // block_tokens, (length - 1) // block_tokens + 1):
         start = block * block_tokens
-        slot = np.int64(tables[table + block]) * block_tokens - start
+        cached = (np.int64(tables[table + block]) * K + kv_head) * block_tokens - start
         for j in range(max(first, start), min(length, start + block_tokens)):
-            factor = _factor(is_scaled, k_scale, slot + j, kv_head, K, block_tokens)
-            _widen_at(k_cache, ((slot + j) * K + kv_head) * D, row_D, 0, D, factor)
+            factor = _factor(is_scaled, k_scale, cached + j)
+            _widen_at(k_cache, (cached + j) * D, row_D, 0, D, factor)
             for g in range(G):
                 logits_GJ[g * J + j - first] = _dot(q_GD, g * D, row_D, D)
     for g in range(G):
@@ -84,10 +84,10 @@ def _attend(
         _softmax(logits_GJ, g * J, J)
     for block in range(first // block_tokens, (length - 1) // block_tokens + 1):
         start = block * block_tokens
-        slot = np.int64(tables[table + block]) * block_tokens - start
+        cached = (np.int64(tables[table + block]) * K + kv_head) * block_tokens - start
         for j in range(max(first, start), min(length, start + block_tokens)):
-            factor = _factor(is_scaled, v_scale, slot + j, kv_head, K, block_tokens)
-            _widen_at(v_cache, ((slot + j) * K + kv_head) * D, row_D, 0, D, factor)
+            factor = _factor(is_scaled, v_scale, cached + j)
+            _widen_at(v_cache, (cached + j) * D, row_D, 0, D, factor)
             for g in range(G):
                 _add_scaled(y_GD, g * D, row_D, D, logits_GJ[g * J + j - first])
     for i in range(G * D):
@@ -123,11 +123,12 @@ def _attend_tile(
     for low in range(first, position + count, _TILE_KEYS):
         high = min(low + _TILE_KEYS, position + count)
         for j in range(low, high):
-            slot = np.int64(tables[table + j // block_tokens]) * block_tokens + j % block_tokens
-            factor = _factor(is_scaled, k_scale, slot, kv_head, K, block_tokens)
-            _widen_apart(k_cache, (slot * K + kv_head) * D, keys_DJ, j - low, _TILE_KEYS, D, factor)
-            factor = _factor(is_scaled, v_scale, slot, kv_head, K, block_tokens)
-            _widen_at(v_cache, (slot * K + kv_head) * D, values_JD, (j - low) * D, D, factor)
+            block = np.int64(tables[table + j // block_tokens])
+            cached = (block * K + kv_head) * block_tokens + j % block_tokens
+            factor = _factor(is_scaled, k_scale, cached)
+            _widen_apart(k_cache, cached * D, keys_DJ, j - low, _TILE_KEYS, D, factor)
+            factor = _factor(is_scaled, v_scale, cached)
+            _widen_at(v_cache, cached * D, values_JD, (j - low) * D, D, factor)
         for r in range(R):
             own = position + r // G
             # What this query sees of the tile: [begin, end), from the tile's first key.
@@ -190,12 +191,9 @@ def _add_rows(out, at, width, factors, factor, rows, row, count):
 
 
 @device
-def _factor(is_scaled, scales, slot, kv_head, K, block_tokens):
-    """What the codes of one head at a slot are multiplied with."""
-    if not is_scaled:
-        return np.float32(1)
-    block = slot // block_tokens
-    return load(scales, (block * K + kv_head) * block_tokens + slot - block * block_tokens)
+def _factor(is_scaled, scales, cached):
+    """What the codes of one head of one token are multiplied with."""
+    return load(scales, cached) if is_scaled else np.float32(1)
 
 
 @device

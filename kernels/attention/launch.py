@@ -179,8 +179,8 @@ def num_tiles(tiles: AttentionTiles, sizes: Sizes) -> int:
 
 
 def grid(shape: AttentionShape, tiles: AttentionTiles, sizes: Sizes) -> Grid:
-    """Programs: query tiles, kv heads, splits."""
-    return num_tiles(tiles, sizes), shape.num_kv_heads, tiles.splits
+    """Programs: kv heads, query tiles, splits."""
+    return shape.num_kv_heads, num_tiles(tiles, sizes), tiles.splits
 
 
 def scratch(shape: AttentionShape, tiles: AttentionTiles) -> tuple[Scratch, ...]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kernels.batch import StepBatch
-from kernels.kv_cache import read
+from kernels.kv_cache import block_tokens, read
 from kernels.op import EFFECT, Op, integer, number, require_inputs, require_last, widened
 from shared.ir import Node, TensorSpec, WeightSpec
 
@@ -60,8 +60,8 @@ def cached(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A sequence's first `length` keys and values, [length, K, D] each."""
     cache = batch.kv_caches[integer(node, "layer")]
-    block_tokens = cache[0].shape[1]
-    return read(cache, batch.block_tables_SB[row, : -(-length // block_tokens)], length)
+    blocks = -(-length // block_tokens(cache))
+    return read(cache, batch.block_tables_SB[row, :blocks], length)
 
 
 def attended(

@@ -92,19 +92,20 @@ def _load_keys(
 ):  # fmt: skip
     """Keys and values at `offset` of `block`, and their scales; where there is none, what `..._other` holds.
 
-    Without `block` keys follow each other.
+    In a block the tokens of a head follow each other: [num_blocks, K, BLOCK_TOKENS, WIDTH]. Without `block` keys are
+    packed: [tokens, K, WIDTH].
     """
-    KV: tl.constexpr = NUM_KV_HEADS * WIDTH
-    at = offset[:, None] * KV + d[None, :] + kv_head * WIDTH
-    if block is not None:
-        at = (block * (BLOCK_TOKENS * KV))[:, None] + at
+    if block is None:
+        row = offset * NUM_KV_HEADS + kv_head
+    else:
+        row = (block * NUM_KV_HEADS + kv_head) * BLOCK_TOKENS + offset
+    at = row[:, None] * WIDTH + d[None, :]
     is_in = is_key[:, None] & (d < WIDTH)[None, :]
     k_tile = _load_tile(k_cache, at, is_in, k_other, IS_PADDED)
     v_tile = _load_tile(v_cache, at, is_in, v_other, IS_PADDED)
     if k_scale is not None:
-        scale_at = (block * NUM_KV_HEADS + kv_head) * BLOCK_TOKENS + offset
-        k_scale_other = _load_tile(k_scale, scale_at, is_key, k_scale_other, MASKED)
-        v_scale_other = _load_tile(v_scale, scale_at, is_key, v_scale_other, MASKED)
+        k_scale_other = _load_tile(k_scale, row, is_key, k_scale_other, MASKED)
+        v_scale_other = _load_tile(v_scale, row, is_key, v_scale_other, MASKED)
     return k_tile, v_tile, k_scale_other, v_scale_other
 
 
@@ -280,9 +281,10 @@ def attention(
         tl.extra.cuda.gdc_launch_dependents()
         if not IS_EARLY:
             tl.extra.cuda.gdc_wait()
-    # The last tiles of a prompt have the most keys: they come first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
+    # Heads come fastest, as they lie beside each other in a block. The last tiles of a prompt have the most keys:
+    # they come first.
+    kv_head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
     split = tl.program_id(2)
     if query_start is None:
         sequence = tile

@@ -36,7 +36,7 @@ class LinearShape:
         num_squares: x is an RMS norm's input times its gain, and its squares come in so many parts; 0 = no norm.
         has_rows: x's rows are gathered.
         has_gain: the result is a norm's input: it is also stored times the gain, with its squares.
-        epilogue: "plain", "silu_mul" or "rope"; the latter uses heads, head_dim and kv_dtype.
+        epilogue: "plain", "silu_mul" or "rope"; the latter uses what follows, of the KV cache.
     """
 
     n: int
@@ -57,6 +57,7 @@ class LinearShape:
     num_kv_heads: int = 0
     head_dim: int = 0
     kv_dtype: str = "bf16"
+    block_tokens: int = 0
 
     @property
     def num_outputs(self) -> int:
@@ -404,6 +405,7 @@ def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
         "NUM_HEADS": shape.num_heads,
         "NUM_KV_HEADS": shape.num_kv_heads,
         "HEAD_DIM": shape.head_dim,
+        "BLOCK_TOKENS": shape.block_tokens,
         "FORMAT": formats[shape.layout],
         "PDL": arch.has_pdl,
     }

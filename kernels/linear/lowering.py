@@ -169,6 +169,7 @@ class Linears:
             num_kv_heads=integer(attrs.get("num_kv_heads", 0)),
             head_dim=integer(attrs.get("head_dim", 0)),
             kv_dtype=TRITON_DTYPES[self.walk.kv_format.dtype] if rope else "bf16",
+            block_tokens=self.walk.regime.block_tokens if rope else 0,
         )
         if adds is not None:
             out = adds.outputs[1]

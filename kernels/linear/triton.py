@@ -42,7 +42,7 @@ def linear_one(
     positions, rope, slots, k_cache, v_cache,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, NUM_SQUARES: tl.constexpr,
     EPILOGUE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, FORMAT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr, VECTOR: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def linear_one(
     finish(
         first, second, index, n, n_second, token, 1, scale, bias, residual_tile, gains,
         cos, sin, slot, out, normed, squares_out, k_cache, v_cache,
-        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM,
+        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS,
     )  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def linear_few(
     positions, rope, slots, k_cache, v_cache, partial, counters, x_scale, num_tokens,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, NUM_SQUARES: tl.constexpr,
     EPILOGUE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     PREFETCH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -291,7 +291,7 @@ def linear_few(
     finish(
         acc, acc_second, index, n, n_second, tokens, num_tokens, None if IS_INT4 else scale, bias,
         residual_tile, gains, cos, sin, slot, out, normed, squares_out, k_cache, v_cache,
-        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM,
+        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS,
     )  # fmt: skip
 
 

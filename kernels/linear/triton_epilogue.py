@@ -93,7 +93,7 @@ def load_squares(squares, source, is_token, NUM_SQUARES: tl.constexpr):
 @triton.jit
 def _store_rope(
     first, second, n, tokens, is_valid, cos, sin, slot, out, k_cache, v_cache,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A slot below 0 is padding: not written."""
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -107,10 +107,13 @@ def _store_rope(
     at = out + tokens[None, :].to(tl.int64) * Q + n[:, None]
     tl.store(at, low.to(out.dtype.element_ty), mask=is_q)
     tl.store(at + HALF, high.to(out.dtype.element_ty), mask=is_q)
-    at = k_cache + slot[None, :] * KV + (n - Q)[:, None]
+    # In a block the tokens of a head follow each other.
+    token_at = slot // BLOCK_TOKENS * (BLOCK_TOKENS * KV) + slot % BLOCK_TOKENS * HEAD_DIM
+    head_at = n // HEAD_DIM * (BLOCK_TOKENS * HEAD_DIM) + n % HEAD_DIM
+    at = k_cache + token_at[None, :] + (head_at - BLOCK_TOKENS * Q)[:, None]
     tl.store(at, low.to(k_cache.dtype.element_ty), mask=is_k)
     tl.store(at + HALF, high.to(k_cache.dtype.element_ty), mask=is_k)
-    at = v_cache + slot[None, :] * KV + (n - Q - KV)[:, None]
+    at = v_cache + token_at[None, :] + (head_at - BLOCK_TOKENS * (Q + KV))[:, None]
     tl.store(at, first.to(v_cache.dtype.element_ty), mask=is_v)
     tl.store(at + HALF, second.to(v_cache.dtype.element_ty), mask=is_v)
 
@@ -120,7 +123,7 @@ def finish(
     first, second, index, n, n_second, tokens, num_tokens, scale, bias, residual_tile, gains,
     cos, sin, slot, out, normed, squares_out, k_cache, v_cache,
     N: tl.constexpr, EPILOGUE: tl.constexpr,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Column scale and bias, then what the epilogue does with sums of the rows `n` and `n_second`, stored.
 
@@ -140,5 +143,5 @@ def finish(
         else:
             _store_rope(
                 first, second, n, tokens, is_valid, cos, sin, slot, out, k_cache, v_cache,
-                NUM_HEADS, NUM_KV_HEADS, HEAD_DIM,
+                NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS,
             )  # fmt: skip

@@ -37,7 +37,7 @@ def linear_one_int4(
     positions, rope, slots, k_cache, v_cache,
     N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, NUM_SQUARES: tl.constexpr,
     EPILOGUE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`linear_one` for int4: a thread multiplies quads, four int32 words of one row: 32 values of four groups."""
@@ -114,7 +114,7 @@ def linear_one_int4(
     finish(
         first, second, index, n, n_second, token, 1, None, bias, residual_tile, gains,
         cos, sin, slot, out, normed, squares_out, k_cache, v_cache,
-        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM,
+        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def linear_one_int4_mma(
     positions, rope, slots, k_cache, v_cache,
     N: gl.constexpr, K: gl.constexpr, EPS: gl.constexpr, NUM_SQUARES: gl.constexpr,
     EPILOGUE: gl.constexpr, NUM_HEADS: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
-    HEAD_DIM: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_TOKENS: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr,
     BLOCK_N: gl.constexpr, PREFETCH: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """`linear_one` for int4: each warp multiplies BLOCK_N rows of every WARPS-th chunk of K."""
@@ -122,5 +122,5 @@ def linear_one_int4_mma(
     finish(
         first, second, index, n, n_second, token, 1, None, bias, residual_tile, gains,
         0.0, 0.0, 0, out, normed, squares_out, k_cache, v_cache,
-        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM,
+        N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from kernels.batch import StepBatch
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
 from kernels.cpu_jit import TAGS, address
-from kernels.kv_cache import write
+from kernels.kv_cache import block_tokens, write
 from kernels.op import integer, number, numbers
 from kernels.qkv_rope_write.cpu_kernel import rope_write, turns
 from shared.ir import Node
@@ -34,13 +34,15 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
         q_TN = qkv_TN.new_empty(len(qkv_TN), num_heads * head_dim)
         k, v, *scales = cache = batch.kv_caches[layer]
         slots_T = batch.slot_mapping_T
+        size = block_tokens(cache)
         if scales:  # a head is encoded when all of it is known
+            size = 1
             k, v = (torch.empty(len(qkv_TN), num_kv_heads * head_dim) for _ in "kv")
             slots_T = torch.arange(len(qkv_TN), dtype=torch.int32)
         rope_write(
             address(qkv_TN, dtype), angles.of(batch).data_ptr(), address(slots_T, torch.int32),
             address(norm_2D, torch.float32), q_TN.data_ptr(), address(k, k.dtype),
-            address(v, k.dtype), len(qkv_TN), num_heads, num_kv_heads, head_dim, eps,
+            address(v, k.dtype), len(qkv_TN), num_heads, num_kv_heads, head_dim, size, eps,
             TAGS[dtype], TAGS[k.dtype], _INDEX_TAG, TAGS[torch.float32],
         )  # fmt: skip
         if scales:

@@ -25,9 +25,9 @@ def turns(positions_at, inv_freq_at, scaling, out_at, T, half, index_tag,
 @kernel
 def rope_write(
     qkv_at, turns_at, slots_at, norm_at, q_at, k_cache_at, v_cache_at,
-    T, H, K, D, eps, tag, kv_tag, index_tag, turn_tag,
+    T, H, K, D, block_tokens, eps, tag, kv_tag, index_tag, turn_tag,
 ):  # fmt: skip
-    """q [T, H*D] and the caches' rows at `slots`, from qkv [T, (H + 2K) * D].
+    """q [T, H*D] and the caches' rows at `slots`, in blocks [K, block_tokens, D], from qkv [T, (H + 2K) * D].
 
     `norm_at` holds the q and k weights [2, D] in fp32, or is 0.
     """
@@ -35,23 +35,25 @@ def rope_write(
         _rope_write_row(
             typed(qkv_at, tag), typed(turns_at, turn_tag), typed(slots_at, index_tag), norm_at != 0,
             typed(norm_at, turn_tag), typed(q_at, tag), typed(k_cache_at, kv_tag), typed(v_cache_at, kv_tag),
-            np.int64(0), H, K, D, eps,
+            np.int64(0), H, K, D, block_tokens, eps,
         )  # fmt: skip
         return
     for t in prange(T):
         _rope_write_row(
             typed(qkv_at, tag), typed(turns_at, turn_tag), typed(slots_at, index_tag), norm_at != 0,
             typed(norm_at, turn_tag), typed(q_at, tag), typed(k_cache_at, kv_tag), typed(v_cache_at, kv_tag),
-            np.int64(t), H, K, D, eps,
+            np.int64(t), H, K, D, block_tokens, eps,
         )  # fmt: skip
 
 
 @device
 def _rope_write_row(
     qkv, turns, slots, has_norm, norm, q, k_cache, v_cache,
-    t, H, K, D, eps,
+    t, H, K, D, block_tokens, eps,
 ):  # fmt: skip
-    cached = np.int64(slots[t]) * K * D
+    block = np.int64(slots[t]) // block_tokens
+    # Where the first head is; each other one is a block's tokens on.
+    cached = (block * (K - 1) * block_tokens + np.int64(slots[t])) * D
     qkv_row, turn = t * (H + 2 * K) * D, t * D
     for h in range(H):
         _turn(
@@ -69,10 +71,11 @@ def _rope_write_row(
         )
     for k in range(K):
         first = qkv_row + (H + k) * D
-        _turn(qkv, first, turns, turn, has_norm, norm, D, eps, k_cache, cached + k * D, D)
-    value = qkv_row + (H + K) * D
-    for i in range(K * D):
-        store(v_cache, cached + i, load(qkv, value + i))
+        at = cached + k * block_tokens * D
+        _turn(qkv, first, turns, turn, has_norm, norm, D, eps, k_cache, at, D)
+        value = qkv_row + (H + K + k) * D
+        for d in range(D):
+            store(v_cache, at + d, load(qkv, value + d))
 
 
 @device

@@ -48,6 +48,10 @@ def qkv_rope_write(
     turned_high = tl.where(is_v[:, None], high, high * cos + low * sin)
 
     slot = tl.load(slots + t).to(tl.int64)
+    # Where k's and v's heads are in caches of [num_blocks, K, BLOCK_TOKENS, ...].
+    k_at = slot // BLOCK_TOKENS * NUM_KV_HEADS - NUM_HEADS + head
+    k_at = k_at * BLOCK_TOKENS + slot % BLOCK_TOKENS
+    v_at = k_at - NUM_KV_HEADS * BLOCK_TOKENS
     to_q = is_in & is_q[:, None]
     at = q_out + t * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + d[None, :]
     tl.store(at, turned_low.to(q_out.dtype.element_ty), mask=to_q)
@@ -58,12 +62,10 @@ def qkv_rope_write(
         scale = scale + tl.sum(turned_low * 0, 1) + tl.sum(turned_high * 0, 1)
         turned_low = _codes(turned_low, scale, LARGEST, IS_FP8)
         turned_high = _codes(turned_high, scale, LARGEST, IS_FP8)
-        scale_at = slot // BLOCK_TOKENS * NUM_KV_HEADS - NUM_HEADS + head
-        scale_at = scale_at * BLOCK_TOKENS + slot % BLOCK_TOKENS
         is_k = ~is_q & ~is_v & (slot >= 0)
         is_kept_v = is_v & (head < ALL) & (slot >= 0)
-        tl.store(k_scale + scale_at, scale, mask=is_k)
-        tl.store(v_scale + scale_at - NUM_KV_HEADS * BLOCK_TOKENS, scale, mask=is_kept_v)
+        tl.store(k_scale + k_at, scale, mask=is_k)
+        tl.store(v_scale + v_at, scale, mask=is_kept_v)
         if k_new is not None:
             new = t * NUM_KV_HEADS - NUM_HEADS
             low, high = _values(turned_low, scale, IS_FP8), _values(turned_high, scale, IS_FP8)
@@ -75,13 +77,12 @@ def qkv_rope_write(
             to_v = is_in & is_v[:, None]
             tl.store(at, low.to(v_new.dtype.element_ty), mask=to_v)
             tl.store(at + HALF, high.to(v_new.dtype.element_ty), mask=to_v)
-    row = slot * NUM_KV_HEADS - NUM_HEADS
     to_k = is_in & ~is_q[:, None] & ~is_v[:, None] & (slot >= 0)
-    at = k_cache + (row + head[:, None]) * HEAD_DIM + d[None, :]
+    at = k_cache + k_at[:, None] * HEAD_DIM + d[None, :]
     tl.store(at, turned_low.to(k_cache.dtype.element_ty), mask=to_k)
     tl.store(at + HALF, turned_high.to(k_cache.dtype.element_ty), mask=to_k)
     to_v = is_in & is_v[:, None] & (slot >= 0)
-    at = v_cache + (row - NUM_KV_HEADS + head[:, None]) * HEAD_DIM + d[None, :]
+    at = v_cache + v_at[:, None] * HEAD_DIM + d[None, :]
     tl.store(at, turned_low.to(v_cache.dtype.element_ty), mask=to_v)
     tl.store(at + HALF, turned_high.to(v_cache.dtype.element_ty), mask=to_v)
 

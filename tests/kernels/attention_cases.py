@@ -54,7 +54,7 @@ def _launch_and_compare(
     num_tokens, num_sequences = sum(q for q, _ in lengths), len(lengths)
     blocks = max(-(-n // BLOCK_TOKENS) for _, n in lengths)
     tables = torch.randperm(num_sequences * blocks).int().view(num_sequences, blocks)
-    cache = (num_sequences * blocks, BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim)
+    cache = (num_sequences * blocks, shape.num_kv_heads, BLOCK_TOKENS, shape.head_dim)
     kv_dtype = _KV_DTYPES[shape.kv_dtype]
     parts = [torch.zeros(cache, dtype=kv_dtype) for _ in "kv"]
     if shape.is_scaled:

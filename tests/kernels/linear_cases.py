@@ -48,7 +48,7 @@ def _operands(shape: LinearShape, tokens: int, seed: int) -> Operands:
     slots = torch.randperm(4 * tokens)[:tokens].int()
     if tokens > 2:
         slots[1] = -1
-    kv = shape.num_kv_heads * shape.head_dim
+    cache = (tokens, shape.num_kv_heads, 4, shape.head_dim)
     x = torch.randn(tokens + 3, shape.k).to(dtype)
     codes, x_scale = int8_tokens(x.float())
     return {
@@ -67,8 +67,8 @@ def _operands(shape: LinearShape, tokens: int, seed: int) -> Operands:
         "positions": torch.randint(0, 50, (tokens,)).int(),
         "rope": torch.rand(64, max(1, shape.head_dim)),
         "slots": slots,
-        "k_cache": torch.full((4 * tokens, kv), 7.0).to(dtype),
-        "v_cache": torch.full((4 * tokens, kv), 7.0).to(dtype),
+        "k_cache": torch.full(cache, 7.0).to(dtype),
+        "v_cache": torch.full(cache, 7.0).to(dtype),
         "num_tokens": tokens,
     }
 
@@ -171,7 +171,8 @@ def _check_rope(shape: LinearShape, at: dict[str, torch.Tensor], y: torch.Tensor
     for cache, want in ((at["k_cache"], turned[:, h : h + k]), (at["v_cache"], heads[:, h + k :])):
         expected = torch.full_like(cache, 7.0)
         kept = at["slots"] >= 0
-        expected[at["slots"][kept].long()] = want[kept].flatten(1).to(cache.dtype)
+        blocks, offsets = at["slots"][kept].long() // 4, at["slots"][kept].long() % 4
+        expected[blocks, :, offsets] = want[kept].to(cache.dtype)
         torch.testing.assert_close(cache, expected, atol=3e-2, rtol=2e-2)
 
 
@@ -198,7 +199,7 @@ LINEAR_SHAPES = {
     "silu_mul": LinearShape(70, 96, "fp16", "fp16", num_squares=5, eps=_EPS, epilogue="silu_mul"),
     "rope": LinearShape(
         8 * 8, 48, "fp16", "fp16", num_squares=5, eps=_EPS, has_bias=True, epilogue="rope",
-        num_heads=4, num_kv_heads=2, head_dim=8, kv_dtype="fp16",
+        num_heads=4, num_kv_heads=2, head_dim=8, kv_dtype="fp16", block_tokens=4,
     ),
 }  # fmt: skip
 

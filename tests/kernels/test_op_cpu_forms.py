@@ -68,7 +68,7 @@ def ragged_batch(
         positions.append(at)
         slots.append(own[at // block_tokens] * block_tokens + at % block_tokens)
     counts = [count for _, count in sequences]
-    shape = (num_blocks, block_tokens, 2, 8)
+    shape = (num_blocks, 2, block_tokens, 8)
     return StepBatch(
         positions_T=torch.cat(positions).int(),
         slot_mapping_T=torch.cat(slots).int(),
@@ -446,8 +446,8 @@ def test_qkv_rope_write_equals_its_reference(
     limit = tolerance(target)
     torch.testing.assert_close(found[0].double(), expected[0], rtol=limit, atol=limit)
     slots = batch.slot_mapping_T.long()
-    k, v = (c.view(-1, 2, 8)[slots] for c in batch.memo["reference_caches"][1])
-    own_k, own_v = (c.view(-1, 2, 8)[slots].double() for c in batch.kv_caches[1])
+    k, v = (c.transpose(1, 2).reshape(-1, 2, 8)[slots] for c in batch.memo["reference_caches"][1])
+    own_k, own_v = (c.transpose(1, 2).reshape(-1, 2, 8)[slots].double() for c in batch.kv_caches[1])
     torch.testing.assert_close(own_k, k, rtol=limit, atol=limit)
     torch.testing.assert_close(own_v, v, rtol=limit, atol=limit)
     assert all(map(torch.equal, before, batch.kv_caches[0])), "another layer's cache was written"

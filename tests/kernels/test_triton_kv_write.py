@@ -33,7 +33,7 @@ def test_new_keys_and_values_are_what_their_codes_say(kv_cache: str) -> None:
     qkv = torch.randn(_TOKENS, (_SIZES.heads + 2 * heads) * dim).half()
     qkv[3] = 0
     slots = torch.tensor([9, 3, 0, 1, -1, 14, 15]).int()
-    cache = (4, _BLOCK_TOKENS, heads, dim)
+    cache = (4, heads, _BLOCK_TOKENS, dim)
     new = {name: torch.full((_TOKENS, heads * dim), 7.0).half() for name in ("k_new", "v_new")}
     codes = {name: torch.zeros(cache, dtype=torch.uint8) for name in ("k_cache", "v_cache")}
     scales = {name: torch.zeros(4, heads, _BLOCK_TOKENS) for name in ("k_scale", "v_scale")}
@@ -48,7 +48,7 @@ def test_new_keys_and_values_are_what_their_codes_say(kv_cache: str) -> None:
     written = slots >= 0
     blocks, offsets = slots[written] // _BLOCK_TOKENS, slots[written] % _BLOCK_TOKENS
     for part in "kv":
-        code = codes[f"{part}_cache"].view(dtype)[blocks, offsets].float()
+        code = codes[f"{part}_cache"].view(dtype)[blocks, :, offsets].float()
         value = code * scales[f"{part}_scale"][blocks, :, offsets][..., None]
         assert value.count_nonzero() > value.numel() // 2
         assert torch.equal(new[f"{part}_new"][written], value.flatten(1).half())
