@@ -227,6 +227,10 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--kv-cache", default="", choices=("", "fp8", "int8"))
     parser.add_argument("--kv-gib", type=float, default=36)
+    parser.add_argument(
+        "--step-tokens", type=int, help="the most of a step; else as a daemon chooses"
+    )
+    parser.add_argument("--requests", type=int, help="in place of each case's number")
     parser.add_argument("--itl-seconds", type=float, default=6)
     parser.add_argument("--eager", action="store_true", help="capture no graphs")
     parser.add_argument("--deadline-s", type=float, default=1e9, help="no case starts after it")
@@ -239,7 +243,11 @@ def main() -> None:
     packed = random_weights(graph)
     torch.cuda.synchronize()
     made = time.perf_counter()
-    limits = RunnerOptions(kv_bytes=int(options.kv_gib * (1 << 30)))
+    limits = RunnerOptions(
+        max_step_tokens=options.step_tokens, kv_bytes=int(options.kv_gib * (1 << 30))
+    )
+    if options.requests:
+        CASES.update({name: (options.requests, *case[1:]) for name, case in CASES.items()})
     with torch.inference_mode():
         engine = assemble(
             graph,

@@ -13,7 +13,7 @@ from runtime_service.execution.cuda_model_runner import CudaModelRunner
 from runtime_service.execution.device_rows import DeviceRows
 from runtime_service.execution.device_sampler import DeviceSampler
 from runtime_service.execution.device_stream import DeviceStream
-from runtime_service.execution.limits import GPU_DEFAULTS, choose_limits
+from runtime_service.execution.limits import GPU_DEFAULTS, choose_limits, step_tokens
 from runtime_service.execution.options import RunnerOptions
 from runtime_service.limits import RuntimeLimits
 from shared.ir import Graph
@@ -50,7 +50,7 @@ def assemble(
         InvalidField: as `choose_limits`.
     """
     max_sequences = options.max_sequences or GPU_DEFAULTS.max_sequences
-    max_step_tokens = options.max_step_tokens or max(GPU_DEFAULTS.max_step_tokens, max_sequences)
+    max_step_tokens = step_tokens(graph, options, GPU_DEFAULTS)
     logit_rows = min(max_step_tokens, max(max_sequences, _MIN_LOGIT_ROWS))
     block_tokens = options.block_tokens or GPU_DEFAULTS.block_tokens
     regimes = [replace(r, block_tokens=block_tokens) for r in REGIMES]

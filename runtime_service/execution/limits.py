@@ -1,5 +1,6 @@
 """How many tokens, sequences and KV blocks fit: chosen from free memory, or as flags say."""
 
+import math
 from dataclasses import dataclass
 
 from kernels.kv_cache import kv_format
@@ -10,6 +11,7 @@ from shared.errors import InvalidField
 from shared.ir import Graph
 
 _GIB = 1 << 30
+_SMALL = 3e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,8 @@ class LimitDefaults:
     """What a kind of device takes where no flag says otherwise.
 
     Args:
+        small_step_tokens: `max_step_tokens` of a model with fewer than `_SMALL` weights: its wider step still ends
+            long before a large model's, and prompts of several sequences share one more often.
         block_tokens: tokens of a KV block.
         kv_share: of the free memory, for the KV cache.
         beside: what has its memory already when free memory is asked for.
@@ -24,15 +28,16 @@ class LimitDefaults:
 
     max_sequences: int
     max_step_tokens: int
+    small_step_tokens: int
     block_tokens: int
     kv_share: float
     beside: str
 
 
 # The rest of the memory is for activations and for the machine.
-CPU_DEFAULTS = LimitDefaults(64, 512, 32, 0.4, "the weights")
+CPU_DEFAULTS = LimitDefaults(64, 512, 512, 32, 0.4, "the weights")
 # The rest is for captured graphs, tables of rows, and what libraries allocate.
-GPU_DEFAULTS = LimitDefaults(512, 8192, BLOCK_TOKENS, 0.9, "weights and activations")
+GPU_DEFAULTS = LimitDefaults(512, 8192, 16384, BLOCK_TOKENS, 0.9, "weights and activations")
 
 
 def choose_limits(
@@ -84,13 +89,22 @@ def choose_limits(
     return RuntimeLimits(
         max_sequence_tokens=min(wanted_tokens, num_blocks * block_tokens),
         max_sequences=max_sequences,
-        max_step_tokens=options.max_step_tokens or max(defaults.max_step_tokens, max_sequences),
+        max_step_tokens=step_tokens(graph, options, defaults),
         block_tokens=block_tokens,
         num_blocks=num_blocks,
         kv_dtype=kept.dtype,
         kv_bytes=num_blocks * block_bytes,
         kv_reason=reason,
     )
+
+
+def step_tokens(graph: Graph, options: RunnerOptions, defaults: LimitDefaults) -> int:
+    """The most tokens of a step: at least one for each sequence."""
+    if options.max_step_tokens:
+        return options.max_step_tokens
+    is_small = sum(math.prod(weight.shape) for weight in graph.weights.values()) < _SMALL
+    chosen = defaults.small_step_tokens if is_small else defaults.max_step_tokens
+    return max(chosen, options.max_sequences or defaults.max_sequences)
 
 
 def _config(graph: Graph, name: str) -> int:
