@@ -179,8 +179,11 @@ def num_tiles(tiles: AttentionTiles, sizes: Sizes) -> int:
 
 
 def grid(shape: AttentionShape, tiles: AttentionTiles, sizes: Sizes) -> Grid:
-    """Programs: kv heads, query tiles, splits."""
-    return shape.num_kv_heads, num_tiles(tiles, sizes), tiles.splits
+    """Programs: query tiles, kv heads, splits; kv heads first where each query tile is one query."""
+    count = num_tiles(tiles, sizes)
+    if tiles.is_decode:
+        return shape.num_kv_heads, count, tiles.splits
+    return count, shape.num_kv_heads, tiles.splits
 
 
 def scratch(shape: AttentionShape, tiles: AttentionTiles) -> tuple[Scratch, ...]:

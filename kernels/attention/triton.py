@@ -96,16 +96,18 @@ def _load_keys(
     packed: [tokens, K, WIDTH].
     """
     if block is None:
-        row = offset * NUM_KV_HEADS + kv_head
+        at = (offset * NUM_KV_HEADS + kv_head)[:, None] * WIDTH + d[None, :]
     else:
-        row = (block * NUM_KV_HEADS + kv_head) * BLOCK_TOKENS + offset
-    at = row[:, None] * WIDTH + d[None, :]
+        # What stays the same from tile to tile is added up first, in 32 bits.
+        at = (kv_head * BLOCK_TOKENS + offset)[:, None] * WIDTH + d[None, :]
+        at = (block * (NUM_KV_HEADS * BLOCK_TOKENS * WIDTH))[:, None] + at
     is_in = is_key[:, None] & (d < WIDTH)[None, :]
     k_tile = _load_tile(k_cache, at, is_in, k_other, IS_PADDED)
     v_tile = _load_tile(v_cache, at, is_in, v_other, IS_PADDED)
     if k_scale is not None:
-        k_scale_other = _load_tile(k_scale, row, is_key, k_scale_other, MASKED)
-        v_scale_other = _load_tile(v_scale, row, is_key, v_scale_other, MASKED)
+        scale_at = (block * NUM_KV_HEADS + kv_head) * BLOCK_TOKENS + offset
+        k_scale_other = _load_tile(k_scale, scale_at, is_key, k_scale_other, MASKED)
+        v_scale_other = _load_tile(v_scale, scale_at, is_key, v_scale_other, MASKED)
     return k_tile, v_tile, k_scale_other, v_scale_other
 
 
@@ -281,10 +283,14 @@ def attention(
         tl.extra.cuda.gdc_launch_dependents()
         if not IS_EARLY:
             tl.extra.cuda.gdc_wait()
-    # Heads come fastest, as they lie beside each other in a block. The last tiles of a prompt have the most keys:
-    # they come first.
-    kv_head = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    if query_start is None or TAKES == "one":
+        # One query each waits for memory: heads that lie beside each other in a block are read at the same time.
+        kv_head = tl.program_id(0)
+        tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    else:
+        # The last tiles of a prompt have the most keys: they come first.
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)
+        kv_head = tl.program_id(1)
     split = tl.program_id(2)
     if query_start is None:
         sequence = tile
