@@ -18,8 +18,14 @@ from bench.gpu_models import MODELS, as_read, dense, quantized_graph, random_wei
 from bench.gpu_timing import captured, median_ms
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
-from kernels.linear.launch import LinearShape, Tiles, num_programs, tiled_scratch
-from kernels.linear.launch_int4 import dense_int4, dense_int4_grid, many_int4, many_int4_tiles
+from kernels.linear.launch import LinearShape, Tiles, tiled_scratch
+from kernels.linear.launch_int4 import (
+    dense_int4,
+    dense_int4_grid,
+    many_int4,
+    many_int4_grid,
+    many_int4_tiles,
+)
 
 _LAYERS = 6
 
@@ -38,7 +44,7 @@ def by_tiles(
         torch.zeros(request.num_bytes(sizes), dtype=torch.uint8, device="cuda")
         for request in tiled_scratch(shape, tiles, block_m)
     ]
-    grid = (num_programs(shape, tiles), -(-tokens // block_m), tiles.split_k)
+    grid = many_int4_grid(shape, tiles, block_m, "tokens")(sizes)
 
     def run(weight: Weight) -> None:
         tensors = (x, weight["weight"], weight["scale"], out, *scratch)

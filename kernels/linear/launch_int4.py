@@ -3,10 +3,12 @@
 Pure data, as launch.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+from kernels.launch import Grid, Sizes
 from kernels.linear.gpu import INT4_PARTS
-from kernels.linear.launch import LinearShape, Tiles, int4_format
+from kernels.linear.launch import LinearShape, Tiles, int4_format, num_programs
 from kernels.variant import Constant, KernelVariant, integer, pointer
 from shared.arch import Arch
 
@@ -24,7 +26,7 @@ _MANY_INT4_PART = 32
 def many_int4(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> KernelVariant:
     """The variant for tiles of `block_m` of many tokens, nothing riding on it; needs `wgmma`.
 
-    Its grid is `few_tokens`'s; its last argument is the number of tokens.
+    Its last argument is the number of tokens.
     """
     constants: dict[str, Constant] = {
         "N": shape.n, "K": shape.k, "GROUP": shape.group_size, "PART": _MANY_INT4_PART,
@@ -56,6 +58,14 @@ def many_int4(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> Ker
     )
 
 
+def many_int4_grid(
+    shape: LinearShape, tiles: Tiles, block_m: int, field: str
+) -> Callable[[Sizes], Grid]:
+    """Blocks of as many tokens as `field` of a step says, blocks of the weight's rows, and splits of K."""
+    programs = num_programs(shape, tiles)
+    return lambda sizes: (-(-int(getattr(sizes, field)) // block_m), programs, tiles.split_k)
+
+
 def takes_wgmma(shape: LinearShape, arch: Arch) -> bool:
     """Claims that `many_int4` multiplies many tokens."""
     is_int4 = shape.layout == "int4_group" and shape.dtype == shape.out_dtype == "bf16"
@@ -64,7 +74,7 @@ def takes_wgmma(shape: LinearShape, arch: Arch) -> bool:
 
 def many_int4_tiles(shape: LinearShape) -> Iterator[tuple[int, Tiles, int]]:
     """The most tokens that each choice is for, ascending, and the tokens of a tile; measured on one H100."""
-    ways = [(n, _many_int4_tiles(shape, n)) for n in (128, 256, 512, MOST_WGMMA_INT4_ROWS)]
+    ways = [(n, _many_int4_tiles(shape, n)) for n in (128, 256, 384, 512, MOST_WGMMA_INT4_ROWS)]
     following = [*(way for _, way in ways[1:]), None]
     for (tokens, way), after in zip(ways, following, strict=True):
         if way != after:
@@ -72,17 +82,30 @@ def many_int4_tiles(shape: LinearShape) -> Iterator[tuple[int, Tiles, int]]:
 
 
 def _many_int4_tiles(shape: LinearShape, tokens: int) -> tuple[Tiles, int]:
-    """Wide tiles, or those half as wide, which take three fifths of their time: whichever end sooner on a device of
+    """Of 256 rows, of 256 tokens, which widen half as much, or half as large: whichever end soonest on a device of
     about 132 SMs. K is split where they would leave half of it idle."""
-    block_k, block_m = INT4_PARTS * _MANY_INT4_PART, 128
-    wide, half = (-(-shape.n // block_n) * -(-tokens // block_m) for block_n in (256, 128))
-    if 5 * -(-wide // _SMS) <= 3 * -(-half // _SMS):
-        return Tiles(256, block_k, 8, stages=4), block_m
+    block_k = INT4_PARTS * _MANY_INT4_PART
+    most_rows = Tiles(256, block_k, 8, stages=4), 128
+    most_tokens = Tiles(128, block_k, 8, stages=3), 256
+    half_size = Tiles(128, block_k, 8, stages=5), 128
+
+    def num_tiles(way: tuple[Tiles, int]) -> int:
+        return num_programs(shape, way[0]) * -(-tokens // way[1])
+
+    # A tile's time beside the others'.
+    times = {half_size: 12, most_tokens: 19, most_rows: 20}
+    best = min(times, key=lambda way: times[way] * -(-num_tiles(way) // _SMS))
+    if best != half_size:
+        return best
     steps = -(-shape.k // (INT4_PARTS * shape.group_size)) * shape.group_size // _MANY_INT4_PART
     split_k = 1
-    while 2 * half * split_k <= _SMS and steps % (2 * split_k) == 0 and steps // split_k >= 32:
+    while (
+        2 * num_tiles(best) * split_k <= _SMS
+        and steps % (2 * split_k) == 0
+        and steps // split_k >= 32
+    ):
         split_k *= 2
-    return Tiles(128, block_k, 8, stages=5, split_k=split_k), block_m
+    return replace(best[0], split_k=split_k), best[1]
 
 
 DENSE_BLOCK_N = 32

@@ -111,7 +111,7 @@ class Linears:
                 most,
                 Launch(
                     launch_int4.many_int4(shape, self.walk.arch, tiles, block_m),
-                    linear.tiled_grid(shape, tiles, block_m, field),
+                    launch_int4.many_int4_grid(shape, tiles, block_m, field),
                     (*operands, *linear.tiled_scratch(shape, tiles, block_m, most), Size(field)),
                 ),
             )

@@ -105,7 +105,8 @@ def linear_many_int4(
 ):  # fmt: skip
     """BLOCK_N rows of the weight times BLOCK_M tokens; a step is PART columns of each of a chunk's four groups.
 
-    SPLIT_K, `partial` and `counters` as in `linear_few`; it divides the number of steps.
+    The grid: blocks of tokens, blocks of rows, parts of K. SPLIT_K, `partial` and `counters` as in `linear_few`; it
+    divides the number of steps.
     """
     WARPS: gl.constexpr = gl.num_warps()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
@@ -123,8 +124,9 @@ def linear_many_int4(
     for place in gl.static_range(STAGES):
         mbarrier.init(full.index(place), count=1)
         mbarrier.init(empty.index(place), count=1)
-    first_n = gl.program_id(0) * BLOCK_N
-    first_token = gl.program_id(1) * BLOCK_M
+    # Tokens first: programs that run together share weights, which one of them brings from memory.
+    first_token = gl.program_id(0) * BLOCK_M
+    first_n = gl.program_id(1) * BLOCK_N
     begin = gl.program_id(2) * STEPS
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)
     acc = gl.warp_specialize(
@@ -144,7 +146,7 @@ def linear_many_int4(
     rows = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MMA))
     if SPLIT_K > 1:
         STRIDE: gl.constexpr = BLOCK_N * BLOCK_M
-        tile_id = gl.program_id(0) * gl.num_programs(1) + gl.program_id(1)
+        tile_id = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
         base = tile_id.to(gl.int64) * SPLIT_K
         at = rows[:, None] * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, MMA))[None, :]
         gl.store(partial + (base + gl.program_id(2)) * STRIDE + at, acc)
@@ -158,7 +160,8 @@ def linear_many_int4(
     if bias is not None:
         acc += gl.load(bias + gl.minimum(first_n + rows, N - 1)).to(gl.float32)[:, None]
     # Through shared memory, so that neighbours store neighbouring outputs of one token.
-    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, WARPS], [0, 1])
+    LANES: gl.constexpr = BLOCK_N // 8
+    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
     STAGED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2, transposed=True)
     staged = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_N, BLOCK_M], STAGED)
     staged.store(acc.to(gl.bfloat16))

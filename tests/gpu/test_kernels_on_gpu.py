@@ -112,7 +112,9 @@ def _cases() -> dict[str, Case]:
         for number, kernel in enumerate(kernels)
     }
     for name, shape in MANY_INT4_SHAPES.items():
-        for tokens, split_k, block_m in ((1, 1, 64), (129, 2, 64), (200, 1, 128), (300, 2, 128)):
+        for tokens, split_k, block_m in (
+            (1, 1, 64), (129, 2, 64), (200, 1, 128), (300, 2, 128), (200, 1, 256), (600, 2, 256),
+        ):  # fmt: skip
             case = _many_int4(shape, tokens, split_k, block_m)
             cases[f"{name}-{tokens}-{split_k}-{block_m}"] = case
     for dtype in ("bf16", "fp16"):

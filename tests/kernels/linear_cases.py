@@ -19,7 +19,7 @@ from kernels.linear.launch import (
     tiled_scratch,
     uses_mma,
 )  # fmt: skip
-from kernels.linear.launch_int4 import dense_int4, dense_int4_grid, many_int4
+from kernels.linear.launch_int4 import dense_int4, dense_int4_grid, many_int4, many_int4_grid
 from kernels.linear.layouts import INT4_GROUPS, LAYOUTS
 from kernels.linear.op import int8_tokens
 from kernels.variant import KernelVariant
@@ -235,12 +235,13 @@ def check_many_int4(
     device: str = "cuda",
 ) -> None:
     """Twice in a row, on a GPU: counters are left as they were, and nothing beyond the tokens is written."""
-    tiles = Tiles(128, INT4_PARTS * 32, 8, stages=4, split_k=split_k)
+    stages = 3 if block_m == 256 else 4
+    tiles = Tiles(128, INT4_PARTS * 32, 8, stages=stages, split_k=split_k)
     at = _tensors(shape, tokens, device)
     out = torch.full((tokens + 5, shape.n), 7.0, dtype=TORCH_DTYPES[shape.dtype], device=device)
     operands: Operands = {**at, "out": out, "num_tokens": tokens}
     operands |= _scratch(shape, tiles, block_m, tokens, device)
-    grid = (num_programs(shape, tiles), -(-tokens // block_m), split_k)
+    grid = many_int4_grid(shape, tiles, block_m, "tokens")(Sizes(tokens, tokens, tokens))
     for _ in range(2):
         run(many_int4(shape, arch, tiles, block_m), grid, operands)
     at["dense"] = at["dense"].to(out.dtype).float()

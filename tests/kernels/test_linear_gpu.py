@@ -74,6 +74,13 @@ def test_every_number_of_tokens_has_tiles_that_share_k_evenly(
     assert steps // tiles.split_k > 0
 
 
+def test_tiles_of_256_tokens_are_taken_where_they_are_full() -> None:
+    """They widen half as much; 300 tokens would fill three quarters of two of them."""
+    ways = list(many_int4_tiles(LinearShape(28672, 4096, "bf16", "bf16", "int4_group", 64)))
+    taken = {n: next(m for most, _, m in ways if n <= most) for n in (128, 256, 300, 512, 1024)}
+    assert taken == {128: 128, 256: 256, 300: 128, 512: 256, 1024: 256}
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     rows=st.integers(1, 40000), groups=st.integers(1, 300), group=st.sampled_from(INT4_GROUPS),
