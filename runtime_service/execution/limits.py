@@ -20,6 +20,7 @@ class LimitDefaults:
         block_tokens: tokens of a KV block.
         kv_share: of the free memory, for the KV cache.
         beside: what has its memory already when free memory is asked for.
+        is_exact: more than the free memory cannot be had at all; where it is an estimate, a flag may ask for more.
     """
 
     max_sequences: int
@@ -27,12 +28,13 @@ class LimitDefaults:
     block_tokens: int
     kv_share: float
     beside: str
+    is_exact: bool
 
 
 # The rest of the memory is for activations and for the machine.
-CPU_DEFAULTS = LimitDefaults(64, 512, 32, 0.4, "the weights")
+CPU_DEFAULTS = LimitDefaults(64, 512, 32, 0.4, "the weights", is_exact=False)
 # The rest is for captured graphs, tables of rows, and what libraries allocate.
-GPU_DEFAULTS = LimitDefaults(512, 8192, BLOCK_TOKENS, 0.9, "weights and activations")
+GPU_DEFAULTS = LimitDefaults(512, 8192, BLOCK_TOKENS, 0.9, "weights and activations", is_exact=True)
 
 
 def choose_limits(
@@ -46,6 +48,7 @@ def choose_limits(
     Raises:
         InvalidField: options contradict each other, the model, or the memory.
     """
+    _check(options, free_bytes, defaults)
     max_positions = _config(graph, "max_position_embeddings")
     if options.max_sequence_tokens is not None and options.max_sequence_tokens > max_positions:
         raise InvalidField(
@@ -91,6 +94,15 @@ def choose_limits(
         kv_bytes=num_blocks * block_bytes,
         kv_reason=reason,
     )
+
+
+def _check(options: RunnerOptions, free_bytes: int, defaults: LimitDefaults) -> None:
+    if options.max_sequence_tokens == 1:
+        problem = "1 leaves no room for a token behind a prompt; it is at least 2"
+        raise InvalidField(field="max_sequence_tokens", problem=problem)
+    if defaults.is_exact and options.kv_bytes is not None and options.kv_bytes > free_bytes:
+        problem = f"{options.kv_bytes:,} bytes are more than the {free_bytes:,} free beside {defaults.beside}"
+        raise InvalidField(field="kv_bytes", problem=problem)
 
 
 def _config(graph: Graph, name: str) -> int:

@@ -75,9 +75,18 @@ def test_flags_override() -> None:
         ({"max_sequence_tokens": 1000, "kv_bytes": 20 * BLOCK_BYTES}, "kv_bytes"),
         ({"kv_bytes": BLOCK_BYTES - 1}, "kv_bytes"),
         ({"max_sequence_tokens": 1000}, "max_sequence_tokens"),
+        ({"max_sequence_tokens": 1}, "max_sequence_tokens"),
     ],
 )
 def test_contradiction_is_an_error_that_names_the_flag(options: dict[str, int], field: str) -> None:
     with pytest.raises(InvalidField) as raised:
         choose(10 * BLOCK_BYTES, **options)
     assert raised.value.fields["field"] == field
+
+
+def test_more_than_a_gpu_has_free_is_refused_before_it_is_asked_for() -> None:
+    free = 100 * BLOCK_BYTES
+    limits = choose_limits(GRAPH, free, RunnerOptions(kv_bytes=free), GPU_DEFAULTS)
+    assert limits.kv_bytes == free
+    with pytest.raises(InvalidField, match=r"1,638,401 bytes are more than the 1,638,400 free"):
+        choose_limits(GRAPH, free, RunnerOptions(kv_bytes=free + 1), GPU_DEFAULTS)
