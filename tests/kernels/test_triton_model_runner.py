@@ -27,12 +27,13 @@ _NUM_BLOCKS = 8
 
 @dataclass(frozen=True)
 class Pair:
-    """One engine on both paths, and on the GPU path where every step is too large for a graph."""
+    """One engine on both paths, and on the GPU path where every step is too large for a graph, or steps are small."""
 
     cpu: LoadedEngine
     gpu: CudaEngine
     few_graphs: int
     without_graphs: CudaEngine
+    small_steps: CudaEngine
     limits: RuntimeLimits
 
 
@@ -57,7 +58,11 @@ def _pair(folder: Path, kv_cache: str = "") -> Iterator[Pair]:
     while gpu.runner.use_idle_time():
         pass
     without_graphs = interpreted_device.interpreted_engine(graph, weights, _OPTIONS)
-    yield Pair(cpu, gpu, few, without_graphs, replace(cpu.limits, num_blocks=_NUM_BLOCKS))
+    options = replace(_OPTIONS, max_step_tokens=2)
+    small_steps = interpreted_device.interpreted_engine(graph, weights, options)
+    small_steps.graphs.capture()
+    limits = replace(cpu.limits, num_blocks=_NUM_BLOCKS)
+    yield Pair(cpu, gpu, few, without_graphs, small_steps, limits)
     cpu.runner.close()
 
 
@@ -99,6 +104,21 @@ def test_gpu_path_gives_the_cpu_paths_tokens(pair: Pair, overlaps: bool) -> None
             theirs = [entry for output in outputs for entry in getattr(output, of)]
             assert [e.token_id for e in ours] == [e.token_id for e in theirs]
             assert [e.logprob for e in ours] == pytest.approx([e.logprob for e in theirs], abs=1e-4)
+
+
+def test_steps_of_fewer_tokens_than_sequences_give_the_same_tokens(pair: Pair) -> None:
+    """Graphs of as many tokens as there may be sequences would pad beyond the memory of a step."""
+    engine = pair.small_steps
+    requests = [Request(n, [n, 7, 9], SamplingParams(), StopParams(5)) for n in range(4)]
+    limits = replace(pair.limits, max_step_tokens=engine.limits.max_step_tokens)
+    found, _ = serve(engine.runner, limits, requests, 1)
+    wanted, _ = serve(pair.cpu.runner, pair.limits, requests, 1)
+    assert {k: tokens_of(v) for k, v in found.items()} == {
+        k: tokens_of(v) for k, v in wanted.items()
+    }
+    assert (
+        engine.graphs.num_graphs == 3
+    )  # decode steps of 1 and 2 sequences, mixed ones of 2 tokens
 
 
 def test_idle_time_captures_what_was_put_off(pair: Pair) -> None:
