@@ -192,7 +192,7 @@ def test_end_token_that_is_no_number_is_the_models_fault(found: str) -> None:
     files = byte_tokenizer_files() | {
         "generation_config.json": b'{"eos_token_id": %s}' % found.encode()
     }
-    with pytest.raises(InvalidModel, match="generation_config.json says that eos_token_id is"):
+    with pytest.raises(InvalidModel, match=r"generation_config.json says that eos_token_id is"):
         ModelText(files)
 
 
