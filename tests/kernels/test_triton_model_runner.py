@@ -9,11 +9,16 @@ import pytest
 from tests.runtime_service.execution import interpreted_device  # first: it sets Triton's switch
 
 # isort: split
+import torch
+
 from runtime_service.execution.cuda_engine import CudaEngine
 from runtime_service.execution.loading import LoadedEngine, load_runner
 from runtime_service.execution.options import RunnerOptions
 from runtime_service.limits import RuntimeLimits
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
+from shared.engine import EngineManifest
+from shared.ir import Graph
+from shared.store import LocalStore
 from shared.store.weights import WeightReader
 from tests.runtime_service.execution.engines import build_tiny, graph_of
 from tests.runtime_service.execution.serving import serve, tokens_of
@@ -47,11 +52,7 @@ def _pair(folder: Path, kv_cache: str = "") -> Iterator[Pair]:
     store, engine = build_tiny(folder, "mistral", kv_cache=kv_cache, **sizes)
     cpu = load_runner(store, engine, _OPTIONS)
     graph = graph_of(store, engine)
-    with WeightReader(store, engine) as reader:
-        weights = {
-            name: {role: tensor.clone() for role, tensor in reader.roles(name).items()}
-            for name in graph.weights
-        }
+    weights = _weights(store, engine, graph)
     gpu = interpreted_device.interpreted_engine(graph, weights, _OPTIONS)
     gpu.graphs.capture_few()
     few = gpu.graphs.num_graphs
@@ -64,6 +65,16 @@ def _pair(folder: Path, kv_cache: str = "") -> Iterator[Pair]:
     limits = replace(cpu.limits, num_blocks=_NUM_BLOCKS)
     yield Pair(cpu, gpu, few, without_graphs, small_steps, limits)
     cpu.runner.close()
+
+
+def _weights(
+    store: LocalStore, engine: EngineManifest, graph: Graph
+) -> dict[str, dict[str, torch.Tensor]]:
+    with WeightReader(store, engine) as reader:
+        return {
+            name: {role: tensor.clone() for role, tensor in reader.roles(name).items()}
+            for name in graph.weights
+        }
 
 
 def _requests() -> list[Request]:
@@ -126,6 +137,17 @@ def test_idle_time_captures_what_was_put_off(pair: Pair) -> None:
     assert pair.few_graphs == 5
     assert pair.gpu.graphs.num_graphs == 6
     assert not pair.gpu.runner.use_idle_time()
+
+
+def test_cache_of_little_memory_leaves_room_for_the_tables_of_rows(tmp_path: Path) -> None:
+    store, engine = build_tiny(tmp_path, "mistral", num_hidden_layers=1, intermediate_size=64)
+    graph = graph_of(store, engine)
+    weights = _weights(store, engine, graph)
+    options = replace(_OPTIONS, max_sequence_tokens=None, max_sequences=64, max_step_tokens=64)
+    made = interpreted_device.interpreted_engine(graph, weights, options, free_bytes=40_000)
+    tables = made.rows.layout.max_sequences * 4 * made.rows.layout.tokens_stride
+    assert made.limits.kv_bytes + tables < 0.97 * 40_000
+    assert made.limits.kv_reason.startswith("the tables of 64 sequences leave no more")
 
 
 @pytest.mark.parametrize("kv_cache", ["fp8", "int8"])

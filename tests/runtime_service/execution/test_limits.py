@@ -90,3 +90,22 @@ def test_more_than_a_gpu_has_free_is_refused_before_it_is_asked_for() -> None:
     assert limits.kv_bytes == free
     with pytest.raises(InvalidField, match=r"1,638,401 bytes are more than the 1,638,400 free"):
         choose_limits(GRAPH, free, RunnerOptions(kv_bytes=free + 1), GPU_DEFAULTS)
+
+
+@pytest.mark.parametrize("position_bytes", [0, 64, 512, 4096])
+@pytest.mark.parametrize("num_free_blocks", [20, 66, 1000, 100_000])
+def test_tables_of_long_sequences_have_room_beside_the_cache(
+    position_bytes: int, num_free_blocks: int
+) -> None:
+    """They are allocated after it: what a small cache leaves free may be less than they take."""
+    free = num_free_blocks * BLOCK_BYTES
+    limits = choose_limits(GRAPH, free, RunnerOptions(), GPU_DEFAULTS, position_bytes)
+    taken = limits.kv_bytes + limits.max_sequence_tokens * position_bytes
+    assert taken <= 0.95 * free
+    alone = choose_limits(GRAPH, free, RunnerOptions(), GPU_DEFAULTS)
+    if limits.num_blocks < alone.num_blocks:
+        assert "the tables of 512 sequences leave no more of the" in limits.kv_reason
+        block = 16 * (TOKEN_BYTES + position_bytes)
+        assert taken + block > 0.95 * free, "a block more had fitted"
+    if position_bytes * 1024 < 0.05 * free:
+        assert limits == alone
