@@ -266,7 +266,7 @@ def rope_table(
     frequencies = torch.tensor(inv_freq, dtype=torch.float64, device=device)
     table = torch.empty(num_positions, 2 * len(inv_freq), dtype=torch.float32, device=device)
     # Piece by piece: of a million positions fp64 would take gigabytes, when the KV cache has taken its share.
-    for piece in table.split(_ROPE_PIECE):
+    for piece in torch.split(table, _ROPE_PIECE):
         first = piece.storage_offset() // table.shape[1]
         positions = torch.arange(first, first + len(piece), dtype=torch.float64, device=device)
         angles = torch.outer(positions, frequencies)

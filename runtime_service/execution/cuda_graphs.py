@@ -205,7 +205,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def rope_of(graph: Graph, num_positions: int, device: torch.device) -> torch.Tensor:
     """The rotations of a graph's positions, as `rope_table` gives them."""
     inv_freq, scaling = _rotation(graph)
-    return rope_table([float(f) for f in inv_freq], float(scaling), num_positions, device)
+    return rope_table(inv_freq, scaling, num_positions, device)
 
 
 def rope_bytes(graph: Graph) -> int:
@@ -213,11 +213,12 @@ def rope_bytes(graph: Graph) -> int:
     return 2 * len(_rotation(graph)[0]) * torch.float32.itemsize
 
 
-def _rotation(graph: Graph) -> tuple[tuple[object, ...], float]:
+def _rotation(graph: Graph) -> tuple[list[float], float]:
+    """inv_freq and attention_scaling of every layer."""
     nodes = [node for node in graph.nodes if node.op == "qkv_rope_write"]
     forms = {(node.attrs["inv_freq"], node.attrs["attention_scaling"]) for node in nodes}
     assert len(forms) == 1, f"layers rotate in {len(forms)} ways"
     inv_freq, scaling = forms.pop()
     assert isinstance(inv_freq, tuple)
     assert isinstance(scaling, int | float)
-    return inv_freq, scaling
+    return [float(frequency) for frequency in inv_freq], float(scaling)
