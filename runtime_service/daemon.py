@@ -5,7 +5,7 @@ The first engine is looked for before anything else is awaited; torch is never i
 
 import asyncio
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import uvloop
@@ -236,6 +236,19 @@ def _reconciler(
     )
 
 
+def load_arguments(
+    settings: RuntimeSettings, local: LocalStore, engine: EngineManifest
+) -> dict[str, Any]:
+    """What `LOADER` is told of the engine, which lies in `local` and was found to be trusted."""
+    chosen = ("max_sequence_tokens", "max_sequences", "max_step_tokens", "kv_bytes", "num_threads")
+    return {
+        "store": str(local.root),
+        "engine": engine.name,
+        "manifest": engine.manifest.digest,
+        **{name: getattr(settings, name) or None for name in chosen},
+    }
+
+
 def _client_starter(
     settings: RuntimeSettings,
     local: LocalStore,
@@ -244,16 +257,11 @@ def _client_starter(
     metrics: RuntimeMetrics,
 ) -> StartClient:
     """Starts engine processes as the settings say."""
-    chosen = ("max_sequence_tokens", "max_sequences", "max_step_tokens", "kv_bytes", "num_threads")
 
     async def start(engine: EngineManifest, on_lost: OnLost, on_phase: OnPhase) -> EngineClient:
         spec = EngineSpec(
             loader,
-            {
-                "store": str(local.root),
-                "engine": engine.name,
-                **{name: getattr(settings, name) or None for name in chosen},
-            },
+            load_arguments(settings, local, engine),
             overlap=settings.overlap,
             log_level=settings.log_level,
             log_format=settings.log_format,

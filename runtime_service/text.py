@@ -66,7 +66,10 @@ class ModelText:
         ids: set[int] = set()
         for name in ("generation_config.json", "config.json"):
             found = _json(files, name).get("eos_token_id")
-            ids.update(found if isinstance(found, list) else [] if found is None else [found])
+            named_ids = found if isinstance(found, list) else [] if found is None else [found]
+            if not all(isinstance(token_id, int) for token_id in named_ids):
+                raise InvalidModel(problem=f"{name} says that eos_token_id is {found!r}")
+            ids.update(named_ids)
         named = self._tokenizer.token_to_id(self._special_tokens.get("eos_token", ""))
         if named is not None:
             ids.add(named)

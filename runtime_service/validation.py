@@ -93,12 +93,13 @@ def parse_start(
 
     Args:
         vocab_size: token ids are below it.
-        model_end_token_ids: the model's own.
+        model_end_token_ids: the model's own. Some checkpoints name tokens beyond their vocabulary: those are never
+            drawn, and must not be masked.
     Raises:
         InvalidField: the first field that is wrong.
     """
     _check_prompt(start, vocab_size)
-    _check_token_ids(start.resumed_token_ids, vocab_size, "start.resumed_token_ids")
+    check_token_ids(start.resumed_token_ids, vocab_size, "start.resumed_token_ids")
     sampling = start.sampling
     num_samples = sampling.n or 1
     _check_range(num_samples, 1, MAX_SAMPLES, "start.sampling.n")
@@ -117,10 +118,11 @@ def parse_start(
             stop.min_new_tokens,
             f"must not exceed max_new_tokens, {stop.max_new_tokens}",
         )
-    _check_token_ids(stop.token_ids, vocab_size, "start.stop.token_ids")
+    check_token_ids(stop.token_ids, vocab_size, "start.stop.token_ids")
     _check_range(start.priority, -MAX_PRIORITY, MAX_PRIORITY, "start.priority")
     model_ends = () if stop.ignore_end_tokens else model_end_token_ids
-    end_token_ids = tuple(sorted({*stop.token_ids, *model_ends}))
+    drawn_ends = (token_id for token_id in model_ends if 0 <= token_id < vocab_size)
+    end_token_ids = tuple(sorted({*stop.token_ids, *drawn_ends}))
     _check(
         len(end_token_ids) <= MAX_END_TOKENS,
         "start.stop.token_ids",
@@ -153,6 +155,12 @@ def check_update(update: pb.UpdateGeneration) -> None:
 def check_credit(credit: pb.AddCredit) -> None:
     """Raises InvalidField unless `credit` makes sense."""
     _check_range(credit.tokens, 1, MAX_CREDIT, "credit.tokens")
+
+
+def check_token_ids(token_ids: Iterable[int], vocab_size: int, path: str) -> None:
+    """Raises InvalidField where one of `token_ids` is none of the model's; none is negative."""
+    largest = max(token_ids, default=0)
+    _check(largest < vocab_size, path, largest, f"must be below the vocabulary's {vocab_size}")
 
 
 def to_request(
@@ -196,7 +204,7 @@ def _check_prompt(start: pb.StartGeneration, vocab_size: int) -> None:
         raise InvalidField(field="start.prompt", problem=problem)
     if kind == "token_ids":
         _check(bool(start.token_ids.ids), "start.token_ids.ids", "none", "needs at least one")
-        _check_token_ids(start.token_ids.ids, vocab_size, "start.token_ids.ids")
+        check_token_ids(start.token_ids.ids, vocab_size, "start.token_ids.ids")
     elif kind == "text":
         _check(bool(start.text), "start.text", "none", "must not be empty")
     else:
@@ -222,7 +230,7 @@ def _parse_sampling(raw: pb.SamplingParams, vocab_size: int) -> SamplingParams:
         f"{num_biases} tokens",
         f"at most {MAX_LOGIT_BIAS} tokens",
     )
-    _check_token_ids(raw.logit_bias, vocab_size, path + "logit_bias")
+    check_token_ids(raw.logit_bias, vocab_size, path + "logit_bias")
     for bias in raw.logit_bias.values():
         _check_range(bias, -100, 100, path + "logit_bias")
     wants_logprobs = raw.logprobs or raw.top_logprobs > 0 or raw.prompt_logprobs
@@ -249,11 +257,6 @@ def _parse_stop_strings(strings: Iterable[str]) -> tuple[str, ...]:
         size = len(string.encode())
         _check(0 < size <= MAX_STOP_STRING_BYTES, path, f"{size} bytes", "must have 1 to 256 bytes")
     return found
-
-
-def _check_token_ids(token_ids: Iterable[int], vocab_size: int, path: str) -> None:
-    largest = max(token_ids, default=0)
-    _check(largest < vocab_size, path, largest, f"must be below the vocabulary's {vocab_size}")
 
 
 def _check_range(value: float, least: float, most: float, path: str) -> None:

@@ -1,6 +1,7 @@
 """Channels from a daemon to others: in plaintext or TLS, with an API key or without."""
 
 import ipaddress
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,10 +44,7 @@ class PeerSecurity:
             raise SettingsError("a client certificate needs --peer-tls-ca, the servers' CA")
         if api_key_file is None:
             return PeerSecurity(tls, is_insecure=is_insecure)
-        try:
-            return PeerSecurity(tls, api_key_file.read_text().strip(), is_insecure)
-        except OSError as error:
-            raise SettingsError(f"cannot read the API key: {error}") from None
+        return PeerSecurity(tls, _key_in(api_key_file), is_insecure)
 
     def check(self, address: str) -> None:
         """Raises SettingsError where calling the daemon at `address` would give the key away."""
@@ -83,6 +81,19 @@ class PeerSecurity:
     def _keyed(self, channel: Channel) -> Channel:
         keyed = _KeyedChannel(channel, self.api_key) if self.api_key else channel
         return cast(Channel, keyed)
+
+
+def _key_in(path: Path) -> str:
+    try:
+        key = path.read_bytes().strip()
+    except OSError as error:
+        raise SettingsError(f"cannot read the API key: {error}") from None
+    # Without one calls would go unkeyed, and gRPC carries nothing but printable ASCII.
+    if re.fullmatch(rb"[!-~]+", key) is None:
+        raise SettingsError(
+            f"{path} holds no API key: one line as `millrace keys create` prints it"
+        )
+    return key.decode()
 
 
 class _KeyedChannel:

@@ -284,6 +284,16 @@ class CacheTooSmall(MillraceError):
     )
 
 
+class DeviceFull(MillraceError):
+    """The GPU's memory does not hold the engine."""
+
+    reason, code = "DEVICE_FULL", _S.RESOURCE_EXHAUSTED
+    template = (
+        "The GPU has no room for {engine} ({problem}); free some of its memory, serve a smaller "
+        "quantization, or lower --max-sequences or --max-step-tokens."
+    )
+
+
 class DeadlineExceeded(MillraceError):
     """The generation took longer than its client allowed."""
 
@@ -368,7 +378,7 @@ ERRORS: dict[str, type[MillraceError]] = {
         InvalidField, PromptTooLong, ModelNotFound, EngineNotFound, BuildNotFound, BlobNotFound,
         ArchMismatch, FormatMismatch, DriverTooOld, QualityGate, NoEngine, BuildQueueFull,
         QueueFull, DiskFull, Draining, EngineLost, RedisUnreachable, CompilerUnreachable,
-        StoreUnreachable, StoreRefused, StoreNotFound, CacheTooSmall,
+        StoreUnreachable, StoreRefused, StoreNotFound, CacheTooSmall, DeviceFull,
         DeadlineExceeded, Unauthenticated, PermissionDenied, GatewayRefused, QuotaExceeded,
         EngineNotTrusted, TuningRefused, WorkerLost, ModelChanged, DigestMismatch, Internal,
     )

@@ -76,7 +76,9 @@ Address = Annotated[str, AfterValidator(_check_address)]
 class Settings(BaseModel):
     """What both daemons are told. Subclasses set `component` and add fields with descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
     component: ClassVar[str]
 

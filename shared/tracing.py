@@ -8,7 +8,7 @@ Moments are those of `time.monotonic`, so that a span can be told when it is ove
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -68,15 +68,21 @@ NO_SPAN: Span = _NoSpan()
 
 
 class Tracer:
-    """Starts spans that `provider` exports."""
+    """Starts spans that `provider` exports.
 
-    def __init__(self, provider: "TracerProvider") -> None:
+    Args:
+        wall_ns: Unix time now, in nanoseconds.
+    """
+
+    def __init__(
+        self, provider: "TracerProvider", wall_ns: Callable[[], int] = time.time_ns
+    ) -> None:
         from opentelemetry import trace
 
         self.provider = provider
         self._trace = trace
         self._tracer = provider.get_tracer("millrace")
-        self._epoch_ns = time.time_ns() - time.monotonic_ns()
+        self._wall_ns = wall_ns
 
     def start(
         self,
@@ -84,9 +90,13 @@ class Tracer:
         kind: Kind,
         parent: str,
         attributes: Attributes | None,
-        start_s: float | None = None,
+        start_ns: int | None = None,
     ) -> "_RecordedSpan":
-        """A running span; `parent` is a traceparent, and where it makes no sense, it has none."""
+        """A running span; `parent` is a traceparent, and where it makes no sense, it has none.
+
+        Args:
+            start_ns: Unix time, in nanoseconds; None: now.
+        """
         return _RecordedSpan(
             self,
             self._tracer.start_span(
@@ -94,13 +104,17 @@ class Tracer:
                 context=self._context(parent),
                 kind=getattr(self._trace.SpanKind, kind.upper()),
                 attributes=dict(attributes or {}),
-                start_time=None if start_s is None else self.unix_ns(start_s),
+                start_time=start_ns,
             ),
         )
 
-    def unix_ns(self, monotonic_s: float) -> int:
-        """The moment, as OpenTelemetry counts."""
-        return self._epoch_ns + round(monotonic_s * 1e9)
+    def epoch_ns(self) -> int:
+        """Unix time at which `time.monotonic` was 0, in nanoseconds.
+
+        By the clock as it is set now: it may have been set anew since this process began, and spans that begin now
+        go by it.
+        """
+        return self._wall_ns() - time.monotonic_ns()
 
     def failed(self, reason: str) -> "otel.Status":
         """The status of a span that failed."""
@@ -131,8 +145,10 @@ class _RecordedSpan:
     def child(
         self, name: str, start_s: float, end_s: float, attributes: Attributes | None = None
     ) -> None:
-        child = self._tracer.start(name, "internal", self.traceparent, attributes, start_s)
-        child._span.end(self._tracer.unix_ns(max(end_s, start_s)))
+        epoch_ns = self._tracer.epoch_ns()
+        start_ns, end_ns = (epoch_ns + round(s * 1e9) for s in (start_s, max(end_s, start_s)))
+        child = self._tracer.start(name, "internal", self.traceparent, attributes, start_ns)
+        child._span.end(end_ns)
 
     def end(self, error: str = "", attributes: Attributes | None = None) -> None:
         self._span.set_attributes(dict(attributes or {}))

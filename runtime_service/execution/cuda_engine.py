@@ -8,7 +8,7 @@ from kernels.launcher import KernelLibrary
 from kernels.regimes import REGIMES
 from kernels.tuning import BUILT_IN, TuningTable
 from runtime_service.execution.cuda_executor import CudaExecutor, PackedWeights
-from runtime_service.execution.cuda_graphs import CudaGraphExecutor
+from runtime_service.execution.cuda_graphs import CudaGraphExecutor, rope_bytes
 from runtime_service.execution.cuda_model_runner import CudaModelRunner
 from runtime_service.execution.device_rows import DeviceRows
 from runtime_service.execution.device_sampler import DeviceSampler
@@ -57,7 +57,8 @@ def assemble(
     sizes = Sizes(max_step_tokens, max_sequences, logit_rows)
     executor = CudaExecutor(graph, library, weights, sizes)
     executor.prepare(regimes, table)
-    limits = choose_limits(graph, free_bytes(), options, GPU_DEFAULTS)
+    position_bytes = rope_bytes(graph) + DeviceRows.position_bytes(max_sequences, block_tokens)
+    limits = choose_limits(graph, free_bytes(), options, GPU_DEFAULTS, position_bytes)
     vocab_size = int(str(graph.config["vocab_size"]))
     rows = DeviceRows(library, limits, vocab_size, stream)
     graphs = CudaGraphExecutor(graph, executor, regimes, library, rows, limits, stream)

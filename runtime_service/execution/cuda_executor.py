@@ -34,6 +34,7 @@ from shared.ir import Graph
 PackedWeights = Mapping[str, Mapping[str, torch.Tensor]]
 
 _ALIGNMENT_BYTES = 256
+_ROPE_PIECE = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,9 +263,15 @@ def rope_table(
     device: torch.device | str = "cuda",
 ) -> torch.Tensor:
     """cos then sin of each position's angles, fp32 [num_positions, 2 * len(inv_freq)]; fp64 inside."""
-    positions = torch.arange(num_positions, dtype=torch.float64, device=device)
-    angles = torch.outer(positions, torch.tensor(inv_freq, dtype=torch.float64, device=device))
-    return (torch.cat((angles.cos(), angles.sin()), 1) * attention_scaling).float()
+    frequencies = torch.tensor(inv_freq, dtype=torch.float64, device=device)
+    table = torch.empty(num_positions, 2 * len(inv_freq), dtype=torch.float32, device=device)
+    # Piece by piece: of a million positions fp64 would take gigabytes, when the KV cache has taken its share.
+    for piece in torch.split(table, _ROPE_PIECE):
+        first = piece.storage_offset() // table.shape[1]
+        positions = torch.arange(first, first + len(piece), dtype=torch.float64, device=device)
+        angles = torch.outer(positions, frequencies)
+        piece.copy_(torch.cat((angles.cos(), angles.sin()), 1) * attention_scaling)
+    return table
 
 
 def _values(step: Step) -> Iterator[Value | Temporary]:

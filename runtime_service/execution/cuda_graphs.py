@@ -29,6 +29,9 @@ from shared.ir import Graph
 _MAX_CAPTURED_TOKENS = 512
 _FIRST_MIXED_BUCKET = 16
 
+# Whether every sequence has one token, and the bucket: tokens of the largest step that the graph serves.
+GraphKey = tuple[bool, int]
+
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
@@ -68,13 +71,10 @@ class CudaGraphExecutor:
         self._inputs = StepInputs(
             library, rows, executor.max_sizes, limits.block_tokens, caches, rope
         )
-        most = min(limits.max_sequences, self._decode[-1].max_sequences, _MAX_CAPTURED_TOKENS)
-        mixed = mixed_buckets(min(limits.max_step_tokens, _MAX_CAPTURED_TOKENS))
-        # (is decode, bucket), in the order of capturing; what is captured already, ascending.
-        self._to_capture = [(False, bucket) for bucket in reversed(mixed)]
-        self._to_capture += [(True, bucket) for bucket in reversed(decode_buckets(most))]
+        # In the order of capturing; what is captured already, ascending.
+        self._to_capture = graphs_to_capture(limits, self._decode[-1].max_sequences)
         self._captured_buckets: dict[bool, list[int]] = {False: [], True: []}
-        self._captured: dict[tuple[bool, int], _Captured] = {}
+        self._captured: dict[GraphKey, _Captured] = {}
 
     @property
     def num_graphs(self) -> int:
@@ -87,8 +87,8 @@ class CudaGraphExecutor:
         return self._executor.max_sizes.rows
 
     def capture_few(self) -> None:
-        """Captures powers of two alone, largest first: until more are there, steps are padded up to them."""
-        self._capture_all([key for key in self._to_capture if _is_power_of_two(key[1])])
+        """Captures those of `first_graphs`: until more are there, steps are padded up to them."""
+        self._capture_all(first_graphs(self._to_capture))
 
     def capture_next(self) -> bool:
         """Captures one more graph; False where none was left. For times when nothing else is to be done."""
@@ -131,7 +131,7 @@ class CudaGraphExecutor:
     def _ragged_regime(self, tokens: int) -> Regime:
         return next(r for r in self._ragged if not r.max_tokens or r.max_tokens >= tokens)
 
-    def _capture_all(self, keys: Sequence[tuple[bool, int]]) -> None:
+    def _capture_all(self, keys: Sequence[GraphKey]) -> None:
         self._rows.send_nothing()
         for is_decode, bucket in keys:
             self._capture(is_decode, bucket)
@@ -155,8 +155,25 @@ class CudaGraphExecutor:
         bisect.insort(self._captured_buckets[is_decode], bucket)
 
 
-def _is_power_of_two(number: int) -> bool:
-    return number & (number - 1) == 0
+def graphs_to_capture(limits: RuntimeLimits, most_decoding: int) -> list[GraphKey]:
+    """Every graph that steps may replay, in the order of capturing: of each kind the largest first.
+
+    Args:
+        most_decoding: sequences of a decode step that the engine has kernels for.
+    """
+    most_tokens = min(limits.max_step_tokens, _MAX_CAPTURED_TOKENS)
+    decode = decode_buckets(min(most_tokens, limits.max_sequences, most_decoding))
+    mixed = mixed_buckets(most_tokens)
+    return [(False, bucket) for bucket in reversed(mixed)] + [(True, b) for b in reversed(decode)]
+
+
+def first_graphs(keys: Sequence[GraphKey]) -> list[GraphKey]:
+    """Powers of two and the largest of each kind: few, and whatever has a graph at all has one to be padded to.
+
+    A server that is never idle captures no others.
+    """
+    largest = {is_decode: max(b for d, b in keys if d is is_decode) for is_decode, _ in keys}
+    return [key for key in keys if key[1] & (key[1] - 1) == 0 or key[1] == largest[key[0]]]
 
 
 def decode_buckets(most: int) -> list[int]:
@@ -187,10 +204,21 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def rope_of(graph: Graph, num_positions: int, device: torch.device) -> torch.Tensor:
     """The rotations of a graph's positions, as `rope_table` gives them."""
+    inv_freq, scaling = _rotation(graph)
+    return rope_table(inv_freq, scaling, num_positions, device)
+
+
+def rope_bytes(graph: Graph) -> int:
+    """What they take for each position."""
+    return 2 * len(_rotation(graph)[0]) * torch.float32.itemsize
+
+
+def _rotation(graph: Graph) -> tuple[list[float], float]:
+    """inv_freq and attention_scaling of every layer."""
     nodes = [node for node in graph.nodes if node.op == "qkv_rope_write"]
     forms = {(node.attrs["inv_freq"], node.attrs["attention_scaling"]) for node in nodes}
     assert len(forms) == 1, f"layers rotate in {len(forms)} ways"
     inv_freq, scaling = forms.pop()
     assert isinstance(inv_freq, tuple)
     assert isinstance(scaling, int | float)
-    return rope_table([float(f) for f in inv_freq], float(scaling), num_positions, device)
+    return [float(frequency) for frequency in inv_freq], float(scaling)

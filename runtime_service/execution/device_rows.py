@@ -39,6 +39,7 @@ from runtime_service.scheduling.output import NewSequence, ScheduledSequence, Sc
 # A step that waits to be read, one under way, and one being written.
 _NUM_MESSAGES = 3
 _MESSAGE_WORDS = 1 << 16
+_WORD_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,11 @@ class DeviceRows:
         self._needs = np.zeros(rows, dtype=np.uint8)
         self._sequences: list[NewSequence | None] = [None] * rows
         self._samplers: dict[int, RowSampler] = {}
+
+    @staticmethod
+    def position_bytes(max_sequences: int, block_tokens: int) -> int:
+        """What each token of the longest sequence takes in the tables, and in the step's copy of the block tables."""
+        return max_sequences * (_WORD_BYTES - (-2 * _WORD_BYTES // block_tokens))
 
     @property
     def tokens(self) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from runtime_service.execution.machine_code import load_library
 from runtime_service.execution.options import RunnerOptions
 from shared.arch import arch_named
+from shared.errors import DigestMismatch
 from shared.store.local import LocalStore
 from shared.store.weight_files import WeightFiles
 
@@ -35,6 +36,7 @@ def import_ahead() -> None:
 def load_engine(
     store: str,
     engine: str,
+    manifest: str = "",
     max_sequence_tokens: int | None = None,
     max_sequences: int | None = None,
     max_step_tokens: int | None = None,
@@ -47,18 +49,23 @@ def load_engine(
     Args:
         store: folder of a local store that holds the engine whole.
         engine: its name.
+        manifest: digest of the manifest that was found by that name and checked; "": whichever it names now. Between
+            the check and a load, or a restart, the name may have become another engine's.
         on_phase: called with the name of each phase that begins.
     Raises:
-        what `load_runner` does.
+        EngineNotFound: there is none of that name.
+        DigestMismatch: the name is another manifest's; else as `load_runner`.
     """
     local = LocalStore(Path(store))
-    manifest = local.get(engine)
+    found = local.get(engine)
+    if manifest and found.manifest.digest != manifest:
+        raise DigestMismatch(digest=manifest, found=found.manifest.digest)
     began = time.monotonic()
     on_phase("import_torch")
-    with WeightFiles(local, manifest) as files, ThreadPoolExecutor(1, "load-kernels") as ahead:
+    with WeightFiles(local, found) as files, ThreadPoolExecutor(1, "load-kernels") as ahead:
         files.start_verify()
-        is_gpu = arch_named(manifest.key.arch).is_gpu
-        code = ahead.submit(load_library, local, manifest) if is_gpu else None
+        is_gpu = arch_named(found.key.arch).is_gpu
+        code = ahead.submit(load_library, local, found) if is_gpu else None
         import_ahead()
         from runtime_service.execution.loading import load_runner
 
@@ -67,5 +74,5 @@ def load_engine(
             max_sequence_tokens, max_sequences, max_step_tokens, kv_bytes, num_threads
         )
         open_library = code.result if code else None
-        loaded = load_runner(local, manifest, options, files, open_library, on_phase)
+        loaded = load_runner(local, found, options, files, open_library, on_phase)
     return replace(loaded, phases=(imported, *loaded.phases))

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import torch
 
 from runtime_service.execution.device_stream import CudaLane, CudaStream
-from runtime_service.execution.loading import as_kernels_read, read_graph
+from runtime_service.execution.loading import as_kernels_read, device_full, read_graph
 from runtime_service.execution.machine_code import library_of
 from runtime_service.execution.step_timer import CudaClock, StepTimer, fitting_steps
 from runtime_service.execution.tuner import tune
@@ -28,8 +28,15 @@ def tune_engine(
     Raises:
         ArchMismatch, DriverTooOld: the engine is for another device.
         DigestMismatch, BlobNotFound: the store's copy is not whole.
-        InvalidField: the GPU has too little free memory.
+        InvalidField, DeviceFull: the GPU has too little free memory.
     """
+    with device_full(engine):
+        return _tune(store, engine, on_site)
+
+
+def _tune(
+    store: LocalStore, engine: EngineManifest, on_site: Callable[[TunedSite], None]
+) -> TuningRecord:
     graph, open_library = read_graph(store, engine), library_of(store, engine)
     with WeightReader(store, engine) as reader:
         reader.start_verify()

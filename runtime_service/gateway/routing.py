@@ -59,4 +59,6 @@ def prefix_of(start: pb.StartGeneration, cache_salt: str) -> bytes:
 
 
 def _weight(address: str, prefix: bytes) -> bytes:
-    return blake2b(prefix, digest_size=8, key=address.encode()[:64]).digest()
+    # A name may be longer than a key can be, and differ from others at its end alone.
+    key = blake2b(address.encode(), digest_size=16).digest()
+    return blake2b(prefix, digest_size=8, key=key).digest()

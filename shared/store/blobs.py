@@ -148,6 +148,12 @@ class BlobFolder:
                     total += entry.stat().st_size
         return total
 
+    def pinned_bytes(self) -> int:
+        """What of all that is kept by pins is here, pulled in part or whole."""
+        with FileLock(self._locks / "store"):
+            pinned = pinned_digests(self._pins)
+        return sum(map(self.num_bytes, pinned))
+
     def adopt(self, blob: Blob) -> bool:
         """True if the blob is here and good: it is then pinned, and as young as a new one."""
         path = self._path(blob.digest)

@@ -61,7 +61,10 @@ class EngineCache:
         sizes = {blob.digest: blob.size_bytes for blob in (engine.manifest, *engine.layers)}
         needed = sum(sizes.values())
         missing = needed - sum(self.local.blobs.num_bytes(digest) for digest in sizes)
-        used = self._shrink_to(self.max_bytes - missing)
+        # What no eviction frees: where that is too much, nobody goes in vain.
+        used = self.local.blobs.pinned_bytes()
+        if used + missing <= self.max_bytes:
+            used = self._shrink_to(self.max_bytes - missing)
         if used + missing > self.max_bytes:
             raise CacheTooSmall(
                 engine=engine.name,

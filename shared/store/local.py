@@ -356,9 +356,11 @@ class LocalStore:
         found = []
         for blob in self._referrers(name).signatures:
             try:
-                found.append(oci.signature_of(self.blobs.read_all(blob.digest)))
+                signature = oci.signature_of(self.blobs.read_all(blob.digest))
             except (BlobNotFound, DigestMismatch):  # one that is lost signs nothing
                 continue
+            if signature is not None:
+                found.append(signature)
         return tuple(found)
 
     def _tunings_of(self, name: str) -> tuple[Blob, ...]:
@@ -368,7 +370,7 @@ class LocalStore:
                 record = oci.tuning_of(self.blobs.read_all(blob.digest))
             except (BlobNotFound, DigestMismatch):  # one that is lost tells nothing
                 continue
-            if self.blobs.has(record):
+            if record is not None and self.blobs.has(record):
                 found.append(record)
         return tuple(sorted(found, key=lambda record: record.title))
 
@@ -435,7 +437,8 @@ class LocalStore:
             with contextlib.suppress(
                 BlobNotFound, DigestMismatch
             ):  # it no longer says what it names
-                kept.add(oci.tuning_of(self.blobs.read_in_sweep(blob.digest)).digest)
+                measured = oci.tuning_of(self.blobs.read_in_sweep(blob.digest))
+                kept |= set() if measured is None else {measured.digest}
         if kept:
             kept.add(oci.EMPTY.digest)
         return {manifest.digest, oci.config_of(text).digest, *layers, *kept}

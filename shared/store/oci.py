@@ -138,44 +138,57 @@ def _referrer_json(
     )
 
 
-def signature_of(manifest_text: bytes) -> Signature:
-    """The signature in an artifact that `signature_json` wrote."""
-    annotations = json.loads(manifest_text)["annotations"]
-    key, signature = (base64.b64decode(annotations[name]) for name in (PUBLIC_KEY, SIGNATURE))
+def signature_of(manifest_text: bytes) -> Signature | None:
+    """The signature in an artifact that `signature_json` wrote; None where there is no sense in it."""
+    try:
+        annotations = json.loads(manifest_text)["annotations"]
+        key, signature = (base64.b64decode(annotations[name]) for name in (PUBLIC_KEY, SIGNATURE))
+    except (ValueError, KeyError, TypeError):  # whoever may write to the store may write this
+        return None
     return Signature(key, signature)
 
 
-def tuning_of(manifest_text: bytes) -> Blob:
-    """The record in an artifact that `tuning_json` wrote."""
-    return blob_of(json.loads(manifest_text)["layers"][0])
+def tuning_of(manifest_text: bytes) -> Blob | None:
+    """The record in an artifact that `tuning_json` wrote; None where there is no sense in it."""
+    try:
+        return blob_of(json.loads(manifest_text)["layers"][0])
+    except (ValueError, LookupError, TypeError, AttributeError, InvalidField):
+        return None
 
 
 @dataclass(frozen=True, slots=True)
 class Referrers:
-    """Manifests of the artifacts that refer to one engine."""
+    """Manifests of the artifacts that refer to one engine.
+
+    Args:
+        others: rows of an index that other tools wrote, JSON each: theirs to keep.
+    """
 
     signatures: tuple[Blob, ...] = ()
     tunings: tuple[Blob, ...] = ()
+    others: tuple[bytes, ...] = ()
 
 
 def referrers_json(referrers: Referrers) -> bytes:
     """Their index, as registries without a referrers API keep it."""
     kinds = {SIGNATURE_TYPE: referrers.signatures, TUNING_ARTIFACT_TYPE: referrers.tunings}
-    return _index(
+    ours = [
         {**descriptor(blob), "artifactType": kind}
         for kind, blobs in kinds.items()
         for blob in blobs
-    )
+    ]
+    return _index([*ours, *map(json.loads, referrers.others)])
 
 
 def referrers_of(index_text: bytes) -> Referrers:
-    """What an index that `referrers_json` wrote lists; artifacts of other kinds are others'."""
-    rows = json.loads(index_text)["manifests"]
-
-    def of(kind: str) -> tuple[Blob, ...]:
-        return tuple(blob_of(raw) for raw in rows if raw.get("artifactType") == kind)
-
-    return Referrers(of(SIGNATURE_TYPE), of(TUNING_ARTIFACT_TYPE))
+    """What an index lists that `referrers_json` wrote, or another tool; artifacts of other kinds are others'."""
+    rows: dict[str, list[dict[str, Any]]] = {SIGNATURE_TYPE: [], TUNING_ARTIFACT_TYPE: [], "": []}
+    for raw in json.loads(index_text)["manifests"]:
+        rows[raw.get("artifactType", "") if raw.get("artifactType") in rows else ""].append(raw)
+    signatures, tunings = (
+        tuple(map(blob_of, rows[kind])) for kind in (SIGNATURE_TYPE, TUNING_ARTIFACT_TYPE)
+    )
+    return Referrers(signatures, tunings, tuple(map(canonical_json, rows[""])))
 
 
 def referrers_ref(subject: Blob) -> str:

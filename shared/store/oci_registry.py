@@ -92,8 +92,10 @@ class OciRegistry:
 
     def check(self) -> None:
         """Returns if it answers and takes our credentials; see `Registry`."""
-        with self._ask("GET", f"{self._root}/tags/list?n=1", 200, 404):
-            pass
+        with self._ask("GET", f"{self._root}/tags/list?n=1", 200, 404) as response:
+            if response.status_code == 200:
+                response.read()
+                self._tags_in(response)
 
     @property
     def settle_s(self) -> float:
@@ -196,10 +198,21 @@ class OciRegistry:
                 if response.status_code == 404:  # nothing was pushed yet
                     return ()
                 response.read()
-                found += response.json().get("tags") or ()
+                found += self._tags_in(response)
                 link = response.links.get("next", {}).get("url", "")
                 url = urljoin(str(response.url), link) if link else ""
         return tuple(found)
+
+    def _tags_in(self, response: httpx2.Response) -> list[str]:
+        try:
+            return list(response.json().get("tags") or ())
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+        ) as error:  # a proxy's page, or no registry at all
+            problem = "what it sends is no list of tags: is it a registry?"
+            raise StoreUnreachable(store=self.url, problem=problem) from error
 
     def delete_manifest(self, digest: str) -> None:
         """Removes the manifest; see `Registry`."""

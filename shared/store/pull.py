@@ -7,8 +7,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from io import FileIO
 
 from shared.engine import Blob, EngineManifest
@@ -31,7 +31,7 @@ def pull(
     into: LocalStore,
     report: Report | None = None,
 ) -> EngineManifest:
-    """The engine, complete and verified in `into`, with its signatures.
+    """The engine, complete and verified in `into`, with its signatures; or the one of its key that was there first.
 
     What is there and good is kept, what is corrupt is fetched again, what was fetched in part is
     resumed. Concurrent pulls on one machine fetch a blob once.
@@ -65,11 +65,10 @@ def pull(
         )
         if pulled.key != engine.key:
             raise DigestMismatch(digest=engine.name, found=pulled.name)
-        with ThreadPoolExecutor(_NUM_STREAMS, "pull") as pool:
-            fetch = [pool.submit(_fetch, source, b, into.blobs, count) for b in pulled.layers]
-        for each in fetch:
-            each.result()
+        _fetch_all(source, pulled.layers, into.blobs, count)
         pulled = into.commit(pulled.manifest, pulled.key, pulled.model, pulled.created_s)
+        if pulled.manifest != engine.manifest:
+            return pulled  # published here first: what is said of the other one is not true of it
         for signature in engine.signatures:
             pulled = into.add_signature(pulled, signature)
         for tuning in engine.tunings:
@@ -89,6 +88,20 @@ def add_tuning_from(
     with into.pin():
         _fetch(source, tuning, into.blobs, lambda num_bytes: None)
         return into.add_tuning(engine, tuning.title, into.read_all(tuning.digest))
+
+
+def _fetch_all(
+    source: ArtifactStore, layers: Iterable[Blob], blobs: BlobFolder, count: Callable[[int], None]
+) -> None:
+    """Fetches several at once; the first that fails keeps those from beginning that have not begun."""
+    with ThreadPoolExecutor(_NUM_STREAMS, "pull") as pool:
+        fetches = [pool.submit(_fetch, source, blob, blobs, count) for blob in layers]
+        try:
+            for fetched in as_completed(fetches):
+                fetched.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _fetch(

@@ -397,7 +397,8 @@ class RegistryStore:
     def _with_referrers(self, engine: EngineManifest) -> EngineManifest:
         referrers = self._referrers(engine.manifest)
         artifacts = (self.registry.manifest(blob.digest) for blob in referrers.signatures)
-        found = {oci.signature_of(artifact[1]) for artifact in artifacts if artifact is not None}
+        read = (oci.signature_of(artifact[1]) for artifact in artifacts if artifact is not None)
+        found = {signature for signature in read if signature is not None}
         records = filter(None, map(self._tuning_of, referrers.tunings))
         tunings = sorted(records, key=lambda blob: blob.title)
         return replace(engine, signatures=tuple(sorted(found)), tunings=tuple(tunings))

@@ -91,8 +91,17 @@ class RegistryAuth:
             if answer.status_code >= 500 or answer.status_code == 429:
                 raise StoreUnreachable(store=store, problem=problem)
             raise StoreRefused(store=store, problem=problem)
+        return _token_in(answer, store)
+
+
+def _token_in(answer: httpx2.Response, store: str) -> str:
+    try:
         content = answer.json()
-        return str(content.get("token") or content.get("access_token"))
+        token = content.get("token") or content["access_token"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"what {answer.url.host} sends is no token"
+        raise StoreUnreachable(store=store, problem=problem) from error
+    return str(token)
 
 
 def challenge_of(header: str) -> tuple[str, dict[str, str]]:

@@ -22,7 +22,10 @@ from bench.gpu_served import write_engine
 from kernels.lowering import sites, variants
 from kernels.regimes import REGIMES
 from kernels.variant import CODE_TITLE, INDEX_TITLE
+from runtime_service.execution.loading import load_runner
+from runtime_service.execution.options import RunnerOptions
 from runtime_service.execution.tuned import site_of
+from shared.errors import DeviceFull
 from shared.redis import EmbeddedRedis
 from shared.store import LocalStore
 from shared.tuning import record_from_json
@@ -69,6 +72,18 @@ def test_streams_that_are_cancelled_behind_relays_leave_no_block(tmp_path: Path)
     _published(tmp_path / "store")
     with _runtime(tmp_path / "store", "--relays", "2", "--max-sequences", "64") as runtime:
         asyncio.run(_storm(runtime.address))
+
+
+def test_gpu_that_others_fill_is_told_in_a_line(tmp_path: Path) -> None:
+    store = _published(tmp_path / "store")
+    (engine,) = store.list()
+    torch.cuda.empty_cache()
+    others = torch.empty(torch.cuda.mem_get_info()[0] - (8 << 20), dtype=torch.uint8, device="cuda")
+    with pytest.raises(DeviceFull, match=r"Tried to allocate .+ is free"):
+        load_runner(store, engine, RunnerOptions(kv_bytes=1 << 22))
+    del others
+    torch.cuda.empty_cache()
+    load_runner(store, engine, RunnerOptions(kv_bytes=1 << 22)).runner.warm_up()
 
 
 async def _storm(address: str) -> None:

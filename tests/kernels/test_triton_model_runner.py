@@ -9,18 +9,23 @@ import pytest
 from tests.runtime_service.execution import interpreted_device  # first: it sets Triton's switch
 
 # isort: split
+import torch
+
 from runtime_service.execution.cuda_engine import CudaEngine
 from runtime_service.execution.loading import LoadedEngine, load_runner
 from runtime_service.execution.options import RunnerOptions
 from runtime_service.limits import RuntimeLimits
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
+from shared.engine import EngineManifest
+from shared.ir import Graph
+from shared.store import LocalStore
 from shared.store.weights import WeightReader
 from tests.runtime_service.execution.engines import build_tiny, graph_of
 from tests.runtime_service.execution.serving import serve, tokens_of
 
 # Few blocks, small steps: prompts are cut, sequences are preempted.
 _OPTIONS = RunnerOptions(
-    max_sequence_tokens=48, max_sequences=4, max_step_tokens=18, num_threads=1, block_tokens=8
+    max_sequence_tokens=48, max_sequences=4, max_step_tokens=20, num_threads=1, block_tokens=8
 )
 _NUM_BLOCKS = 8
 
@@ -46,11 +51,7 @@ def _pair(folder: Path, kv_cache: str = "") -> Iterator[Pair]:
     store, engine = build_tiny(folder, "mistral", kv_cache=kv_cache, **sizes)
     cpu = load_runner(store, engine, _OPTIONS)
     graph = graph_of(store, engine)
-    with WeightReader(store, engine) as reader:
-        weights = {
-            name: {role: tensor.clone() for role, tensor in reader.roles(name).items()}
-            for name in graph.weights
-        }
+    weights = _weights(store, engine, graph)
     gpu = interpreted_device.interpreted_engine(graph, weights, _OPTIONS)
     gpu.graphs.capture_few()
     few = gpu.graphs.num_graphs
@@ -59,6 +60,16 @@ def _pair(folder: Path, kv_cache: str = "") -> Iterator[Pair]:
     without_graphs = interpreted_device.interpreted_engine(graph, weights, _OPTIONS)
     yield Pair(cpu, gpu, few, without_graphs, replace(cpu.limits, num_blocks=_NUM_BLOCKS))
     cpu.runner.close()
+
+
+def _weights(
+    store: LocalStore, engine: EngineManifest, graph: Graph
+) -> dict[str, dict[str, torch.Tensor]]:
+    with WeightReader(store, engine) as reader:
+        return {
+            name: {role: tensor.clone() for role, tensor in reader.roles(name).items()}
+            for name in graph.weights
+        }
 
 
 def _requests() -> list[Request]:
@@ -101,11 +112,43 @@ def test_gpu_path_gives_the_cpu_paths_tokens(pair: Pair, overlaps: bool) -> None
             assert [e.logprob for e in ours] == pytest.approx([e.logprob for e in theirs], abs=1e-4)
 
 
+def test_steps_of_fewer_tokens_than_sequences_give_the_same_tokens(
+    pair: Pair, tmp_path: Path
+) -> None:
+    """Graphs of as many tokens as there may be sequences would pad beyond the memory of a step."""
+    store, same = build_tiny(tmp_path, "mistral", num_hidden_layers=1, intermediate_size=64)
+    graph = graph_of(store, same)
+    options = replace(_OPTIONS, max_step_tokens=2)
+    engine = interpreted_device.interpreted_engine(graph, _weights(store, same, graph), options)
+    engine.graphs.capture()
+    requests = [Request(n, [n, 7, 9], SamplingParams(), StopParams(5)) for n in range(4)]
+    limits = replace(pair.limits, max_step_tokens=engine.limits.max_step_tokens)
+    found, _ = serve(engine.runner, limits, requests, 1)
+    wanted, _ = serve(pair.cpu.runner, pair.limits, requests, 1)
+    assert {k: tokens_of(v) for k, v in found.items()} == {
+        k: tokens_of(v) for k, v in wanted.items()
+    }
+    assert (
+        engine.graphs.num_graphs == 3
+    )  # decode steps of 1 and 2 sequences, mixed ones of 2 tokens
+
+
 def test_idle_time_captures_what_was_put_off(pair: Pair) -> None:
-    """Decode steps of 1, 2 and 4 sequences and a mixed one of 16 tokens at first; later the one of 18."""
-    assert pair.few_graphs == 4
-    assert pair.gpu.graphs.num_graphs == 5
+    """Decode steps of 1, 2 and 4 sequences and mixed ones of 16 and 20 tokens at first; later the one of 18."""
+    assert pair.few_graphs == 5
+    assert pair.gpu.graphs.num_graphs == 6
     assert not pair.gpu.runner.use_idle_time()
+
+
+def test_cache_of_little_memory_leaves_room_for_the_tables_of_rows(tmp_path: Path) -> None:
+    store, engine = build_tiny(tmp_path, "mistral", num_hidden_layers=1, intermediate_size=64)
+    graph = graph_of(store, engine)
+    weights = _weights(store, engine, graph)
+    options = replace(_OPTIONS, max_sequence_tokens=None, max_sequences=64, max_step_tokens=64)
+    made = interpreted_device.interpreted_engine(graph, weights, options, free_bytes=40_000)
+    tables = made.rows.layout.max_sequences * 4 * made.rows.layout.tokens_stride
+    assert made.limits.kv_bytes + tables < 0.97 * 40_000
+    assert made.limits.kv_reason.startswith("the tables of 64 sequences leave no more")
 
 
 @pytest.mark.parametrize("kv_cache", ["fp8", "int8"])

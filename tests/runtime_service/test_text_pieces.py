@@ -186,6 +186,16 @@ def test_end_tokens_come_from_every_file_that_names_them() -> None:
     assert ModelText(files).end_token_ids == (2, 7)
 
 
+@pytest.mark.parametrize("found", ['"2"', "[2, null]", "{}"])
+def test_end_token_that_is_no_number_is_the_models_fault(found: str) -> None:
+    """Told when it is loaded, not as an unforeseen failure of every request."""
+    files = byte_tokenizer_files() | {
+        "generation_config.json": b'{"eos_token_id": %s}' % found.encode()
+    }
+    with pytest.raises(InvalidModel, match=r"generation_config.json says that eos_token_id is"):
+        ModelText(files)
+
+
 def test_chat_is_rendered_as_transformers_renders_it(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from runtime_service.daemon import load_arguments
 from runtime_service.engine_source import EngineSource
+from runtime_service.execution.loader import load_engine
+from runtime_service.settings import RuntimeSettings
 from shared.engine import EngineManifest, EngineSelector
-from shared.errors import EngineNotTrusted
+from shared.errors import DigestMismatch, EngineNotTrusted
 from shared.signing import TrustedKeys
 from shared.store import LocalStore
 from tests.runtime_service.daemon import FP32, publish_echo, running_daemon
@@ -77,3 +80,17 @@ async def test_engine_in_the_runtimes_own_store_is_checked_too(tmp_path: Path) -
         publish_echo(remote)
         with pytest.raises(EngineNotTrusted):
             await source(daemon.store, remote).repair(served.engine, ECHO, "", not_called)
+
+
+async def test_what_took_the_checked_engines_name_is_not_loaded(tmp_path: Path) -> None:
+    """It may do so before the engine process reads the store, or before that is started again."""
+    local, _, _ = stores(tmp_path)
+    engine = publish_echo(local)
+    local.add_signature(engine, signature(KEY, engine))
+    checked = await source(local, None).find(ECHO, "", not_called)
+    arguments = load_arguments(RuntimeSettings.parse([], {}), local, checked)
+    local.delete(engine.name)
+    other = publish_echo(local, arch_error=True)
+    assert other.name == engine.name
+    with pytest.raises(DigestMismatch, match=other.manifest.digest):
+        load_engine(**arguments)

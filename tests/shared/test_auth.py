@@ -144,6 +144,17 @@ async def test_wrong_unknown_and_missing_keys_are_refused_in_the_same_words(
         assert all("acme" not in str(answer) for answer in (*answers, missing))
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b" \n", b"mr_a_b\nmr_c_d\n", "mr_ä_b".encode(), b"\xff\xfe"]
+)
+def test_file_without_one_key_is_one_line_at_start(content: bytes, tmp_path: Path) -> None:
+    """Else calls go without a key, or gRPC refuses each of them later."""
+    (tmp_path / "fleet.key").write_bytes(content)
+    with pytest.raises(SettingsError, match="holds no API key") as refused:
+        PeerSecurity.load(TlsFiles(), tmp_path / "fleet.key")
+    assert "\n" not in str(refused.value)
+
+
 @given(
     shown_key=st.text(max_size=80), scheme=st.sampled_from(["Bearer ", "bearer mr_", "", "Basic "])
 )

@@ -61,6 +61,8 @@ def test_variables_of_other_components_and_programs_are_left_alone() -> None:
         (["--peers", "h:1,h"], "--peers (MILLRACE_COMPILER_PEERS): .*form host:port, not 'h'"),
         (["--redis-url", "h:6379"], "--redis-url (MILLRACE_REDIS_URL): .*redis://host:port"),
         (["--redis-url", "redis://h:p"], "--redis-url (MILLRACE_REDIS_URL): .*redis://host:port"),
+        (["--lease-s", "inf"], "--lease-s (MILLRACE_COMPILER_LEASE_S): .*finite number, not 'inf'"),
+        (["--lease-s", "nan"], "--lease-s (MILLRACE_COMPILER_LEASE_S): .*, not 'nan'"),
         (["--archs", "cpu", "--no-worker"], "--archs and --no-worker contradict"),
     ],
 )

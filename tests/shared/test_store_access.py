@@ -284,6 +284,29 @@ def test_registry_that_says_that_we_are_wrong_is_asked_once() -> None:
         assert len(seen) == 1
 
 
+@pytest.mark.parametrize("page", [b"<html>Log in</html>", b"[]", b'{"tags": 7}'])
+def test_what_is_no_registry_is_said_to_be_none(page: bytes) -> None:
+    """A proxy's page, or the wrong address: not an unforeseen failure."""
+    with scripted({TAGS: lambda _: (200, {}, page)}) as (address, _):
+        for ask in (registry_at(address).tags, registry_at(address).check):
+            with pytest.raises(StoreUnreachable, match="is it a registry"):
+                ask()
+
+
+@pytest.mark.parametrize("page", [b"<html>Log in</html>", b"[]", b"{}"])
+def test_what_is_no_token_is_not_sent_as_one(
+    page: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    answers: dict[str, Answer] = {"/token": lambda _: (200, {}, page)}
+    with scripted(answers) as (address, seen):
+        realm = f'Bearer realm="http://{address}/token",service="s"'
+        answers[TAGS] = lambda _: (401, {"WWW-Authenticate": realm}, b"")
+        with pytest.raises(StoreUnreachable, match="is no token"):
+            registry_at(address).tags()
+        assert all(shown["Authorization"] is None for _, shown in seen)
+
+
 def test_tags_come_in_pages() -> None:
     pages = [b'{"tags": ["a", "b"]}', b'{"tags": ["c"]}']
     link = {"Link": '</v2/a/tags/list?last=b&n=2>; rel="next"'}

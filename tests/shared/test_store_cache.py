@@ -132,6 +132,26 @@ def test_engine_larger_than_the_cache_is_refused_before_it_is_fetched(
     assert refused.value.fields["used_bytes"] == "0"
 
 
+def test_engine_that_cannot_fit_makes_nobody_go(
+    tmp_path: Path, source: LocalStore, engines: list[EngineManifest]
+) -> None:
+    """Neither one larger than the cache, nor one for which too much is held."""
+    cache = cache_of(tmp_path, 2.5)
+    for engine in engines[:2]:
+        cache.pull(source, engine)
+    for size, is_held in ((3 * WEIGHTS, False), (2 * WEIGHTS, True)):
+        large = publish_engine(
+            source, engine_key(model=str(size)), "large", weights=weight_bytes(size, size)
+        )
+        held = cache.hold(engines[0]) if is_held else None
+        with pytest.raises(CacheTooSmall) as refused:
+            cache.pull(source, large)
+        assert (int(refused.value.fields["used_bytes"]) > WEIGHTS) == is_held
+        assert names(cache) == {"a", "b"}
+        if held is not None:
+            held.release()
+
+
 def test_weights_that_stay_count_once(
     tmp_path: Path, source: LocalStore, engines: list[EngineManifest]
 ) -> None:

@@ -1,5 +1,6 @@
 """Stores elsewhere, on a real S3 and a real OCI registry: the same laws as on the disk."""
 
+import json
 import random
 import signal
 import subprocess
@@ -10,9 +11,15 @@ from pathlib import Path
 import obstore
 import pytest
 
-from shared.engine import EngineManifest, EngineSelector, QuantConfig, Signature
+from shared.engine import (
+    EngineManifest,
+    EngineSelector,
+    QuantConfig,
+    Signature,
+    canonical_json,
+)
 from shared.errors import BlobNotFound, DigestMismatch, EngineNotFound, StoreUnreachable
-from shared.store import LocalStore, pull
+from shared.store import LocalStore, oci, pull
 from shared.store.registry import RegistryStore
 from shared.store.s3 import S3Registry
 from tests.shared.engines import INT8, engine_key, publish_engine, weight_bytes
@@ -333,6 +340,30 @@ def test_signatures_travel_with_their_engine(
     assert opened(url).add_signature(engine, two).signatures == (one, two)
     fresh = opened(url)
     assert set(pull(fresh, fresh.get(engine.name), other).signatures) == {one, two}
+
+
+def test_what_other_tools_say_of_an_engine_stays_and_nonsense_hides_nothing(
+    remote: RegistryStore, url: str, local: LocalStore
+) -> None:
+    """The referrers tag belongs to whoever refers to the engine: an SBOM, another tool's signature."""
+    engine = remote.push(local, publish_engine(local))
+    registry, tag = remote.registry, oci.referrers_ref(engine.manifest)
+    empty = oci.descriptor(oci.EMPTY)
+    registry.upload(oci.EMPTY, oci.EMPTY_CONTENT)
+    manifest = {"schemaVersion": 2, "mediaType": oci.MANIFEST_TYPE, "config": empty, "layers": []}
+    artifact = registry.put_manifest(canonical_json(manifest), oci.MANIFEST_TYPE)
+    theirs = {**oci.descriptor(artifact), "artifactType": "application/spdx+json"}
+    kinds = (oci.SIGNATURE_TYPE, oci.TUNING_ARTIFACT_TYPE)
+    nonsense = [{**oci.descriptor(artifact), "artifactType": kind} for kind in kinds]
+    index = {"schemaVersion": 2, "mediaType": oci.INDEX_TYPE, "manifests": [theirs, *nonsense]}
+    registry.put_manifest(canonical_json(index), oci.INDEX_TYPE, tag)
+    assert opened(url).list() == (engine,)
+    signature = Signature(b"k" * 32, b"s" * 64)
+    assert opened(url).add_signature(engine, signature).signatures == (signature,)
+    opened(url).add_tuning(engine, GPU, record_bytes(engine))
+    found = opened(url).registry.manifest(tag)
+    assert found is not None
+    assert theirs in json.loads(found[1])["manifests"]
 
 
 def test_blob_of_other_bytes_is_refused(

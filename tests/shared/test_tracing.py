@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -124,3 +125,16 @@ def test_the_standard_ways_of_turning_it_off_do(
         monkeypatch.setenv(name, value)
     configure_tracing("runtime")
     assert start_span("x") is NO_SPAN
+
+
+def test_moments_go_by_the_clock_as_it_is_set_now() -> None:
+    """A daemon may begin before its machine has asked anybody for the time."""
+    exporter, provider, set_forward_ns = InMemorySpanExporter(), TracerProvider(), [0]
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = Tracer(provider, lambda: time.time_ns() + set_forward_ns[0])
+    set_forward_ns[0] = 3_600_000_000_000
+    now_s = time.monotonic()
+    tracer.start("whole", "internal", "", None).child("part", now_s - 2.0, now_s)
+    (part,) = exporter.get_finished_spans()
+    assert abs(part.end_time - time.time_ns() - set_forward_ns[0]) < 60_000_000_000
+    assert abs(part.end_time - part.start_time - 2_000_000_000) < 100

@@ -80,9 +80,37 @@ def test_flags_override() -> None:
         ({"max_sequence_tokens": 1000, "kv_bytes": 20 * BLOCK_BYTES}, "kv_bytes"),
         ({"kv_bytes": BLOCK_BYTES - 1}, "kv_bytes"),
         ({"max_sequence_tokens": 1000}, "max_sequence_tokens"),
+        ({"max_sequence_tokens": 1}, "max_sequence_tokens"),
     ],
 )
 def test_contradiction_is_an_error_that_names_the_flag(options: dict[str, int], field: str) -> None:
     with pytest.raises(InvalidField) as raised:
         choose(10 * BLOCK_BYTES, **options)
     assert raised.value.fields["field"] == field
+
+
+def test_more_than_a_gpu_has_free_is_refused_before_it_is_asked_for() -> None:
+    free = 100 * BLOCK_BYTES
+    limits = choose_limits(GRAPH, free, RunnerOptions(kv_bytes=free), GPU_DEFAULTS)
+    assert limits.kv_bytes == free
+    with pytest.raises(InvalidField, match=r"1,638,401 bytes are more than the 1,638,400 free"):
+        choose_limits(GRAPH, free, RunnerOptions(kv_bytes=free + 1), GPU_DEFAULTS)
+
+
+@pytest.mark.parametrize("position_bytes", [0, 64, 512, 4096])
+@pytest.mark.parametrize("num_free_blocks", [20, 66, 1000, 100_000])
+def test_tables_of_long_sequences_have_room_beside_the_cache(
+    position_bytes: int, num_free_blocks: int
+) -> None:
+    """They are allocated after it: what a small cache leaves free may be less than they take."""
+    free = num_free_blocks * BLOCK_BYTES
+    limits = choose_limits(GRAPH, free, RunnerOptions(), GPU_DEFAULTS, position_bytes)
+    taken = limits.kv_bytes + limits.max_sequence_tokens * position_bytes
+    assert taken <= 0.95 * free
+    alone = choose_limits(GRAPH, free, RunnerOptions(), GPU_DEFAULTS)
+    if limits.num_blocks < alone.num_blocks:
+        assert "the tables of 512 sequences leave no more of the" in limits.kv_reason
+        block = 16 * (TOKEN_BYTES + position_bytes)
+        assert taken + block > 0.95 * free, "a block more had fitted"
+    if position_bytes * 1024 < 0.05 * free:
+        assert limits == alone

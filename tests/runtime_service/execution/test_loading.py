@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from runtime_service.execution.loader import load_engine
-from runtime_service.execution.loading import load_runner
+from runtime_service.execution.loading import device_full, load_runner
 from runtime_service.execution.options import RunnerOptions
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
 from runtime_service.scheduling.request import SamplingParams, StopParams
-from shared.errors import ArchMismatch, DigestMismatch
+from shared.errors import ArchMismatch, DeviceFull, DigestMismatch
 from tests.runtime_service.execution.engines import build_tiny
 
 
@@ -61,3 +62,22 @@ def test_engine_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path) -> None:
     other = replace(engine, key=replace(engine.key, arch="sm_90"))
     with pytest.raises(ArchMismatch):
         load_runner(store, other, RunnerOptions())
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.5 GiB of which "
+            "1.2 GiB is free. Including non-PyTorch memory, this process has 22.3 GiB memory in use.",
+            "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.5 GiB of which 1.2 GiB is free",
+        ),
+        ("CUDA error: out of memory\nmore", "CUDA error: out of memory"),
+    ],
+)
+def test_full_gpu_is_told_in_a_line(tmp_path: Path, said: str, told: str) -> None:
+    _, engine = build_tiny(tmp_path)
+    with pytest.raises(DeviceFull) as refused, device_full(engine):
+        raise torch.OutOfMemoryError(said)
+    assert refused.value.fields == {"engine": engine.name, "problem": told}
+    assert "\n" not in str(refused.value)

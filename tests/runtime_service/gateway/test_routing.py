@@ -36,6 +36,15 @@ def test_prompts_spread_over_idle_runtimes() -> None:
     assert min(counts.values()) > 60
 
 
+def test_prompts_spread_over_runtimes_whose_long_names_differ_at_their_ends() -> None:
+    """As pods' do, whose namespace and service come first in some clusters."""
+    host = "runtimes.a-namespace-with-a-long-name.a-cluster-with-a-long-name.example.org"
+    runtimes = [Candidate(f"{host}:{port}", 0) for port in (7602, 7603, 7604)]
+    counts = Counter(choose(runtimes, str(n).encode()) for n in range(300))
+    assert len(counts) == 3
+    assert min(counts.values()) > 60
+
+
 def test_prompts_that_begin_alike_have_one_prefix() -> None:
     system = "You are a careful assistant. " * 20
     for make in (
