@@ -169,8 +169,10 @@ def _config(
         raise InvalidModel(problem="the GGUF file has no list tokenizer.ggml.tokens")
     num_heads = field("attention.head_count")
     hidden_size = field("embedding_length")
-    if not num_heads or hidden_size % num_heads:
-        raise InvalidModel(problem=f"{hidden_size} values do not divide among {num_heads} heads")
+    key_length = f"{family}.attention.key_length"
+    if not num_heads or (hidden_size % num_heads and key_length not in metadata):
+        problem = f"{hidden_size} values do not divide among {num_heads} heads"
+        raise InvalidModel(problem=f"{problem}, and there is no {key_length}")
     head_dim = field("attention.key_length", hidden_size // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if field(key, head_dim) != head_dim:
