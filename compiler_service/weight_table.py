@@ -59,7 +59,8 @@ def require_tied_head(graph: Graph, checkpoint: Checkpoint) -> None:
     if "lm_head" in graph.weights or head is None or head.quantized is not None:
         return
     tied, stored = checkpoint.read(_EMBEDDING), checkpoint.read(_HEAD)
-    pairs = zip(tied.split(_COMPARED_ROWS), stored.split(_COMPARED_ROWS), strict=False)
+    pieces = (torch.split(tensor, _COMPARED_ROWS) for tensor in (tied, stored))
+    pairs = zip(*pieces, strict=False)
     if tied.shape != stored.shape or not all(torch.equal(a.float(), b.float()) for a, b in pairs):
         raise InvalidModel(
             problem=f"{_HEAD} differs from {_EMBEDDING}, to which config.json ties it; set "
