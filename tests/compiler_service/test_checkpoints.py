@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from compiler_service.builder import BuildRequest, build
@@ -21,6 +22,7 @@ from compiler_service.checkpoints.digest import (
     model_digest,
     verify_unchanged,
 )
+from compiler_service.checkpoints.hub import FETCHED, NOT_FETCHED
 from compiler_service.checkpoints.sample import SAMPLES
 from compiler_service.checkpoints.sources import SOURCES, open_checkpoint
 from compiler_service.models import parameter_shapes
@@ -324,6 +326,17 @@ def test_hub_snapshot_in_the_local_cache_is_opened(
     assert checkpoint.config["model_type"] == "mistral"
     with pytest.raises(ModelNotFound, match="hf:org/tiny@v2"):
         open_checkpoint("hf:org/tiny@v2")
+
+
+def test_weights_are_fetched_from_the_hub_once() -> None:
+    """Mistral's repositories hold them twice, Llama's in a folder too; `*` takes slashes there."""
+    weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    wanted = ["config.json", "model.safetensors.index.json", "tokenizer.json", *weights]
+    others = ["consolidated.safetensors", "original/consolidated.00.safetensors", "README.md"]
+    found = filter_repo_objects(
+        [*wanted, *others], allow_patterns=FETCHED, ignore_patterns=NOT_FETCHED
+    )
+    assert list(found) == wanted
 
 
 def test_folder_of_neither_kind_is_not_found(tmp_path: Path) -> None:
