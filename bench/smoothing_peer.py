@@ -105,7 +105,7 @@ def write_checkpoint(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with DEFAULT_TEXT.open("rb") as text:
         documents = read_calibration_text("", hashlib.file_digest(text, "sha256").hexdigest())
-    tokenizer = TextTokenizer(checkpoint.files)
+    tokenizer = TextTokenizer(checkpoint.files, checkpoint.config["vocab_size"])
     positions = int(config["max_position_embeddings"])
     return cut_windows(documents, tokenizer, positions, calibration_tokens)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import structlog
 from google.rpc import status_pb2
 
-from compiler_service.progress import BuildProgress
+from compiler_service.progress import BuildProgress, Remaining
 
 _TERMINATE_S = 5.0
 _MAX_LINE_BYTES = 1 << 20
@@ -33,6 +33,7 @@ class BuildProcess:
         self._start = time.monotonic()
         self._end = 0.0
         self._stages: list[tuple[str, float]] = []
+        self._remaining = Remaining()
         self.progress: BuildProgress | None = None
 
     async def run(self) -> status_pb2.Status | None:
@@ -105,14 +106,6 @@ class BuildProcess:
         now = time.monotonic()
         if not self._stages or self._stages[-1][0] != stage:
             self._stages.append((stage, now))
-        self.progress = BuildProgress(
-            stage, fraction, done, total, eta_s(now - self._start, fraction)
-        )
+        eta_s = self._remaining.seconds(now - self._start, stage, fraction, done)
+        self.progress = BuildProgress(stage, fraction, done, total, eta_s)
         return None
-
-
-def eta_s(elapsed_s: float, fraction: float) -> float | None:
-    """Seconds to the end if the rest goes as the beginning did; None while too little is done."""
-    if fraction < 0.02 or elapsed_s < 0.5:
-        return None
-    return round(elapsed_s * (1 - fraction) / fraction, 1)

@@ -31,6 +31,7 @@ from compiler_service.progress import BuildProgress
 from compiler_service.quantization import scheme_named
 from compiler_service.quantization.as_is import AS_IS, notes_of
 from compiler_service.quantized_weights import QuantizedWeights, quantize_weights
+from compiler_service.weight_table import require_tied_head
 from shared.arch import arch_named
 from shared.engine import (
     FILE_TYPE,
@@ -198,7 +199,9 @@ def _quantized(
 
     Raises:
         ModelChanged: one did; names it.
+        InvalidModel, InvalidField, QualityGate: as in `quantize_weights`, or a tied head is not.
     """
+    require_tied_head(build_plan.source, checkpoint)
     with ThreadPoolExecutor(1, thread_name_prefix="rehash") as pool:
         unchanged = pool.submit(
             verify_unchanged,

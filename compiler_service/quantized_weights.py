@@ -55,7 +55,7 @@ def quantize_weights(
     Raises:
         QualityGate: they cost more than the recipe allows; says what to keep.
         InvalidField: the calibration text cannot be used.
-        InvalidModel: a tensor holds NaN or infinity.
+        InvalidModel: a tensor holds NaN or infinity, or the tokenizer is of another model.
     """
     work = _Work(store, build_plan, checkpoint, calibration_uri, enter, on_bytes)
     return work.run()
@@ -105,8 +105,9 @@ class _Work:
         return QuantizedWeights(graph, (*layers, blob))
 
     def _read_text(self, uri: str) -> None:
-        tokenizer = TextTokenizer(self._plan.files)
-        max_positions = int(str(self._plan.graph.config["max_position_embeddings"]))
+        config = self._plan.graph.config
+        tokenizer = TextTokenizer(self._plan.files, int(str(config["vocab_size"])))
+        max_positions = int(str(config["max_position_embeddings"]))
         documents = read_calibration_text(uri, self._quant.calibration_digest)
         tokens = self._quant.calibration_tokens
         windows = cut_windows(documents, tokenizer, max_positions, tokens)

@@ -12,6 +12,9 @@ from shared.ir import Graph, WeightSpec
 
 # Tensors that old checkpoints carry and that say nothing.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Two tensors are compared in pieces of so many rows.
+_COMPARED_ROWS = 4096
 
 
 def require_tensors(graph: Graph, tensors: Mapping[str, TensorInfo]) -> None:
@@ -33,8 +36,8 @@ def require_tensors(graph: Graph, tensors: Mapping[str, TensorInfo]) -> None:
             raise InvalidModel(
                 problem=f"{name} has shape {list(found)} and config.json implies {list(shape)}"
             )
-    # A tied head is often stored again beside the embedding that it equals.
-    ignored = {"lm_head.weight"} if "lm_head" not in graph.weights else set()
+    # A tied head is often stored again beside the embedding; `require_tied_head` holds them together.
+    ignored = {_HEAD} if "lm_head" not in graph.weights else set()
     extra = sorted(
         name
         for name in set(tensors) - set(wanted) - ignored
@@ -42,6 +45,27 @@ def require_tensors(graph: Graph, tensors: Mapping[str, TensorInfo]) -> None:
     )
     if extra:
         raise InvalidModel(problem=f"{_count(extra)} left over that config.json does not imply")
+
+
+def require_tied_head(graph: Graph, checkpoint: Checkpoint) -> None:
+    """Checks that a head which the graph ties to the embedding is not stored with other values.
+
+    One that the checkpoint quantized is let be: it is the embedding, less exactly.
+
+    Raises:
+        InvalidModel: it is, so that leaving it out would be another model.
+    """
+    head = checkpoint.tensors.get(_HEAD)
+    if "lm_head" in graph.weights or head is None or head.quantized is not None:
+        return
+    tied, stored = checkpoint.read(_EMBEDDING), checkpoint.read(_HEAD)
+    pieces = (torch.split(tensor, _COMPARED_ROWS) for tensor in (tied, stored))
+    pairs = zip(*pieces, strict=False)
+    if tied.shape != stored.shape or not all(torch.equal(a.float(), b.float()) for a, b in pairs):
+        raise InvalidModel(
+            problem=f"{_HEAD} differs from {_EMBEDDING}, to which config.json ties it; set "
+            "tie_word_embeddings to false there, or leave the tensor out"
+        )
 
 
 def weights_in_order(graph: Graph) -> list[str]:

@@ -10,6 +10,8 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,9 +27,12 @@ from kernels.variant import (
     KernelVariant,
 )
 from shared.arch import Arch, arch_named
+from shared.process import end_with_parent
 
 # After a kernel's own arguments Triton passes two pointers: global scratch and profile scratch.
 _TRAILING_POINTERS = (8, 8)
+# Each takes 0.4 GB, however large the model.
+_MOST_PROCESSES = 8
 _TYPE_BYTES = {"i32": 4, "i64": 8, "fp32": 4}
 
 
@@ -59,14 +64,21 @@ def compile_variants(
     """
     unique = {variant.key: variant for variant in variants}
     jobs = [(unique[key], arch.name) for key in sorted(unique)]
-    processes = max(1, min(num_processes or os.cpu_count() or 1, len(jobs)))
+    processes = max(1, min(num_processes or _num_processes(), len(jobs)))
+    with compile_pool(processes) as pool:
+        return list(pool.map(_compile_job, jobs, chunksize=1 + len(jobs) // (8 * processes)))
+
+
+@contextlib.contextmanager
+def compile_pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes to compile in, started from this thread as they are needed; they end with it, however it does."""
     context = multiprocessing.get_context("spawn")
     # A cache of its own each time: Triton's is keyed by its environment, and ours is the store.
     with (
         tempfile.TemporaryDirectory(prefix="millrace-triton-") as cache,
-        ProcessPoolExecutor(processes, context, _prepare_worker, (cache,)) as pool,
+        ProcessPoolExecutor(num_processes, context, _prepare_worker, (cache, os.getpid())) as pool,
     ):
-        return list(pool.map(_compile_job, jobs, chunksize=1 + len(jobs) // (8 * processes)))
+        yield pool
 
 
 def pack_kernels(kernels: Iterable[CompiledKernel], arch: Arch) -> list[tuple[str, bytes]]:
@@ -175,7 +187,14 @@ def _check(kernel: CompiledKernel, arch: Arch, metadata: Any) -> None:
     )
 
 
-def _prepare_worker(cache: str) -> None:
+def _num_processes() -> int:
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(allowed, _MOST_PROCESSES)
+
+
+def _prepare_worker(cache: str, parent: int) -> None:
+    # A pool's processes hold both ends of its pipe: they would wait for work for ever.
+    end_with_parent(parent, signal.SIGKILL)
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # line info embeds source paths
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = cache

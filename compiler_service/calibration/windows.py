@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
-from shared.errors import InvalidField
+from shared.errors import InvalidField, InvalidModel
 
 WINDOW_TOKENS = 256
 MEASURED_WINDOWS = 2
@@ -42,16 +42,30 @@ class TextWindows:
 
 
 class TextTokenizer:
-    """An engine's own tokenizer: text to ids, and what every sequence begins with."""
+    """An engine's own tokenizer: text to ids, and what every sequence begins with.
 
-    def __init__(self, files: Mapping[str, bytes]) -> None:
+    Args:
+        vocab_size: how many tokens the model has an embedding of.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], vocab_size: int) -> None:
         self._tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+        self._vocab_size = vocab_size
         plain, full = self.ids("a"), self._tokenizer.encode("a").ids
         self.start = full[:1] if full[:1] != plain[:1] else []
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of `text`, no special ones added."""
+        """The tokens of `text`, no special ones added.
+
+        Raises:
+            InvalidModel: the model has no embedding of one.
+        """
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if max(ids, default=0) >= self._vocab_size:
+            problem = (
+                f"tokenizer.json makes token {max(ids)} of a text, and config.json's vocab_size"
+            )
+            raise InvalidModel(problem=f"{problem} is {self._vocab_size}")
         return ids
 
 
@@ -70,6 +84,7 @@ def cut_windows(
 
     Raises:
         InvalidField: the text is empty or too short.
+        InvalidModel: the model has no positions for a text, or no embedding of its tokens.
     """
     tokens = [token for text in documents for token in tokenizer.ids(text)]
     # Two windows and the token after them, where one is measured and another calibrated with.
@@ -78,6 +93,9 @@ def cut_windows(
         problem = f"the text has {len(tokens)} tokens, and at least {needed} are needed"
         raise InvalidField(field="calibration_uri", problem=problem)
     size = min(WINDOW_TOKENS, max_positions) - len(tokenizer.start)
+    if size < 1:
+        problem = f"max_position_embeddings is {max_positions}, which leaves a text no room"
+        raise InvalidModel(problem=problem)
     # A window's last token is followed by the first of the next one; the last of all by nothing.
     count = max((len(tokens) - 1) // size, 1)
     size = min(size, len(tokens) - 1)

@@ -40,7 +40,8 @@ def find_linears(settings: Mapping[str, Any], tensors: Tensors) -> dict[str, Qua
         UnsupportedModel: another packing or number of bits.
         InvalidModel: tensors contradict each other or the settings.
     """
-    version = str(settings.get("version", "gemm")).lower()
+    # GPTQModel calls it `format` too, as it does for GPTQ.
+    version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if version != "gemm":
         raise UnsupportedModel(architecture=f"AWQ version {version}", known="gemm")
     bits = settings.get("bits", settings.get("w_bit", 4))

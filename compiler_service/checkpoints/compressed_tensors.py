@@ -44,6 +44,8 @@ from shared.errors import InvalidModel, UnsupportedModel
 _FORMATS = (
     "pack-quantized", "float-quantized", "int-quantized", "naive-quantized", "mixed-precision"
 )  # fmt: skip
+# Transforms that are in the stored weights.
+_STORED_TRANSFORMS = ("weight_input", "weight_output")
 LEFT_OUT = (
     ".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point",
     ".q_scale", ".k_scale", ".v_scale", ".q_zero_point", ".k_zero_point", ".v_zero_point",
@@ -70,6 +72,7 @@ def find_linears(
     if pattern != "dense":
         found = f"compressed-tensors sparsity {pattern}"
         raise UnsupportedModel(architecture=found, known="dense")
+    _require_no_transforms(settings.get("transform_config"))
     said = _said_by_bits(settings)
     drops_zeros = any(
         name.endswith(".weight_zero_point") and stored.dtype == torch.int8
@@ -83,6 +86,27 @@ def find_linears(
         elif role == "weight_scale" and f"{stem}.weight_packed" not in tensors:
             linears[f"{stem}.weight"] = _whole_bytes(stem, tensors)
     return linears
+
+
+def _require_no_transforms(config: object) -> None:
+    """Checks that nothing is to be multiplied while the model runs, as QuIP and SpinQuant's R3, R4 are.
+
+    What only rotates weights was done when they were stored.
+
+    Raises:
+        UnsupportedModel: something is.
+    """
+    if not config:
+        return
+    groups = config.get("config_groups") if isinstance(config, dict) else None
+    schemes = list(groups.values()) if isinstance(groups, dict) else [None]
+    for scheme in schemes:
+        steps = scheme.get("apply") if isinstance(scheme, dict) else None
+        for step in steps if isinstance(steps, list) else [None]:
+            place = step.get("location") if isinstance(step, dict) else None
+            if place not in _STORED_TRANSFORMS:
+                found = f"compressed-tensors with a transform of {place or 'an unknown place'}"
+                raise UnsupportedModel(architecture=found, known=", ".join(_STORED_TRANSFORMS))
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,10 +45,12 @@ class FileHashes:
     def _load(self) -> dict[str, dict[str, str]]:
         try:
             table = json.loads(self._path.read_bytes())
-        except (FileNotFoundError, ValueError):
-            # None yet, or cut short by a crash: either way everything is simply hashed again.
+        except (FileNotFoundError, ValueError, RecursionError):
+            # None yet, or spoiled by a crash: either way everything is simply hashed again.
             return {}
-        return table if isinstance(table, dict) else {}
+        if not isinstance(table, dict):
+            return {}
+        return {path: known for path, known in table.items() if isinstance(known, dict)}
 
     def _remember(self, path: Path, state: str, digest: str) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)

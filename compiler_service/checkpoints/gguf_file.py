@@ -7,6 +7,7 @@ interleaved for another form of RoPE; they are put back into half-rotation order
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,28 +155,11 @@ def _config(
     if not isinstance(family, str) or family not in ARCHITECTURES:
         raise UnsupportedModel(architecture=f"GGUF {family}", known=", ".join(ARCHITECTURES))
 
-    def field(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{family}.{key}", default)
-        if value is None:
-            raise InvalidModel(problem=f"the GGUF file lacks {family}.{key}")
-        if isinstance(value, list):
-            raise InvalidModel(problem=f"{family}.{key} differs between layers")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidModel(problem=f"{family}.{key} is {value!r}, no number")
-        return value
-
+    field = partial(_number, metadata, family)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise InvalidModel(problem="the GGUF file has no list tokenizer.ggml.tokens")
-    num_heads = field("attention.head_count")
-    hidden_size = field("embedding_length")
-    if not num_heads or hidden_size % num_heads:
-        raise InvalidModel(problem=f"{hidden_size} values do not divide among {num_heads} heads")
-    head_dim = field("attention.key_length", hidden_size // num_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if field(key, head_dim) != head_dim:
-            found = f"GGUF with {family}.{key} {field(key)}"
-            raise UnsupportedModel(architecture=found, known=f"{head_dim}, the head's size")
+    num_heads, hidden_size = field("attention.head_count"), field("embedding_length")
     config = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
@@ -185,7 +169,7 @@ def _config(
         "num_hidden_layers": field("block_count"),
         "num_attention_heads": num_heads,
         "num_key_value_heads": field("attention.head_count_kv", num_heads),
-        "head_dim": head_dim,
+        "head_dim": _head_dim(metadata, family, num_heads, hidden_size),
         "max_position_embeddings": field("context_length"),
         "rms_norm_eps": _shortest_float32(field("attention.layer_norm_rms_epsilon")),
         "hidden_act": "silu",
@@ -194,6 +178,42 @@ def _config(
     }
     config["rope_parameters"] |= _rope_scaling(metadata, family, rope_factors)
     return config
+
+
+def _number(metadata: Mapping[str, Any], family: str, key: str, default: Any = None) -> Any:
+    """The family's number of that name, or the default.
+
+    Raises:
+        InvalidModel: there is neither, or it is no number.
+    """
+    value = metadata.get(f"{family}.{key}", default)
+    if value is None:
+        raise InvalidModel(problem=f"the GGUF file lacks {family}.{key}")
+    if isinstance(value, list):
+        raise InvalidModel(problem=f"{family}.{key} differs between layers")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidModel(problem=f"{family}.{key} is {value!r}, no number")
+    return value
+
+
+def _head_dim(metadata: Mapping[str, Any], family: str, num_heads: Any, hidden_size: Any) -> Any:
+    """The size of keys, values and what is rotated of them, which must be one.
+
+    Raises:
+        InvalidModel: it is not given, and the heads do not share the hidden size evenly.
+        UnsupportedModel: they differ.
+    """
+    key_length = f"{family}.attention.key_length"
+    if not num_heads or (hidden_size % num_heads and key_length not in metadata):
+        problem = f"{hidden_size} values do not divide among {num_heads} heads"
+        raise InvalidModel(problem=f"{problem}, and there is no {key_length}")
+    head_dim = _number(metadata, family, "attention.key_length", hidden_size // num_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        found = _number(metadata, family, key, head_dim)
+        if found != head_dim:
+            architecture = f"GGUF with {family}.{key} {found}"
+            raise UnsupportedModel(architecture=architecture, known=f"{head_dim}, the head's size")
+    return head_dim
 
 
 def _rope_scaling(

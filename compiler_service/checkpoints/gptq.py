@@ -1,7 +1,8 @@
 """GPTQ folders (AutoGPTQ, GPTQModel): 4- or 8-bit weights in groups, with zero points.
 
     qweight int32 [K * bits/32, N]   rows of K packed along it, lowest bits first
-    qzeros  int32 [J, N * bits/32]   zero points; format `gptq` stores z - 1, `gptq_v2` stores z
+    qzeros  int32 [J, N * bits/32]   zero points; format `gptq` stores z - 1, `gptq_v2` stores z; GPTQModel
+                                     calls it `checkpoint_format`, or `format` alone
     scales  fp16 [J, N]              value[k, n] = (q - z[g_idx[k], n]) * scales[g_idx[k], n]
     g_idx   int32 [K]                group of each row of K; k // G unless act-order chose otherwise;
                                      the last group is shorter where G does not divide K
@@ -50,7 +51,7 @@ def find_linears(
         UnsupportedModel: another packing or number of bits.
         InvalidModel: tensors contradict each other or the settings.
     """
-    packing = settings.get("checkpoint_format") or "gptq"
+    packing = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if not isinstance(packing, str) or packing not in _FORMATS or settings.get("is_marlin_format"):
         found = "marlin" if settings.get("is_marlin_format") else packing
         raise UnsupportedModel(architecture=f"GPTQ packed as {found}", known=", ".join(_FORMATS))

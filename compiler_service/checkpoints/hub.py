@@ -16,9 +16,11 @@ from compiler_service.checkpoints.checkpoint import FILE_NAMES, Checkpoint
 from compiler_service.checkpoints.quantized_folder import SETTINGS_FILES, open_folder
 from shared.errors import ModelNotFound
 
-_PATTERNS = [
+FETCHED = [
     "config.json", "*.safetensors", "model.safetensors.index.json", *FILE_NAMES, *SETTINGS_FILES
 ]  # fmt: skip
+# The same weights once more: in their maker's own form, or in folders for other programs.
+NOT_FETCHED = ["consolidated*", "*/*"]
 
 
 def open_hub_repository(reference: str) -> Checkpoint:
@@ -29,7 +31,12 @@ def open_hub_repository(reference: str) -> Checkpoint:
     """
     repository, _, revision = reference.partition("@")
     try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=_PATTERNS)
+        folder = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=FETCHED,
+            ignore_patterns=NOT_FETCHED,
+        )
     except GatedRepoError as error:
         raise _not_found(reference, "its owners must grant access to your token") from error
     except RevisionNotFoundError as error:

@@ -8,15 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from compiler_service.models.fields import flag, fraction, num_layers_of, positive
 from compiler_service.models.rope import Rope, rope_of
 from shared.errors import InvalidModel, UnsupportedModel
 from shared.ir import Attr, Graph, Node, TensorSpec, WeightSpec
 
-# Beyond these a config is corrupt, and lowering it would take forever.
-_MOST, _MOST_LAYERS = (1 << 31) - 1, 4096
-# What transformers' MistralConfig, Qwen2Config and Qwen3Config say where config.json does not.
-_DEFAULT_WINDOW, _DEFAULT_WINDOW_LAYERS = 4096, 28
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+# Two names of one function.
+_ACTIVATIONS = ("silu", "swish")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +28,8 @@ class DecoderTraits:
         mlp_bias: the MLP's projections add a bias.
         qk_norm: q and k are normalized per head before RoPE.
         windows: sliding window of each layer in tokens, 0 = none; empty = none anywhere.
+        default_head_dim: where config.json has none; 0 = the hidden size shared by the heads.
+        default_num_kv_heads: where config.json has none; 0 = as many as heads.
     """
 
     family: str
@@ -38,6 +38,8 @@ class DecoderTraits:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int, ...] = ()
+    default_head_dim: int = 0
+    default_num_kv_heads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,32 +58,29 @@ class DecoderSizes:
     is_tied: bool
 
     @staticmethod
-    def from_config(config: Mapping[str, Any]) -> "DecoderSizes":
-        """The sizes of `config`.
+    def from_config(config: Mapping[str, Any], traits: DecoderTraits) -> "DecoderSizes":
+        """The sizes of `config`, and where it has none those of the family.
 
         Raises:
             InvalidModel: a field is missing, no positive number, or contradicts another.
             UnsupportedModel: the activation is not SiLU.
         """
         activation = config.get("hidden_act") or "silu"
-        if activation != "silu":
+        if activation not in _ACTIVATIONS:
             raise UnsupportedModel(architecture=f"hidden_act {activation}", known="silu")
-        num_heads = _positive(config, "num_attention_heads")
-        hidden_size = _positive(config, "hidden_size")
-        if config.get("head_dim") is None and hidden_size % num_heads:
-            problem = f"{hidden_size} values do not divide among {num_heads} heads, and there is no"
-            raise InvalidModel(problem=f"{problem} head_dim")
+        num_heads = positive(config, "num_attention_heads")
+        hidden_size = positive(config, "hidden_size")
         sizes = DecoderSizes(
-            num_layers=_positive(config, "num_hidden_layers", most=_MOST_LAYERS),
+            num_layers=num_layers_of(config),
             num_heads=num_heads,
-            num_kv_heads=_positive(config, "num_key_value_heads", num_heads),
-            head_dim=_positive(config, "head_dim", hidden_size // num_heads),
+            num_kv_heads=_num_kv_heads(config, num_heads, traits),
+            head_dim=_head_dim(config, hidden_size, num_heads, traits),
             hidden_size=hidden_size,
-            intermediate_size=_positive(config, "intermediate_size"),
-            vocab_size=_positive(config, "vocab_size"),
-            max_positions=_positive(config, "max_position_embeddings"),
-            eps=_eps(config),
-            is_tied=bool(config.get("tie_word_embeddings", False)),
+            intermediate_size=positive(config, "intermediate_size"),
+            vocab_size=positive(config, "vocab_size"),
+            max_positions=positive(config, "max_position_embeddings"),
+            eps=fraction(config, "rms_norm_eps", 1e-6),
+            is_tied=flag(config, "tie_word_embeddings"),
         )
         if sizes.num_heads % sizes.num_kv_heads:
             problem = f"{sizes.num_heads} heads do not share {sizes.num_kv_heads} key-value heads"
@@ -93,7 +92,7 @@ class DecoderSizes:
 
 def lower_decoder(config: Mapping[str, Any], dtype: str, traits: DecoderTraits) -> Graph:
     """The unfused graph of a decoder; activations and logical weights have `dtype`."""
-    sizes = DecoderSizes.from_config(config)
+    sizes = DecoderSizes.from_config(config, traits)
     rope = rope_of(config, sizes.head_dim)
     lowering = _Lowering(sizes, rope, dtype, traits)
     nodes, weights = lowering.run()
@@ -239,61 +238,18 @@ class _Lowering:
         return output
 
 
-def _positive(
-    config: Mapping[str, Any], name: str, default: int | None = None, most: int = _MOST
+def _num_kv_heads(config: Mapping[str, Any], num_heads: int, traits: DecoderTraits) -> int:
+    # Null is no default: transformers takes it for as many as there are heads.
+    is_null = "num_key_value_heads" in config
+    default = num_heads if is_null else traits.default_num_kv_heads or num_heads
+    return positive(config, "num_key_value_heads", default)
+
+
+def _head_dim(
+    config: Mapping[str, Any], hidden_size: int, num_heads: int, traits: DecoderTraits
 ) -> int:
-    value = config.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        found = "is missing" if value is None else f"is {value!r}"
-        wanted = f"a whole number from 1 to {most}"
-        raise InvalidModel(problem=f"config.json's {name} {found}; it must be {wanted}")
-    return value
-
-
-def _eps(config: Mapping[str, Any]) -> float:
-    value = config.get("rms_norm_eps")
-    value = 1e-6 if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        problem = f"config.json's rms_norm_eps is {value!r}; it must be between 0 and 1"
-        raise InvalidModel(problem=problem)
-    return float(value)
-
-
-def uniform_windows(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Each layer's window where a config's window holds for all of them; null turns it off."""
-    window = _window(config)
-    num_layers = _positive(config, "num_hidden_layers", most=_MOST_LAYERS)
-    return (window,) * num_layers if window else ()
-
-
-def sliding_windows(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Each layer's window where a config turns windows on by `use_sliding_window`.
-
-    `layer_types` says which layers; where it is missing, those from `max_window_layers` on.
-    """
-    num_layers = _positive(config, "num_hidden_layers", most=_MOST_LAYERS)
-    if not config.get("use_sliding_window", False) or not (window := _window(config)):
-        return ()
-    layer_types = config.get("layer_types")
-    if layer_types is None:
-        first = config.get("max_window_layers", _DEFAULT_WINDOW_LAYERS)
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise InvalidModel(problem=f"config.json's max_window_layers is {first!r}")
-        return tuple(window if layer >= first else 0 for layer in range(num_layers))
-    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
-        found = len(layer_types) if isinstance(layer_types, list) else f"{layer_types!r} as"
-        raise InvalidModel(problem=f"{found} layer_types for {num_layers} layers")
-    for kind in layer_types:
-        if kind not in _LAYER_TYPES:
-            known = ", ".join(_LAYER_TYPES)
-            raise UnsupportedModel(architecture=f"layer type {kind}", known=known)
-    return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
-
-
-def _window(config: Mapping[str, Any]) -> int:
-    """0 where it is null; a config that says nothing means the default of its family."""
-    value = config.get("sliding_window", _DEFAULT_WINDOW)
-    if value is None:
-        return 0
-    return _positive(config, "sliding_window", _DEFAULT_WINDOW)
+    is_shared = config.get("head_dim") is None and not traits.default_head_dim
+    if is_shared and hidden_size % num_heads:
+        problem = f"{hidden_size} values do not divide among {num_heads} heads, and there is no"
+        raise InvalidModel(problem=f"{problem} head_dim")
+    return positive(config, "head_dim", traits.default_head_dim or hidden_size // num_heads)

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from compiler_service.models.decoder import DecoderTraits, lower_decoder, sliding_windows
+from compiler_service.models.decoder import DecoderTraits, lower_decoder
+from compiler_service.models.windows import sliding_windows
 from shared.ir import Graph
 
 
 def lower(config: Mapping[str, Any], dtype: str) -> Graph:
     """The unfused graph."""
     windows = sliding_windows(config)
-    return lower_decoder(config, dtype, DecoderTraits("qwen2", qkv_bias=True, windows=windows))
+    traits = DecoderTraits("qwen2", qkv_bias=True, windows=windows, default_num_kv_heads=32)
+    return lower_decoder(config, dtype, traits)

@@ -15,7 +15,7 @@ from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer_files
 from compiler_service.quantization import SCHEMES
 from compiler_service.resolve import resolve
 from shared.engine import EngineManifest, QuantConfig
-from shared.errors import InvalidField, ModelChanged, UnsupportedQuant
+from shared.errors import InvalidField, InvalidModel, ModelChanged, UnsupportedQuant
 from shared.store.local import LocalStore
 from tests.checkpoints import write_checkpoint
 from tests.compiler_service.quantized_engines import (
@@ -25,7 +25,7 @@ from tests.compiler_service.quantized_engines import (
     write_uneven_checkpoint,
 )
 
-TOKENIZER = TextTokenizer(byte_tokenizer_files())
+TOKENIZER = TextTokenizer(byte_tokenizer_files(), 320)
 TEXT = "".join(f"line {number}: the quick brown fox\n" for number in range(400))
 
 
@@ -95,6 +95,16 @@ def test_text_that_cannot_be_used_is_refused_in_one_line(case: str, tmp_path: Pa
     assert what in str(refused.value)
     assert "\n" not in str(refused.value)
     assert store.list() == ()
+
+
+def test_model_that_cannot_read_a_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "tiny", vocab_size=100)
+    with pytest.raises(InvalidModel, match=r"makes token \d+ of a text, and .*vocab_size is 100"):
+        build_quantized(folder, QuantConfig("int8"), tmp_path)
+    tokenizer = TextTokenizer(byte_tokenizer_files(), 320)
+    tokenizer.start = [1]
+    with pytest.raises(InvalidModel, match="max_position_embeddings is 1, which leaves"):
+        cut_windows([TEXT], tokenizer, 1, 0)
 
 
 def test_missing_text_is_refused_before_anything_is_queued(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+from compiler_service.builder import BuildRequest, build
 from compiler_service.checkpoints.byte_tokenizer import byte_tokenizer
 from compiler_service.checkpoints.checkpoint import FILE_NAMES
 from compiler_service.checkpoints.digest import (
@@ -20,10 +22,13 @@ from compiler_service.checkpoints.digest import (
     model_digest,
     verify_unchanged,
 )
+from compiler_service.checkpoints.hub import FETCHED, NOT_FETCHED
 from compiler_service.checkpoints.sample import SAMPLES
 from compiler_service.checkpoints.sources import SOURCES, open_checkpoint
 from compiler_service.models import parameter_shapes
 from compiler_service.planning import plan
+from compiler_service.resolve import resolve
+from compiler_service.weight_table import require_tied_head
 from shared.engine import EngineKey, QuantConfig
 from shared.errors import (
     InvalidField,
@@ -33,6 +38,7 @@ from shared.errors import (
     ModelNotFound,
     UnsupportedModel,
 )
+from shared.store.local import LocalStore
 from tests.checkpoints import tiny_config, write_checkpoint
 
 KEY = EngineKey("0" * 64, "cpu", QuantConfig("bf16"), "1-test")
@@ -251,7 +257,28 @@ def test_tied_head_that_is_stored_again_is_accepted(tmp_path: Path) -> None:
         folder,
         lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
     )
-    assert "lm_head" not in plan(open_checkpoint(str(folder)), KEY, "tiny").graph.weights
+    checkpoint = open_checkpoint(str(folder))
+    graph = plan(checkpoint, KEY, "tiny").graph
+    assert "lm_head" not in graph.weights
+    require_tied_head(graph, checkpoint)
+
+
+@pytest.mark.parametrize("row", [0, 319])
+def test_tied_head_that_is_stored_with_other_values_is_refused(row: int, tmp_path: Path) -> None:
+    """Leaving it out, as the config says, would be another model; transformers unties it."""
+    folder = write_checkpoint(tmp_path / "m", tie_word_embeddings=True)
+
+    def add_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][row, 0] += 1
+
+    _edit_tensors(folder, add_head)
+    resolved = resolve(str(folder), ["cpu"], QuantConfig("bf16"), "tiny", tmp_path / "cache")
+    request = BuildRequest(str(folder), resolved.keys["cpu"], "tiny", tmp_path / "cache")
+    store = LocalStore(tmp_path / "store")
+    with pytest.raises(InvalidModel, match=r"lm_head.weight differs .* tie_word_embeddings to fal"):
+        build(request, store, lambda progress: None)
+    assert not list(store.list())
 
 
 NOT_FOUND = {
@@ -299,6 +326,17 @@ def test_hub_snapshot_in_the_local_cache_is_opened(
     assert checkpoint.config["model_type"] == "mistral"
     with pytest.raises(ModelNotFound, match="hf:org/tiny@v2"):
         open_checkpoint("hf:org/tiny@v2")
+
+
+def test_weights_are_fetched_from_the_hub_once() -> None:
+    """Mistral's repositories hold them twice, Llama's in a folder too; `*` takes slashes there."""
+    weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    wanted = ["config.json", "model.safetensors.index.json", "tokenizer.json", *weights]
+    others = ["consolidated.safetensors", "original/consolidated.00.safetensors", "README.md"]
+    found = filter_repo_objects(
+        [*wanted, *others], allow_patterns=FETCHED, ignore_patterns=NOT_FETCHED
+    )
+    assert list(found) == wanted
 
 
 def test_folder_of_neither_kind_is_not_found(tmp_path: Path) -> None:
@@ -400,10 +438,14 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path) -> None:
     assert model_digest(inputs, FileHashes(tmp_path), lambda n: pytest.fail("read")) == digest
 
 
-def test_corrupt_hash_cache_costs_time_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", ['{"cut', "[" * 100_000, "[1]", '{"FILE": 3}'], ids=["cut", "deep", "list", "number"]
+)
+def test_corrupt_hash_cache_costs_time_and_nothing_else(content: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m")
     before = _digest(folder, tmp_path)
-    (tmp_path / "file_hashes.json").write_text('{"cut')
+    content = content.replace("FILE", str((folder / "config.json").resolve()))
+    (tmp_path / "file_hashes.json").write_text(content)
     assert _digest(folder, tmp_path) == before
 
 

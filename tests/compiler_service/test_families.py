@@ -1,5 +1,6 @@
 """Law 6: families match transformers, logits and text; what no family does is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,24 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 32},
     ),
     "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "mistral-window-of-some-layers": (
+        "mistral",
+        {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "llama-swish": ("llama", {"hidden_act": "swish"}),
+    # What other architectures read in their configs means nothing in this one.
+    "llama-fields-of-others": (
+        "llama",
+        {
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 5.0,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.2,
+            "no_rope_layers": [0, 1],
+        },
+    ),
     "qwen2-window": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
@@ -94,6 +113,40 @@ def test_greedy_text_equals_that_of_transformers(family: str, tmp_path: Path) ->
     assert logits[len(tokens) - 1 :].argmax(-1).tolist() == generated[len(tokens) :].tolist()
 
 
+LEFT_OUT = {
+    "llama": {"num_key_value_heads": 4},
+    "mistral": {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 4},
+    "qwen2": {"num_attention_heads": 64, "num_key_value_heads": 32, "hidden_size": 128}
+    | {"head_dim": 2},
+    "qwen3": {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128},
+}
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_heads_that_a_config_leaves_out_are_those_of_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path, family, seed=3, **LEFT_OUT[family])
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_key_value_heads"], config["head_dim"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = _tokens(seed=3)
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0]
+    logits = _reference_logits(open_checkpoint(str(folder)), tokens)
+    assert float((logits - expected).abs().max()) <= 1e-4
+
+
+def test_random_model_has_the_heads_that_its_family_leaves_out(tmp_path: Path) -> None:
+    config = tiny_config("qwen3", num_attention_heads=32, num_key_value_heads=32)
+    del config["head_dim"], config["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = open_checkpoint(f"random:{tmp_path}/config.json").tensors
+    assert tensors["model.layers.0.self_attn.k_proj.weight"].shape == (32 * 128, 64)
+    assert tensors["model.layers.0.self_attn.q_norm.weight"].shape == (128,)
+
+
 def test_every_family_has_a_tiny_checkpoint() -> None:
     assert set(ARCHITECTURES.values()) == set(FAMILIES)
 
@@ -125,6 +178,29 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "architectures": ({"architectures": "Llama"}, InvalidModel, "'Llama', no list"),
     "kv heads": ({"num_key_value_heads": 3}, InvalidModel, "3 key-value heads"),
     "odd head": ({"head_dim": 15}, InvalidModel, "head_dim 15"),
+    "window that is off and slides": (
+        {
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        InvalidModel,
+        "layer_types has sliding_attention, and config.json turns sliding windows off",
+    ),
+    "window that is null and slides": (
+        {
+            "architectures": ["MistralForCausalLM"],
+            "sliding_window": None,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        InvalidModel,
+        "layer_types has sliding_attention, and config.json turns sliding windows off",
+    ),
+    "text for a flag": (
+        {"tie_word_embeddings": "false"},
+        InvalidModel,
+        "tie_word_embeddings is 'false'; it must be true or false",
+    ),
     "layer types": (
         {
             "model_type": "qwen2",

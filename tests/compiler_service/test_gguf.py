@@ -110,6 +110,19 @@ def test_pre_tokenizer_splits_without_losing_text(name: str) -> None:
     assert max(map(len, digits)) == longest
 
 
+def test_heads_may_have_a_length_that_the_hidden_size_does_not_give(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "hf", hidden_size=66, head_dim=16)
+    length = {"llama__attention__key_length": 16, "llama__attention__value_length": 16}
+    read = open_checkpoint(str(write_gguf(tmp_path / "m.gguf", folder, **length)))
+    plan(read, EngineKey("0" * 64, "cpu", QuantConfig("bf16"), "1-test"), "tiny")
+    assert read.config["head_dim"] == 16
+    bare = {**dict.fromkeys(length), "llama__rope__dimension_count": None}
+    with pytest.raises(
+        InvalidModel, match="66 values do not divide among 4 heads, and there is no"
+    ):
+        open_checkpoint(str(write_gguf(tmp_path / "n.gguf", folder, **bare)))
+
+
 BAD_METADATA: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "family": ({"general__architecture": "mamba"}, UnsupportedModel, "mamba"),
     "vocabulary kind": ({"tokenizer__ggml__model": "llama"}, UnsupportedModel, "tokenizer llama"),

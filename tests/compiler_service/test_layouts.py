@@ -134,3 +134,25 @@ def test_int4_levels_come_back_bit_for_bit(group_size: int, seed: int) -> None:
     wide_scale, wide_zero = (t.repeat_interleave(group_size, 1) for t in (scale, zero))
     assert torch.equal(unpacked, levels.float() * wide_scale + wide_zero)
     assert torch.equal(int4_levels(unpacked, wide_scale, wide_zero).to(torch.int8), levels)
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size"),
+    [("int8_channel", 0), ("fp8_channel", 0), *(("int8_group", group) for group in INT8_GROUPS)],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_codes_of_whole_bytes_come_back_bit_for_bit(name: str, group_size: int, seed: int) -> None:
+    """Whoever chooses them, and every finite one: what is unpacked rounds to them again."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.arange(-128, 128).to(torch.int8).repeat(5, 1)
+    if name == "fp8_channel":
+        codes = codes[:, (codes[0].int() & 127) != 127].contiguous().view(torch.float8_e4m3fn)
+    num_groups = codes.shape[1] // group_size if group_size else 1
+    scale = torch.rand((5, num_groups), generator=generator) * 10.0 ** (seed - 3) + 1e-6
+    packed = {"weight": codes, "scale": scale if group_size else scale[:, 0]}
+    unpacked = LAYOUTS[name].unpack(packed)
+    wide = scale.repeat_interleave(codes.shape[1] // num_groups, 1)
+    assert torch.equal(unpacked, codes.float() * wide)
+    again = unpacked / wide
+    again = again if name == "fp8_channel" else again.round()
+    assert torch.equal(again.to(codes.dtype).view(torch.uint8), codes.view(torch.uint8))

@@ -99,7 +99,7 @@ def test_lengths_are_halves_of_the_longest_and_stop_where_the_model_or_the_memor
 
 
 def test_lengths_without_room_for_the_facts_are_skipped_and_longer_ones_are_not() -> None:
-    tokenizer = TextTokenizer(byte_tokenizer_files())
+    tokenizer = TextTokenizer(byte_tokenizer_files(), 320)
     text = torch.tensor(tokenizer.ids("All work and no play makes Jack a dull boy. " * 40))
     _, contexts = hide_needles(tokenizer, text, 1024, 1024, PLENTY)
     found = {context.num_tokens: context for context in contexts}

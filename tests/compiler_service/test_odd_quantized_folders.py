@@ -18,6 +18,7 @@ from kernels.linear.layouts import LAYOUTS
 from shared.engine import EngineKey, QuantConfig
 from shared.errors import InvalidModel, UnsupportedModel
 from tests.compiler_service.quantized_folders import (
+    awq,
     compressed_bytes,
     compressed_packed,
     edit_settings,
@@ -184,6 +185,45 @@ def test_gptq_rules_may_leave_layers_alone_and_no_more(tmp_path: Path) -> None:
     for rule in (r"+:.*down_proj.*", r".*down_proj.*"):
         edit_settings(tmp_path / "m", dynamic={r"-:.*lm_head.*": {}, rule: {"bits": 8}})
         with pytest.raises(UnsupportedModel, match="dynamic bits per layer"):
+            open_checkpoint(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("field", ["checkpoint_format", "format"])
+def test_gptq_zero_points_are_read_as_either_field_says(field: str, tmp_path: Path) -> None:
+    """The two formats differ by one in every zero point; GPTQModel knows both names of the field."""
+    settings, one = gptq(symmetric=False, is_v2=True)
+    folder = tmp_path / "m"
+    settings[field] = settings.pop("checkpoint_format")
+    _require_values(folder, write_quantized(folder, settings, one))
+    edit_settings(folder, **{field: "marlin"})
+    with pytest.raises(UnsupportedModel, match="GPTQ packed as marlin"):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("field", ["version", "format"])
+def test_awq_that_is_not_packed_for_gemm_is_refused(field: str, tmp_path: Path) -> None:
+    settings, one = awq()
+    settings.pop("version", None)
+    write_quantized(tmp_path / "m", {**settings, field: "gemv"}, one)
+    with pytest.raises(UnsupportedModel, match="AWQ version gemv"):
+        open_checkpoint(str(tmp_path / "m"))
+
+
+def _transforms(*places: str) -> dict[str, Any]:
+    steps = [{"targets": ["Linear"], "location": place} for place in places]
+    return {"config_groups": {"R": {"type": "hadamard", "apply": steps}}}
+
+
+@pytest.mark.parametrize("place", ["input", "output", "q_attn", "k_cache"])
+def test_rotations_that_a_running_model_has_to_make_are_refused(place: str, tmp_path: Path) -> None:
+    """Without them the weights are those of no model; those in stored weights alone change nothing."""
+    settings, one = compressed_packed()
+    merged = _transforms("weight_input", "weight_output")
+    values = write_quantized(tmp_path / "m", {**settings, "transform_config": merged}, one)
+    _require_values(tmp_path / "m", values)
+    for config in (_transforms("weight_input", place), {"rotates": True}, "quip"):
+        edit_settings(tmp_path / "m", transform_config=config)
+        with pytest.raises(UnsupportedModel, match="with a transform of"):
             open_checkpoint(str(tmp_path / "m"))
 
 

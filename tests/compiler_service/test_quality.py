@@ -84,7 +84,7 @@ def test_report_says_what_a_whole_run_of_both_graphs_says(
     store, engine = build_quantized(folder, QuantConfig("int4", **LOOSE), tmp_path)
     graph, checkpoint = graph_of(store, engine), open_checkpoint(str(folder))
     documents = read_calibration_text("", engine.key.quant.calibration_digest)
-    tokenizer = TextTokenizer(checkpoint.files)
+    tokenizer = TextTokenizer(checkpoint.files, 320)
     windows = cut_windows(documents, tokenizer, 512, 0)
     with WeightReader(store, engine) as reader:
         stored = dense(graph, {name: reader.roles(name) for name in graph.weights})

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import structlog
 
-from compiler_service.build_process import eta_s
 from compiler_service.build_queue import (
     CANCELLED,
     FAILED,
@@ -303,13 +302,3 @@ async def test_idle_worker_outlives_redis(
         async with asyncio.timeout(60):
             await queue.enqueue([job("ok")])
             assert (await end_of(queue, job("ok").key.digest)).state == SUCCEEDED
-
-
-@pytest.mark.parametrize(
-    ("elapsed_s", "fraction", "expected"),
-    [(10, 0.5, 10.0), (30, 0.75, 10.0), (10, 0.0, None), (0.1, 0.5, None), (10, 1.0, 0.0)],
-)
-def test_eta_goes_on_as_the_build_began(
-    elapsed_s: float, fraction: float, expected: float | None
-) -> None:
-    assert eta_s(elapsed_s, fraction) == expected

@@ -1,6 +1,9 @@
 """Machine code is made without a GPU, fits each arch, and is the same bytes each time."""
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -159,3 +162,23 @@ def test_declared_alignment_makes_wide_loads() -> None:
 def test_compiling_writes_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
     _compile_one(one_token(_SHAPE, ARCHES["sm_90"], _TILES), ARCHES["sm_90"])
     assert capfd.readouterr().out == ""
+
+
+_KILLED = """
+import os
+from kernels.aot import compile_pool
+
+with compile_pool(1) as pool:
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_processes_that_compile_end_with_the_build_that_is_killed() -> None:
+    """The system's out-of-memory killer, or a cancel that is not heard, leaves none of them waiting."""
+    # What it writes ends once all that inherited its pipe have ended.
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED], stdout=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert int(done.stdout) > 1
