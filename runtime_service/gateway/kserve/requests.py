@@ -14,7 +14,7 @@ from millrace.kserve.v2 import inference_pb2 as kserve
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.kserve.tensors import Value, inputs_of
-from runtime_service.gateway.sampling_fields import Sampling, checked, set_sampling
+from runtime_service.gateway.sampling_fields import Sampling, checked, misfit, set_sampling
 from shared.errors import InvalidField
 
 VERSION = "1"
@@ -170,9 +170,7 @@ def _sampling(fields: dict[str, Any]) -> _Sampling:
         # Numbers may be written as text: clients of the vLLM backend do.
         sampling = msgspec.convert(fields, _Sampling, strict=False)
     except msgspec.ValidationError as error:
-        problem, _, path = str(error).partition(" - at `$")
-        field = path.strip("`").lstrip(".") or "sampling_parameters"
-        raise InvalidField(field=field, problem=problem[0].lower() + problem[1:]) from None
+        raise misfit(error, "sampling_parameters") from None
     if end_id is not None:
         sampling.stop_token_ids = [*(sampling.stop_token_ids or ()), end_id]
     return sampling
