@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -90,7 +91,16 @@ async def test_an_openai_server_is_measured(tmp_path: Path) -> None:
     assert report["output_tokens"] == 160
     check_pace(report, 8)
     assert "time to first token" in out.lower()
-    assert page.read_text().startswith("<!doctype html>")
+    told = page.read_text()
+    assert told.startswith("<!doctype html>")
+    for latency in ("ttft_ms", "itl_ms", "e2e_ms"):
+        for share in ("p50", "p99"):
+            assert f">{share} {report[latency][share]:,.1f} ms<" in told
+    # How many requests ran at once is a whole number.
+    counts = told.split("<h2>Requests at once</h2>")[1].split("</figure>")[0]
+    ticks = re.findall(r'text-anchor="end">([^<]+)<', counts)
+    assert ticks
+    assert all(tick.isdigit() for tick in ticks)
     assert len(server.asked) == 22
     assert {len(body["prompt"]) for body in server.asked} == {3, 4, 5}
     assert server.keys == {"Bearer secret"}

@@ -8,7 +8,7 @@ from typing import Any
 from millrace.cli.bench.charts import Chart
 from millrace.cli.bench.driver import Measurement
 from millrace.cli.bench.summary import LATENCIES, values_of
-from millrace.cli.bench.timeline import Slo, Timeline
+from millrace.cli.bench.timeline import Slo, Timeline, percentile
 
 # More than a plot can show: the rest is left out evenly.
 _MAX_POINTS = 1500
@@ -32,7 +32,7 @@ table{border-collapse:collapse;margin-bottom:1.6rem}
 th,td{padding:.3rem 1.1rem .3rem 0;text-align:right;font-variant-numeric:tabular-nums}
 th{color:var(--dim);font-weight:500}th:first-child,td:first-child{text-align:left}
 tbody tr{border-top:1px solid var(--grid)}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(430px,1fr));gap:1.4rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(430px,100%),1fr));gap:1.4rem}
 figure{margin:0;background:var(--card);border-radius:8px;padding:.9rem 1rem .6rem}
 figcaption{color:var(--dim);font-size:.85rem}svg{width:100%;height:auto;display:block}
 .grid{stroke:var(--grid)}.axis{stroke:var(--dim)}.tick{fill:var(--dim);font-size:11.5px}
@@ -146,9 +146,10 @@ def _distribution(title: str, seconds: list[float], limit_s: float | None) -> st
     shares = [(value, 100 * (i + 1) / len(ordered)) for i, value in enumerate(ordered)]
     chart.line([*_thinned(shares), (chart.x.high, 100.0)], "c0", is_filled=True)
     if limit_s is not None:
-        chart.vertical(limit_s * 1000, "objective", "bad")
-    else:
-        chart.vertical(ordered[(len(ordered) - 1) // 2], "p50", "dim")
+        chart.vertical(limit_s * 1000, "objective", "bad", row=2)
+    for row, share in enumerate((50, 99)):
+        value = percentile(ordered, share) or 0.0
+        chart.vertical(value, f"p{share} {value:,.1f} ms", "dim", row=row)
     return _figure(title, "share that is at most as slow", chart)
 
 
@@ -176,6 +177,7 @@ def _concurrency(measured: Measurement) -> str:
             place += 1
         points.append((edge, float(running)))
     chart = _time_chart(measured, max(count for _, count in points))
+    chart.is_count_y = True
     chart.line(points, "c1", is_filled=True)
     return _figure("Requests at once", "sent, and not ended", chart)
 
