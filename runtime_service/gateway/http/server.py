@@ -160,7 +160,9 @@ class HttpServer:
         except MillraceError as error:
             return failure(error), error.code.name, error.reason
         except web.HTTPException as error:
-            return failure_of_http(error), "INVALID_ARGUMENT", ""
+            return failure_of_http(error, request), "INVALID_ARGUMENT", ""
+        except web.RequestPayloadError:
+            return _unreadable(request), "INVALID_ARGUMENT", InvalidField.reason
         except ConnectionError:
             return web.Response(status=_CLIENT_GONE), "CANCELLED", ""
         except Exception:
@@ -205,6 +207,16 @@ async def body_of(request: web.Request) -> bytes:
         raise InvalidField(field="body", problem=problem) from None
 
 
+def _unreadable(request: web.Request) -> web.Response:
+    """The answer to a body that is not coded as it says; the connection ends with it."""
+    coding = request.headers.get("Content-Encoding", "identity")
+    response = failure(InvalidField(field="body", problem=f"cannot be read as {coding!r}"))
+    response.force_close()
+    # Else the library looks for the body's end before it answers, and fails.
+    request.content.feed_eof()
+    return response
+
+
 async def open_stream(request: web.Request, content_type: str) -> web.StreamResponse:
     """An answer that is written piece by piece; its status, which is 200, is sent now."""
     response = web.StreamResponse()
@@ -225,7 +237,7 @@ async def _told_as_json(request: web.Request, handler: Handler) -> web.StreamRes
     try:
         return await handler(request)
     except web.HTTPException as error:
-        return failure_of_http(error)
+        return failure_of_http(error, request)
 
 
 async def _named(request: web.Request, response: web.StreamResponse) -> None:

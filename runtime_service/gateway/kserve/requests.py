@@ -98,6 +98,11 @@ def parse(request: kserve.ModelInferRequest) -> Asked:
         InvalidField: an input or a parameter is unknown, missing or none of its kind.
     """
     check_version(request.model_version)
+    for tensor in (*request.inputs, *request.outputs):
+        # Regions of shared memory, and classes: what is passed over would be waited for.
+        for parameter in tensor.parameters:
+            problem = f"is not supported with the parameter {parameter!r}"
+            raise InvalidField(field=tensor.name, problem=problem)
     if len(request.id) > MAX_ID_CHARS:
         problem = f"must have at most {MAX_ID_CHARS} characters, found {len(request.id)}"
         raise InvalidField(field="id", problem=problem)
@@ -139,9 +144,14 @@ def refused(request: kserve.ModelInferRequest) -> Asked:
     return Asked(*names, pb.StartGeneration(), is_stream=True, prefix="", outputs=())
 
 
+def is_version(version: str) -> bool:
+    """Whether it is the version that there is, or none is named."""
+    return version in ("", VERSION)
+
+
 def check_version(version: str) -> None:
     """Raises InvalidField unless it is the version that there is."""
-    if version not in ("", VERSION):
+    if not is_version(version):
         problem = f"must be {VERSION} or empty, found {version!r}"
         raise InvalidField(field="model_version", problem=problem)
 

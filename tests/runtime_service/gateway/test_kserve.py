@@ -79,6 +79,7 @@ async def test_tritons_client_learns_what_there_is(tmp_path: Path) -> None:
         about, index = await triton(fleet, ("about", {}), ("index", {}))
     assert about["live"] is about["ready"] is about["model_ready"] is True
     assert about["other_ready"] is False
+    assert about["versions_ready"] == [True, False]
     assert about["server"] == about["platform"] == "millrace"
     assert about["inputs"]["text_input"] == about["outputs"]["text_output"] == "BYTES"
     assert about["inputs"]["stream"] == "BOOL"
@@ -304,6 +305,20 @@ async def test_an_input_that_comes_twice_is_refused(tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await stub.ModelInfer(request)
     assert "max_tokens: is given twice" in str(raised.value.details())
+
+
+@pytest.mark.parametrize("kind", ["inputs", "outputs"])
+async def test_regions_of_shared_memory_are_refused(tmp_path: Path, kind: str) -> None:
+    """A client that names one reads its answer there, whatever it is sent."""
+    request = request_of(text_input="a", max_tokens=2)
+    request.outputs.add(name="text_output")
+    tensor = getattr(request, kind)[0]
+    tensor.parameters["shared_memory_region"].string_param = "region"
+    async with connected(tmp_path, 1) as (_, stub):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stub.ModelInfer(request)
+    says = f"{tensor.name}: is not supported with the parameter 'shared_memory_region'"
+    assert says in str(raised.value.details())
 
 
 @given(st.lists(st.text()), st.lists(st.integers(0, 2**32 - 1)))

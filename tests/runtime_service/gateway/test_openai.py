@@ -1,6 +1,7 @@
 """OpenAI's own Python client, at a gateway in front of runtimes that echo."""
 
 import asyncio
+import gzip
 import json
 import random
 import socket
@@ -342,22 +343,44 @@ async def test_bodies_that_are_no_request_are_refused(tmp_path: Path) -> None:
     async with serving(tmp_path, num_runtimes=1) as (fleet, _):
         url = f"http://{fleet.http.address}/v1/chat/completions"
         json_type = {"Content-Type": "application/json"}
+        gzipped = {**json_type, "Content-Encoding": "gzip"}
         async with aiohttp.ClientSession() as session:
-            for data, headers, status in (
-                (b"{", json_type, 400),
-                (b"[]", json_type, 400),
-                (b'"\xff"', json_type, 400),
-                (b"[" * 100_000, json_type, 400),
-                (b"{}", {"Content-Type": "text/plain"}, 400),
-                (b"x" * (2 << 20), json_type, 413),
+            for data, headers, status, says in (
+                (b"{", json_type, 400, "body: is not JSON"),
+                (b"[]", json_type, 400, "body: must be a JSON object"),
+                (b'"\xff"', json_type, 400, "body: is not JSON"),
+                (b"[" * 100_000, json_type, 400, "body: is not JSON"),
+                (b"{}", {"Content-Type": "text/plain"}, 400, "Content-Type: must be"),
+                (b"x" * (2 << 20), json_type, 413, "over the 1048576 bytes of MILLRACE_MAX"),
+                (b"{}", gzipped, 400, "body: cannot be read as 'gzip'"),
+                (gzip.compress(b"{}"), gzipped, 400, "messages: must be given"),
             ):
                 async with session.post(url, data=data, headers=headers) as response:
                     assert response.status == status
-                    assert (await response.json())["error"]["message"]
-            for method, path, status in (("PUT", url, 405), ("GET", url + "/x", 404)):
+                    assert says in (await response.json())["error"]["message"]
+            for method, path, status, says in (
+                ("PUT", url, 405, "it takes: GET, POST"),
+                ("GET", url + "/x", 404, "'/v1/chat/completions/x'; there are: /,"),
+            ):
                 async with session.request(method, path) as response:
                     assert response.status == status
-                    assert (await response.json())["error"]["type"] == "invalid_request_error"
+                    error = (await response.json())["error"]
+                    assert error["type"] == "invalid_request_error"
+                    assert says in error["message"]
+                    assert ("Allow" in response.headers) is (status == 405)
+
+
+async def test_a_base_without_v1_and_endpoints_that_are_missing_are_told_what_there_is(
+    tmp_path: Path,
+) -> None:
+    async with serving(tmp_path, num_runtimes=1) as (fleet, client):
+        base = f"http://{fleet.http.address}"
+        with pytest.raises(NotFoundError, match=r"there are: .*/v1/chat/completions"):
+            await client.with_options(base_url=base).chat.completions.create(
+                model="echo", messages=HELLO
+            )
+        with pytest.raises(NotFoundError, match="Nothing is served at '/v1/responses'"):
+            await client.responses.create(model="echo", input="hello")
 
 
 async def test_every_answer_names_its_request_and_not_its_server(tmp_path: Path) -> None:
