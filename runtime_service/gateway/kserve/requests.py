@@ -98,11 +98,13 @@ def parse(request: kserve.ModelInferRequest) -> Asked:
         InvalidField: an input or a parameter is unknown, missing or none of its kind.
     """
     check_version(request.model_version)
-    for tensor in (*request.inputs, *request.outputs):
-        # Regions of shared memory, and classes: what is passed over would be waited for.
-        for parameter in tensor.parameters:
+    # Regions of shared memory, and classes: what is passed over would be waited for.
+    parts = [(part.name, part.parameters) for part in request.inputs]
+    parts += [(part.name, part.parameters) for part in request.outputs]
+    for name, said in parts:
+        for parameter in said:
             problem = f"is not supported with the parameter {parameter!r}"
-            raise InvalidField(field=tensor.name, problem=problem)
+            raise InvalidField(field=name, problem=problem)
     if len(request.id) > MAX_ID_CHARS:
         problem = f"must have at most {MAX_ID_CHARS} characters, found {len(request.id)}"
         raise InvalidField(field="id", problem=problem)
