@@ -57,6 +57,10 @@ async def test_code_in_an_answer_stands_apart_and_nothing_widens_a_phone(tmp_pat
         await expect(answer.locator("p").last).to_contain_text("2 ** 3 is not bold ** at all")
         assert await answer.locator("img").count() == 0
         assert await page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+        await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        await answer.locator(".copy").click()
+        await expect(answer.locator(".copy.done")).to_be_visible()
+        assert await page.evaluate("navigator.clipboard.readText()") == code
         # Who holds a phone sees the fleet's state as well.
         await expect(page.locator("#state")).to_be_visible()
 
