@@ -28,7 +28,7 @@ p.sub{color:var(--dim);margin:.2rem 0 1.4rem}
 .tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin-bottom:1.4rem}
 .tile{background:var(--card);border-radius:8px;padding:.7rem 1rem;min-width:8.5rem}
 .tile b{display:block;font-size:1.45rem;font-weight:600}.tile span{color:var(--dim);font-size:.85rem}
-table{border-collapse:collapse;margin-bottom:1.6rem}
+.figures{overflow-x:auto;margin-bottom:1.6rem}table{border-collapse:collapse}
 th,td{padding:.3rem 1.1rem .3rem 0;text-align:right;font-variant-numeric:tabular-nums}
 th{color:var(--dim);font-weight:500}th:first-child,td:first-child{text-align:left}
 tbody tr{border-top:1px solid var(--grid)}
@@ -42,6 +42,10 @@ figcaption{color:var(--dim);font-size:.85rem}svg{width:100%;height:auto;display:
 .bad.rule{stroke:var(--bad)}.bad.dot,.bad.name{fill:var(--bad)}.dot{opacity:.6}
 .rule{stroke-dasharray:5 4;stroke-width:1.4}.name{font-size:11.5px}
 .dim.rule{stroke:var(--dim);stroke-dasharray:2 3}.dim.name{fill:var(--dim)}
+.name{paint-order:stroke;stroke:var(--card);stroke-width:4px;stroke-linejoin:round}
+@media(max-width:600px){body{margin:1.2rem auto}.tiles{display:grid;grid-template-columns:1fr 1fr}
+.tile{min-width:0}table{width:100%;font-size:.8rem}th,td{padding:.3rem 0 .3rem .5rem}
+th:first-child,td:first-child{padding-left:0}.tick,.name{font-size:14.5px}}
 .warn{border-left:4px solid var(--c1);background:var(--card);padding:.6rem 1rem;margin-bottom:1.4rem}
 details{margin-top:1.6rem;color:var(--dim)}pre{white-space:pre-wrap;font-size:12.5px}
 """
@@ -126,7 +130,8 @@ def _table(document: dict[str, Any]) -> str:
             cells = "".join(f"<td>{spread[column]:,.1f}</td>" for column in columns)
             rows.append(f"<tr><td>{title}</td>{cells}</tr>")
     head = "".join(f"<th>{column}</th>" for column in columns)
-    return f"<table><thead><tr><th>ms</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    body = f"<thead><tr><th>ms</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="figures"><table>{body}</table></div>'
 
 
 def _figure(title: str, caption: str, chart: Chart) -> str:
