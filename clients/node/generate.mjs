@@ -10,7 +10,7 @@ const root = join(here, "../..");
 const python = process.env.PYTHON ?? join(root, ".venv/bin/python");
 const protos = join(root, "protos");
 const out = join(here, "src/gen");
-const site = execFileSync(python, ["-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]);
+const site = siteOf(python);
 // The KServe protocol is others'; Triton's clients speak it.
 const files = readdirSync(join(protos, "millrace"))
   .filter((p) => p !== "kserve")
@@ -28,3 +28,14 @@ execFileSync(
   ],
   { stdio: "inherit" },
 );
+
+function siteOf(python) {
+  const asked = "import grpc_tools, google.rpc, sysconfig; print(sysconfig.get_path('purelib'))";
+  try {
+    return execFileSync(python, ["-c", asked], { stdio: ["ignore", "pipe", "ignore"] });
+  } catch {
+    const needs = "a Python with grpcio-tools and googleapis-common-protos";
+    console.error(`${python} is not ${needs}; PYTHON names one.`);
+    process.exit(1);
+  }
+}

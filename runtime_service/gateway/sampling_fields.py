@@ -4,6 +4,7 @@ Values are checked where all starts are, in `validation`. Sources: OpenAI API re
 line in `Sampling`, vLLM's `SamplingParams`.
 """
 
+import re
 from collections.abc import Iterable, MutableSequence
 from typing import TypeVar
 
@@ -24,6 +25,10 @@ _NAMES = {
     "start.stop.max_new_tokens": "max_tokens",
     "start.stop.min_new_tokens": "min_tokens",
 }
+
+# What msgspec says of a field that is no struct's, or that a struct lacks; a name may be any text.
+_MISFIT = re.compile(r"Object (contains unknown|missing required) field `(.*)`", re.DOTALL)
+_MAX_NAME_CHARS = 64
 
 # vLLM's and SGLang's word for no limit, where ours is 0.
 _ALL_TOKENS = -1
@@ -94,6 +99,24 @@ def renamed(error: MillraceError) -> MillraceError:
     field = error.fields["field"]
     name = _NAMES.get(field, field.removeprefix("start.").removeprefix("sampling."))
     return InvalidField(field=name, problem=error.fields["problem"])
+
+
+def misfit(error: msgspec.ValidationError, whole: str) -> InvalidField:
+    """What `error` says, with the name of the field that it is about.
+
+    Args:
+        whole: what it is called where that is no field of it.
+    """
+    problem, _, path = str(error).partition(" - at `$")
+    field = path.strip("`").lstrip(".")
+    if (found := _MISFIT.fullmatch(problem)) is None:
+        return InvalidField(field=field or whole, problem=problem[0].lower() + problem[1:])
+    name = found[2]
+    if not name.isprintable() or len(name) > _MAX_NAME_CHARS:
+        name = repr(name[:_MAX_NAME_CHARS])
+    is_unknown = found[1].endswith("unknown")
+    where = f"{field}.{name}" if field else name
+    return InvalidField(field=where, problem="is not known" if is_unknown else "must be given")
 
 
 Number = TypeVar("Number", int, float)

@@ -162,11 +162,39 @@ def test_options_go_where_the_protocol_has_them() -> None:
     assert (start.request_id, start.priority) == ("r1", 3)
 
 
-def test_messages_become_a_chat_and_mixtures_are_refused() -> None:
+def test_one_stop_string_is_not_its_characters() -> None:
+    assert list(start_generation("hello", stop="END").stop.strings) == ["END"]
+
+
+def test_messages_become_a_chat() -> None:
     start = start_generation([{"role": "user", "content": "hi"}])
     assert [(m.role, m.content) for m in start.chat.messages] == [("user", "hi")]
-    with pytest.raises(TypeError, match="mix"):
-        start_generation([1, {"role": "user", "content": "hi"}])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        (7, "text, token ids or messages, and no mix of them, found int"),
+        (None, "found NoneType"),
+        (b"hello", "found bytes"),
+        ([1.5], "found float at 0"),
+        ([1, {"role": "user", "content": "hi"}], "found int at 0"),
+        ([{"role": "user", "content": "hi"}, "you"], "found str at 1"),
+        ([{"role": "user"}], "message 0 of the prompt needs role and content"),
+        ([{"role": "user", "content": ["hi"]}], "message 0 of the prompt needs role and content"),
+    ],
+)
+def test_what_is_no_prompt_is_told_apart(prompt: object, says: str) -> None:
+    with pytest.raises(TypeError) as raised:
+        start_generation(prompt)  # type: ignore[arg-type]
+    assert says in str(raised.value)
+
+
+def test_token_ids_out_of_range_are_refused_without_all_of_them() -> None:
+    with pytest.raises(millrace.MillraceError) as raised:
+        start_generation([1] * 1000 + [-1])
+    assert raised.value.reason == "INVALID_FIELD"
+    assert str(raised.value) == "ids: out of range, found [1, 1, 1, 1, 1, 1, ...]."
 
 
 def test_build_is_watched_to_its_end(client: millrace.Client, script: Script) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from millrace.client import Client
     from millrace.errors import MillraceError
     from millrace.generation import Chunk, GenerateOptions, Generation, Message, Prompt, Sample
+    from millrace.retries import Retries
     from millrace.session import Session
     from millrace.stream import Stream
 
@@ -32,6 +33,7 @@ __all__ = [
     "Message",
     "MillraceError",
     "Prompt",
+    "Retries",
     "Sample",
     "Session",
     "Stream",
@@ -40,6 +42,7 @@ __all__ = [
 _MODULES = {
     "AsyncClient": "aio",
     "AsyncStream": "async_stream",
+    "Retries": "retries",
     "Session": "session",
     "Client": "client",
     "Stream": "stream",

@@ -6,6 +6,7 @@ where trying again can help, BadRequest for fields.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from reprlib import repr as _shortened
 from typing import TypeVar
 
 import grpc
@@ -107,7 +108,7 @@ def filled(message: type[AnyMessage], **fields: object) -> AnyMessage:
                 message(**{name: value})
             except ValueError:
                 raise MillraceError(
-                    f"{name}: out of range, found {value}.",
+                    f"{name}: out of range, found {_shortened(value)}.",
                     "INVALID_FIELD",
                     grpc.StatusCode.INVALID_ARGUMENT,
                     {"field": name},

@@ -23,14 +23,14 @@ class Message(TypedDict):
     content: str
 
 
-Prompt = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or messages for the model's chat template."""
+Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, str]]
+"""Text, token ids, or messages for the model's chat template: written out, or kept in a `dict`."""
 
 
 class GenerateOptions(TypedDict, total=False):
     """Everything that can be asked of a generation; protos/millrace/runtime/v1 documents each.
 
-    `stop` are strings and `stop_token_ids` ids that end it; `timeout_s` counts queueing. Decoding
+    `stop` is a string or strings and `stop_token_ids` ids that end it; `timeout_s` counts queueing. Decoding
     is greedy unless `temperature` is set. `model` chooses a deployment or a model of a gateway.
     """
 
@@ -49,7 +49,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: bool
     top_logprobs: int
     prompt_logprobs: bool
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_end_tokens: bool
     timeout_s: float
@@ -57,6 +57,7 @@ class GenerateOptions(TypedDict, total=False):
     model: str
 
 
+_PROMPTS = "a prompt is text, token ids or messages, and no mix of them"
 _STOP_FIELDS = {
     "max_new_tokens": "max_new_tokens",
     "min_new_tokens": "min_new_tokens",
@@ -88,7 +89,9 @@ def start_generation(
     stop: dict[str, object] = {}
     for name, value in options.items():
         if name in _STOP_FIELDS:
-            stop[_STOP_FIELDS[name]] = value
+            # A string is a sequence too: of its characters.
+            is_one = name == "stop" and isinstance(value, str)
+            stop[_STOP_FIELDS[name]] = [value] if is_one else value
         elif name not in ("timeout_s", "priority", "model"):
             sampling[name] = value
     start.sampling.CopyFrom(filled(pb.SamplingParams, **sampling))
@@ -102,15 +105,20 @@ def _set_prompt(start: pb.StartGeneration, prompt: Prompt) -> None:
     if isinstance(prompt, str):
         start.text = prompt
         return
-    messages = [item for item in prompt if not isinstance(item, int)]
-    if not messages:
-        ids = [item for item in prompt if isinstance(item, int)]
-        start.token_ids.CopyFrom(pb.TokenIds(ids=ids))
+    # Bytes would pass for token ids.
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Iterable):
+        raise TypeError(f"{_PROMPTS}, found {type(prompt).__name__}")
+    items: list[object] = list(prompt)
+    if all(isinstance(item, int) for item in items):
+        start.token_ids.CopyFrom(filled(pb.TokenIds, ids=items))
         return
-    if len(messages) != len(prompt):
-        raise TypeError("a prompt is text, token ids or messages, not a mix of them")
-    for message in messages:
-        start.chat.messages.add(role=message["role"], content=message["content"])
+    for place, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise TypeError(f"{_PROMPTS}, found {type(item).__name__} at {place}")
+        role, content = item.get("role"), item.get("content")
+        if not (isinstance(role, str) and isinstance(content, str)):
+            raise TypeError(f"message {place} of the prompt needs role and content, both text")
+        start.chat.messages.add(role=role, content=content)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ _STATUSES = {
     _S.DEADLINE_EXCEEDED: 504,
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_MAX_PATH_CHARS = 128
 # Where programs know another word than our reason.
 _CODES = {
     "MODEL_NOT_SERVED": "model_not_found",
@@ -58,11 +59,21 @@ def error_body(error: MillraceError) -> dict[str, object]:
     return _body(status, str(error), parameter, code)
 
 
-def failure_of_http(error: web.HTTPException) -> web.Response:
+def failure_of_http(error: web.HTTPException, request: web.Request) -> web.Response:
     """What the HTTP library refuses: an unknown path, another method, a body that is too large."""
-    allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-    message = f"{error.reason}."
-    return _response(error.status, _body(error.status, message, None, None), allow)
+    headers, message, path = {}, f"{error.reason}.", repr(request.path[:_MAX_PATH_CHARS])
+    if isinstance(error, web.HTTPNotFound):
+        # Bases without /v1, and endpoints that other servers have.
+        known = sorted({str(route.canonical) for route in request.app.router.resources()})
+        message = f"Nothing is served at {path}; there are: {', '.join(known)}."
+    elif isinstance(error, web.HTTPMethodNotAllowed):
+        methods = ", ".join(sorted(error.allowed_methods))
+        headers["Allow"] = methods
+        message = f"{path} is not for {request.method}; it takes: {methods}."
+    elif isinstance(error, web.HTTPRequestEntityTooLarge):
+        limit = request.client_max_size
+        message = f"The body is over the {limit} bytes of MILLRACE_MAX_MESSAGE_BYTES."
+    return _response(error.status, _body(error.status, message, None, None), headers)
 
 
 def _body(status: int, message: str, parameter: str | None, code: str | None) -> dict[str, object]:

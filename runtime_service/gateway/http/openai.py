@@ -19,7 +19,13 @@ from runtime_service.gateway.http.event_stream import (
     parse_event_id,
 )
 from runtime_service.gateway.http.failures import error_body
-from runtime_service.gateway.http.openai_answers import Answer, ChatShape, CompletionShape, Json
+from runtime_service.gateway.http.openai_answers import (
+    Answer,
+    ChatShape,
+    CompletionShape,
+    Json,
+    Usage,
+)
 from runtime_service.gateway.http.openai_requests import (
     ChatRequest,
     CompletionRequest,
@@ -102,9 +108,11 @@ class OpenAiApi:
     ) -> web.StreamResponse:
         self._fleet.check_model(asked.model)
         options = asked.stream_options
-        has_usage = options is not None and options.include_usage
+        usage = Usage.NONE
+        if options is not None and options.include_usage:
+            usage = Usage.ALWAYS if options.continuous_usage_stats else Usage.AT_END
         model = asked.model or next(iter(self._fleet.models()), "")
-        answer = Answer(shape, model, len(starts), asked.n or 1, has_usage)
+        answer = Answer(shape, model, len(starts), asked.n or 1, usage)
         if asked.stream:
             has_ids = EVENT_STREAM in request.headers.get("Accept", "")
             stream = EventStream(answer, caller().tenant, has_ids=has_ids)

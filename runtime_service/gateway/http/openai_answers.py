@@ -11,6 +11,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 from millrace.runtime.v1 import runtime_pb2 as pb
@@ -107,6 +108,14 @@ class CompletionShape:
         }
 
 
+class Usage(Enum):
+    """Where a stream says what was used: nowhere, in a chunk of its own at the end, in every one too."""
+
+    NONE = "none"
+    AT_END = "at end"
+    ALWAYS = "always"
+
+
 class Place(NamedTuple):
     """How far a streamed choice has come.
 
@@ -174,17 +183,18 @@ class Answer:
         model: as it was asked for; "" tells what answers.
         num_generations: that it is made of.
         num_samples: of each generation; choices are numbered through all of them.
-        has_usage: a stream says at its end what was used.
+        usage: where a stream says what was used.
     """
 
     def __init__(
-        self, shape: Shape, model: str, num_generations: int, num_samples: int, has_usage: bool
+        self, shape: Shape, model: str, num_generations: int, num_samples: int, usage: Usage
     ) -> None:
-        self._shape, self._has_usage = shape, has_usage
+        self._shape, self._usage = shape, usage
         self.num_generations, self.num_samples = num_generations, num_samples
         self._choices: dict[int, _Choice] = defaultdict(_Choice)
         # Of the generations that have ended, by their place.
         self._usages: dict[int, pb.Usage] = {}
+        self._num_prompt_tokens: dict[int, int] = {}
         self._head: Json = {
             "id": shape.id_prefix + uuid.uuid4().hex,
             "object": shape.object,
@@ -199,9 +209,10 @@ class Answer:
 
     def at(self, places: Mapping[int, Place]) -> "Answer":
         """This one as a stream, with choices that have come so far; the others have not begun."""
-        other = Answer(self._shape, "", self.num_generations, self.num_samples, self._has_usage)
+        other = Answer(self._shape, "", self.num_generations, self.num_samples, self._usage)
         other._head = dict(self._head)
         other._usages = dict(self._usages)
+        other._num_prompt_tokens = dict(self._num_prompt_tokens)
         other._choices.update((index, _Choice.at(place)) for index, place in places.items())
         return other
 
@@ -221,7 +232,7 @@ class Answer:
         for event in events:
             kind = event.WhichOneof("event")
             if kind == "started":
-                self._on_started(event.started)
+                self._on_started(event)
             elif kind == "tokens":
                 choice = self._choices[self._index(event, event.tokens.sample_index)]
                 choice.texts.append(event.tokens.text)
@@ -247,7 +258,7 @@ class Answer:
         for event in events:
             kind = event.WhichOneof("event")
             if kind == "started":
-                self._on_started(event.started)
+                self._on_started(event)
                 if (first := self._shape.first()) is not None:
                     indices = [self._index(event, s) for s in range(self.num_samples)]
                     # One that goes on has said it.
@@ -276,7 +287,7 @@ class Answer:
 
     def last_chunks(self) -> list[Json]:
         """What a stream ends with."""
-        if not self._has_usage:
+        if self._usage is Usage.NONE:
             return []
         return [self._stream_head() | {"choices": [], "usage": self._used()}]
 
@@ -290,8 +301,12 @@ class Answer:
         choice = self._choices[index]
         logprobs = self._logprobs(choice, rows)
         body = self._stream_head() | {"choices": [_choice(index, content, logprobs, reason)]}
-        if self._has_usage:
+        if self._usage is Usage.AT_END:
             body["usage"] = None
+        elif self._usage is Usage.ALWAYS:
+            # The choice's own, as vLLM has it; the last chunk has all of them.
+            prompt = self._num_prompt_tokens[index // self.num_samples]
+            body["usage"] = _tokens_used(prompt, choice.num_tokens)
         return Chunk(body, index, choice.place)
 
     def _logprobs(self, choice: _Choice, rows: Sequence[pb.TokenLogprob]) -> Json | None:
@@ -303,7 +318,9 @@ class Answer:
     def _index(self, event: pb.Event, sample_index: int) -> int:
         return int(event.request_id) * self.num_samples + sample_index
 
-    def _on_started(self, started: pb.GenerationStarted) -> None:
+    def _on_started(self, event: pb.Event) -> None:
+        started = event.started
+        self._num_prompt_tokens[int(event.request_id)] = started.prompt_tokens
         # The same engine and seed give the same tokens: what OpenAI calls a fingerprint.
         self._head["system_fingerprint"] = "fp_" + started.engine.rpartition("/")[2][:12]
 
@@ -315,12 +332,16 @@ class Answer:
         num_prompt_tokens = sum(usage.prompt_tokens for usage in usages)
         num_tokens = sum(usage.generated_tokens for usage in usages)
         num_cached_tokens = sum(usage.cached_prompt_tokens for usage in usages)
-        return {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": num_tokens,
-            "total_tokens": num_prompt_tokens + num_tokens,
-            "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
-        }
+        details = {"prompt_tokens_details": {"cached_tokens": num_cached_tokens}}
+        return _tokens_used(num_prompt_tokens, num_tokens) | details
+
+
+def _tokens_used(num_prompt_tokens: int, num_tokens: int) -> Json:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt_tokens + num_tokens,
+    }
 
 
 def _choice(index: int, content: Json, logprobs: Json | None, reason: str | None) -> Json:

@@ -17,6 +17,7 @@ from runtime_service.gateway.sampling_fields import (
     check_least,
     checked,
     extend,
+    misfit,
     set_sampling,
 )
 from shared.errors import InvalidField
@@ -102,7 +103,7 @@ _TOOL_ROLES = ("tool", "function")
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """How an answer is streamed."""
+    """How an answer is streamed; `continuous_usage_stats` is vLLM's, as its clients send it."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -178,9 +179,7 @@ def parse(body: bytes, kind: type[Request]) -> Request:
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
-        problem, _, path = str(error).partition(" - at `$")
-        field = path.strip("`").lstrip(".") or "body"
-        raise InvalidField(field=field, problem=problem[0].lower() + problem[1:]) from None
+        raise misfit(error, "body") from None
 
 
 def starts_of_chat(request: ChatRequest) -> list[pb.StartGeneration]:
@@ -261,9 +260,6 @@ def _begun(request: Common, max_tokens: int | None) -> pb.StartGeneration:
     """A start without its prompt."""
     if request.stream_options is not None and not request.stream:
         raise InvalidField(field="stream_options", problem="needs stream")
-    if request.stream_options is not None and request.stream_options.continuous_usage_stats:
-        problem = "usage is told at the end, by include_usage"
-        raise InvalidField(field="stream_options.continuous_usage_stats", problem=problem)
     start = pb.StartGeneration(model=request.model)
     set_sampling(start, request, max_tokens)
     return start

@@ -78,6 +78,8 @@ class Page:
         return (
             Route("GET", "/", self.show),
             Route("GET", "/health", self.tell_health, is_quiet=True),
+            # As load balancers ask.
+            Route("HEAD", "/health", self.tell_health, is_quiet=True),
             Route("GET", "/api/fleet", self.show_fleet, fleet, is_quiet=True),
             Route("GET", "/api/builds", self.show_builds, builds, is_quiet=True),
         )

@@ -6,6 +6,8 @@ it needs the same scope and counts as the same call. Routes know none of it.
 """
 
 import asyncio
+import re
+import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
@@ -29,6 +31,10 @@ _LAST_GRACE_S = 0.5
 # A stream that has begun, and what it came to: its status cannot say it any more.
 _STREAM = web.RequestKey("stream", web.StreamResponse)
 STREAM_ERROR = web.RequestKey("stream_error", MillraceError)
+# Each request's name, in its answer and in the log lines that it leaves; a client may give its own.
+_REQUEST_ID = "X-Request-Id"
+_ID = web.RequestKey("id", str)
+_A_CLIENTS_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 # What nginx logs where a client has closed its connection; nobody reads it.
 _CLIENT_GONE = 499
 
@@ -75,6 +81,7 @@ class HttpServer:
         security.check_listen(self._host)
         self._edge, self._security = edge, security
         app = web.Application(middlewares=[_told_as_json], client_max_size=max_body_bytes)
+        app.on_response_prepare.append(_named)
         for route in routes:
             app.router.add_route(route.method, route.path, self._guarded(route))
         self._runner = web.AppRunner(
@@ -109,6 +116,7 @@ class HttpServer:
         async def guarded(request: web.Request) -> web.StreamResponse:
             # One task serves all requests of a connection, each with a caller of its own.
             structlog.contextvars.clear_contextvars()
+            structlog.contextvars.bind_contextvars(http_request_id=request[_ID])
             with self._edge.counted(rpc, str(request.remote)) as ended:
                 with canonical_line("http_finished", is_quiet=route.is_quiet) as line:
                     response, code, reason = await self._traced(route, request)
@@ -152,7 +160,9 @@ class HttpServer:
         except MillraceError as error:
             return failure(error), error.code.name, error.reason
         except web.HTTPException as error:
-            return failure_of_http(error), "INVALID_ARGUMENT", ""
+            return failure_of_http(error, request), "INVALID_ARGUMENT", ""
+        except web.RequestPayloadError:
+            return _unreadable(request), "INVALID_ARGUMENT", InvalidField.reason
         except ConnectionError:
             return web.Response(status=_CLIENT_GONE), "CANCELLED", ""
         except Exception:
@@ -197,6 +207,16 @@ async def body_of(request: web.Request) -> bytes:
         raise InvalidField(field="body", problem=problem) from None
 
 
+def _unreadable(request: web.Request) -> web.Response:
+    """The answer to a body that is not coded as it says; the connection ends with it."""
+    coding = request.headers.get("Content-Encoding", "identity")
+    response = failure(InvalidField(field="body", problem=f"cannot be read as {coding!r}"))
+    response.force_close()
+    # Else the library looks for the body's end before it answers, and fails.
+    request.content.feed_eof()
+    return response
+
+
 async def open_stream(request: web.Request, content_type: str) -> web.StreamResponse:
     """An answer that is written piece by piece; its status, which is 200, is sent now."""
     response = web.StreamResponse()
@@ -211,11 +231,20 @@ async def open_stream(request: web.Request, content_type: str) -> web.StreamResp
 
 @web.middleware
 async def _told_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """What the library itself refuses looks like the other refusals."""
+    """What the library itself refuses looks like the other refusals, and has a name as they have."""
+    given = request.headers.get(_REQUEST_ID, "")
+    request[_ID] = given if _A_CLIENTS_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
     try:
         return await handler(request)
     except web.HTTPException as error:
-        return failure_of_http(error)
+        return failure_of_http(error, request)
+
+
+async def _named(request: web.Request, response: web.StreamResponse) -> None:
+    if _ID in request:
+        response.headers[_REQUEST_ID] = request[_ID]
+    # Which versions of what answer is nobody's business.
+    response.headers["Server"] = "millrace"
 
 
 def _identities(request: web.Request) -> tuple[bytes, ...]:

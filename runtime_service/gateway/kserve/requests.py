@@ -14,7 +14,7 @@ from millrace.kserve.v2 import inference_pb2 as kserve
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.kserve.tensors import Value, inputs_of
-from runtime_service.gateway.sampling_fields import Sampling, checked, set_sampling
+from runtime_service.gateway.sampling_fields import Sampling, checked, misfit, set_sampling
 from shared.errors import InvalidField
 
 VERSION = "1"
@@ -98,6 +98,13 @@ def parse(request: kserve.ModelInferRequest) -> Asked:
         InvalidField: an input or a parameter is unknown, missing or none of its kind.
     """
     check_version(request.model_version)
+    # Regions of shared memory, and classes: what is passed over would be waited for.
+    parts = [(part.name, part.parameters) for part in request.inputs]
+    parts += [(part.name, part.parameters) for part in request.outputs]
+    for name, said in parts:
+        for parameter in said:
+            problem = f"is not supported with the parameter {parameter!r}"
+            raise InvalidField(field=name, problem=problem)
     if len(request.id) > MAX_ID_CHARS:
         problem = f"must have at most {MAX_ID_CHARS} characters, found {len(request.id)}"
         raise InvalidField(field="id", problem=problem)
@@ -139,9 +146,14 @@ def refused(request: kserve.ModelInferRequest) -> Asked:
     return Asked(*names, pb.StartGeneration(), is_stream=True, prefix="", outputs=())
 
 
+def is_version(version: str) -> bool:
+    """Whether it is the version that there is, or none is named."""
+    return version in ("", VERSION)
+
+
 def check_version(version: str) -> None:
     """Raises InvalidField unless it is the version that there is."""
-    if version not in ("", VERSION):
+    if not is_version(version):
         problem = f"must be {VERSION} or empty, found {version!r}"
         raise InvalidField(field="model_version", problem=problem)
 
@@ -170,9 +182,7 @@ def _sampling(fields: dict[str, Any]) -> _Sampling:
         # Numbers may be written as text: clients of the vLLM backend do.
         sampling = msgspec.convert(fields, _Sampling, strict=False)
     except msgspec.ValidationError as error:
-        problem, _, path = str(error).partition(" - at `$")
-        field = path.strip("`").lstrip(".") or "sampling_parameters"
-        raise InvalidField(field=field, problem=problem[0].lower() + problem[1:]) from None
+        raise misfit(error, "sampling_parameters") from None
     if end_id is not None:
         sampling.stop_token_ids = [*(sampling.stop_token_ids or ()), end_id]
     return sampling

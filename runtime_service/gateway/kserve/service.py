@@ -20,6 +20,7 @@ from runtime_service.gateway.kserve.requests import (
     VERSION,
     Asked,
     check_version,
+    is_version,
     parse,
     refused,
 )
@@ -55,9 +56,8 @@ class InferenceService(inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: kserve.ModelReadyRequest, context: Any
     ) -> kserve.ModelReadyResponse:
         """Whether a runtime takes generations for the model."""
-        check_version(request.version)
         ready = any(link.is_usable and link.serves(request.name) for link in self._fleet)
-        return kserve.ModelReadyResponse(ready=ready)
+        return kserve.ModelReadyResponse(ready=ready and is_version(request.version))
 
     async def ServerMetadata(self, request: Any, context: Any) -> kserve.ServerMetadataResponse:
         """Who this is."""

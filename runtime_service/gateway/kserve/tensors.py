@@ -35,14 +35,16 @@ def inputs_of(request: pb.ModelInferRequest) -> dict[str, list[Value]]:
     """The values of each input, by its name.
 
     Raises:
-        InvalidField: a content is not what its type and shape say.
+        InvalidField: a content is not what its type and shape say, or an input comes twice.
     """
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         problem = f"must be one for each of the {len(request.inputs)} inputs, found {len(raw)}"
         raise InvalidField(field="raw_input_contents", problem=problem)
-    found = {}
+    found: dict[str, list[Value]] = {}
     for place, tensor in enumerate(request.inputs):
+        if tensor.name in found:
+            raise InvalidField(field=tensor.name, problem="is given twice")
         if tensor.datatype == _BYTES:
             packed = (
                 _unpack_bytes(raw[place], tensor.name) if raw else tensor.contents.bytes_contents

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.async_api import async_playwright
 
 from bench.paced_runtime import Pace, start_paced_runtime
 from tests.clients.bench.paced_openai import PacedOpenAi
+from tests.runtime_service.gateway.test_page import CHROMIUM
 
 FIRST_S, TOKEN_S = 0.05, 0.02
 HANG_S = 120.0
@@ -90,10 +93,39 @@ async def test_an_openai_server_is_measured(tmp_path: Path) -> None:
     assert report["output_tokens"] == 160
     check_pace(report, 8)
     assert "time to first token" in out.lower()
-    assert page.read_text().startswith("<!doctype html>")
+    told = page.read_text()
+    assert told.startswith("<!doctype html>")
+    for latency in ("ttft_ms", "itl_ms", "e2e_ms"):
+        for share in ("p50", "p99"):
+            assert f">{share} {report[latency][share]:,.1f} ms<" in told
+    # How many requests ran at once is a whole number.
+    counts = told.split("<h2>Requests at once</h2>")[1].split("</figure>")[0]
+    ticks = re.findall(r'text-anchor="end">([^<]+)<', counts)
+    assert ticks
+    assert all(tick.isdigit() for tick in ticks)
     assert len(server.asked) == 22
     assert {len(body["prompt"]) for body in server.asked} == {3, 4, 5}
     assert server.keys == {"Bearer secret"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+async def test_a_report_is_no_wider_than_a_phone(tmp_path: Path) -> None:
+    async with PacedOpenAi(FIRST_S, 0.0) as server:
+        page = tmp_path / "report.html"
+        code, _, err = await serve(
+            "--openai", server.url, "-r", "8", "--out", "2", "--html", str(page),
+            "--goodput", "ttft=5s",
+        )  # fmt: skip
+    assert code == 0, err
+    # With numbers as wide as they come where a server is slow.
+    page.write_text(re.sub(r"<td>[\d,.]+</td>", "<td>98,765.4</td>", page.read_text()))
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        phone = await browser.new_page(viewport={"width": 390, "height": 844})
+        await phone.goto(page.as_uri())
+        assert await phone.locator("td", has_text="98,765.4").count() == 25
+        assert await phone.evaluate("document.documentElement.scrollWidth") == 390
+        await browser.close()
 
 
 async def test_what_an_openai_server_refuses_is_counted_by_its_reason() -> None:
@@ -159,6 +191,9 @@ async def test_ctrl_c_shows_what_was_measured_until_then() -> None:
         (("--rate", "0"), "--rate is a number above 0"),
         (("--rate", "nan"), "--rate is a number above 0"),
         (("--rate", "2", "-c", "3"), "a loop is open or closed"),
+        (("--burstiness", "0.2"), "--burstiness is of an open loop"),
+        (("--speed", "2"), "--speed plays a trace's moments"),
+        (("--trace", "x.csv", "--rate", "2", "--speed", "2"), "--speed plays a trace's moments"),
         (("--in", "9-3"), "'9-3' is no number of tokens"),
         (("--goodput", "ttft=fast"), "'ttft=fast' is no objective"),
         (("--trace", "/nowhere.csv"), "cannot read /nowhere.csv"),

@@ -79,6 +79,7 @@ async def test_tritons_client_learns_what_there_is(tmp_path: Path) -> None:
         about, index = await triton(fleet, ("about", {}), ("index", {}))
     assert about["live"] is about["ready"] is about["model_ready"] is True
     assert about["other_ready"] is False
+    assert about["versions_ready"] == [True, False]
     assert about["server"] == about["platform"] == "millrace"
     assert about["inputs"]["text_input"] == about["outputs"]["text_output"] == "BYTES"
     assert about["inputs"]["stream"] == "BOOL"
@@ -273,7 +274,7 @@ async def test_rpcs_need_a_key_with_the_scope(
         ({"text_input": "a", "stream": True}, "stream: needs ModelStreamInfer"),
         ({"text_input": "a", "beam_width": 4}, "beam_width: must be 1"),
         ({"text_input": "a", "sampling_parameters": "{"}, "sampling_parameters: must be a JSON"),
-        ({"text_input": "a", "sampling_parameters": '{"wings": 2}'}, "unknown field `wings`"),
+        ({"text_input": "a", "sampling_parameters": '{"wings": 2}'}, "wings: is not known"),
         ({"text_input": "a", "max_tokens": 0}, "max_tokens: must be at least 1"),
         ({"text_input": "a", "max_tokens": "many"}, "max_tokens: expected `int"),
         ({"text_input": "a", "exclude_input_in_output": "no"}, "exclude_input_in_output: must be"),
@@ -291,6 +292,32 @@ async def test_bad_inputs_are_named(tmp_path: Path, inputs: dict[str, Any], says
         with pytest.raises(grpc.aio.AioRpcError) as other:
             await stub.ModelInfer(kserve.ModelInferRequest(model_version="2"))
     assert raised.value.code() == other.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert says in str(raised.value.details())
+
+
+async def test_an_input_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    """Which of two values was meant nobody can know."""
+    request = request_of(text_input="a", max_tokens=2)
+    request.inputs.append(request.inputs[-1])
+    if request.raw_input_contents:
+        request.raw_input_contents.append(request.raw_input_contents[-1])
+    async with connected(tmp_path, 1) as (_, stub):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stub.ModelInfer(request)
+    assert "max_tokens: is given twice" in str(raised.value.details())
+
+
+@pytest.mark.parametrize("kind", ["inputs", "outputs"])
+async def test_regions_of_shared_memory_are_refused(tmp_path: Path, kind: str) -> None:
+    """A client that names one reads its answer there, whatever it is sent."""
+    request = request_of(text_input="a", max_tokens=2)
+    request.outputs.add(name="text_output")
+    tensor = getattr(request, kind)[0]
+    tensor.parameters["shared_memory_region"].string_param = "region"
+    async with connected(tmp_path, 1) as (_, stub):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stub.ModelInfer(request)
+    says = f"{tensor.name}: is not supported with the parameter 'shared_memory_region'"
     assert says in str(raised.value.details())
 
 

@@ -1,6 +1,7 @@
 """OpenAI's own Python client, at a gateway in front of runtimes that echo."""
 
 import asyncio
+import gzip
 import json
 import random
 import socket
@@ -24,6 +25,8 @@ from openai import (
     PermissionDeniedError,
     RateLimitError,
 )
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
 
 from runtime_service.gateway.http.openai_requests import (
     ChatRequest,
@@ -106,6 +109,35 @@ async def test_chat_streams_deltas_then_the_end_then_usage(tmp_path: Path) -> No
     )
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+async def test_usage_is_told_in_every_chunk_where_a_client_asks_for_it(tmp_path: Path) -> None:
+    """As vLLM's and GuideLLM's clients ask: a choice's own until then, and all of it at the end."""
+    options: dict[str, Any] = {"include_usage": True, "continuous_usage_stats": True}
+    async with serving(tmp_path, num_runtimes=1) as (_, client):
+        stream = await client.completions.create(
+            model="echo",
+            prompt=["ab", "cde"],
+            n=2,
+            max_tokens=3,
+            stream=True,
+            stream_options=options,
+        )
+        chunks = [chunk async for chunk in stream]
+    told: dict[int, list[tuple[int, int]]] = {}
+    for chunk in chunks[:-1]:
+        assert chunk.usage is not None
+        used = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
+        assert chunk.usage.total_tokens == sum(used)
+        told.setdefault(chunk.choices[0].index, []).append(used)
+    prompts = [len(TOKENIZER.encode(text).ids) for text in ("ab", "cde")]
+    for index, used_by_choice in told.items():
+        assert used_by_choice == sorted(used_by_choice)
+        assert used_by_choice[-1] == (prompts[index // 2], 3)
+    assert sorted(told) == [0, 1, 2, 3]
+    last = chunks[-1].usage
+    assert last is not None
+    assert (last.prompt_tokens, last.completion_tokens) == (sum(prompts), 12)
 
 
 async def test_completions_take_texts_and_token_ids_and_number_their_choices(
@@ -248,7 +280,10 @@ async def test_every_sampling_parameter_reaches_the_runtime(tmp_path: Path) -> N
         ("messages", [], "at least one"),
         ("messages", [{"role": "tool", "content": "4"}], "tools cannot be called yet"),
         ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "must be text"),
-        ("wings", 2, "unknown field `wings`"),
+        ("wings", 2, "wings: is not known"),
+        ("wi\nngs", 2, "'wi\\nngs': is not known"),
+        ("messages", [{"role": "user", "wings": 2}], "messages[0].wings: is not known"),
+        ("messages", [{"content": "x"}], "messages[0].role: must be given"),
         ("top_k", -2, "from 0"),
         ("guided_json", {"type": "object"}, "cannot be made to follow"),
         ("structured_outputs", {"regex": "a+"}, "cannot be made to follow"),
@@ -272,7 +307,7 @@ async def test_bad_fields_are_named(tmp_path: Path, field: str, value: Any, says
     assert raised.value.code == "invalid_field"
     assert says in raised.value.message
     named = raised.value.param or ""
-    assert named in ("body", field) or named.startswith(f"{field}[")
+    assert named in (field, repr(field)) or named.startswith(f"{field}[")
 
 
 NEUTRAL: dict[str, Any] = {
@@ -308,22 +343,71 @@ async def test_bodies_that_are_no_request_are_refused(tmp_path: Path) -> None:
     async with serving(tmp_path, num_runtimes=1) as (fleet, _):
         url = f"http://{fleet.http.address}/v1/chat/completions"
         json_type = {"Content-Type": "application/json"}
+        gzipped = {**json_type, "Content-Encoding": "gzip"}
         async with aiohttp.ClientSession() as session:
-            for data, headers, status in (
-                (b"{", json_type, 400),
-                (b"[]", json_type, 400),
-                (b'"\xff"', json_type, 400),
-                (b"[" * 100_000, json_type, 400),
-                (b"{}", {"Content-Type": "text/plain"}, 400),
-                (b"x" * (2 << 20), json_type, 413),
+            for data, headers, status, says in (
+                (b"{", json_type, 400, "body: is not JSON"),
+                (b"[]", json_type, 400, "body: must be a JSON object"),
+                (b'"\xff"', json_type, 400, "body: is not JSON"),
+                (b"[" * 100_000, json_type, 400, "body: is not JSON"),
+                (b"{}", {"Content-Type": "text/plain"}, 400, "Content-Type: must be"),
+                (b"x" * (2 << 20), json_type, 413, "over the 1048576 bytes of MILLRACE_MAX"),
+                (b"{}", gzipped, 400, "body: cannot be read as 'gzip'"),
+                (gzip.compress(b"{}"), gzipped, 400, "messages: must be given"),
             ):
                 async with session.post(url, data=data, headers=headers) as response:
                     assert response.status == status
-                    assert (await response.json())["error"]["message"]
-            for method, path, status in (("PUT", url, 405), ("GET", url + "/x", 404)):
+                    assert says in (await response.json())["error"]["message"]
+            for method, path, status, says in (
+                ("PUT", url, 405, "it takes: GET, POST"),
+                ("GET", url + "/x", 404, "'/v1/chat/completions/x'; there are: /,"),
+            ):
                 async with session.request(method, path) as response:
                     assert response.status == status
-                    assert (await response.json())["error"]["type"] == "invalid_request_error"
+                    error = (await response.json())["error"]
+                    assert error["type"] == "invalid_request_error"
+                    assert says in error["message"]
+                    assert ("Allow" in response.headers) is (status == 405)
+
+
+async def test_a_base_without_v1_and_endpoints_that_are_missing_are_told_what_there_is(
+    tmp_path: Path,
+) -> None:
+    async with serving(tmp_path, num_runtimes=1) as (fleet, client):
+        base = f"http://{fleet.http.address}"
+        with pytest.raises(NotFoundError, match=r"there are: .*/v1/chat/completions"):
+            await client.with_options(base_url=base).chat.completions.create(
+                model="echo", messages=HELLO
+            )
+        with pytest.raises(NotFoundError, match="Nothing is served at '/v1/responses'"):
+            await client.responses.create(model="echo", input="hello")
+
+
+async def test_every_answer_names_its_request_and_not_its_server(tmp_path: Path) -> None:
+    async with serving(tmp_path, num_runtimes=1) as (fleet, client):
+        chat = await client.chat.completions.create(model="echo", messages=HELLO)
+        with pytest.raises(BadRequestError) as refused:
+            await client.completions.create(model="echo", prompt="")
+        with capture_logs(processors=[merge_contextvars]) as lines:
+            async with aiohttp.ClientSession(f"http://{fleet.http.address}") as session:
+                answers = [
+                    await session.request(method, path, headers={"X-Request-Id": given})
+                    for method, path, given in (
+                        ("HEAD", "/health", "mine-1"),
+                        ("GET", "/nowhere", "mine-2"),
+                        ("GET", "/v1/models", "two words"),
+                    )
+                ]
+    names = [answer.headers["X-Request-Id"] for answer in answers]
+    assert str(chat._request_id).startswith("req_")
+    assert str(refused.value.request_id).startswith("req_")
+    assert chat._request_id != refused.value.request_id
+    assert [answer.status for answer in answers] == [200, 404, 200]
+    assert names[:2] == ["mine-1", "mine-2"]
+    assert names[2].startswith("req_")
+    assert {answer.headers["Server"] for answer in answers} == {"millrace"}
+    told = [line["http_request_id"] for line in lines if line["event"] == "http_finished"]
+    assert told == [names[0], names[2]]
 
 
 async def test_unknown_model_is_told_which_there_are(tmp_path: Path) -> None:

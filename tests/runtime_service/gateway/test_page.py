@@ -17,6 +17,7 @@ from shared.security import ServerSecurity
 from tests.runtime_service.gateway.running_gateway import RunningGateway, running_fleet
 from tests.shared.key_files import new_key
 
+DESKTOP = {"width": 1280, "height": 800}
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # For what takes moments, on a machine that does much beside.
 expect.set_options(timeout=30_000)
@@ -47,7 +48,7 @@ async def opened(fleet: RunningGateway, **options: Any) -> AsyncIterator[Page]:
     async with async_playwright() as playwright:
         # Containers have no namespaces for its sandbox, and the page is our own.
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = await browser.new_page(viewport={"width": 1280, "height": 800}, **options)
+        page = await browser.new_page(**{"viewport": DESKTOP, **options})
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.add(request.url.split("/")[2]))

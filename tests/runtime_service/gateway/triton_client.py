@@ -24,6 +24,7 @@ def about(client: triton.InferenceServerClient, model: str) -> dict[str, Any]:
         "ready": client.is_server_ready(),
         "model_ready": client.is_model_ready(model),
         "other_ready": client.is_model_ready("other"),
+        "versions_ready": [client.is_model_ready(model, version) for version in ("1", "2")],
         "server": server.name,
         "platform": described.platform,
         "inputs": {tensor.name: tensor.datatype for tensor in described.inputs},

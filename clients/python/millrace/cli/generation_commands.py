@@ -92,7 +92,7 @@ def generate(
         options["timeout_s"] = timeout_s
     with connect(runtime=runtime) as client:
         asked = [{"role": "user", "content": text}] if is_chat else text
-        run(client, asked, options, as_json=as_json)  # type: ignore[arg-type]
+        run(client, asked, options, as_json=as_json)
 
 
 @commands.command(

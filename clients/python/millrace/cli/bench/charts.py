@@ -53,6 +53,7 @@ class Chart:
     Args:
         x_range, y_range: of the values; widened where they are empty.
         unit: of x ticks; y has `y_unit`.
+        is_count_y: what y shows are whole numbers.
     """
 
     x_range: tuple[float, float]
@@ -61,6 +62,7 @@ class Chart:
     unit: str = ""
     y_unit: str = ""
     is_log_x: bool = False
+    is_count_y: bool = False
     _marks: list[str] = field(default_factory=list)
 
     @property
@@ -101,8 +103,12 @@ class Chart:
             for a, b in points
         ]
 
-    def vertical(self, value: float, text: str, css: str) -> None:
-        """A vertical rule at `value`, named at its foot, where distributions are low."""
+    def vertical(self, value: float, text: str, css: str, row: int = 0) -> None:
+        """A vertical rule at `value`, named at its foot, where distributions are low.
+
+        Args:
+            row: names of rules that may lie close stand in rows of their own, from the foot on.
+        """
         at = self.x.at(value)
         if not _LEFT <= at <= WIDTH - _RIGHT:
             return
@@ -111,7 +117,7 @@ class Chart:
         self._marks.append(
             f'<line class="{css} rule" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" '
             f'y2="{HEIGHT - _BOTTOM}"/><text class="{css} name" x="{at + shift:.1f}" '
-            f'y="{HEIGHT - _BOTTOM - 8}" text-anchor="{anchor}">{escape(text)}</text>'
+            f'y="{HEIGHT - _BOTTOM - 8 - 15 * row}" text-anchor="{anchor}">{escape(text)}</text>'
         )
 
     def horizontal(self, value: float, text: str, css: str) -> None:
@@ -139,6 +145,7 @@ class Chart:
             f'<text class="tick" x="{_LEFT - 7}" y="{y.at(t) + 4:.1f}" text-anchor="end">'
             f"{number(t)}{self.y_unit}</text>"
             for t in y.ticks()
+            if not self.is_count_y or t == round(t)
         ]
         parts += [
             f'<line class="grid" x1="{x.at(t):.1f}" x2="{x.at(t):.1f}" y1="{_TOP}" y2="{bottom}"/>'

@@ -118,6 +118,12 @@ def plans_of(load: Load) -> Plans:
     """
     if load.concurrency is not None and load.rate is not None:
         raise CommandFailed("a loop is open or closed: give --rate or --concurrency", USAGE)
+    if load.burstiness != 1 and load.rate is None:
+        raise CommandFailed("--burstiness is of an open loop: give --rate", USAGE)
+    has_moments = bool(load.trace) and load.rate is None and load.concurrency is None
+    if load.speed != 1 and not has_moments:
+        problem = "--speed plays a trace's moments: give --trace, without --rate or --concurrency"
+        raise CommandFailed(problem, USAGE)
     try:
         inputs = Lengths.parse(load.input_tokens) if load.input_tokens else None
         outputs = Lengths.parse(load.output_tokens) if load.output_tokens else None

@@ -8,7 +8,7 @@ from typing import Any
 from millrace.cli.bench.charts import Chart
 from millrace.cli.bench.driver import Measurement
 from millrace.cli.bench.summary import LATENCIES, values_of
-from millrace.cli.bench.timeline import Slo, Timeline
+from millrace.cli.bench.timeline import Slo, Timeline, percentile
 
 # More than a plot can show: the rest is left out evenly.
 _MAX_POINTS = 1500
@@ -28,11 +28,11 @@ p.sub{color:var(--dim);margin:.2rem 0 1.4rem}
 .tiles{display:flex;flex-wrap:wrap;gap:.8rem;margin-bottom:1.4rem}
 .tile{background:var(--card);border-radius:8px;padding:.7rem 1rem;min-width:8.5rem}
 .tile b{display:block;font-size:1.45rem;font-weight:600}.tile span{color:var(--dim);font-size:.85rem}
-table{border-collapse:collapse;margin-bottom:1.6rem}
+.figures{overflow-x:auto;margin-bottom:1.6rem}table{border-collapse:collapse}
 th,td{padding:.3rem 1.1rem .3rem 0;text-align:right;font-variant-numeric:tabular-nums}
 th{color:var(--dim);font-weight:500}th:first-child,td:first-child{text-align:left}
 tbody tr{border-top:1px solid var(--grid)}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(430px,1fr));gap:1.4rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(430px,100%),1fr));gap:1.4rem}
 figure{margin:0;background:var(--card);border-radius:8px;padding:.9rem 1rem .6rem}
 figcaption{color:var(--dim);font-size:.85rem}svg{width:100%;height:auto;display:block}
 .grid{stroke:var(--grid)}.axis{stroke:var(--dim)}.tick{fill:var(--dim);font-size:11.5px}
@@ -42,6 +42,10 @@ figcaption{color:var(--dim);font-size:.85rem}svg{width:100%;height:auto;display:
 .bad.rule{stroke:var(--bad)}.bad.dot,.bad.name{fill:var(--bad)}.dot{opacity:.6}
 .rule{stroke-dasharray:5 4;stroke-width:1.4}.name{font-size:11.5px}
 .dim.rule{stroke:var(--dim);stroke-dasharray:2 3}.dim.name{fill:var(--dim)}
+.name{paint-order:stroke;stroke:var(--card);stroke-width:4px;stroke-linejoin:round}
+@media(max-width:600px){body{margin:1.2rem auto}.tiles{display:grid;grid-template-columns:1fr 1fr}
+.tile{min-width:0}table{width:100%;font-size:.8rem}th,td{padding:.3rem 0 .3rem .5rem}
+th:first-child,td:first-child{padding-left:0}.tick,.name{font-size:14.5px}}
 .warn{border-left:4px solid var(--c1);background:var(--card);padding:.6rem 1rem;margin-bottom:1.4rem}
 details{margin-top:1.6rem;color:var(--dim)}pre{white-space:pre-wrap;font-size:12.5px}
 """
@@ -126,7 +130,8 @@ def _table(document: dict[str, Any]) -> str:
             cells = "".join(f"<td>{spread[column]:,.1f}</td>" for column in columns)
             rows.append(f"<tr><td>{title}</td>{cells}</tr>")
     head = "".join(f"<th>{column}</th>" for column in columns)
-    return f"<table><thead><tr><th>ms</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    body = f"<thead><tr><th>ms</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="figures"><table>{body}</table></div>'
 
 
 def _figure(title: str, caption: str, chart: Chart) -> str:
@@ -146,9 +151,10 @@ def _distribution(title: str, seconds: list[float], limit_s: float | None) -> st
     shares = [(value, 100 * (i + 1) / len(ordered)) for i, value in enumerate(ordered)]
     chart.line([*_thinned(shares), (chart.x.high, 100.0)], "c0", is_filled=True)
     if limit_s is not None:
-        chart.vertical(limit_s * 1000, "objective", "bad")
-    else:
-        chart.vertical(ordered[(len(ordered) - 1) // 2], "p50", "dim")
+        chart.vertical(limit_s * 1000, "objective", "bad", row=2)
+    for row, share in enumerate((50, 99)):
+        value = percentile(ordered, share) or 0.0
+        chart.vertical(value, f"p{share} {value:,.1f} ms", "dim", row=row)
     return _figure(title, "share that is at most as slow", chart)
 
 
@@ -176,6 +182,7 @@ def _concurrency(measured: Measurement) -> str:
             place += 1
         points.append((edge, float(running)))
     chart = _time_chart(measured, max(count for _, count in points))
+    chart.is_count_y = True
     chart.line(points, "c1", is_filled=True)
     return _figure("Requests at once", "sent, and not ended", chart)
 
