@@ -8,11 +8,13 @@ import typer
 from millrace.cli.failures import CommandFailed
 from millrace.cli.options import (
     COMPILER,
+    GATEWAY,
     HOME,
     MACHINE,
     RUNTIME,
     AsJson,
     Compiler,
+    Gateway,
     Quant,
     Runtime,
     State,
@@ -35,9 +37,10 @@ def up(
     runtimes: Annotated[
         int,
         typer.Option(
-            "--runtimes", metavar="N", min=1, help="Several: a fleet, its gateway at --runtime."
+            "--runtimes", metavar="N", min=1, help="Several: a fleet, with a gateway in front."
         ),
     ] = 1,
+    gateway: Gateway = GATEWAY,
     metrics: Annotated[
         bool, typer.Option(help="Serve Prometheus metrics at ports 7611 and 7612.")
     ] = True,
@@ -52,7 +55,7 @@ def up(
     from millrace.cli.stack import Stack
     from millrace.cli.up import up as run
 
-    stack = Stack(state.expanduser().resolve(), compiler, runtime, metrics, runtimes)
+    stack = Stack(state.expanduser().resolve(), compiler, runtime, gateway, metrics, runtimes)
     run(stack, model, quant, as_json=as_json)
 
 
