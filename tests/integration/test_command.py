@@ -21,9 +21,10 @@ ENVIRON = {
     **{name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")},
     "OMP_NUM_THREADS": "1",
 }
-FREE_PORTS = tuple(
-    word for name in ("compiler", "runtime", "gateway") for word in (f"--{name}", "127.0.0.1:0")
-) + ("--no-metrics",)
+FREE_PORTS = (
+    "--compiler", "127.0.0.1:0", "--runtime", "127.0.0.1:0", "--gateway", "127.0.0.1:0",
+    "--no-metrics",
+)  # fmt: skip
 
 
 class Up:

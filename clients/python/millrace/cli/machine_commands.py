@@ -133,11 +133,16 @@ def health(
     answering: Annotated[
         bool, typer.Option("--answering", help="An answer is enough, serving or not.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Ask a daemon whether it serves, for health checks."""
     from millrace.channels import is_serving
     from millrace.cli.connecting import checked, security
     from millrace.cli.failures import UNAVAILABLE
+    from millrace.cli.output import print_json
 
-    if not is_serving(checked(address), 5.0, security()) and not answering:
+    serves = is_serving(checked(address), 5.0, security())
+    if not serves and not answering:
         raise CommandFailed(f"{address} answers and does not serve now", UNAVAILABLE)
+    if as_json:
+        print_json({"address": address, "is_serving": serves})
