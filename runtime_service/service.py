@@ -15,6 +15,7 @@ from runtime_service.generate_calls import generate, generate_stream
 from runtime_service.runtime import Runtime
 from shared import wire
 from shared.auth import caller
+from shared.errors import FollowsDeployment
 
 
 class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
@@ -64,6 +65,8 @@ class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
         self, request: pb.LoadEngineRequest, context: Any
     ) -> pb.LoadEngineResponse:
         """Serves another engine."""
+        if deployment := self._runtime.deployment:
+            raise FollowsDeployment(deployment=deployment)
         selector = wire.selector_from_proto(request.selector)
         selector = replace(selector, arch=selector.arch or self._runtime.arch)
         engine = await self._runtime.load(selector, request.model_uri)

@@ -187,6 +187,16 @@ class NotARuntime(MillraceError):
     template = "A gateway runs no engine; ask a runtime, or use `millrace deploy`."
 
 
+class FollowsDeployment(MillraceError):
+    """A member of a deployment was asked to load an engine of somebody's choice."""
+
+    reason, code = "FOLLOWS_DEPLOYMENT", _S.FAILED_PRECONDITION
+    template = (
+        "This runtime serves what the deployment {deployment} says; change that with "
+        "`millrace deploy {deployment} ...`, or end it with `millrace undeploy {deployment}`."
+    )
+
+
 class NoEngine(MillraceError):
     """Nothing that was asked for is served."""
 
@@ -374,6 +384,7 @@ ERRORS: dict[str, type[MillraceError]] = {
     row.reason: row
     for row in (
         GenerationNotFound, DeploymentNotFound, ModelNotServed, NotARuntime,
+        FollowsDeployment,
         UnsupportedModel, InvalidModel, UnsupportedArch, UnsupportedQuant, UnsupportedTp,
         InvalidField, PromptTooLong, ModelNotFound, EngineNotFound, BuildNotFound, BlobNotFound,
         ArchMismatch, FormatMismatch, DriverTooOld, QualityGate, NoEngine, BuildQueueFull,

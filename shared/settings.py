@@ -219,8 +219,10 @@ def _from_environ(cls: type[Settings], environ: Mapping[str, str]) -> dict[str, 
         if not variable.startswith(_PREFIX) or variable.startswith(others):
             continue
         if variable not in fields:
-            near = difflib.get_close_matches(variable, fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; see --help"
+            # Without the prefix, which alone would make any two look alike.
+            names = [known.removeprefix(_PREFIX) for known in fields]
+            near = difflib.get_close_matches(variable.removeprefix(_PREFIX), names, n=1)
+            hint = f"; did you mean {_PREFIX}{near[0]}?" if near else "; see --help"
             raise SettingsError(f"unknown setting {variable}{hint}")
         values[fields[variable]] = environ[variable]
     return values

@@ -57,7 +57,7 @@ class TrustedKeys:
         try:
             found = _PEM.findall(path.read_bytes())
         except OSError as error:
-            raise SettingsError(f"cannot read trusted keys: {error}") from None
+            raise SettingsError(f"cannot read trusted keys {path}: {error.strerror}") from None
         if not found:
             raise SettingsError(f"{path} holds no public key (PEM)")
         return TrustedKeys(frozenset(_raw(path, pem) for pem in found))

@@ -46,6 +46,8 @@ _NAME = re.compile(
 )
 
 _DELETES_NOTHING = "it is set to delete nothing"
+# What OpenSSL calls an answer that is no TLS; which of them depends on its version.
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 
 Body = Callable[[], Iterator[bytes]]
 
@@ -108,8 +110,8 @@ class OciRegistry:
 
     def sweep(self, grace_s: float) -> Sweep:
         """Refused; see `Registry`."""
-        problem = "what nothing names is freed by the registry's own garbage collection"
-        raise StoreRefused(store=self.url, problem=problem)
+        problem = f"what nothing names in {self.url} is freed by its own garbage collection"
+        raise InvalidField(field="store", problem=problem)
 
     def has(self, digest: str) -> bool:
         """Claims that the blob is there; see `Registry`."""
@@ -268,6 +270,10 @@ class OciRegistry:
                 wait_s = _retry_after_s(response)
             except httpx2.TransportError as error:
                 problem = _words(error)
+                if any(mark in problem for mark in _NO_TLS):
+                    plain = self.url.replace("oci://", "oci+http://", 1)
+                    problem = f"it speaks no TLS; without TLS its name is {plain}"
+                    break
             else:
                 if response.status_code == 401 and not was_challenged:
                     was_challenged = True

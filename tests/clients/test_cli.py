@@ -7,13 +7,16 @@ import resource
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from google.protobuf.duration_pb2 import Duration
+from millrace.cli.app import app
 from millrace.cli.building import Speed, parse_quant
 from millrace.cli.inspecting import graph_text
 from millrace.cli.listing import recipe_text
-from millrace.cli.output import bytes_text, duration_text, fitting
+from millrace.cli.output import bytes_text, duration_text, fitting, indented
 from millrace.compiler.v1 import compiler_pb2
 
 from runtime_service.settings import quant_named
@@ -417,6 +420,8 @@ def test_doctor_finds_daemons_and_names_the_fix(daemon: ScriptedDaemon, tmp_path
 
 def test_health_is_an_exit_code(daemon: ScriptedDaemon) -> None:
     assert millrace(None, "health", daemon.address).returncode == 0
+    shown = millrace(None, "health", daemon.address, "--json").stdout
+    assert json.loads(shown) == {"address": daemon.address, "is_serving": True}
     assert millrace(None, "health", "127.0.0.1:1").returncode == 4
 
 
@@ -428,6 +433,16 @@ def test_speed_is_of_the_running_stage() -> None:
     assert speed.update("quantize", 5_000_000, 2.0) == 10_000_000
     assert speed.update("quantize", 0, 2.5) == 0.0, "the checkpoint is read once more"
     assert speed.update("quantize", 4_000_000, 3.0) == 8_000_000
+
+
+def test_long_lines_go_on_further_in_between_words() -> None:
+    text = "  x, y = attention(q, kv) {head_dim=64} [layers.0.qkv]"
+    first, *rest = indented(text, 24).splitlines()
+    assert first.startswith("  x, y = ")
+    assert rest
+    assert all(line.startswith("      ") and len(line) <= 24 for line in rest)
+    assert " ".join((first, *rest)).split() == text.split()
+    assert indented(text, 100) == text
 
 
 def test_repeated_layers_are_told_once() -> None:
@@ -459,6 +474,29 @@ def test_engine_is_deleted_by_its_model_name_and_told(
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"deleted {DIGEST[:12]}  {engine.model}")
     assert [request.name for request in script.asked] == [engine.name]
+
+
+def test_programs_are_told_what_was_deleted_and_cancelled(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    script.engines = [an_engine({}, {})]
+    script.builds = [a_build(compiler_pb2.BUILD_STATE_QUEUED)]
+    deleted = json.loads(millrace(daemon, "delete", script.engines[0].model, "--json").stdout)
+    assert deleted["name"] == script.engines[0].name
+    cancelled = json.loads(millrace(daemon, "cancel", DIGEST[:8], "--json").stdout)
+    assert cancelled["state"] == "BUILD_STATE_CANCELLED"
+
+
+def test_every_command_speaks_to_programs_but_those_for_people() -> None:
+    for_people = {"chat", "completion", "demo", "top"}
+    commands: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
+    silent = {
+        name
+        for name, command in commands.items()
+        for leaf in vars(command).get("commands", {name: command}).values()
+        if not any("--json" in parameter.opts for parameter in leaf.params)
+    }
+    assert silent == for_people
 
 
 def test_no_engine_is_deleted_where_several_are_meant(

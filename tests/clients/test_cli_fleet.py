@@ -79,9 +79,11 @@ def test_undeploying_what_is_not_there_is_an_error() -> None:
     with ScriptedDaemon(script) as daemon:
         failed = millrace(daemon, "undeploy", "chat")
         done = millrace(daemon, "undeploy", "chat")
+        told = millrace(daemon, "undeploy", "chat", "--json")
     assert failed.returncode == 3
     assert "No deployment 'chat'" in failed.stderr
     assert done.stdout == "chat is undeployed\n"
+    assert json.loads(told.stdout) == {"undeployed": "chat"}
 
 
 def test_top_shows_fleet_and_builds_until_it_is_interrupted() -> None:

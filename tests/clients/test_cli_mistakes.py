@@ -132,5 +132,5 @@ def test_missing_gateway_is_told_what_starts_one() -> None:
     assert done.returncode == 4
     assert done.stderr == (
         "millrace: No daemon answers at 127.0.0.1:1; "
-        "start one with: millrace up --runtimes 2 --runtime 127.0.0.1:1\n"
+        "start one with: millrace up --runtimes 2 --gateway 127.0.0.1:1\n"
     )

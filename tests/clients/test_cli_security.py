@@ -11,6 +11,8 @@ from millrace.cli.certs import make_certs
 from millrace.cli.failures import NOT_FOUND, USAGE, CommandFailed
 from millrace.cli.keys import create_key, list_keys, revoke_key
 
+from tests.clients.command import millrace
+
 
 def test_certs_keep_their_ca_and_name_the_hosts_that_are_asked_for(tmp_path: Path) -> None:
     """Run again, it renews certificates: whoever trusts the CA trusts the new ones."""
@@ -48,7 +50,7 @@ def test_keys_refuse_what_they_do_not_know(tmp_path: Path) -> None:
     assert not path.exists()
     create_key(path, "acme", ["generate"], {}, as_json=True)
     with pytest.raises(CommandFailed) as failed:
-        revoke_key(path, "0" * 12)
+        revoke_key(path, "0" * 12, as_json=False)
     assert failed.value.exit_code == NOT_FOUND
     path.write_text("[]")
     with pytest.raises(CommandFailed, match="is not a key file"):
@@ -62,3 +64,12 @@ def test_limits_that_are_not_named_stay(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     assert content["tenants"] == {"acme": {"concurrent": 8, "tokens_per_min": 100}}
     assert len(content["keys"]) == 2
+
+
+def test_programs_are_told_what_was_made_and_revoked(tmp_path: Path) -> None:
+    made = json.loads(millrace(None, "certs", str(tmp_path / "tls"), "--json").stdout)
+    assert {path.name for path in Path(made["folder"]).iterdir()} == set(made["files"])
+    file = ("--file", str(tmp_path / "keys.json"), "--json")
+    key = json.loads(millrace(None, "keys", "create", "acme", *file).stdout)
+    revoked = json.loads(millrace(None, "keys", "revoke", key["id"], *file).stdout)
+    assert revoked == {"id": key["id"], "is_revoked": True}

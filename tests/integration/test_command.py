@@ -21,7 +21,10 @@ ENVIRON = {
     **{name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")},
     "OMP_NUM_THREADS": "1",
 }
-FREE_PORTS = ("--compiler", "127.0.0.1:0", "--runtime", "127.0.0.1:0", "--no-metrics")
+FREE_PORTS = (
+    "--compiler", "127.0.0.1:0", "--runtime", "127.0.0.1:0", "--gateway", "127.0.0.1:0",
+    "--no-metrics",
+)  # fmt: skip
 
 
 class Up:
@@ -159,13 +162,17 @@ def test_several_runtimes_come_with_a_gateway(tmp_path: Path) -> None:
     flags = ("--model", str(checkpoint), "--quant", "fp32", "--runtimes", "2")
     up = Up(tmp_path / "state", *flags)
     try:
-        gateway = ("--gateway", up.addresses["runtime"])
-        (deployment,) = up.json("status", *gateway)["deployments"]
+        fleet = up.json("status")
+        (deployment,) = fleet["deployments"]
         assert (deployment["name"], deployment["ready_replicas"]) == ("local", 2)
-        assert up.json("generate", "hello", "-m", "8", "--ignore-end")["generated_tokens"] == 8
-        refused = up.run("load", "tiny")
+        front, first = up.addresses["gateway"], up.addresses["runtime"]
+        assert first in [runtime["address"] for runtime in fleet["runtimes"]]
+        for address in (front, first):
+            asked = ("generate", "hello", "-m", "8", "--ignore-end", "--runtime", address)
+            assert up.json(*asked)["generated_tokens"] == 8
+        refused = up.run("load", "tiny", "--runtime", front)
         assert "millrace deploy" in refused.stderr
-        assert up.run("undeploy", "local", *gateway).returncode == 0
+        assert up.run("undeploy", "local").returncode == 0
     finally:
         up.close()
 

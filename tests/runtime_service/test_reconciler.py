@@ -6,8 +6,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 import structlog
+from millrace.runtime.v1 import runtime_pb2 as pb
 from redis.asyncio import Redis
 
 from runtime_service.deployments import Deployment, Deployments, is_deployment_name
@@ -164,6 +166,24 @@ async def test_failed_load_is_told_where_redis_is_away_meanwhile(
         assert "deployment_not_served" in {line["event"] for line in logs}
         await member.reconciler.look()
         assert member.reconciler._attempt is None, "it waits before it tries again"
+
+
+async def test_member_loads_nothing_that_its_deployment_does_not_say(
+    members: Members, deployments: Deployments
+) -> None:
+    """Else requests for the deployment would be answered by another model."""
+    member = await members.new()
+    request = pb.LoadEngineRequest()
+    request.selector.model = "second"
+    request.selector.quant.scheme = "fp32"
+    await member.daemon.stub.LoadEngine(request)
+    assert member.serves == "second", "nothing is deployed yet"
+    await deployments.apply(chat(replicas=1))
+    await member.settle()
+    with pytest.raises(grpc.aio.AioRpcError, match=r"`millrace deploy chat \.\.\.`") as refused:
+        await member.daemon.stub.LoadEngine(request)
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert member.serves == "echo"
 
 
 async def test_unchanged_engine_is_not_loaded_again(

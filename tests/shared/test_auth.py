@@ -211,7 +211,7 @@ def test_revoked_key_is_refused_and_a_new_one_let_in_without_a_restart(
     key = new_key(capsys, path, "acme")
     keys = ApiKeys(path, clock)
     assert keys.authenticate(shown(key)).tenant == "acme"
-    revoke_key(path, key)
+    revoke_key(path, key, as_json=False)
     other = new_key(capsys, path, "globex")
     clock.now_s += 1.5
     with pytest.raises(Unauthenticated):

@@ -109,3 +109,11 @@ def test_malformed_redis_url_does_not_show_its_password() -> None:
 def test_malformed_address_is_named(address: str) -> None:
     with pytest.raises(SettingsError, match="host:port"):
         split_address(address)
+
+
+def test_unknown_variable_is_told_a_near_one_and_no_far_one() -> None:
+    """The prefix that all share makes none of them near."""
+    with pytest.raises(SettingsError, match="did you mean MILLRACE_LOG_LEVEL"):
+        ExampleSettings.parse([], {"MILLRACE_LOGLEVEL": "info"})
+    with pytest.raises(SettingsError, match="MILLRACE_BOGUS; see --help"):
+        ExampleSettings.parse([], {"MILLRACE_BOGUS": "1"})

@@ -90,6 +90,14 @@ def test_store_that_does_not_answer_is_named_and_may_be_tried_again(
     assert lost.value.retry_after_s
 
 
+def test_registry_without_tls_is_told_by_the_name_that_it_needs(tmp_path: Path) -> None:
+    with oci_registry(tmp_path) as host, pytest.raises(StoreUnreachable) as refused:
+        open_store(f"oci://{host}/engines").list()
+    assert str(refused.value).endswith(
+        f"it speaks no TLS; without TLS its name is oci+http://{host}/engines."
+    )
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -14,7 +14,7 @@ import obstore
 import pytest
 
 from shared.engine import Blob, EngineSelector, Signature
-from shared.errors import StoreRefused
+from shared.errors import InvalidField
 from shared.store import LocalStore, oci, pull
 from shared.store.oci_registry import OciRegistry
 from shared.store.registry import RegistryStore, TagMoved
@@ -190,7 +190,7 @@ def test_the_command_sweeps_a_folder_and_a_bucket_and_says_why_nothing_else(
         code, out, complaint = sweep_command(store)
         assert code == 0, complaint
         assert json.loads(out) == {"blobs": 0, "bytes": 0}
-    with pytest.raises(StoreRefused):
+    with pytest.raises(InvalidField):
         opened(oci_url).sweep()
     for store, says in (
         (oci_url, "own garbage collection"),

@@ -9,7 +9,7 @@ from millrace.engine.v1 import engine_pb2
 from millrace.errors import filled, from_rpc_error
 from millrace.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 
-_START = "millrace up --runtimes 2 --runtime {address}"
+_START = "millrace up --runtimes 2 --gateway {address}"
 
 
 class FleetClient:

@@ -19,11 +19,17 @@ from millrace.cli import output
 from millrace.cli.failures import CommandFailed
 
 _HOSTS = ("localhost", "127.0.0.1", "::1")
+_FILES = (
+    "ca.crt", "ca.key", "server.crt", "server.key", "client.crt", "client.key", "signing.key",
+    "signing.pub",
+)  # fmt: skip
 # Clocks differ: what was just made is valid on a machine that is a little behind.
 _SKEW = timedelta(minutes=5)
 
 
-def make_certs(folder: Path, hosts: Sequence[str], client: str, days: int) -> None:
+def make_certs(
+    folder: Path, hosts: Sequence[str], client: str, days: int, *, as_json: bool = False
+) -> None:
     """Writes ca, server and client certificates and keys to `folder`; a CA there is used again.
 
     Args:
@@ -51,6 +57,9 @@ def make_certs(folder: Path, hosts: Sequence[str], client: str, days: int) -> No
         )
         _write(folder / name, builder.sign(ca_key, hashes.SHA256()), key)
     _signing_key(folder)
+    if as_json:
+        output.print_json({"folder": str(folder), "files": [*_FILES], "days": days})
+        return
     output.say(
         f"wrote ca, server, client (.crt, .key) and signing (.key, .pub) to {folder}; keep ca.key "
         "and signing.key where no daemon is"

@@ -6,7 +6,7 @@ from millrace.cli.loading import find_engine
 from millrace.client import Client
 
 
-def delete_engine(client: Client, name: str, quant: str) -> None:
+def delete_engine(client: Client, name: str, quant: str, *, as_json: bool) -> None:
     """Deletes the engine that `name` means from the store, and prints which one it was.
 
     Raises:
@@ -14,6 +14,9 @@ def delete_engine(client: Client, name: str, quant: str) -> None:
     """
     engine = find_engine(client, name, quant)
     client.delete_engine(engine.name)
+    if as_json:
+        output.print_json(output.to_dict(engine))
+        return
     key = engine.key
     output.print_line(
         f"deleted {output.short_name(engine.name)}  {engine.model}  {key.arch}  "

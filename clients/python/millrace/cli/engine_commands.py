@@ -172,13 +172,14 @@ def builds(limit: Limit = 20, compiler: Compiler = COMPILER, as_json: AsJson = F
 def cancel(
     build: Annotated[str, typer.Argument(metavar="BUILD", help="As `millrace builds` shows it.")],
     compiler: Compiler = COMPILER,
+    as_json: AsJson = False,
 ) -> None:
     """Cancel a build that has not ended."""
     from millrace.cli.connecting import client as connect
     from millrace.cli.listing import cancel_build
 
     with connect(compiler) as client:
-        cancel_build(client, build)
+        cancel_build(client, build, as_json=as_json)
 
 
 @commands.command(rich_help_panel=ENGINES, epilog="Example: millrace engines")
@@ -198,6 +199,7 @@ def delete(
     ],
     quant: AnyQuant = "",
     compiler: Compiler = COMPILER,
+    as_json: AsJson = False,
 ) -> None:
     """Delete an engine from the store.
 
@@ -207,7 +209,7 @@ def delete(
     from millrace.cli.deleting import delete_engine
 
     with connect(compiler) as client:
-        delete_engine(client, engine, quant)
+        delete_engine(client, engine, quant, as_json=as_json)
 
 
 @commands.command(rich_help_panel=ENGINES, epilog="Example: millrace inspect 3f9a52 --graph")

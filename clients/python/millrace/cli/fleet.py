@@ -63,6 +63,15 @@ def deploy(
     return deployment
 
 
+def undeploy(fleet: FleetClient, name: str, *, as_json: bool) -> None:
+    """Ends a deployment, and says so."""
+    fleet.undeploy(name)
+    if as_json:
+        output.print_json({"undeployed": name})
+    else:
+        output.print_line(f"{name} is undeployed")
+
+
 def show_deployment(deployment: fleet_pb2.Deployment, *, as_json: bool) -> None:
     """Prints a deployment as it stands."""
     if as_json:

@@ -55,14 +55,14 @@ def deploy(
 def undeploy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `millrace status` shows it.")],
     gateway: Gateway = GATEWAY,
+    as_json: AsJson = False,
 ) -> None:
     """End a deployment; its runtimes finish what they run."""
     from millrace.cli.connecting import fleet_client
-    from millrace.cli.output import print_line
+    from millrace.cli.fleet import undeploy as run
 
     with fleet_client(gateway) as fleet:
-        fleet.undeploy(name)
-    print_line(f"{name} is undeployed")
+        run(fleet, name, as_json=as_json)
 
 
 @commands.command(rich_help_panel=FLEET, epilog="Example: millrace status --watch")

@@ -88,10 +88,8 @@ def generation_dict(result: Generation) -> dict[str, object]:
 def chat(client: Client, system: str, options: GenerateOptions) -> None:
     """A conversation on the terminal: a line in, an answer out; Ctrl-C stops an answer."""
     status = client.get_status()
-    output.say(
-        f"[bold]{status.engine.model}[/] on {status.engine.key.arch}. "
-        "[dim]/reset forgets, /quit or Ctrl-D leaves, Ctrl-C stops an answer.[/]"
-    )
+    output.say(f"[bold]{status.engine.model}[/] on {status.engine.key.arch}")
+    output.say("[dim]/reset forgets, /quit or Ctrl-D leaves, Ctrl-C stops an answer[/]")
     messages: list[Message] = [Message(role="system", content=system)] if system else []
     first = len(messages)
     while (said := _ask()) is not None:

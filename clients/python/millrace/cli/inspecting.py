@@ -171,7 +171,7 @@ def _show_graphs(documents: dict[str, Any]) -> None:
         if title in documents:
             output.print_line(f"\n{name} ({title})")
             for line in graph_text(documents[title]):
-                output.print_line(f"  {line}")
+                output.print_indented(f"  {line}")
 
 
 _NAMES = {_SOURCE: "before", _FINAL: "after"}

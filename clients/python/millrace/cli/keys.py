@@ -81,7 +81,7 @@ def list_keys(path: Path, *, as_json: bool) -> None:
     )
 
 
-def revoke_key(path: Path, key_id: str) -> None:
+def revoke_key(path: Path, key_id: str, *, as_json: bool) -> None:
     """Makes a key invalid; daemons know within a second."""
     if key_id.startswith("mr_"):  # people paste the whole key
         key_id = key_id.split("_")[1]
@@ -89,7 +89,10 @@ def revoke_key(path: Path, key_id: str) -> None:
         if key_id not in content["keys"]:
             raise CommandFailed(f"no key {key_id!r} in {path}", NOT_FOUND)
         content["keys"][key_id]["is_revoked"] = True
-    output.say(f"key {key_id} is revoked")
+    if as_json:
+        output.print_json({"id": key_id, "is_revoked": True})
+    else:
+        output.say(f"key {key_id} is revoked")
 
 
 @contextmanager

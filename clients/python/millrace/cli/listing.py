@@ -36,7 +36,7 @@ def show_engines(client: Client, limit: int, as_json: bool) -> None:
     )
 
 
-def cancel_build(client: Client, name: str) -> None:
+def cancel_build(client: Client, name: str, *, as_json: bool) -> None:
     """Cancels the build of that name or first digits, and prints how it stands.
 
     Raises:
@@ -52,6 +52,9 @@ def cancel_build(client: Client, name: str) -> None:
         problem = "several builds begin" if names else "no build begins"
         raise CommandFailed(f"{problem} with {digits!r}; see `millrace builds`", NOT_FOUND)
     build = client.cancel_build(names[0])
+    if as_json:
+        output.print_json(output.to_dict(build))
+        return
     output.print_line(f"{output.short_name(build.name)}  {state_text(build)}")
 
 

@@ -8,11 +8,13 @@ import typer
 from millrace.cli.failures import CommandFailed
 from millrace.cli.options import (
     COMPILER,
+    GATEWAY,
     HOME,
     MACHINE,
     RUNTIME,
     AsJson,
     Compiler,
+    Gateway,
     Quant,
     Runtime,
     State,
@@ -35,9 +37,10 @@ def up(
     runtimes: Annotated[
         int,
         typer.Option(
-            "--runtimes", metavar="N", min=1, help="Several: a fleet, its gateway at --runtime."
+            "--runtimes", metavar="N", min=1, help="Several: a fleet, with a gateway in front."
         ),
     ] = 1,
+    gateway: Gateway = GATEWAY,
     metrics: Annotated[
         bool, typer.Option(help="Serve Prometheus metrics at ports 7611 and 7612.")
     ] = True,
@@ -52,7 +55,7 @@ def up(
     from millrace.cli.stack import Stack
     from millrace.cli.up import up as run
 
-    stack = Stack(state.expanduser().resolve(), compiler, runtime, metrics, runtimes)
+    stack = Stack(state.expanduser().resolve(), compiler, runtime, gateway, metrics, runtimes)
     run(stack, model, quant, as_json=as_json)
 
 
@@ -130,11 +133,16 @@ def health(
     answering: Annotated[
         bool, typer.Option("--answering", help="An answer is enough, serving or not.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Ask a daemon whether it serves, for health checks."""
     from millrace.channels import is_serving
     from millrace.cli.connecting import checked, security
     from millrace.cli.failures import UNAVAILABLE
+    from millrace.cli.output import print_json
 
-    if not is_serving(checked(address), 5.0, security()) and not answering:
+    serves = is_serving(checked(address), 5.0, security())
+    if not serves and not answering:
         raise CommandFailed(f"{address} answers and does not serve now", UNAVAILABLE)
+    if as_json:
+        print_json({"address": address, "is_serving": serves})

@@ -7,6 +7,7 @@ everything about the work (progress, hints) to stderr.
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,20 @@ def print_line(text: str) -> None:
     """One line of result, plain."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def print_indented(text: str) -> None:
+    """One line of result; on a terminal it is wrapped."""
+    print_line(indented(text, console().width) if is_fancy() else text)
+
+
+def indented(text: str, width: int) -> str:
+    """`text`, what does not fit into `width` characters on lines of its own, further in."""
+    inset = " " * (len(text) - len(text.lstrip()) + 4)
+    lines = textwrap.wrap(
+        text, width, subsequent_indent=inset, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines)
 
 
 def print_json(value: Any) -> None:

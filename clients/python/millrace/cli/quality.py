@@ -33,9 +33,13 @@ def show_quality(client: Client, name: str, *, as_json: bool) -> None:
     _show_numbers(engine, report)
     _show_needles(report["needle"])
     _show_worst(report)
-    output.print_line(
-        "\nerror: of its own output; impact: of the residual stream that reads it; "
-        "drift: with all layers before it quantized too"
+    output.print_line("")
+    output.print_fields(
+        (
+            ("error", "of its own output"),
+            ("impact", "of the residual stream that reads it"),
+            ("drift", "with all layers before it quantized too"),
+        )
     )
     output.print_line("\nlargest error of each layer's own output, relative:")
     for line in error_plot(report["weights"]):

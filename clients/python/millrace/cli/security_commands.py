@@ -29,6 +29,7 @@ def certs(
     days: Annotated[
         int, typer.Option("--days", metavar="N", min=1, help="How long they are valid.")
     ] = 90,
+    as_json: AsJson = False,
 ) -> None:
     """Make a development CA, certificates and a signing key.
 
@@ -36,7 +37,7 @@ def certs(
     """
     from millrace.cli.certs import make_certs
 
-    make_certs(folder.expanduser(), host or (), client, days)
+    make_certs(folder.expanduser(), host or (), client, days, as_json=as_json)
 
 
 @commands.command(
@@ -124,8 +125,9 @@ def list_keys(file: KeyFile = _KEY_FILE, as_json: AsJson = False) -> None:
 def revoke_key(
     key: Annotated[str, typer.Argument(metavar="ID", help="As `millrace keys list` shows it.")],
     file: KeyFile = _KEY_FILE,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key invalid; daemons know within a second."""
     from millrace.cli.keys import revoke_key as run
 
-    run(file.expanduser(), key)
+    run(file.expanduser(), key, as_json=as_json)

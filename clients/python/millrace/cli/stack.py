@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,18 +55,25 @@ class Stack:
     Args:
         state: holds the engine store, Redis data and logs; one stack at a time may use it.
         compiler: `host:port` for the compile daemon; port 0 takes a free one.
-        runtime: the same for the runtime daemon; with several runtimes, for the gateway in front.
+        runtime: the same for the runtime daemon, or the first of several.
+        gateway: the same for the gateway in front of several runtimes.
         with_metrics: serves metrics, and a gateway's page, on the daemons' default ports.
     """
 
     state: Path
     compiler: str
     runtime: str
+    gateway: str = "127.0.0.1:0"
     with_metrics: bool = True
     num_runtimes: int = 1
     compiler_flags: Sequence[str] = ()
     runtime_flags: Sequence[str] = ()
     children: list[Child] = field(default_factory=list)
+
+    @property
+    def front(self) -> str:
+        """Where generations are asked for: the runtime, or the gateway in front of several."""
+        return self.runtime if self.num_runtimes == 1 else self.gateway
 
     @property
     def store(self) -> Path:
@@ -85,8 +92,11 @@ class Stack:
             self.logs.mkdir(parents=True, exist_ok=True)
             (self.state / "redis").mkdir(exist_ok=True)
             # Nobody else gets these ports while the daemons still begin.
-            with _held(self.compiler) as compiler, _held(self.runtime) as runtime:
-                self.compiler, self.runtime = compiler, runtime
+            with (
+                _held(self.compiler) as self.compiler,
+                _held(self.runtime) as self.runtime,
+                _held(self.gateway) if self.num_runtimes > 1 else nullcontext("") as self.gateway,
+            ):
                 self._start_children()
         except BaseException:
             self.stop()
@@ -139,7 +149,7 @@ class Stack:
         for child, address, must_serve in (
             (self.children[1], self.compiler, True),
             # A runtime serves once it has an engine, a gateway once a runtime does.
-            (self.children[-1], self.runtime, False),
+            (self.children[-1], self.front, False),
         ):
             if not wait_until_answering(address, _START_S, self.check, must_serve):
                 raise CommandFailed(
@@ -151,12 +161,16 @@ class Stack:
     def _start_fleet(
         self, runtime_flags: Sequence[str], redis_url: str, metrics: Sequence[str]
     ) -> None:
-        """Runtimes on free ports, which follow deployments, and a gateway in front of them."""
+        """Runtimes, which follow deployments, and a gateway in front of them.
+
+        The first runtime has the address of a single one, the others free ports.
+        """
         for number in range(self.num_runtimes):
-            command = [sys.executable, "-m", "runtime_service", "--listen", "127.0.0.1:0"]
+            listen = "127.0.0.1:0" if number else self.runtime
+            command = [sys.executable, "-m", "runtime_service", "--listen", listen]
             name = f"runtime-{number + 1}"
             self._start(f"runtime daemon {number + 1}", name, [*command, *runtime_flags])
-        command = [sys.executable, "-m", "runtime_service.gateway", "--listen", self.runtime]
+        command = [sys.executable, "-m", "runtime_service.gateway", "--listen", self.gateway]
         command += ["--redis-url", redis_url, "--compiler", self.compiler, *metrics]
         if not self.with_metrics:
             command += ["--http-listen", ""]

@@ -45,7 +45,7 @@ def up(stack: Stack, model_uri: str, quant: str, *, as_json: bool) -> None:
                 with Client(stack.compiler, stack.runtime) as client:
                     _serve(stack, client, model_uri, quant)
             if as_json:
-                output.print_json({"compiler": stack.compiler, "runtime": stack.runtime})
+                output.print_json(_addresses(stack))
             else:
                 _show_next(stack, bool(model_uri))
             while True:
@@ -100,7 +100,7 @@ def _serve(stack: Stack, client: Client, model_uri: str, quant: str) -> None:
         if stack.num_runtimes == 1:
             serve(client, engine)
         else:
-            with FleetClient(stack.runtime) as fleet:
+            with FleetClient(stack.gateway) as fleet:
                 deploy(
                     fleet,
                     DEPLOYMENT,
@@ -116,11 +116,16 @@ def _serve(stack: Stack, client: Client, model_uri: str, quant: str) -> None:
     output.say(f"[dim]serving after {output.duration_text(time.monotonic() - start)}[/]")
 
 
+def _addresses(stack: Stack) -> dict[str, str]:
+    addresses = {"compiler": stack.compiler, "runtime": stack.runtime}
+    return addresses if stack.num_runtimes == 1 else {**addresses, "gateway": stack.gateway}
+
+
 def _show_addresses(stack: Stack) -> None:
     output.say(f"  compile daemon  [bold]{stack.compiler}[/]")
     is_fleet = stack.num_runtimes > 1
     name = "gateway       " if is_fleet else "runtime daemon"
-    output.say(f"  {name}  [bold]{stack.runtime}[/]")
+    output.say(f"  {name}  [bold]{stack.front}[/]")
     if stack.with_metrics:
         if is_fleet:
             output.say("  page, HTTP API  http://127.0.0.1:7620/")
@@ -136,17 +141,17 @@ def _show_next(stack: Stack, has_model: bool) -> None:
     where = ""
     if stack.compiler != COMPILER:
         where += f" --compiler {stack.compiler}"
-    at = f" --runtime {stack.runtime}" if stack.runtime != RUNTIME else ""
+    at = f" --runtime {stack.front}" if stack.front != RUNTIME else ""
+    gateway = f" --gateway {stack.gateway}" if stack.gateway != GATEWAY else ""
     output.say("\nready; in another terminal:")
     if not has_model:
         output.say(f"  [bold]millrace build sample:smollm2-135m --quant int8{where}[/]")
         if stack.num_runtimes == 1:
             output.say(f"  [bold]millrace load smollm2-135m{where}{at}[/]")
         else:
-            flags = f"--replicas {stack.num_runtimes} --gateway {stack.runtime}"
+            flags = f"--replicas {stack.num_runtimes}{gateway}"
             output.say(f"  [bold]millrace deploy local --model smollm2-135m {flags}[/]")
     output.say(f"  [bold]millrace chat{at}[/]")
     if stack.num_runtimes > 1:
-        gateway = "" if stack.runtime == GATEWAY else f" --gateway {stack.runtime}"
         output.say(f"  [bold]millrace top{gateway}{where}[/]")
     output.say("Ctrl-C stops it.")

@@ -64,7 +64,8 @@ class RuntimeServiceStub:
     back. Returns when the engine serves.
 
     Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-    (`ARCH_MISMATCH`, `FORMAT_MISMATCH`), `DATA_LOSS` (`DIGEST_MISMATCH`),
+    (`ARCH_MISMATCH`, `FORMAT_MISMATCH`; `FOLLOWS_DEPLOYMENT`: the deployment
+    says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
     `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
     """
     UnloadEngine: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.UnloadEngineRequest, _runtime_pb2.UnloadEngineResponse]
@@ -110,7 +111,8 @@ class RuntimeServiceAsyncStub(RuntimeServiceStub):
     back. Returns when the engine serves.
 
     Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-    (`ARCH_MISMATCH`, `FORMAT_MISMATCH`), `DATA_LOSS` (`DIGEST_MISMATCH`),
+    (`ARCH_MISMATCH`, `FORMAT_MISMATCH`; `FOLLOWS_DEPLOYMENT`: the deployment
+    says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
     `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
     """
     UnloadEngine: _aio.UnaryUnaryMultiCallable[_runtime_pb2.UnloadEngineRequest, _runtime_pb2.UnloadEngineResponse]  # type: ignore[assignment]
@@ -177,7 +179,8 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         back. Returns when the engine serves.
 
         Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-        (`ARCH_MISMATCH`, `FORMAT_MISMATCH`), `DATA_LOSS` (`DIGEST_MISMATCH`),
+        (`ARCH_MISMATCH`, `FORMAT_MISMATCH`; `FOLLOWS_DEPLOYMENT`: the deployment
+        says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
         `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
         """
 
