@@ -26,6 +26,7 @@ from shared.errors import (
     Draining,
     EngineLost,
     GatewayRefused,
+    GenerationNotFound,
     InvalidField,
     MillraceError,
     NoEngine,
@@ -124,6 +125,15 @@ class Gateway:
         generation.begin(start, cache_salt, secrets.token_urlsafe(16))
         if not generation.is_ended:
             self._kept.add(generation)
+
+    def share_of_resumed(
+        self, resume: pb.ResumeGeneration, cache_salt: str
+    ) -> GenerationQuota | None:
+        """What the generation holds that a client goes on with; None where it is not kept any more."""
+        try:
+            return self._kept.find(resume.generation_id, cache_salt).quota
+        except GenerationNotFound:
+            return None  # `resume` says so
 
     def resume(
         self, generation: RoutedGeneration, resume: pb.ResumeGeneration, cache_salt: str
@@ -254,7 +264,7 @@ class Gateway:
 
     def _refusal(self, run: Run) -> MillraceError | None:
         """What the last runtime that was asked has said, or one that need not be asked would say."""
-        return run.refusal or next(map(lambda link: link.refusal(run), self._able(run)), None)
+        return run.refusal or next((link.refusal(run) for link in self._able(run)), None)
 
     def _wait(self, run: Run) -> None:
         """Has `run` wait for a runtime.
