@@ -99,16 +99,30 @@ def rss_mb(fleet: FleetProcesses) -> list[float]:
     return [round(process.memory_info().rss / 1e6, 1) for process in processes]
 
 
+def cpu_s(fleet: FleetProcesses) -> dict[str, float]:
+    """CPU time so far of the gateway, and of all runtimes' fronts, without their engines."""
+    fronts = [spent_by(runtime.process.pid) for runtime in fleet.runtimes]
+    return {"gateway": spent_by(fleet.gateway.process.pid), "fronts": sum(fronts)}
+
+
+def spent_by(pid: int) -> float:
+    """CPU time of a process in seconds."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
 async def overload(
     fleet: FleetProcesses, client: FleetClient, arguments: argparse.Namespace
 ) -> None:
     """Sends far more than is admitted at once, and says what became of it."""
     admitted = NUM_RUNTIMES * (16 + 1500 // 12)
     late_s: list[float] = []
+    spent_s: list[dict[str, float]] = []
     for factor in (1, arguments.factor):
         call = Call(client.stub.Generate())
         sent_s: dict[str, float] = {}
         first_s: dict[str, float] = {}
+        before_s = cpu_s(fleet)
         for index in range(factor * admitted):
             sent_s[str(index)] = time.monotonic()
             await call.send(start=random_start(index, (20, 40)))
@@ -120,10 +134,18 @@ async def overload(
                     first_s.setdefault(event.request_id, waited_s)
         found = described(call.seen, list(first_s.values()))
         late_s.append(found["ttft_p99_s"])
+        found["cpu_s"] = {name: round(s - before_s[name], 2) for name, s in cpu_s(fleet).items()}
+        spent_s.append(found["cpu_s"])
         print(json.dumps({"sent": factor * admitted, **found}), flush=True)
         assert set(found["refused"]) <= {"QUEUE_FULL"}, "something else was refused"
         assert not found["retry_after_s"] or found["retry_after_s"][0] > 0, "no delay was told"
     await client.freed(5.0)
+    # As many are admitted either way: what is spent beyond that is spent on refusing.
+    refusing_us = {
+        name: round((spent_s[1][name] - s) / max(found["num_refused"], 1) * 1e6)
+        for name, s in spent_s[0].items()
+    }
+    print(json.dumps({"cpu_us_per_refused": refusing_us}))
     print(json.dumps({"ttft_p99_ratio": round(late_s[1] / late_s[0], 2)}))
     assert late_s[1] < MAX_LATENESS * late_s[0], f"p99 grew by more than {MAX_LATENESS}"
     assert all(runtime.process.poll() is None for runtime in fleet.runtimes)

@@ -94,6 +94,7 @@ async def serve(
         start_client=_client_starter(settings, local, loader, waiting, metrics),
         metrics=metrics,
         on_change=changed.set,
+        exchange_s=settings.exchange_s,
     )
     try:
         await _serve(settings, security, runtime, changed)

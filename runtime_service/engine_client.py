@@ -110,21 +110,11 @@ class EngineClient:
         """
         process = await start_engine_process(spec, waiting)
         try:
-            async with asyncio.timeout(load_timeout_s):
-                while isinstance(reply := await process.link.receive(), Loading):
-                    on_phase(reply.phase)
-            if isinstance(reply, Failed):
-                raise from_status(status_pb2.Status.FromString(reply.status))
-            assert isinstance(reply, Ready), f"it began with {type(reply).__name__}"
-        except TimeoutError:
-            await process.stop()
-            raise EngineLost(problem=f"not loaded within {load_timeout_s} s") from None
-        except PeerGone:
-            raise EngineLost(problem=await _describe_end(process)) from None
-        except BaseException:
+            ready = await _loaded(process, load_timeout_s, on_phase)
+        except BaseException:  # whatever it is goes on; a process that nobody holds does not
             await process.stop()
             raise
-        return cls(process, reply, metrics, max_waiting_tokens, step_timeout_s, on_lost)
+        return cls(process, ready, metrics, max_waiting_tokens, step_timeout_s, on_lost)
 
     @property
     def pid(self) -> int:
@@ -193,6 +183,13 @@ class EngineClient:
     async def wait_idle(self) -> None:
         """Returns when nothing runs."""
         await self._idle.wait()
+
+    def fail_all(self, error: MillraceError) -> int:
+        """Ends everything that runs with `error`; gives how many generations that were."""
+        running = list(self._generations.values())
+        for generation in running:
+            generation.fail(error)
+        return len(running)
 
     async def stop(self) -> None:
         """Ends the process; what still runs ends with ENGINE_LOST."""
@@ -279,14 +276,29 @@ class EngineClient:
         for task in self._tasks:
             if task is not current:
                 task.cancel()
-        for generation in list(self._generations.values()):
-            generation.fail(error)
+        self.fail_all(error)
         self._metrics.engine_ended()
 
     def _retry_after_s(self) -> float:
         if not self._tokens_per_s:
             return 1.0
         return min(max(self._waiting_tokens / self._tokens_per_s, _LEAST_RETRY_S), _MOST_RETRY_S)
+
+
+async def _loaded(process: EngineProcess, load_timeout_s: float, on_phase: OnPhase) -> Ready:
+    """What a process says once it has loaded its engine; raises as `EngineClient.start`."""
+    try:
+        async with asyncio.timeout(load_timeout_s):
+            while isinstance(reply := await process.link.receive(), Loading):
+                on_phase(reply.phase)
+    except TimeoutError:
+        raise EngineLost(problem=f"not loaded within {load_timeout_s} s") from None
+    except PeerGone:
+        raise EngineLost(problem=await _describe_end(process)) from None
+    if isinstance(reply, Failed):
+        raise from_status(status_pb2.Status.FromString(reply.status))
+    assert isinstance(reply, Ready), f"it began with {type(reply).__name__}"
+    return reply
 
 
 async def _describe_end(process: EngineProcess) -> str:

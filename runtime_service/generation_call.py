@@ -78,6 +78,11 @@ class Starter(Protocol[Member]):
     def start(self, generation: Member, start: pb.StartGeneration, cache_salt: str) -> None:
         """Sees to it that `generation` runs, or ends it with an error; never raises."""
 
+    def share_of_resumed(
+        self, resume: pb.ResumeGeneration, cache_salt: str
+    ) -> GenerationQuota | None:
+        """What the generation that `resume` names holds of its tenant's quota; None where that is not known here."""
+
     def resume(self, generation: Member, resume: pb.ResumeGeneration, cache_salt: str) -> None:
         """Likewise, where a generation of a lost call had come to."""
 
@@ -202,7 +207,9 @@ class GenerationCall(Generic[Member]):
             QuotaExceeded: as `start`.
         """
         self._quota.count_request()
-        generation = self._open(resume.request_id)
+        # The call of the one before may be lost without anybody having noticed yet.
+        before = self._starter.share_of_resumed(resume, self._cache_salt)
+        generation = self._open(resume.request_id, before)
         self._starter.resume(generation, resume, self._cache_salt)
         return generation
 
@@ -210,8 +217,8 @@ class GenerationCall(Generic[Member]):
         """Tells of a command that no generation of its own stands for."""
         self._owe(_Refusal(request_id, error), len(str(error)) // _TOKEN_BYTES)
 
-    def _open(self, request_id: str) -> Member:
-        quota = self._quota.open_generation()
+    def _open(self, request_id: str, before: GenerationQuota | None = None) -> Member:
+        quota = self._quota.open_generation(in_place_of=before)
         generation = self._starter.new_generation(request_id, self._on_news, self._on_end, quota)
         self._running[request_id] = generation
         return generation

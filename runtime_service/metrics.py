@@ -76,6 +76,10 @@ class RuntimeMetrics(Collector):
         self._generations[reason] += 1
         self.generation_seconds.observe(total_s)
 
+    def num_ended(self, reason: str) -> int:
+        """Generations that have ended so."""
+        return self._generations[reason]
+
     def stepped(self, stats: EngineStats) -> None:
         """Takes the engine's state after a step."""
         self._stats = stats

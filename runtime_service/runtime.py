@@ -46,6 +46,8 @@ from shared.quotas import GenerationQuota
 MAX_PREPARED_TOKENS = 32 << 20
 MIN_PREPARED_TOKENS = 4096
 _NUM_TEXT_THREADS = 2
+# Larger ones take turns on a thread of their own, so that a small one never waits for them.
+LARGE_START_BYTES = 64 << 10
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.2, 30.0
 
 OnLost = Callable[[EngineClient, MillraceError], None]
@@ -77,6 +79,7 @@ class Runtime:
         read_text: reads an engine's text side; blocks.
         start_client: starts a process for an engine; gives its client once it is loaded, and tells its phases.
         on_change: called when what `state` and `is_serving` say may have changed.
+        exchange_s: how long what runs may go on when its engine is exchanged or unloaded; what is left ends then.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Runtime:
         start_client: StartClient,
         metrics: RuntimeMetrics,
         on_change: Callable[[], None],
+        exchange_s: float = 600.0,
     ) -> None:
         self.arch = arch
         self.metrics = metrics
@@ -101,12 +105,15 @@ class Runtime:
         self.deployment, self.deployment_version = "", 0
         self._refusal: MillraceError = NoEngine(wanted="any model")
         self._calls: set[GenerationCall[Generation]] = set()
+        self._exchange_s = exchange_s
         self._text_threads = ThreadPoolExecutor(_NUM_TEXT_THREADS, "text")
+        self._large_text_thread = ThreadPoolExecutor(1, "large_text")
         self._background = Background()
         # Held while the engine is exchanged, by whoever does it.
         self._exchange = asyncio.Lock()
         self._wanted: Wanted | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._num_loads = 0
         self._is_holding = False
         self._released = asyncio.Event()
         self._num_prepared_tokens = 0
@@ -142,6 +149,9 @@ class Runtime:
     ) -> Generation:
         """A generation that is not started yet."""
         return Generation(request_id, self.metrics, on_news, on_end, quota)
+
+    def share_of_resumed(self, resume: pb.ResumeGeneration, cache_salt: str) -> None:
+        """None: a runtime forgets the generations of a lost call."""
 
     def resume(self, generation: Generation, resume: pb.ResumeGeneration, cache_salt: str) -> None:
         """Ends it with an error: a runtime forgets the generations of a lost call."""
@@ -192,7 +202,9 @@ class Runtime:
                 if generation.is_ended:
                     return
                 parsed = served.parse(start)
-                token_ids = await loop.run_in_executor(self._text_threads, served.encode, start)
+                is_large = start.ByteSize() > LARGE_START_BYTES
+                threads = self._large_text_thread if is_large else self._text_threads
+                token_ids = await loop.run_in_executor(threads, served.encode, start)
                 if self.served is served and not self._is_holding and not generation.is_ended:
                     served.submit(generation, parsed, token_ids, cache_salt)
                     return
@@ -240,6 +252,7 @@ class Runtime:
             command = f"millrace-runtime --arch {selector.arch}"
             raise ArchMismatch(built_for=selector.arch, found=self.arch, command=command)
         started = time.monotonic()
+        self._num_loads += 1
         if self.served is None:
             self.startup.finding()
             self._become(pb.RUNTIME_STATE_LOADING)
@@ -257,7 +270,9 @@ class Runtime:
                 if self._wanted is not wanted:
                     wanted.let_go()
         finally:
-            if self.served is None:
+            self._num_loads -= 1
+            # While another load goes on, that one says where the daemon stands.
+            if self.served is None and not self._num_loads:
                 # An engine that was lost is still being restarted; else there is none.
                 is_lost = self._wanted is not None
                 self.startup.failed()
@@ -284,7 +299,7 @@ class Runtime:
             self._become(pb.RUNTIME_STATE_IDLE)
             try:
                 if served is not None:
-                    await _to_the_end(self._background.own(_release(served.client)))
+                    await _to_the_end(self._background.own(self._release(served.client)))
             finally:
                 if wanted is not None:
                     wanted.let_go()
@@ -316,14 +331,30 @@ class Runtime:
         if wanted is not None:
             wanted.let_go()
         self._text_threads.shutdown(wait=False)
+        self._large_text_thread.shutdown(wait=False)
 
     async def _exchange_for(self, wanted: Wanted, found_s: float) -> None:
         with self._holding():
             old = self.served
             if old is not None:
-                await old.client.wait_idle()
+                await self._run_dry(old.client)
             # From here on there is no way back but loading: a caller that gives up changes nothing.
             await _to_the_end(self._background.own(self._replace(old, wanted, found_s)))
+
+    async def _run_dry(self, client: EngineClient) -> None:
+        """Lets what runs finish; a client that reads no more must not keep an engine for ever."""
+        try:
+            async with asyncio.timeout(self._exchange_s):
+                await client.wait_idle()
+        except TimeoutError:
+            num_ended = client.fail_all(EngineLost(problem="it is served no more"))
+            _log.warning("exchange_grace_ended", generations=num_ended)
+
+    async def _release(self, client: EngineClient) -> None:
+        try:
+            await self._run_dry(client)
+        finally:
+            await client.stop()
 
     async def _replace(self, old: ServedEngine | None, wanted: Wanted, found_s: float) -> None:
         self.served = None
@@ -461,13 +492,6 @@ class Runtime:
         if self._state != pb.RUNTIME_STATE_DRAINING:
             self._state = state
             self._on_change()
-
-
-async def _release(client: EngineClient) -> None:
-    try:
-        await client.wait_idle()
-    finally:
-        await client.stop()
 
 
 async def _to_the_end(task: asyncio.Task[None]) -> None:

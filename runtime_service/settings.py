@@ -69,6 +69,11 @@ class RuntimeSettings(Settings):
     drain_s: float = Field(
         30.0, ge=0, description="after SIGTERM, how long running generations may go on"
     )
+    exchange_s: float = Field(
+        600.0,
+        ge=0,
+        description="when an engine is exchanged or unloaded, how long what runs on it may go on",
+    )
     relays: int = Field(
         0, ge=0, le=64, description="processes that take clients' calls in front of it; 0: none"
     )

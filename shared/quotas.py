@@ -96,15 +96,18 @@ class TenantQuota:
         with self._lock:
             self._take(self._requests, 1, "requests_per_s", self.limits.requests_per_s)
 
-    def open_generation(self) -> "GenerationQuota":
+    def open_generation(self, in_place_of: "GenerationQuota | None" = None) -> "GenerationQuota":
         """The share of a generation that begins; give it back with `close`.
 
+        Args:
+            in_place_of: what it resumes, if that still holds a share: the two count as one.
         Raises:
             QuotaExceeded: as many as may run do.
         """
         with self._lock:
             allowed = self.limits.concurrent
-            if allowed and self._num_running >= allowed:
+            num_others = self._num_running - (in_place_of is not None and in_place_of.is_open)
+            if allowed and num_others >= allowed:
                 raise QuotaExceeded(
                     limit="concurrent", allowed=allowed, retry_after_s=_BUSY_RETRY_S
                 )
@@ -140,6 +143,11 @@ class GenerationQuota:
         self._tenant = tenant
         self._num_reserved_tokens = 0
         self._is_closed = False
+
+    @property
+    def is_open(self) -> bool:
+        """Claims that it counts as running."""
+        return not self._is_closed
 
     def reserve(self, num_tokens: int) -> None:
         """Takes the most that it may use as it is asked now, prompt included.

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import IO, Generic, Self, TypeVar
 
@@ -33,6 +33,7 @@ _TIMEOUT_S = MAX_BLOCK_S + 5.0
 _CONNECT_TIMEOUT_S = 3.0
 # Between looks at whether the embedded server still runs.
 _LOOK_S = 0.5
+_START_S, _START_LOOK_S = 30.0, 0.005
 
 # A wrong password and a user without rights: the server is there, and not for us.
 _REFUSED = (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)
@@ -185,6 +186,7 @@ class EmbeddedRedis:
         self._port = port
         self._folder = Path(tempfile.mkdtemp(prefix="millrace-redis-"))  # mode 0700
         self._socket = self._folder / "redis.sock"
+        self._log = self._folder / "redis.log"
         self._lock: IO[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -201,32 +203,38 @@ class EmbeddedRedis:
         assert self._process is not None, "the server was not started"
         return self._process.pid
 
-    def start(self, timeout_s: float = 30.0) -> None:
+    def start(self, timeout_s: float = _START_S) -> None:
         """Starts the server and returns when it answers.
 
         Raises:
             OSError: the folder is in use, or the server ended; the message holds its last lines.
         """
+        self._spawn()
+        deadline_s = time.monotonic() + timeout_s
+        with closing(connect_sync(self.url)) as client:
+            while not _answers(client):
+                self._check_start(deadline_s)
+                time.sleep(_START_LOOK_S)
+
+    def _spawn(self) -> None:
         assert self._process is None, "the server runs"
         self._lock_data_dir()
-        log = self._folder / "redis.log"
         self._process = subprocess.Popen(
-            ending_with_parent([str(get_binary_path()), *self._arguments(log)]),
+            ending_with_parent([str(get_binary_path()), *self._arguments(self._log)]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             # Terminal signals are for the parent, which stops this child in order.
             start_new_session=True,
         )
-        deadline = time.monotonic() + timeout_s
-        client = connect_sync(self.url)
-        while not _answers(client):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                tail = log.read_text()[-600:] if log.exists() else ""
-                self.stop()
-                raise OSError(f"the embedded Valkey server did not start: {tail}")
-            time.sleep(0.005)
-        client.close()
+
+    def _check_start(self, deadline_s: float) -> None:
+        """Raises OSError where the server ended, or does not answer by `deadline_s`; it is killed then."""
+        assert self._process is not None, "the server was not started"
+        if self._process.poll() is not None or time.monotonic() > deadline_s:
+            tail = self._log.read_text()[-600:] if self._log.exists() else ""
+            self.kill()
+            raise OSError(f"the embedded Valkey server did not start: {tail}")
 
     async def keep_running(self) -> None:
         """Starts the server again whenever it has ended by itself, until cancelled; on the thread that started it.
@@ -239,7 +247,13 @@ class EmbeddedRedis:
                 if self._process is not None:
                     _log.error("embedded_redis_ended", status=status)
                 self.stop()
-                self.start()
+                # Here and not in a thread: it would end with the thread that started it.
+                self._spawn()
+                deadline_s = time.monotonic() + _START_S
+                with closing(connect_sync(self.url)) as client:
+                    while not await asyncio.to_thread(_answers, client):
+                        self._check_start(deadline_s)
+                        await asyncio.sleep(_START_LOOK_S)
             await asyncio.sleep(_LOOK_S)
 
     def stop(self) -> None:

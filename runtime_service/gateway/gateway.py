@@ -26,6 +26,7 @@ from shared.errors import (
     Draining,
     EngineLost,
     GatewayRefused,
+    GenerationNotFound,
     InvalidField,
     MillraceError,
     NoEngine,
@@ -124,6 +125,15 @@ class Gateway:
         generation.begin(start, cache_salt, secrets.token_urlsafe(16))
         if not generation.is_ended:
             self._kept.add(generation)
+
+    def share_of_resumed(
+        self, resume: pb.ResumeGeneration, cache_salt: str
+    ) -> GenerationQuota | None:
+        """What the generation holds that a client goes on with; None where it is not kept any more."""
+        try:
+            return self._kept.find(resume.generation_id, cache_salt).quota
+        except GenerationNotFound:
+            return None  # `resume` says so
 
     def resume(
         self, generation: RoutedGeneration, resume: pb.ResumeGeneration, cache_salt: str
@@ -236,19 +246,25 @@ class Gateway:
     # Placing.
 
     def _choose(self, run: Run) -> RuntimeLink | None:
-        generation = run.generation
-        model = generation.start.model
-        links = {
-            link.address: link
-            for link in self._fleet
-            if link.is_usable
-            and link.address not in run.avoids
-            and link.serves(model if generation.started is None else generation.started.engine)
-        }
+        links = {link.address: link for link in self._able(run) if link.refusal(run) is None}
         if not links:
             return None
-        prefix = prefix_of(generation.start, generation.cache_salt)
+        prefix = prefix_of(run.generation.start, run.generation.cache_salt)
         return links[choose([link.candidate() for link in links.values()], prefix)]
+
+    def _able(self, run: Run) -> list[RuntimeLink]:
+        """Runtimes that serve what `run` wants, and have not refused it."""
+        started = run.generation.started
+        model = run.generation.start.model if started is None else started.engine
+        return [
+            link
+            for link in self._fleet
+            if link.is_usable and link.address not in run.avoids and link.serves(model)
+        ]
+
+    def _refusal(self, run: Run) -> MillraceError | None:
+        """What the last runtime that was asked has said, or one that need not be asked would say."""
+        return run.refusal or next((link.refusal(run) for link in self._able(run)), None)
 
     def _wait(self, run: Run) -> None:
         """Has `run` wait for a runtime.
@@ -259,7 +275,7 @@ class Gateway:
             EngineLost: it has run before, and has waited long enough to go on.
             GatewayRefused: runtimes refuse the gateway's key, which waiting does not change.
         """
-        generation, refusal, now_s = run.generation, run.refusal, time.monotonic()
+        generation, refusal, now_s = run.generation, self._refusal(run), time.monotonic()
         is_new = generation.started is None
         model = generation.start.model
         if is_new and isinstance(refusal, QueueFull):

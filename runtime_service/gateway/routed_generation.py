@@ -292,6 +292,7 @@ class RoutedGeneration:
         start = pb.StartGeneration()
         start.CopyFrom(self.start)
         start.ClearField("timeout")
+        start.ClearField("credit_tokens")  # who resumes says anew what it takes
         if run.credit is not None:
             start.credit_tokens = min(run.credit, MAX_CREDIT)
         stop = start.stop

@@ -10,7 +10,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.runtime_link import RuntimeLink
 from runtime_service.validation import MAX_CREDIT
-from shared.errors import EngineLost, MillraceError, NoEngine, from_status
+from shared.errors import EngineLost, MillraceError, NoEngine, QueueFull, from_status
 from shared.tracing import NO_SPAN, Span, start_span
 
 # Bytes of text in a token at least, on average, for an estimate of what a prompt costs.
@@ -184,6 +184,8 @@ class Run:
         """Takes an event of it."""
         kind = event.WhichOneof("event")
         if kind == "tokens":
+            if not self._num_tokens and self._link is not None:
+                self._link.has_room()
             self._num_tokens += len(event.tokens.token_ids)
             self.generation.run_gained(self, event)
         elif kind == "started":
@@ -224,7 +226,9 @@ class Run:
         self.over(error.reason)
         self.refusal = error
         self.avoids.add(self._link.address)
-        if error.reason != "QUEUE_FULL":
+        if isinstance(error, QueueFull):
+            self._link.is_full(error, self.num_waiting_tokens)
+        else:
             self._link.turn_away(error)
 
     def _send(self, **command: object) -> None:

@@ -28,6 +28,7 @@ from shared.errors import (
     InvalidField,
     MillraceError,
     PermissionDenied,
+    QueueFull,
     Unauthenticated,
 )
 
@@ -131,6 +132,8 @@ class RuntimeLink:
         self._num_runs = 0
         # Tokens of prompts that were sent after the last status, which does not know them.
         self._sent_tokens = 0
+        # What its queue had no room for, and what it said then; see `refusal`.
+        self._full_tokens, self._full = 0, QueueFull(waiting_tokens=0, max_waiting_tokens=0)
         self._calls: dict[str, _TenantCall] = {}
         self._background = Background()
         self._answers = self._is_draining = self._is_refused = False
@@ -185,6 +188,25 @@ class RuntimeLink:
         names = (self.status.deployment, engine.model, engine.name, engine.key.model_digest)
         return not model or model in names
 
+    def refusal(self, run: UpstreamRun) -> QueueFull | None:
+        """What it would say to `run` as far as is known; None where it must be asked.
+
+        What its queue had no room for it has none for until something leaves it: the first tokens of
+        a run, or a run that ends. What others sent leaves unseen, so each look at it asks again.
+        """
+        if not self._full_tokens or run.num_waiting_tokens < self._full_tokens:
+            return None
+        return QueueFull(retry_after_s=self._full.retry_after_s, **self._full.fields)
+
+    def is_full(self, error: QueueFull, num_tokens: int) -> None:
+        """It has said so, to a prompt of about `num_tokens`."""
+        self._full_tokens = min(self._full_tokens or num_tokens, num_tokens)
+        self._full = error
+
+    def has_room(self) -> None:
+        """Something has left its queue."""
+        self._full_tokens = 0
+
     def candidate(self) -> Candidate:
         """As routing sees it."""
         load = self.status.load
@@ -222,6 +244,7 @@ class RuntimeLink:
         """Ends a run of which nothing more is wanted; a no-op on one that has ended."""
         run = self._runs.pop(name, None)
         if run is not None:
+            self.has_room()
             self.send(run, pb.GenerateRequest(cancel=pb.CancelGeneration(request_id=name)))
 
     def turn_away(self, error: MillraceError) -> None:
@@ -351,6 +374,7 @@ class RuntimeLink:
             self.tokens_per_s = 0.0
         self._last_sign_s = self._last_status_s = now_s
         self.status, was_answering, self._answers = status, self._answers, True
+        self.has_room()
         self._is_draining = self._is_refused = False
         return (
             not was_answering

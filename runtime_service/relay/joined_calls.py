@@ -108,6 +108,9 @@ class JoinedCall:
         start.request_id = self._enter(generation)
         self.send(pb.GenerateRequest(start=start))
 
+    def share_of_resumed(self, resume: pb.ResumeGeneration, cache_salt: str) -> None:
+        """None: the daemon counts."""
+
     def resume(
         self, generation: "RelayedGeneration", resume: pb.ResumeGeneration, cache_salt: str
     ) -> None:

@@ -1,6 +1,7 @@
 """Every call of a relay: own streams of many clients join one call, all others pass byte by byte."""
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from functools import partial
 from typing import TypeAlias
 
@@ -78,8 +79,11 @@ class Proxy(grpc.GenericRpcHandler):
             metadata = self._metadata(context)
             _follow_trace(request, metadata)
             caller = Caller.of(metadata)
-            async for response in generate_stream(self._joined.of(caller), request, ANYBODY):
-                await context.write(response.SerializeToString())
+            stream = generate_stream(self._joined.of(caller), request, ANYBODY)
+            # However it ends, the daemon hears of it now and not when the generator is collected.
+            async with aclosing(stream) as responses:
+                async for response in responses:
+                    await context.write(response.SerializeToString())
         except MillraceError as error:
             await abort_with(context, to_status(error))
 

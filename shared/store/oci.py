@@ -356,7 +356,8 @@ def group_by_index(engines: Iterable[EngineManifest]) -> dict[str, list[EngineMa
 def index_ref(model: str, quant: QuantConfig) -> str:
     """Under which reference a registry keeps the index of a model's name and a quantization."""
     resolved = quant.resolved
-    ref = _ref_name(f"{model}-{QuantConfig(resolved.scheme, resolved.group_size)}")
+    found_by = QuantConfig(resolved.scheme, resolved.group_size, kv_cache=resolved.kv_cache)
+    ref = _ref_name(f"{model}-{found_by}")
     if len(ref) <= MAX_REF_CHARACTERS:
         return ref
     return f"{ref[: MAX_REF_CHARACTERS - 17]}-{hashlib.sha256(ref.encode()).hexdigest()[:16]}"

@@ -1,5 +1,6 @@
 """Every way to name a model, and one clear line for everything that can be wrong with one."""
 
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from compiler_service.checkpoints.digest import (
     model_digest,
     verify_unchanged,
 )
-from compiler_service.checkpoints.hub import FETCHED, NOT_FETCHED
+from compiler_service.checkpoints.hub import FETCHED, NOT_FETCHED, failure_of
 from compiler_service.checkpoints.sample import SAMPLES
 from compiler_service.checkpoints.sources import SOURCES, open_checkpoint
 from compiler_service.models import parameter_shapes
@@ -474,3 +475,21 @@ def test_hashes_that_are_remembered_side_by_side_are_all_kept(tmp_path: Path) ->
         list(pool.map(lambda file: FileHashes(tmp_path / "cache").sha256(file), files))
     known = [FileHashes(tmp_path / "cache").known(file) for file in files]
     assert known == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "DISK_FULL", "No room left"),
+        (OSError(errno.EROFS, "Read-only file system"), "MODEL_NOT_FOUND", "Read-only file system"),
+        (OSError("no connection"), "MODEL_NOT_FOUND", "cannot be reached"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), "MODEL_NOT_FOUND", "be reached"),
+    ],
+    ids=["full disk", "read-only disk", "hub's own", "network"],
+)
+def test_only_the_network_is_told_as_the_hub_not_being_reached(
+    error: OSError, reason: str, said: str
+) -> None:
+    failure = failure_of("org/model", error)
+    assert failure.reason == reason
+    assert said in str(failure)

@@ -119,6 +119,7 @@ async def running_daemon(
     publish: Callable[[LocalStore], EngineManifest] = publish_echo,
     security: ServerSecurity = OPEN,
     relays: int = 0,
+    exchange_s: float = HANG_S,
     **arguments: Any,
 ) -> AsyncIterator[Daemon]:
     """A daemon that serves the echo engine, or what `publish` and `loader` make of one.
@@ -156,6 +157,7 @@ async def running_daemon(
         start_client=start_client,
         metrics=metrics,
         on_change=changed.set,
+        exchange_s=exchange_s,
     )
     registry = daemon_registry()
     registry.register(metrics)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from google.rpc import status_pb2
 
+from runtime_service.engine_client import EngineClient
 from runtime_service.engine_core import OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_messages import (
@@ -26,6 +28,7 @@ from runtime_service.engine_messages import (
 )
 from runtime_service.engine_process import EngineProcess, EngineSpec, start_engine_process
 from runtime_service.engine_transport import PeerGone
+from runtime_service.metrics import RuntimeMetrics
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
 from shared.arch import arch_named
 from shared.errors import reason_of
@@ -208,6 +211,7 @@ def test_process_dies_with_a_killed_front() -> None:
 
 _WAITING_FRONT = """
 import sys
+from runtime_service.engine_client import EngineClient
 from runtime_service.engine_core import OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
 
@@ -275,3 +279,38 @@ async def test_taken_process_outlives_the_block() -> None:
         process = await start_engine_process(fake_spec(), waiting)
     assert isinstance((await loaded(process))[1], Ready)
     await process.stop()
+
+
+class _Leaving:
+    """A process that has closed its link and lives on."""
+
+    def __init__(self) -> None:
+        self.front, other = socket.socketpair()
+        other.close()
+        self.process = subprocess.Popen(["sleep", "3600"])
+
+    def take(self) -> bool:
+        return True
+
+
+async def test_process_is_ended_where_its_start_is_cancelled_while_it_leaves() -> None:
+    leaving = _Leaving()
+    starting = asyncio.create_task(
+        EngineClient.start(
+            fake_spec(),
+            RuntimeMetrics(),
+            waiting=leaving,  # type: ignore[arg-type]
+            max_waiting_tokens=0,
+            load_timeout_s=60.0,
+            step_timeout_s=60.0,
+            on_lost=lambda client, error: None,
+        )
+    )
+    for _ in range(50):  # turns of the loop: it sees that the link is closed, and waits for the end
+        await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.wait({starting})
+    status = leaving.process.poll()
+    leaving.process.kill()  # else what waits for it would keep a test that fails from its end
+    assert starting.cancelled()
+    assert status == -signal.SIGKILL

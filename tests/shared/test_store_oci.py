@@ -185,3 +185,10 @@ def test_publishing_many_engines_keeps_the_index_true(store: LocalStore) -> None
     ]
     assert {engine.key.digest for engine in published} <= refs(store).keys()
     assert len(refs(store)) == 40
+
+
+def test_registry_keeps_kinds_of_kv_cache_apart() -> None:
+    """An index's reference is what other tools pull by: it must not give another engine than was named."""
+    kinds = ("", "fp8", "int8")
+    refs = {oci.index_ref("m", QuantConfig("bf16", kv_cache=kind)) for kind in kinds}
+    assert refs == {"m-bf16", "m-bf16-kv-fp8", "m-bf16-kv-int8"}

@@ -73,6 +73,7 @@ async def running_gateway(
     wait_s: float = 2 * HANG_S,
     keep_s: float = 60.0,
     silent_s: float = HANG_S,
+    poll_s: float = 0.05,
     redis: Redis | None = None,
     security: ServerSecurity = OPEN,
     peers: PeerSecurity = PLAIN,
@@ -80,7 +81,7 @@ async def running_gateway(
     relays: int = 0,
 ) -> AsyncIterator[RunningGateway]:
     """A gateway in front of these runtimes, which it has met."""
-    fleet = Fleet(redis, tuple(addresses), LinkOptions(0.05, silent_s, 1 << 20, peers))
+    fleet = Fleet(redis, tuple(addresses), LinkOptions(poll_s, silent_s, 1 << 20, peers))
     registry = CollectorRegistry()
     gateway = Gateway(fleet, GatewayMetrics(registry), wait_s, KeptGenerations(keep_s))
     entrance = Relays(relays, 4 << 20, security, "error") if relays else None
@@ -116,6 +117,7 @@ async def running_fleet(
     *,
     wait_s: float = 2 * HANG_S,
     keep_s: float = 60.0,
+    poll_s: float = 0.05,
     redis: Redis | None = None,
     gateway_security: ServerSecurity = OPEN,
     peers: PeerSecurity = PLAIN,
@@ -136,6 +138,7 @@ async def running_fleet(
                 daemons,
                 wait_s=wait_s,
                 keep_s=keep_s,
+                poll_s=poll_s,
                 redis=redis,
                 security=gateway_security,
                 peers=peers,

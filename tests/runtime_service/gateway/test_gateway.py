@@ -346,6 +346,33 @@ async def test_what_every_runtime_refuses_is_refused_with_a_delay(tmp_path: Path
         assert all(error.retry_after_s for error in errors)
 
 
+async def test_full_runtime_is_not_asked_again_until_something_leaves_its_queue(
+    tmp_path: Path,
+) -> None:
+    """Refusing is what an overloaded fleet does most: only the first refusal costs the runtime anything."""
+    options = {"max_waiting_tokens": 8, "max_sequences": 1, "step_s": 0.002, **ENDLESS}
+    async with running_fleet(tmp_path, 1, poll_s=HANG_S, **options) as fleet:  # type: ignore[arg-type]
+        call, metrics = fleet.call(), fleet.daemons[0].runtime.metrics
+        await call.start("running", [40, 41], max_new_tokens=ENDLESS_TOKENS)
+        await call.read_until(lambda: call.num_tokens("running") > 0)
+        for name in ("waiting", "next", "refused"):
+            await call.start(name, [40, 41, 42, 43], max_new_tokens=8)
+        await call.read_to_end("refused")
+        assert metrics.num_ended("QUEUE_FULL") == 1
+        late = [str(number) for number in range(50)]
+        for name in late:
+            await call.start(name, [40, 41, 42, 43], max_new_tokens=8)
+        errors = [from_status((await call.read_to_end(name)).error) for name in late]
+        assert {error.reason for error in errors} == {"QUEUE_FULL"}
+        assert all(error.retry_after_s for error in errors)
+        assert metrics.num_ended("QUEUE_FULL") == 1
+        await call.send(cancel=pb.CancelGeneration(request_id="running"))
+        await call.read_until(lambda: call.num_tokens("waiting") > 0)
+        await call.start("after", [40, 41], max_new_tokens=2)
+        seen = await call.finish()
+    is_whole(seen["after"], [40, 41], 2)
+
+
 async def test_draining_runtime_gets_nothing_new_and_finishes_what_it_has(tmp_path: Path) -> None:
     async with running_fleet(tmp_path, step_s=0.004) as fleet:
         call = fleet.call()

@@ -197,6 +197,29 @@ async def test_calls_of_tenants_that_left_do_not_stay_open(tmp_path: Path) -> No
         assert fleet.sample("moved_generations_total", reason="ENGINE_LOST") == 0
 
 
+async def test_client_that_goes_on_needs_no_second_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], new: NewKey
+) -> None:
+    """That its call is lost the gateway may learn much later; what is resumed gives its place up then."""
+    key = new("acme", concurrent=1)
+    async with secured(tmp_path, capsys, "generate", "delegate") as fleet:
+        lost = call_of(fleet, key)
+        await lost.start("a", PROMPT, max_new_tokens=9, credit_tokens=4)
+        await lost.read_until(lambda: lost.num_tokens("a") == 4)
+        events = [event for message in lost.messages for event in message.events]
+        name = next(e.started.generation_id for e in events if e.HasField("started"))
+        call = call_of(fleet, key)
+        resume = pb.ResumeGeneration(request_id="a", generation_id=name, received_tokens=[4])
+        await call.send(resume=resume)
+        seen = await call.read_to_end("a")
+        assert seen.finished is not None, f"it was refused: {seen.error}"
+        assert call.num_tokens("a") == 5
+        for request_id in ("b", "c"):  # and an end frees the one place
+            await call.start(request_id, PROMPT, max_new_tokens=2000, credit_tokens=2)
+        await call.read_to_end("c")
+        assert from_status(call.seen["c"].error).fields["limit"] == "concurrent"
+
+
 async def test_generations_at_once_are_limited_over_the_whole_fleet(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], new: NewKey
 ) -> None:
