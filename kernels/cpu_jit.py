@@ -59,7 +59,7 @@ def cache_folder() -> Path | None:
     """
     here = Path(__file__).parent
     digest = hashlib.sha256(numba.__version__.encode())
-    for source in (Path(__file__), *sorted(here.glob("*/cpu_kernel.py"))):
+    for source in (Path(__file__), *sorted(here.glob("*/cpu_kernel*.py"))):
         digest.update(source.read_bytes())
     told = numba.config.CACHE_DIR
     bases = (
@@ -249,6 +249,33 @@ def store(context: Any, pointer: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, types.float32), generate
+
+
+@intrinsic
+def to_bits(context: Any, value: Any) -> Any:
+    """The bits of an fp32, as int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _WORD)
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def of_bits(context: Any, value: Any) -> Any:
+    """The fp32 that has the bits of an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+def spread(builder: Any, value: Any, kind: Any) -> Any:
+    """A vector of one value, in an intrinsic's code."""
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_WORD, 0))
+    order = ir.Constant(ir.VectorType(_WORD, kind.count), [0] * kind.count)
+    return builder.shuffle_vector(first, first, order)
 
 
 @intrinsic
