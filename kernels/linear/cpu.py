@@ -6,20 +6,21 @@
 | fp32 | int4_group | torch's int4 | fp16, FBGEMM |
 | fp32 | any other, of bf16 values | fp16, FBGEMM | fp16, FBGEMM |
 | fp32 | plain fp32 | fp32, oneDNN | fp32, oneDNN |
-| bf16 | int8_channel | our kernel of bytes where there is VNNI, else our kernel | bf16, oneDNN |
+| bf16 | int8_channel | bytes where there is VNNI, else our kernel | bytes where there is VNNI, else bf16, oneDNN |
 | bf16 | plain | our kernel | bf16, oneDNN |
 | bf16 | int4_group | our kernel of nibbles where there is VNNI, else torch's int4 | bf16, oneDNN |
 | bf16 | int8_group | torch's int4, twice | bf16, oneDNN |
 | bf16 | fp8_channel | bf16, oneDNN | bf16, oneDNN |
-| any, rounded to int8 | int8_channel | int8, oneDNN (VNNI where there is) | int8, oneDNN |
+| any, rounded to int8 | int8_channel | bytes where there is VNNI, else int8, oneDNN | the same |
 
 All accumulate in fp32, int8 with int8 exactly in int32. Few rows wait for the weight's bytes, many for arithmetic.
 fp16 keeps 11 bits of a value, bf16 has 8; values beyond fp16's range keep the fp32 form.
 
-Few rows of int8 are multiplied as bytes, each activation as two of them: 15 bits below its row's largest magnitude.
-With 576 x 1536 weights, 1 / 2 / 4 / 8 rows take 87 / 112 / 125 / 252 us so, and 113 / 217 / 207 / 273 without
-(`bench/cpu_kernels.py`); at 16 rows a step gains nothing. int4 likewise, a scale for each group: as fast as torch's
-kernel alone, and steps that call kernels of ours alone are replayed without Python (`kernels/cpu_program.py`).
+Products of bytes (`cpu_kernel_bytes.py`) have two of them for a value of x, 15 bits below its row's largest magnitude,
+or one where the scheme rounds activations to int8. They reach what the CPU can multiply, so two bytes take what bf16
+takes for many rows, and for few rows wait for the weight's bytes alone (docs/BENCHMARKS.md has times). No weight is
+kept in bf16 beside its codes, and a row's sums are the same in any step. int4 of few rows is like it, with a scale for
+each group. Steps that call kernels of ours alone are replayed without Python (`kernels/cpu_program.py`).
 
 Measured for all linears in a 135M model's layers, in ms. Zen 4, 2 cores with bf16 arithmetic, 1 / 4 / 16 rows:
 our int8 3.7 / 8.6 / 34; torch's int8 9.2 / - / 33; torch's int4 3.8 / - / 22; oneDNN bf16 11.5 / - / 16.1. 2 cores
@@ -53,9 +54,9 @@ MANY_ROWS = 16
 # Up to so many rows each form for few rows wins.
 _MOST_ROWS = {"int8_channel": 5, "int8_group": 4, "int4_group": 8, "plain": 3}
 _MOST_FP32_ROWS = 4
-# The same of our kernel that multiplies bytes.
-_MOST_BYTE_ROWS = 8
-# Beyond it a sum of bytes may not fit int32.
+# The same of our kernel that multiplies nibbles.
+_MOST_NIBBLE_ROWS = 8
+# Beyond it a sum of products of bytes may not fit int32.
 _MOST_BYTE_COLUMNS = 1 << 16
 _TORCH_INT4_GROUPS = (32, 64, 128, 256)
 _FP16_MAX = 65504.0
@@ -124,7 +125,7 @@ def _takes_nibbles(weight: PackedWeight, target: CpuTarget) -> bool:
 
 def _most_rows(weight: PackedWeight, target: CpuTarget) -> int:
     if _takes_nibbles(weight, target):
-        return _MOST_BYTE_ROWS
+        return _MOST_NIBBLE_ROWS
     most = _MOST_ROWS[weight.spec.layout]
     return most if target.activation_dtype == torch.bfloat16 else min(most, _MOST_FP32_ROWS)
 

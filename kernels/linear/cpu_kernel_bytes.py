@@ -99,7 +99,9 @@ def _split(x, r, codes_CK, moved_C, steps_R, K, P):
     """Writes a row's codes, 128 times their sums, and its step, which is no number where one of x is none."""
     at, c = r * K, r * P
     peak_bits = np.int32(0)
-    for k in range(K):  # numbers without a sign are ordered as their bits, whose maximum makes a vector
+    for k in range(
+        K
+    ):  # numbers without a sign are ordered as their bits, whose maximum makes a vector
         peak_bits = max(peak_bits, to_bits(load(x, at + k)) & np.int32(0x7FFFFFFF))
     peak = of_bits(peak_bits)
     most = np.float32(127 if P == 1 else 127 * 257)
@@ -146,7 +148,8 @@ def _dots_of(num_rows):
             hint = [ir.Constant(word, value) for value in (0, 2, 1)]  # to read, second level, data
             zero = ir.Constant(words, [0] * 16)
             sums = [
-                [cgutils.alloca_once_value(builder, zero) for _ in range(2)] for _ in range(num_rows)
+                [cgutils.alloca_once_value(builder, zero) for _ in range(2)]
+                for _ in range(num_rows)
             ]
 
             def at(kind, address):
