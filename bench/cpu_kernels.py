@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m bench.cpu_kernels
 
-Prints a JSON line a case, microseconds. `few_rows`: int8 weights multiplied as bytes (VNNI), as a CPU without
-VNNI multiplies them, and bf16 weights; 30 weights in turn, so that they come from memory. `prompt_linear`: bf16, and
-what two bytes an activation would take with integers. `prompt_attention`: our kernel from the cache's blocks, and
+Prints a JSON line a case, microseconds. `linear`: int8 weights times activations of two bytes (`int8`) and of one
+(`w8a8`), both where the CPU multiplies bytes (VNNI), `int8` as a CPU without VNNI multiplies it, and bf16; up to 16
+rows 30 weights in turn, so that they come from memory. `prompt_attention`: our kernel from the cache's blocks, and
 torch's over dense keys and values. Shapes are SmolLM2-135M's.
 """
 
@@ -45,60 +45,38 @@ def least_us(runs: Mapping[str, Run], rounds: int = 9) -> dict[str, float]:
     return {name: round(min(found)) for name, found in times.items()}
 
 
-def few_rows(num_rows: int, num_columns: int) -> None:
-    """int8 weights [num_rows, num_columns] times a few rows."""
+def linear(num_rows: int, num_columns: int) -> None:
+    """Weights [num_rows, num_columns] times few and many rows."""
     spec = WeightSpec((num_rows, num_columns), ("w",), (num_rows,), "bfloat16", "int8_channel", 0)
     weights = [
         PackedWeight(spec, LAYOUTS["int8_channel"].pack(torch.randn(spec.shape), 0))
         for _ in range(30)
     ]
     dense = [
-        PackedWeight(replace(spec, layout="plain"), {"weight": weight.dense().float()})
+        PackedWeight(replace(spec, layout="plain"), {"weight": weight.dense().bfloat16()})
         for weight in weights
     ]
     node = Node("linear", (), ("y",))
+    rounded = replace(node, attrs={"activations": "int8"})
+    without = replace(BYTES, has_vnni=False)
     batch = prompt_batch(_graph(), [1])
     forms = {
-        "bytes": [bind(node, {"weight": weight}, BYTES) for weight in weights],
-        "without": [
-            bind(node, {"weight": weight}, replace(BYTES, has_vnni=False)) for weight in weights
-        ],
+        "int8": [bind(node, {"weight": weight}, BYTES) for weight in weights],
+        "w8a8": [bind(rounded, {"weight": weight}, BYTES) for weight in weights],
+        "int8_without_vnni": [bind(node, {"weight": weight}, without) for weight in weights],
         "bf16": [bind(node, {"weight": weight}, BYTES) for weight in dense],
     }
-    for tokens in (1, 2, 4, 8):
+    for tokens in (1, 2, 4, 8, 16, 64, PROMPT):
         x = torch.randn(tokens, num_columns).to(BF16)
+        count = len(weights) if tokens <= 16 else 1
         found = least_us(
             {
-                name: lambda bound=bound, x=x: [form(x, batch) for form in bound]
+                name: lambda bound=bound[:count], x=x: [form(x, batch) for form in bound]
                 for name, bound in forms.items()
             }
         )
-        each = {name: round(us / len(weights)) for name, us in found.items()}
-        print(json.dumps({"case": "few_rows", "rows": tokens, "weight": spec.shape, **each}))
-
-
-def prompt_linear(num_rows: int, num_columns: int) -> None:
-    """A prompt times a weight, as bf16 and as integers."""
-    x = torch.randn(PROMPT, num_columns).to(BF16)
-    packed = torch.ops.mkldnn._reorder_linear_weight(
-        torch.randn(num_rows, num_columns).to(BF16), 16
-    )
-    multiply = torch.ops.mkldnn._linear_pointwise.default
-    codes_TK = torch.randint(-127, 128, (PROMPT, num_columns), dtype=torch.int8)
-    codes_KN = torch.randint(-127, 128, (num_rows, num_columns), dtype=torch.int8).t()
-
-    def two_bytes() -> torch.Tensor:
-        high, low = (torch._int_mm(codes_TK, codes_KN) for _ in "hl")
-        return high.float().mul_(256).add_(low).to(BF16)
-
-    found = least_us(
-        {
-            "bf16": lambda: multiply(x, packed, None, "none", [], ""),
-            "one_byte": lambda: torch._int_mm(codes_TK, codes_KN),
-            "two_bytes": two_bytes,
-        }
-    )
-    print(json.dumps({"case": "prompt_linear", "weight": (num_rows, num_columns), **found}))
+        each = {name: round(us / count) for name, us in found.items()}
+        print(json.dumps({"case": "linear", "rows": tokens, "weight": spec.shape, **each}))
 
 
 def prompt_attention() -> None:
@@ -136,9 +114,7 @@ def main() -> None:
     """Measures every case."""
     set_num_threads(torch.get_num_threads())
     for shape in SHAPES:
-        few_rows(*shape)
-    for shape in SHAPES[:2]:
-        prompt_linear(*shape)
+        linear(*shape)
     prompt_attention()
 
 

@@ -59,7 +59,7 @@ def cache_folder() -> Path | None:
     """
     here = Path(__file__).parent
     digest = hashlib.sha256(numba.__version__.encode())
-    for source in (Path(__file__), *sorted(here.glob("*/cpu_kernel.py"))):
+    for source in (Path(__file__), *sorted(here.glob("*/cpu_kernel*.py"))):
         digest.update(source.read_bytes())
     told = numba.config.CACHE_DIR
     bases = (
@@ -161,10 +161,15 @@ def set_num_threads(num_threads: int = 0) -> None:
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
+def has_feature(name: str) -> bool:
+    """Claims that kernels are compiled for a CPU with a feature, by LLVM's name for it."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return f"+{name}" in features.split(",")
+
+
 def multiplies_bytes() -> bool:
     """Claims that kernels are compiled for a CPU with AVX512 VNNI."""
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return "+avx512vnni" in features.split(",")
+    return has_feature("avx512vnni")
 
 
 def address(tensor: torch.Tensor | None, dtype: torch.dtype) -> int:
@@ -200,6 +205,26 @@ def prefetch(context: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@intrinsic
+def element_address(context: Any, pointer: Any, index: Any) -> Any:
+    """The address of the element at an index."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ptrtoint(builder.gep(arguments[0], [arguments[1]]), ir.IntType(64))
+
+    return types.int64(pointer, types.int64), generate
+
+
+@intrinsic
+def elements_per_line(context: Any, pointer: Any) -> Any:
+    """How many elements a cache line of 64 bytes holds."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(ir.IntType(64), 64 * 8 // pointer.dtype.bitwidth)
+
+    return types.int64(pointer), generate
 
 
 @intrinsic
@@ -249,6 +274,45 @@ def store(context: Any, pointer: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, types.float32), generate
+
+
+@intrinsic
+def to_bits(context: Any, value: Any) -> Any:
+    """The bits of an fp32, as int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _WORD)
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def of_bits(context: Any, value: Any) -> Any:
+    """The fp32 that has the bits of an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def larger(context: Any, a: Any, b: Any) -> Any:
+    """The larger of two fp32, either where one is NaN. Maxima over a loop become vectors."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        flags = ("nnan", "nsz")
+        is_larger = builder.fcmp_ordered(">", *arguments, flags=flags)
+        return builder.select(is_larger, *arguments, flags=flags)
+
+    return types.float32(types.float32, types.float32), generate
+
+
+def spread(builder: Any, value: Any, kind: Any) -> Any:
+    """A vector of one value, in an intrinsic's code."""
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_WORD, 0))
+    order = ir.Constant(ir.VectorType(_WORD, kind.count), [0] * kind.count)
+    return builder.shuffle_vector(first, first, order)
 
 
 @intrinsic

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.attention.cpu_kernel import TILE_QUERIES, many_queries, one_query
+from kernels.attention.cpu_kernel import one_query
+from kernels.attention.cpu_kernel_tile import TILE_QUERIES, many_queries
 from kernels.batch import StepBatch
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
-from kernels.cpu_jit import TAGS, address
+from kernels.cpu_jit import TAGS, address, has_feature
 from kernels.kv_cache import block_tokens
 from kernels.op import integer, number
 from shared.ir import Node
@@ -46,6 +47,8 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
         np.float32(number(node, "soft_cap")),
     )
     tags = TAGS[dtype], TAGS[kv_dtype], _INDEX_TAG
+    is_paired = dtype == kv_dtype == torch.bfloat16 and has_feature("avx512bf16")
+    operand_tag = TAGS[torch.bfloat16 if is_paired else torch.float32]
 
     def run(q_TN: torch.Tensor, kv: None, batch: StepBatch) -> torch.Tensor:
         cut = _cut_of(batch, len(q_TN))
@@ -65,7 +68,7 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
             many_queries(
                 q_at, cut.tile_rows_I.data_ptr(), cut.tile_starts_I.data_ptr(),
                 address(batch.query_start_S1, torch.int32), tables_at, lens_at, k_at, v_at,
-                *scales_at, out_at, len(cut.tile_rows_I), *sizes, *heads, *how, *tags,
+                *scales_at, out_at, len(cut.tile_rows_I), *sizes, *heads, *how, *tags, operand_tag,
             )  # fmt: skip
         return out_TN
 

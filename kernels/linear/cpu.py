@@ -6,20 +6,21 @@
 | fp32 | int4_group | torch's int4 | fp16, FBGEMM |
 | fp32 | any other, of bf16 values | fp16, FBGEMM | fp16, FBGEMM |
 | fp32 | plain fp32 | fp32, oneDNN | fp32, oneDNN |
-| bf16 | int8_channel | our kernel of bytes where there is VNNI, else our kernel | bf16, oneDNN |
+| bf16 | int8_channel | bytes where there is VNNI, else our kernel | bytes where there is VNNI, else bf16, oneDNN |
 | bf16 | plain | our kernel | bf16, oneDNN |
 | bf16 | int4_group | our kernel of nibbles where there is VNNI, else torch's int4 | bf16, oneDNN |
 | bf16 | int8_group | torch's int4, twice | bf16, oneDNN |
 | bf16 | fp8_channel | bf16, oneDNN | bf16, oneDNN |
-| any, rounded to int8 | int8_channel | int8, oneDNN (VNNI where there is) | int8, oneDNN |
+| any, rounded to int8 | int8_channel | bytes where there is VNNI, else int8, oneDNN | the same |
 
 All accumulate in fp32, int8 with int8 exactly in int32. Few rows wait for the weight's bytes, many for arithmetic.
 fp16 keeps 11 bits of a value, bf16 has 8; values beyond fp16's range keep the fp32 form.
 
-Few rows of int8 are multiplied as bytes, each activation as two of them: 15 bits below its row's largest magnitude.
-With 576 x 1536 weights, 1 / 2 / 4 / 8 rows take 87 / 112 / 125 / 252 us so, and 113 / 217 / 207 / 273 without
-(`bench/cpu_kernels.py`); at 16 rows a step gains nothing. int4 likewise, a scale for each group: as fast as torch's
-kernel alone, and steps that call kernels of ours alone are replayed without Python (`kernels/cpu_program.py`).
+Products of bytes (`cpu_kernel_bytes.py`) have two of them for a value of x, 15 bits below its row's largest magnitude,
+or one where the scheme rounds activations to int8. They reach what the CPU can multiply, so two bytes take what bf16
+takes for many rows, and for few rows wait for the weight's bytes alone (docs/BENCHMARKS.md has times). No weight is
+kept in bf16 beside its codes, and a row's sums are the same in any step. int4 of few rows is like it, with a scale for
+each group. Steps that call kernels of ours alone are replayed without Python (`kernels/cpu_program.py`).
 
 Measured for all linears in a 135M model's layers, in ms. Zen 4, 2 cores with bf16 arithmetic, 1 / 4 / 16 rows:
 our int8 3.7 / 8.6 / 34; torch's int8 9.2 / - / 33; torch's int4 3.8 / - / 22; oneDNN bf16 11.5 / - / 16.1. 2 cores
@@ -43,13 +44,8 @@ from torch.nn.functional import pad
 
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
 from kernels.cpu_jit import TAGS, address
-from kernels.linear.cpu_kernel import (
-    BLOCK_N,
-    VECTOR_BYTES,
-    few_rows,
-    few_rows_of_bytes,
-    few_rows_of_nibbles,
-)
+from kernels.linear.cpu_kernel import BLOCK_N, VECTOR_BYTES, few_rows, few_rows_of_nibbles
+from kernels.linear.cpu_kernel_bytes import PANEL_COLUMNS, PANEL_ROWS, rows_of_bytes
 from kernels.linear.op import activations, int8_tokens
 from shared.ir import Node
 
@@ -58,9 +54,9 @@ MANY_ROWS = 16
 # Up to so many rows each form for few rows wins.
 _MOST_ROWS = {"int8_channel": 5, "int8_group": 4, "int4_group": 8, "plain": 3}
 _MOST_FP32_ROWS = 4
-# The same of our kernel that multiplies bytes.
-_MOST_BYTE_ROWS = 8
-# Beyond it a sum of bytes may not fit int32.
+# The same of our kernel that multiplies nibbles.
+_MOST_NIBBLE_ROWS = 8
+# Beyond it a sum of products of bytes may not fit int32.
 _MOST_BYTE_COLUMNS = 1 << 16
 _TORCH_INT4_GROUPS = (32, 64, 128, 256)
 _FP16_MAX = 65504.0
@@ -69,7 +65,7 @@ _FP16_MAX = 65504.0
 _MOST_UNPADDED_ROWS = 16
 _LEAST_PADDING = 4
 
-_TOTAL_TAG = np.int32(0)
+_CODE_TAG, _DOT_TAG = np.int8(0), np.int32(0)
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -111,25 +107,32 @@ def _takes_fp16(weight: PackedWeight, target: CpuTarget) -> bool:
 
 
 def _takes_bytes(weight: PackedWeight, target: CpuTarget) -> bool:
+    """Claims that codes of x can be multiplied with the weight's as they are."""
+    num_columns = weight.spec.shape[1]
+    fits = num_columns % PANEL_COLUMNS == 0 and num_columns <= _MOST_BYTE_COLUMNS
+    return target.has_vnni and weight.spec.layout == "int8_channel" and fits
+
+
+def _takes_nibbles(weight: PackedWeight, target: CpuTarget) -> bool:
     """Claims that the weight is multiplied as it is, with activations of two bytes."""
     num_rows, num_columns = weight.spec.shape
     if not (target.has_vnni and target.activation_dtype == torch.bfloat16):
         return False
-    if num_rows % BLOCK_N or num_columns % VECTOR_BYTES:
+    if weight.spec.layout != "int4_group" or num_rows % BLOCK_N or num_columns % VECTOR_BYTES:
         return False
-    if weight.spec.layout == "int4_group":
-        return num_columns // weight.tensors["scale"].shape[1] % VECTOR_BYTES == 0
-    return weight.spec.layout == "int8_channel" and num_columns <= _MOST_BYTE_COLUMNS
+    return num_columns // weight.tensors["scale"].shape[1] % VECTOR_BYTES == 0
 
 
 def _most_rows(weight: PackedWeight, target: CpuTarget) -> int:
-    if _takes_bytes(weight, target):
-        return _MOST_BYTE_ROWS
+    if _takes_nibbles(weight, target):
+        return _MOST_NIBBLE_ROWS
     most = _MOST_ROWS[weight.spec.layout]
     return most if target.activation_dtype == torch.bfloat16 else min(most, _MOST_FP32_ROWS)
 
 
 def _product(weight: PackedWeight, bias: torch.Tensor | None, target: CpuTarget) -> Product:
+    if _takes_bytes(weight, target) and target.activation_dtype == torch.bfloat16:
+        return _byte_product(weight, bias, target.activation_dtype, num_bytes=2)
     many = _many_rows_product(
         weight, None if bias is None else bias.to(target.activation_dtype), target
     )
@@ -142,6 +145,8 @@ def _product(weight: PackedWeight, bias: torch.Tensor | None, target: CpuTarget)
 
 def _int8_product(weight: PackedWeight, bias_N: torch.Tensor | None, target: CpuTarget) -> Product:
     """Codes times codes, exact in int32, then the scales of token and channel."""
+    if _takes_bytes(weight, target):
+        return _byte_product(weight, bias_N, target.activation_dtype, num_bytes=1)
     codes_KN, scale_N = weight.tensors["weight"].t(), weight.tensors["scale"]
     multiply = _padded(lambda codes_TK: torch.ops.aten._int_mm.default(codes_TK, codes_KN))
 
@@ -174,9 +179,8 @@ def _few_rows_product(
 ) -> Product | None:
     """The product straight from stored values; None where the other form is as good."""
     num_rows, num_columns = weight.spec.shape
-    if _takes_bytes(weight, target):
-        multiply = _nibble_product if weight.spec.layout == "int4_group" else _byte_product
-        return multiply(weight, bias_N, target.activation_dtype)
+    if _takes_nibbles(weight, target):
+        return _nibble_product(weight, bias_N, target.activation_dtype)
     if weight.spec.layout in ("int4_group", "int8_group"):
         grouped = _grouped_product(weight, target)
         if grouped is None or bias_N is None:
@@ -205,17 +209,27 @@ def _few_rows_product(
     return run
 
 
-def _byte_product(weight: PackedWeight, bias_N: torch.Tensor | None, dtype: torch.dtype) -> Product:
-    codes_NK, scale_N = weight.tensors["weight"].contiguous(), weight.tensors["scale"]
-    total_N = codes_NK.sum(1, dtype=torch.int32)
+def pack_bytes(codes_NK: torch.Tensor) -> torch.Tensor:
+    """int8 codes as `rows_of_bytes` reads them: uint8 [ceil(N / 32), K / 4, 32, 4], each moved by 128."""
     num_rows, num_columns = codes_NK.shape
-    tags = TAGS[dtype], _TOTAL_TAG, TAGS[torch.float32]
+    moved_NK = pad(codes_NK, (0, 0, 0, -num_rows % PANEL_ROWS)).view(torch.uint8) ^ 128
+    panels = moved_NK.view(-1, PANEL_ROWS, num_columns // PANEL_COLUMNS, PANEL_COLUMNS)
+    return panels.transpose(1, 2).contiguous()
+
+
+def _byte_product(
+    weight: PackedWeight, bias_N: torch.Tensor | None, dtype: torch.dtype, num_bytes: int
+) -> Product:
+    """Of int8 weights and codes of `num_bytes` a value of x."""
+    packed, scale_N = pack_bytes(weight.tensors["weight"]), weight.tensors["scale"]
+    num_rows, num_columns = weight.spec.shape
+    tags = TAGS[dtype], TAGS[torch.float32], _CODE_TAG, _DOT_TAG
 
     def run(x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(len(x), num_rows)
-        few_rows_of_bytes(
-            address(x, dtype), codes_NK.data_ptr(), total_N.data_ptr(), scale_N.data_ptr(),
-            address(bias_N, torch.float32), out.data_ptr(), len(x), num_rows, num_columns, *tags,
+        rows_of_bytes(
+            address(x, dtype), packed.data_ptr(), scale_N.data_ptr(), address(bias_N, torch.float32),
+            out.data_ptr(), len(x), num_rows, num_columns, num_bytes, *tags,
         )  # fmt: skip
         return out
 

@@ -63,42 +63,6 @@ def few_rows(
 
 
 @kernel
-def few_rows_of_bytes(
-    x_at, weight_at, total_at, scale_at, bias_at, out_at, R, N, K, x_tag, total_tag, scale_tag
-):
-    """As `few_rows`, of int8 weights, by products of bytes, which are exact in integers.
-
-        x[r, k] = step[r] * (256 * high[r, k] + low[r, k] - 2 ** 15),  step[r] = max over k of |x[r, k]| / (2 ** 15 - 1)
-
-    So x keeps 15 bits below its row's largest magnitude, where bf16 has 8 of each value. `total[n]`, int32, is
-    the sum of weight[n]; it takes back what 2 ** 15 adds. N is a multiple of BLOCK_N, K of VECTOR_BYTES.
-    """
-    bytes_2RK, steps_R = np.empty((2, R, K), np.uint8), np.empty(R, np.float32)
-    x = typed(x_at, x_tag)
-    if R == 1:  # waking the other threads costs more
-        steps_R[0] = _split(x, 0, bytes_2RK[0, 0], bytes_2RK[1, 0], K, False)
-    else:
-        for r in prange(R):
-            steps_R[r] = _split(x, r * K, bytes_2RK[0, r], bytes_2RK[1, r], K, False)
-    for block in prange(N // 4):
-        n = block * 4
-        first_at = weight_at + n * K
-        for line in range(0, 4 * K, _LINE_BYTES):
-            prefetch(first_at + line + _AHEAD_BYTES)
-        total, scale = typed(total_at, total_tag), typed(scale_at, scale_tag)
-        bias, out = typed(bias_at, scale_tag), typed(out_at, x_tag)
-        # Here, so that the loop is seen to read the bytes: Numba moves what it thinks independent.
-        high_at = bytes_2RK.ctypes.data
-        low_at = high_at + R * K
-        for r in range(R):
-            sums = _dot_bytes(high_at + r * K, low_at + r * K, first_at, K)
-            for i in range(4):
-                y = np.float32(sums[i] - (np.int64(total[n + i]) << 15))
-                y *= steps_R[r] * load(scale, n + i)
-                store(out, r * N + n + i, y + load(bias, n + i) if bias_at else y)
-
-
-@kernel
 def few_rows_of_nibbles(
     x_at, weight_at, scale_at, zero_at, bias_at, out_at, R, N, K, G, x_tag, scale_tag, bias_tag
 ):
@@ -162,52 +126,6 @@ def _split(x, at, high, low, K, is_signed):
         high[k] = code >> 8
         low[k] = (code & 255) ^ flipped
     return peak / np.float32(most) + odd
-
-
-@intrinsic
-def _dot_bytes(context, high_at, low_at, weight_at, K):
-    """sum over k of (256 * high[k] + low[k]) * weight[n, k] for four rows n, as int64.
-
-    Bytes of x have no sign, those of weights have. Sums of either byte fit int32 for K up to 2 ** 16.
-    """
-    word, long = ir.IntType(32), ir.IntType(64)
-    words, vector = ir.VectorType(word, 16), ir.VectorType(ir.IntType(8), VECTOR_BYTES)
-
-    def generate(context, builder, signature, arguments):
-        high_at, low_at, weight_at, K = arguments
-        multiply = builder.module.declare_intrinsic(
-            "llvm.x86.avx512.vpdpbusd.512", [], ir.FunctionType(words, [words, vector, vector])
-        )
-        add_up = builder.module.declare_intrinsic(
-            "llvm.vector.reduce.add.v16i32", [], ir.FunctionType(word, [words])
-        )
-        zero = ir.Constant(words, [0] * 16)
-        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(2 * BLOCK_N)]
-
-        def at(address, k):
-            place = builder.inttoptr(builder.add(address, k), vector.as_pointer())
-            return builder.load(place, align=1)
-
-        step = ir.Constant(long, VECTOR_BYTES)
-        with cgutils.for_range_slice(builder, ir.Constant(long, 0), K, step, long) as (k, _):
-            parts = at(high_at, k), at(low_at, k)
-            for n in range(BLOCK_N):
-                row_at = builder.add(weight_at, builder.mul(K, ir.Constant(long, n)))
-                weight = at(row_at, k)
-                for part, place in zip(parts, sums[2 * n : 2 * n + 2], strict=True):
-                    added = builder.call(multiply, [builder.load(place), part, weight])
-                    builder.store(added, place)
-        found = []
-        for n in range(BLOCK_N):
-            high, low = (
-                builder.sext(builder.call(add_up, [builder.load(place)]), long)
-                for place in sums[2 * n : 2 * n + 2]
-            )
-            found.append(builder.add(builder.shl(high, ir.Constant(long, 8)), low))
-        return context.make_tuple(builder, signature.return_type, found)
-
-    int64s = types.UniTuple(types.int64, BLOCK_N)
-    return int64s(types.int64, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic

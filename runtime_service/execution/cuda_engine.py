@@ -50,7 +50,7 @@ def assemble(
         InvalidField: as `choose_limits`.
     """
     max_sequences = options.max_sequences or GPU_DEFAULTS.max_sequences
-    max_step_tokens = step_tokens(graph, options, GPU_DEFAULTS)
+    max_step_tokens = step_tokens(options, GPU_DEFAULTS)
     logit_rows = min(max_step_tokens, max(max_sequences, _MIN_LOGIT_ROWS))
     block_tokens = options.block_tokens or GPU_DEFAULTS.block_tokens
     regimes = [replace(r, block_tokens=block_tokens) for r in REGIMES]

@@ -1,6 +1,5 @@
 """How many tokens, sequences and KV blocks fit: chosen from free memory, or as flags say."""
 
-import math
 from dataclasses import dataclass
 
 from kernels.kv_cache import kv_format
@@ -11,7 +10,6 @@ from shared.errors import InvalidField
 from shared.ir import Graph
 
 _GIB = 1 << 30
-_SMALL = 3e9
 # Of the free memory, for the KV cache and the tables beside it; the rest is for what is known by running alone:
 # captured graphs, and what libraries allocate.
 _ALLOCATED_SHARE = 0.95
@@ -22,8 +20,6 @@ class LimitDefaults:
     """What a kind of device takes where no flag says otherwise.
 
     Args:
-        small_step_tokens: `max_step_tokens` of a model with fewer than `_SMALL` weights: its wider step still ends
-            long before a large model's, and prompts of several sequences share one more often.
         block_tokens: tokens of a KV block.
         kv_share: of the free memory, for the KV cache.
         beside: what has its memory already when free memory is asked for.
@@ -32,7 +28,6 @@ class LimitDefaults:
 
     max_sequences: int
     max_step_tokens: int
-    small_step_tokens: int
     block_tokens: int
     kv_share: float
     beside: str
@@ -40,11 +35,9 @@ class LimitDefaults:
 
 
 # The rest of the memory is for activations and for the machine.
-CPU_DEFAULTS = LimitDefaults(64, 512, 512, 32, 0.4, "the weights", is_exact=False)
+CPU_DEFAULTS = LimitDefaults(64, 512, 32, 0.4, "the weights", is_exact=False)
 # The rest is for captured graphs, tables of rows, and what libraries allocate.
-GPU_DEFAULTS = LimitDefaults(
-    512, 8192, 16384, BLOCK_TOKENS, 0.9, "weights and activations", is_exact=True
-)
+GPU_DEFAULTS = LimitDefaults(512, 8192, BLOCK_TOKENS, 0.9, "weights and activations", is_exact=True)
 
 
 def choose_limits(
@@ -91,7 +84,7 @@ def choose_limits(
     return RuntimeLimits(
         max_sequence_tokens=min(want.sequence_tokens, num_blocks * block_tokens),
         max_sequences=want.sequences,
-        max_step_tokens=step_tokens(graph, options, defaults),
+        max_step_tokens=step_tokens(options, defaults),
         block_tokens=block_tokens,
         num_blocks=num_blocks,
         kv_dtype=kept.dtype,
@@ -100,13 +93,10 @@ def choose_limits(
     )
 
 
-def step_tokens(graph: Graph, options: RunnerOptions, defaults: LimitDefaults) -> int:
-    """The most tokens of a step: at least one for each sequence."""
-    if options.max_step_tokens:
-        return options.max_step_tokens
-    is_small = sum(math.prod(weight.shape) for weight in graph.weights.values()) < _SMALL
-    chosen = defaults.small_step_tokens if is_small else defaults.max_step_tokens
-    return max(chosen, options.max_sequences or defaults.max_sequences)
+def step_tokens(options: RunnerOptions, defaults: LimitDefaults) -> int:
+    """The most tokens of a step; unless said otherwise, one for each sequence at least."""
+    most = max(defaults.max_step_tokens, options.max_sequences or defaults.max_sequences)
+    return options.max_step_tokens or most
 
 
 @dataclass(frozen=True, slots=True)

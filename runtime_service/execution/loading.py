@@ -128,10 +128,12 @@ def _load_cpu_runner(
 
 @contextmanager
 def device_full(engine: EngineManifest) -> Iterator[None]:
-    """Turns torch's words for a full GPU into ours."""
+    """Turns torch's and the driver's words for a full GPU into ours."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if "out of memory" not in str(error).replace("_", " ").lower():
+            raise
         said = re.search(r"Tried to allocate .+? is free", str(error))
         problem = said[0] if said else str(error).partition("\n")[0].rstrip(".")
         raise DeviceFull(engine=engine.name, problem=problem) from error

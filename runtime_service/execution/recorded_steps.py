@@ -11,8 +11,8 @@ from kernels.batch import StepBatch
 from kernels.cpu_program import Buffers, Program, record
 from kernels.kv_cache import LayerCache
 
-# Linears of more rows are torch's in every form, and a step takes long enough to hide what Python does.
-MOST_SEQUENCES = 8
+# A step of more takes long enough to hide what Python does, and each number's logits stay in memory.
+MOST_SEQUENCES = 16
 
 Run = Callable[[torch.Tensor, StepBatch], torch.Tensor]
 
@@ -29,7 +29,7 @@ class RecordedSteps:
         self._run = run
         self._kv_caches = kv_caches
         self._buffers = Buffers()
-        self._programs: dict[int, tuple[Program | None, torch.Tensor]] = {}
+        self._programs: dict[int, tuple[Program, torch.Tensor] | None] = {}
         # What programs read; a step's own values are copied here.
         indices = torch.arange(MOST_SEQUENCES + 1, dtype=torch.int32)
         self._token_ids_S, self._positions_S, self._slots_S, self._lens_S = indices.new_zeros(
@@ -48,9 +48,10 @@ class RecordedSteps:
             return None
         if num_sequences not in self._programs:
             return self._record(token_ids_T, batch)
-        program, output = self._programs[num_sequences]
-        if program is None:
+        recorded = self._programs[num_sequences]
+        if recorded is None:
             return None
+        program, output = recorded
         self._enter(token_ids_T, batch)
         program.run()
         return output
@@ -78,5 +79,5 @@ class RecordedSteps:
         output, program = record(
             lambda: self._run(self._token_ids_S[:num_sequences], kept), self._buffers
         )
-        self._programs[num_sequences] = program, output
+        self._programs[num_sequences] = None if program is None else (program, output)
         return output

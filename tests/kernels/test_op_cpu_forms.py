@@ -12,7 +12,7 @@ from kernels.batch import StepBatch
 from kernels.cpu import CPU_FORMS, bind_node
 from kernels.cpu_form import CpuTarget, PackedWeight
 from kernels.cpu_jit import multiplies_bytes
-from kernels.linear.cpu import padded_rows
+from kernels.linear.cpu import pack_bytes, padded_rows
 from kernels.linear.layouts import LAYOUTS
 from kernels.ops import OPS
 from shared.ir import Attr, Graph, Node, TensorSpec, WeightSpec
@@ -190,8 +190,8 @@ def test_linear_equals_its_reference(
 
 
 @BY_TARGET
-@pytest.mark.parametrize(("rows", "columns"), [(48, 64), (37, 51), (1, 7)])
-@pytest.mark.parametrize("num_tokens", [1, 3, 17, 40])
+@pytest.mark.parametrize(("rows", "columns"), [(48, 64), (37, 51), (1, 7), (70, 52)])
+@pytest.mark.parametrize("num_tokens", [1, 3, 17, 110])
 def test_linear_of_int8_activations_equals_its_reference(
     target: CpuTarget, rows: int, columns: int, num_tokens: int
 ) -> None:
@@ -272,6 +272,31 @@ class TestProductsOfBytes:
         together = self._product(x, weight)
         for row in range(5):
             assert torch.equal(self._product(x[row : row + 1], weight)[0], together[row])
+
+
+@pytest.mark.skipif(not HAS_VNNI, reason="this CPU does not multiply bytes")
+@pytest.mark.parametrize("activations", ["", "int8"])
+def test_rows_of_int8_weights_do_not_depend_on_how_many_there_are(activations: str) -> None:
+    """Sums are exact: a token's values are the same bits in any step, decode or prompt."""
+    torch.manual_seed(0)
+    attrs: dict[str, Attr] = {"activations": activations} if activations else {}
+    weights = {"weight": packed(torch.randn(70, 68), "int8_channel", "bfloat16")}
+    form = bind_node(Node("linear", (), ("y",), attrs=attrs), weights, TARGETS["bf16, VNNI"])
+    batch = ragged_batch([(0, 1)], torch.bfloat16, scattered=False)
+    x = torch.randn(203, 68).bfloat16()
+    together = form(x, batch)
+    for first, count in ((0, 1), (1, 2), (94, 3), (95, 7), (0, 100), (101, 102)):
+        assert torch.equal(form(x[first : first + count], batch), together[first : first + count])
+
+
+def test_packed_bytes_stand_where_their_kernel_reads_them() -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(-128, 128, (37, 12), dtype=torch.int8)
+    panels = pack_bytes(codes)
+    assert panels.shape == (2, 3, 32, 4)
+    for n in range(37):
+        found = panels[n // 32, :, n % 32].flatten()
+        assert torch.equal(found.int() - 128, codes[n].int())
 
 
 class _RowsSeen(TorchDispatchMode):
@@ -393,7 +418,7 @@ SEQUENCES = {
     "whole prompts": [(0, 5), (0, 11), (0, 5)],
     "chunks": [(7, 6), (32, 3), (7, 6)],
     "mixed": [(9, 1), (0, 6), (41, 1), (13, 5), (0, 6)],
-    "more than a tile": [(150, 75), (0, 131), (61, 33)],
+    "more than a tile": [(150, 75), (0, 139), (61, 33)],
 }
 
 
@@ -421,6 +446,49 @@ def test_attention_equals_its_reference(
     torch.testing.assert_close(
         found.double(), expected, rtol=tolerance(target), atol=tolerance(target)
     )
+
+
+@BY_TARGET
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (1, 40), (5, 96)])
+def test_attention_of_wide_heads_equals_its_reference(
+    target: CpuTarget, heads: int, head_dim: int
+) -> None:
+    """Of head dims that fill their vectors and that do not, and of groups that do not divide a block of rows."""
+    generator = torch.Generator().manual_seed(heads)
+    batch = ragged_batch([(70, 70), (0, 1), (0, 35), (129, 1)], target.kv_dtype, scattered=True)
+    shape = (*batch.kv_caches[0][0].shape[:3], head_dim)
+    batch.kv_caches = [
+        (
+            torch.randn(shape, generator=generator).to(target.kv_dtype),
+            torch.randn(shape, generator=generator).to(target.kv_dtype),
+        )
+        for _ in range(2)
+    ]
+    how: dict[str, Attr] = {"scale": head_dim**-0.5, "window": 0, "soft_cap": 0.0, "layer": 1}
+    sizes: dict[str, Attr] = {"num_heads": 2 * heads, "num_kv_heads": 2, "head_dim": head_dim}
+    q = torch.randn(len(batch.positions_T), 2 * heads * head_dim, generator=generator)
+    node = Node("attention", (), ("y",), attrs={**how, **sizes})
+    inputs = [q.to(target.activation_dtype), torch.empty(0)]
+    (expected,), (found,) = run_both(node, inputs, {}, target, batch)
+    torch.testing.assert_close(
+        found.double(), expected, rtol=tolerance(target), atol=tolerance(target)
+    )
+
+
+@BY_TARGET
+@pytest.mark.parametrize("num_queries", [1, 70])
+def test_attention_to_a_key_that_is_no_number_is_none(target: CpuTarget, num_queries: int) -> None:
+    """It must reach the logits, where it ends its request, and no other sequence."""
+    batch = ragged_batch([(5, num_queries), (3, num_queries)], target.kv_dtype, scattered=False)
+    keys = batch.kv_caches[1][0]
+    keys[batch.block_tables_SB[0, 0], :, 2] = torch.nan
+    node = Node(
+        "attention", (), ("y",), attrs={**HEADS, "scale": 0.4, "window": 0, "soft_cap": 0.0}
+    )
+    q = torch.randn(2 * num_queries, 48).to(target.activation_dtype)
+    found = bind_node(node, {}, target)(q, torch.empty(0), batch)
+    assert bool(found[:num_queries].isnan().all())
+    assert bool(found[num_queries:].isfinite().all())
 
 
 @BY_TARGET

@@ -64,6 +64,7 @@ def test_engine_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path) -> None:
         load_runner(store, other, RunnerOptions())
 
 
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError, torch.AcceleratorError])
 @pytest.mark.parametrize(
     ("said", "told"),
     [
@@ -75,9 +76,11 @@ def test_engine_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path) -> None:
         ("CUDA error: out of memory\nmore", "CUDA error: out of memory"),
     ],
 )
-def test_full_gpu_is_told_in_a_line(tmp_path: Path, said: str, told: str) -> None:
+def test_full_gpu_is_told_in_a_line(
+    tmp_path: Path, said: str, told: str, failure: type[RuntimeError]
+) -> None:
     _, engine = build_tiny(tmp_path)
     with pytest.raises(DeviceFull) as refused, device_full(engine):
-        raise torch.OutOfMemoryError(said)
+        raise failure(said)
     assert refused.value.fields == {"engine": engine.name, "problem": told}
     assert "\n" not in str(refused.value)

@@ -107,7 +107,8 @@ def test_runner_gives_the_references_log_probabilities(
         assert float(error.max()) < 1e-4
         assert output.sampled[0].token_ids[0] == int(expected[-1].argmax())
     else:
-        assert float(error.mean()) < 0.1
+        # Inputs in 8 bits become the next code where bf16 has rounded them.
+        assert float(error.mean()) < (0.15 if quant == "w8a8-int8" else 0.1)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 8, 16, 36])
