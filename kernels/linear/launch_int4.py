@@ -74,7 +74,7 @@ def takes_wgmma(shape: LinearShape, arch: Arch) -> bool:
 
 def many_int4_tiles(shape: LinearShape) -> Iterator[tuple[int, Tiles, int]]:
     """The most tokens that each choice is for, ascending, and the tokens of a tile; measured on one H100."""
-    ways = [(n, _many_int4_tiles(shape, n)) for n in (128, 256, 384, 512, MOST_WGMMA_INT4_ROWS)]
+    ways = [(n, _many_int4_tiles(shape, n)) for n in range(128, MOST_WGMMA_INT4_ROWS + 1, 128)]
     following = [*(way for _, way in ways[1:]), None]
     for (tokens, way), after in zip(ways, following, strict=True):
         if way != after:
