@@ -183,10 +183,12 @@ class RuntimeLink:
         return len(self._runs)
 
     def serves(self, model: str) -> bool:
-        """Claims that `model` of a start, if any, names what it serves or is to serve."""
+        """Claims that it serves, or is to serve, what `model` of a start names; where that names none, anything."""
+        if not model:
+            return self.status.state != pb.RUNTIME_STATE_IDLE or bool(self.status.deployment)
         engine = self.status.engine
         names = (self.status.deployment, engine.model, engine.name, engine.key.model_digest)
-        return not model or model in names
+        return model in names
 
     def refusal(self, run: UpstreamRun) -> QueueFull | None:
         """What it would say to `run` as far as is known; None where it must be asked.

@@ -87,6 +87,15 @@ async def test_gateway_meets_registered_runtimes_and_goes_on_without_redis(
         await registrations[1].withdraw()
 
 
+async def test_idle_runtime_is_not_waited_for(tmp_path: Path) -> None:
+    """A start that names no model is refused at once, not after the time that a runtime may take to load."""
+    async with running_fleet(tmp_path, num_runtimes=1) as fleet:
+        await fleet.daemons[0].runtime.unload()
+        await until(lambda: all(link.state == pb.RUNTIME_STATE_IDLE for link in fleet.fleet))
+        async with asyncio.timeout(10):
+            assert await refusal_of_start(fleet) == "NO_ENGINE"
+
+
 class OddOnce:
     """A client of Redis whose first look fails in a way that nobody thought of."""
 
