@@ -67,9 +67,13 @@ def test_deploy_waits_until_all_replicas_are_ready() -> None:
         del script.fleet.deployments[:]
         assert millrace(daemon, *asked, "--wait", "30").stdout == "chat  version 7  3 of 3 ready\n"
         del script.fleet.deployments[:]
+        idle = runtime_pb2.RUNTIME_STATE_IDLE
+        for deployment in ("chat", "", "another"):
+            script.fleet.runtimes.add(address="10.0.0.1:7602", state=idle, deployment=deployment)
         late = millrace(daemon, *asked, "--wait", "0.1")
     assert (late.returncode, late.stdout) == (1, "")
     assert "of 3 replicas of chat are ready after" in late.stderr
+    assert "runtimes that work for it or are idle: 2;" in late.stderr
     wanted = script.asked[0].deployment
     assert (wanted.quant.scheme, wanted.quant.group_size) == ("int4", 64)
 

@@ -48,19 +48,27 @@ def deploy(
     """
     scheme, group_size, kv_cache = parse_quant(quant)
     deployment = fleet.deploy(name, model, scheme, group_size, model_uri, replicas, kv_cache)
-    deadline = time.monotonic() + wait_s
+    deadline, num_able = time.monotonic() + wait_s, 0
     with output.waiting(f"waiting for {replicas} to serve {name}"):
         while wait_s and deployment.ready_replicas < replicas:
             if time.monotonic() > deadline:
                 raise CommandFailed(
                     f"{deployment.ready_replicas} of {replicas} replicas of {name} are ready after "
-                    f"{output.duration_text(wait_s)}; `millrace status` shows them"
+                    f"{output.duration_text(wait_s)}; runtimes that work for it or are idle: {num_able}; "
+                    "`millrace status` shows them"
                 )
             time.sleep(_POLL_S / 4)
-            now = {d.name: d for d in fleet.get_fleet().deployments}
+            seen = fleet.get_fleet()
+            num_able = sum(_is_able(runtime, name) for runtime in seen.runtimes)
+            now = {d.name: d for d in seen.deployments}
             # Redis may be away for a moment.
             deployment = now.get(name, deployment)
     return deployment
+
+
+def _is_able(runtime: fleet_pb2.Runtime, deployment: str) -> bool:
+    is_idle = runtime.state == runtime_pb2.RUNTIME_STATE_IDLE and not runtime.deployment
+    return is_idle or runtime.deployment == deployment
 
 
 def undeploy(fleet: FleetClient, name: str, *, as_json: bool) -> None:
