@@ -254,6 +254,7 @@ class EmbeddedRedis:
                     while not await asyncio.to_thread(_answers, client):
                         self._check_start(deadline_s)
                         await asyncio.sleep(_START_LOOK_S)
+                _log.info("embedded_redis_started")
             await asyncio.sleep(_LOOK_S)
 
     def stop(self) -> None:

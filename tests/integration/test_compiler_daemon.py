@@ -274,6 +274,7 @@ async def test_daemon_without_redis_url_brings_its_own_and_keeps_it_running(
             (own,) = (child for child in children if "valkey" in child.name())
             own.kill()
             await asyncio.to_thread(daemon.wait_for, "embedded_redis_ended")
+            await asyncio.to_thread(daemon.wait_for, "embedded_redis_started")
             listed = await client.stub.ListBuilds(compiler_pb2.ListBuildsRequest(), timeout=60)
             # What it knew is there.
             assert len(listed.builds) == 1
