@@ -5,6 +5,7 @@ Legend: S sequences, of one token each, B blocks per sequence, V vocabulary.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from kernels.batch import StepBatch
@@ -35,7 +36,9 @@ class RecordedSteps:
         self._token_ids_S, self._positions_S, self._slots_S, self._lens_S = indices.new_zeros(
             4, MOST_SEQUENCES
         )
-        self._tables_SB = indices.new_zeros(MOST_SEQUENCES, max_blocks)
+        # Not by torch: it fills large tensors on threads of the caller's own, and where OpenMP has more threads than
+        # there are CPUs, those that run steps sleep between two loops instead of spinning: steps take twice as long.
+        self._tables_SB = torch.from_numpy(np.zeros((MOST_SEQUENCES, max_blocks), np.int32))
         self._starts_S1 = indices
 
     def forward(self, token_ids_T: torch.Tensor, batch: StepBatch) -> torch.Tensor | None:

@@ -1,5 +1,8 @@
 """Decode steps that are replayed give what they give node by node, bit for bit."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +29,22 @@ BYTES = pytest.mark.skipif(not multiplies_bytes(), reason="this CPU does not mul
 BF16 = pytest.mark.skipif(
     not torch.cpu._is_avx512_bf16_supported(), reason="this CPU does not multiply bf16"
 )
+
+
+_NO_THREADS = """
+import os
+from runtime_service.execution.recorded_steps import RecordedSteps
+
+before = len(os.listdir("/proc/self/task"))
+RecordedSteps(None, (), max_blocks=100_000)
+assert len(os.listdir("/proc/self/task")) == before
+"""
+
+
+def test_making_place_for_a_large_cache_starts_no_threads() -> None:
+    """OpenMP's threads of whoever loads would make those sleep that run steps."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", _NO_THREADS], env=environ, check=True, timeout=60)
 
 
 @pytest.fixture(
