@@ -93,9 +93,8 @@ def _attend_tile(
             at = (j - low) // per_word * C * per_word + (j - low) % per_word
             for d in range(D):
                 carry(v_cache, cached * D + d, values, at + d * per_word, factor)
-        for j in range(
-            high - low, _TILE_KEYS
-        ):  # nothing of an earlier tile, which may be no number
+        # Nothing is left of an earlier tile, which may be no number.
+        for j in range(high - low, _TILE_KEYS):
             at = j // per_word * C * per_word + j % per_word
             for d in range(D):
                 store(values, at + d * per_word, np.float32(0))

@@ -99,9 +99,8 @@ def _split(x, r, codes_CK, moved_C, steps_R, K, P):
     """Writes a row's codes, 128 times their sums, and its step, which is no number where one of x is none."""
     at, c = r * K, r * P
     peak_bits = np.int32(0)
-    for k in range(
-        K
-    ):  # numbers without a sign are ordered as their bits, whose maximum makes a vector
+    # Numbers without a sign are ordered as their bits, whose maximum makes a vector.
+    for k in range(K):
         peak_bits = max(peak_bits, to_bits(load(x, at + k)) & np.int32(0x7FFFFFFF))
     peak = of_bits(peak_bits)
     most = np.float32(127 if P == 1 else 127 * 257)
