@@ -117,6 +117,7 @@ class MatMul:
     Args:
         x_scale: per-token scale of an e4m3 x; then `weight` is fp8_channel.
         dense: where a launch before it left the weight's values, in x's dtype; None: `weight` is they.
+        size: the field of `Sizes` that says how many rows x has.
         least_rows: steps of fewer are other launches'.
         adds: is added to the product, and is lost: `out` takes its memory.
     """
@@ -125,6 +126,7 @@ class MatMul:
     weight: str
     bias: str | None
     out: Value
+    size: str
     x_scale: Temporary | None = None
     dense: Scratch | None = None
     least_rows: int = 1

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from kernels.attention import candidates as attention_candidates
 from kernels.attention import launch as attention
+from kernels.early_rows import select_rows_early
 from kernels.launch import (
     Batch,
     Launch,
@@ -40,6 +41,16 @@ from kernels.variant import Argument, KernelVariant, pointer
 from kernels.walk import Walk
 from shared.arch import Arch
 from shared.ir import Graph, Node
+
+
+def step_graph(graph: Graph, regime: Regime) -> Graph:
+    """The graph as steps of a regime run it.
+
+    Where steps have prompts of many tokens, few rows' logits are wanted. Steps that only decode want all of them; in
+    those of few tokens the selection rides on the head's product, and the other products wait for their weights.
+    """
+    has_prompts = not regime.max_tokens and not regime.max_sequences
+    return select_rows_early(graph) if has_prompts else graph
 
 
 def lower(
@@ -102,7 +113,7 @@ class _Lowering:
     """Lowers a graph, an op after the other."""
 
     def __init__(self, graph: Graph, arch: Arch, regime: Regime, choices: Choices) -> None:
-        self.walk = Walk(graph, arch, regime, choices)
+        self.walk = Walk(step_graph(graph, regime), arch, regime, choices)
         self.linears = Linears(self.walk)
 
     def steps(self) -> Iterator[Step]:
@@ -279,26 +290,28 @@ class _Lowering:
             constants |= {"scale_out": None}
         constants |= {"M": row, "EPS": number(node.attrs["eps"]), "BLOCK": _power_of_two(row)}
         yield self._launch(
-            "rms_norm", arguments, constants, per_token, operands, num_warps=_row_warps(row)
-        )
+            "rms_norm", arguments, constants, self.walk.per_row_of(node.inputs[0]), operands,
+            num_warps=_row_warps(row),
+        )  # fmt: skip
 
     def _silu_mul(self, node: Node) -> Iterator[Step]:
         source = self.walk.riding.producer[node.inputs[0]]
         width = self.walk.graph.weights[source.weights["weight"]].shape[0] // 2
         (argument, out), scale = self._row_output(node, width)
+        rows = self.walk.per_row_of(node.inputs[0])
         arguments = [pointer("gate_up", self.walk.dtype), argument]
         operands: list[Operand] = [Value(node.inputs[0]), out]
         if scale is not None:  # a scale needs the whole row
             yield self._launch(
                 "silu_mul", [*arguments, pointer("scale_out", "fp32")],
-                {"F": width, "BLOCK": _power_of_two(width)}, per_token, [*operands, scale],
+                {"F": width, "BLOCK": _power_of_two(width)}, rows, [*operands, scale],
                 num_warps=_row_warps(width),
             )  # fmt: skip
             return
         blocks = -(-width // 1024)
         yield self._launch(
             "silu_mul", arguments, {"scale_out": None, "F": width, "BLOCK": 1024},
-            lambda sizes: (sizes.tokens, blocks, 1), operands,
+            lambda sizes: (rows(sizes)[0], blocks, 1), operands,
         )  # fmt: skip
 
     def _row_output(
@@ -311,7 +324,7 @@ class _Lowering:
         return (pointer("out", "fp8e4nv"), quantized), scale
 
     def _select_rows(self, node: Node) -> Iterator[Step]:
-        width = integer(self.walk.graph.config["hidden_size"])
+        width = self.walk.width_of(node.inputs[0])
         yield self._launch(
             "embedding",
             [

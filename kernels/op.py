@@ -42,11 +42,16 @@ class Reference(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One op of the graph: its name, its shape rule, its meaning."""
+    """One op of the graph: its name, its shape rule, its meaning.
+
+    Args:
+        is_row_wise: a row of its outputs depends on the same row of its inputs alone.
+    """
 
     name: str
     infer: Infer
     reference: Reference
+    is_row_wise: bool = False
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
@@ -112,4 +117,4 @@ def elementwise(name: str, num_inputs: int, formula: Callable[..., torch.Tensor]
         """The formula."""
         return (formula(*map(widened, inputs)).to(inputs[0].dtype),)
 
-    return Op(name, infer, reference)
+    return Op(name, infer, reference, is_row_wise=True)

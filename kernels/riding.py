@@ -159,8 +159,3 @@ class Riding:
         if source is not None and source.op == "select_rows" and self.is_absorbed(source):
             return source.inputs[0]
         return node.inputs[0]
-
-    def is_selected(self, value: str) -> bool:
-        """Claims that the value has a row for each row of logits, not for each token."""
-        source = self.producer.get(value)
-        return source is not None and source.op == "select_rows"

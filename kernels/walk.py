@@ -1,9 +1,12 @@
 """What the lowering of all ops knows of one walk over a graph."""
 
+from collections.abc import Callable
+
 from kernels.kv_cache import kv_format
-from kernels.launch import Operand, Temporary, Value
+from kernels.launch import Grid, Operand, Sizes, Temporary, Value
 from kernels.linear import launch as linear
-from kernels.operands import TRITON_DTYPES
+from kernels.operands import TRITON_DTYPES, integer, per_row, per_token
+from kernels.ops import OPS
 from kernels.regimes import Regime
 from kernels.riding import Riding
 from kernels.tuning import FUSED, LIBRARY, Choices, Site
@@ -28,6 +31,7 @@ class Walk:
         assert not unknown, f"{', '.join(sorted(unknown))} has no GPU form"
         # With the library's products a step of few tokens is made as one of many.
         self.max_tokens = 0 if self._uses_library() else regime.max_tokens
+        self._specs = graph.infer(OPS)
         self.riding = Riding(graph, arch, self.max_tokens)
         # Over codes a lone query waits for memory, several for what widens codes: no tile serves both.
         is_any_step = not regime.max_tokens and not regime.max_sequences
@@ -40,6 +44,18 @@ class Walk:
             return False
         site = Site("linears", self.regime.max_tokens)
         return self.choices.of(site, {FUSED: False, LIBRARY: True})
+
+    def size_of(self, value: str) -> str:
+        """The field of `Sizes` that says how many rows a value has."""
+        return "rows" if self._specs[value].dims[0] == "R" else "tokens"
+
+    def width_of(self, value: str) -> int:
+        """The elements of a row."""
+        return integer(self._specs[value].dims[-1])
+
+    def per_row_of(self, value: str) -> Callable[[Sizes], Grid]:
+        """A program for each row of a value."""
+        return per_row if self.size_of(value) == "rows" else per_token
 
     def norm_operands(self, norm: Node, parts: int) -> list[Operand]:
         """Where the kernel before a riding norm leaves x * gain, and its squares in `parts`."""

@@ -25,8 +25,6 @@ from kernels.operands import (
     in_eight_bits,
     integer,
     number,
-    per_row,
-    per_token,
     rope_operands,
 )
 from kernels.walk import Walk
@@ -58,9 +56,11 @@ class Linears:
         x, weight = quantized or Value(node.inputs[0]), node.weights["weight"]
         norm = self.walk.riding.adding_norm(node)
         if norm is not None:
-            yield MatMul(x, weight, None, Value(norm.outputs[1]), adds=Value(norm.inputs[1]))
+            out, adds = Value(norm.outputs[1]), Value(norm.inputs[1])
+            yield MatMul(x, weight, None, out, self._size(node), adds=adds)
         else:
-            yield MatMul(x, weight, node.weights.get("bias"), Value(node.outputs[0]), scale)
+            bias, out = node.weights.get("bias"), Value(node.outputs[0])
+            yield MatMul(x, weight, bias, out, self._size(node), scale)
 
     def _many_int4(self, node: Node) -> Iterator[Step]:
         """By tiles up to some rows; beyond, the weight is widened once and the library multiplies."""
@@ -75,7 +75,7 @@ class Linears:
             group_size=weight.group_size,
             has_bias="bias" in node.weights,
         )
-        field = "rows" if self.walk.riding.is_selected(node.inputs[0]) else "tokens"
+        field = self._size(node)
         least = 1
         for most, launch in self._int4_tiles(node, shape, field):
             yield replace(launch, grid=between(launch.grid, field, least, most))
@@ -88,7 +88,7 @@ class Linears:
             (Weight(name, "weight"), Weight(name, "scale"), values),
         )
         bias, x, out = node.weights.get("bias"), Value(node.inputs[0]), Value(node.outputs[0])
-        yield MatMul(x, name, bias, out, dense=values, least_rows=least)
+        yield MatMul(x, name, bias, out, field, dense=values, least_rows=least)
 
     def _int4_tiles(
         self, node: Node, shape: linear.LinearShape, field: str
@@ -131,7 +131,7 @@ class Linears:
             linear.quantized_rows(
                 quantized.width, self.walk.dtype, out_dtype, self.walk.arch, is_static=is_static
             ),
-            per_row if self.walk.riding.is_selected(x) else per_token,
+            self.walk.per_row_of(x),
             operands,
         )
 
@@ -195,8 +195,10 @@ class Linears:
             )
         if rope is not None:
             operands += rope_operands(integer(rope.attrs["layer"]), self.walk.kv_format)
-        is_selected = shape.has_rows or self.walk.riding.is_selected(node.inputs[0])
-        return self._linear_launch(shape, operands, x_scale, is_selected)
+        return self._linear_launch(shape, operands, x_scale, self._size(node))
+
+    def _size(self, node: Node) -> str:
+        return self.walk.size_of(node.inputs[0])
 
     def _tiles(self, shape: linear.LinearShape) -> tuple[linear.Tiles, int]:
         """How the work is cut, and the tokens of a tile; 1 is the kernel for one token."""
@@ -209,7 +211,7 @@ class Linears:
         shape: linear.LinearShape,
         operands: list[Operand],
         x_scale: Temporary | None,
-        is_selected: bool,
+        field: str,
     ) -> Launch:
         tiles, block_m = self._tiles(shape)
         site = linear_candidates.site(shape, self.walk.max_tokens)
@@ -218,7 +220,6 @@ class Linears:
             variant = linear.one_token(shape, self.walk.arch, tiles)
             return Launch(variant, lambda _: (programs, 1, 1), tuple(operands), site)
         variant = linear.few_tokens(shape, self.walk.arch, tiles, block_m)
-        field = "rows" if is_selected else "tokens"
         grid = linear.tiled_grid(shape, tiles, block_m, field)
         scratch = linear.tiled_scratch(shape, tiles, block_m)
         scales = () if x_scale is None else (x_scale,)

@@ -77,4 +77,4 @@ def reference(
     return (y.to(inputs[0].dtype),)
 
 
-LINEAR = Op("linear", infer, reference)
+LINEAR = Op("linear", infer, reference, is_row_wise=True)

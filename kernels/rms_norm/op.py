@@ -60,4 +60,4 @@ def normed(x: torch.Tensor, weight: torch.Tensor, eps: float, head_dim: int = 0)
     return result.reshape(x.shape).to(x.dtype)
 
 
-RMS_NORM = Op("rms_norm", infer, reference)
+RMS_NORM = Op("rms_norm", infer, reference, is_row_wise=True)

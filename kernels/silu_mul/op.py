@@ -36,4 +36,4 @@ def reference(
     return ((torch.nn.functional.silu(gate) * up).to(inputs[0].dtype),)
 
 
-SILU_MUL = Op("silu_mul", infer, reference)
+SILU_MUL = Op("silu_mul", infer, reference, is_row_wise=True)

@@ -34,4 +34,4 @@ def sizes(node: Node) -> tuple[int, ...]:
     return tuple(int(size) for size in numbers(node, "sizes"))
 
 
-SPLIT = Op("split", infer, reference)
+SPLIT = Op("split", infer, reference, is_row_wise=True)

@@ -15,8 +15,10 @@ import torch
 from kernels.batch import StepBatch
 from kernels.cpu import bind_node
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
+from kernels.early_rows import select_rows_early
 from kernels.kv_cache import by_layer, kv_format
 from kernels.linear.cpu import padded_rows
+from kernels.ops import OPS
 from runtime_service.execution.recorded_steps import RecordedSteps
 from shared.ir import Graph, Node
 
@@ -43,6 +45,7 @@ class CpuExecutor:
         num_blocks: int,
         block_tokens: int,
     ) -> None:
+        graph = select_rows_early(graph)
         names = ["token_ids", *(name for node in graph.nodes for name in node.outputs)]
         self._places = {name: place for place, name in enumerate(names)}
         # Packing is most of a start: nodes are bound in threads.
@@ -67,10 +70,13 @@ class CpuExecutor:
         for place, index in last_reader.items():
             self._ended[index].append(place)
         self._vocab_size = int(str(graph.config["vocab_size"]))
-        # Where no logits are wanted, what comes after the choice of rows is not run.
-        self._num_before_rows = next(
-            (i for i, node in enumerate(graph.nodes) if node.op == "select_rows"), len(graph.nodes)
-        )
+        # Where no logits are wanted, what has a row for each of them is not run.
+        specs = graph.infer(OPS)
+        self._for_all_rows = [
+            index
+            for index, node in enumerate(graph.nodes)
+            if specs[node.outputs[0]].dims[:1] != ("R",)
+        ]
         kept = kv_format(graph, str(target.kv_dtype).removeprefix("torch."))
         self._kv_caches = by_layer(kept.allocate(graph, num_blocks, block_tokens, _zeros))
         self._recorded = RecordedSteps(self._run, self._kv_caches, num_blocks)
@@ -105,8 +111,8 @@ class CpuExecutor:
         values: list[Any] = [None] * len(self._places)
         values[0] = token_ids_T
         has_rows = batch.logit_rows_R.numel() > 0
-        steps = self._steps if has_rows else self._steps[: self._num_before_rows]
-        for (form, inputs, outputs), ended in zip(steps, self._ended, strict=False):
+        for index in range(len(self._steps)) if has_rows else self._for_all_rows:
+            form, inputs, outputs = self._steps[index]
             if len(inputs) == 1:
                 result = form(values[inputs[0]], batch)
             else:
@@ -116,7 +122,7 @@ class CpuExecutor:
             else:
                 for place, value in zip(outputs, result, strict=True):
                     values[place] = value
-            for place in ended:
+            for place in self._ended[index]:
                 values[place] = None
         return values[self._output]
 

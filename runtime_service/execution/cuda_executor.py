@@ -25,11 +25,11 @@ from kernels.launch import (
     Weight,
 )  # fmt: skip
 from kernels.launcher import KernelLibrary
-from kernels.lowering import lower
+from kernels.lowering import lower, step_graph
 from kernels.ops import OPS
 from kernels.regimes import Regime
 from kernels.tuning import BUILT_IN, TuningTable
-from shared.ir import Graph
+from shared.ir import Graph, TensorSpec
 
 PackedWeights = Mapping[str, Mapping[str, torch.Tensor]]
 
@@ -79,11 +79,6 @@ class CudaExecutor:
         self._plans: dict[Regime, tuple[Step, ...]] = {}
         self._buffers: dict[Regime, dict[str, torch.Tensor]] = {}
         self._scratch: dict[str, torch.Tensor] = {}
-        self._widths = {
-            name: int(spec.dims[-1])
-            for name, spec in graph.infer(OPS).items()
-            if len(spec.dims) == 2
-        }
         self._dtype: torch.dtype = getattr(torch, str(graph.config["dtype"]))
         self._device = next(t for roles in weights.values() for t in roles.values()).device
         self._arena = torch.empty(0, dtype=torch.uint8, device=self._device)
@@ -103,12 +98,13 @@ class CudaExecutor:
         layouts = {}
         for regime in regimes:
             plan = lower(self._graph, self._library.arch, regime, table)
+            specs = step_graph(self._graph, regime).infer(OPS)
             for step in plan:
                 if isinstance(step, Launch):
                     self._library.kernel(step.variant)
                     self._grow_scratch(step, regime)
             self._plans[regime] = plan
-            layouts[regime] = self._lay_out(plan, regime)
+            layouts[regime] = self._lay_out(plan, specs, regime)
         need = max(end for _, end in layouts.values())
         if need > self._arena.numel():
             self._arena = torch.empty(need, dtype=torch.uint8, device=self._device)
@@ -168,7 +164,7 @@ class CudaExecutor:
 
     def _matmul(self, step: MatMul, buffers: dict[str, torch.Tensor], sizes: Sizes) -> None:
         is_logits = step.out.name in self._graph.outputs
-        num_rows = sizes.rows if is_logits else sizes.tokens
+        num_rows = int(getattr(sizes, step.size))
         if num_rows < step.least_rows:
             return
         x, out = buffers[step.x.name][:num_rows], buffers[step.out.name][:num_rows]
@@ -201,7 +197,7 @@ class CudaExecutor:
     # Memory.
 
     def _lay_out(
-        self, plan: tuple[Step, ...], regime: Regime
+        self, plan: tuple[Step, ...], specs: Mapping[str, TensorSpec], regime: Regime
     ) -> tuple[dict[str, tuple[int, int, torch.dtype, int]], int]:
         """Places of values in the arena: a value's bytes are free again after its last reader."""
         last = {value.name: i for i, step in enumerate(plan) for value in _values(step)}
@@ -225,7 +221,7 @@ class CudaExecutor:
                 if name in held:
                     places[name] = places[held[name]]
                     continue
-                dtype, width, rows = self._spec(value, regime)
+                dtype, width, rows = self._spec(value, specs, regime)
                 size = rows * width * dtype.itemsize
                 room = -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
                 live = sorted(entry for entry in live if entry[2] >= index)
@@ -235,14 +231,16 @@ class CudaExecutor:
                 end = max(end, start + room)
         return places, end
 
-    def _spec(self, value: Value | Temporary, regime: Regime) -> tuple[torch.dtype, int, int]:
+    def _spec(
+        self, value: Value | Temporary, specs: Mapping[str, TensorSpec], regime: Regime
+    ) -> tuple[torch.dtype, int, int]:
         """dtype, elements in a row, and rows of a value."""
         tokens = regime.max_tokens or self._max_sizes.tokens
         if isinstance(value, Temporary):
             return getattr(torch, value.dtype), value.width, tokens
-        if value.name in self._graph.outputs:
-            return torch.float32, self._widths[value.name], min(self._max_sizes.rows, tokens)
-        return self._dtype, self._widths[value.name], tokens
+        rows, width = specs[value.name].dims
+        dtype = torch.float32 if value.name in self._graph.outputs else self._dtype
+        return dtype, int(width), min(self._max_sizes.rows, tokens) if rows == "R" else tokens
 
     def _grow_scratch(self, launch: Launch, regime: Regime) -> None:
         tokens = regime.max_tokens or self._max_sizes.tokens

@@ -65,7 +65,7 @@ def check_row(
             dtype=torch.float8_e4m3fn if "fp8" in names["out"] else torch.float16,
         ),
     }  # fmt: skip
-    run(launch.variant, launch.grid(Sizes(_TOKENS, 1, 1)), operands)
+    run(launch.variant, launch.grid(Sizes(_TOKENS, 1, _TOKENS)), operands)
     given = {name: t.float() for name, t in operands.items() if isinstance(t, torch.Tensor)}
     if "residual" in names:
         given["x"] = given["x"] + given["residual"]
