@@ -55,7 +55,7 @@ def by_tiles(
 
 def widening(library: KernelLibrary, shape: LinearShape, values: torch.Tensor) -> Run:
     """values = the weight's, bf16 [N, K]."""
-    kernel, grid = library.kernel(dense_int4(shape, library.arch)), (*dense_int4_grid(shape), 1)
+    kernel, grid = library.kernel(dense_int4(shape, library.arch)), dense_int4_grid(shape)
     return lambda weight: kernel(
         grid, weight["weight"].data_ptr(), weight["scale"].data_ptr(), values.data_ptr()
     )

@@ -126,6 +126,6 @@ def dense_int4(shape: LinearShape, arch: Arch) -> KernelVariant:
     )
 
 
-def dense_int4_grid(shape: LinearShape) -> tuple[int, int]:
+def dense_int4_grid(shape: LinearShape) -> Grid:
     """Chunks of K, and blocks of rows."""
-    return -(-shape.k // (INT4_PARTS * shape.group_size)), -(-shape.n // DENSE_BLOCK_N)
+    return -(-shape.k // (INT4_PARTS * shape.group_size)), -(-shape.n // DENSE_BLOCK_N), 1

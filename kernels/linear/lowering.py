@@ -19,7 +19,7 @@ from kernels.launch import (
 )
 from kernels.linear import candidates as linear_candidates
 from kernels.linear import launch as linear
-from kernels.linear import launch_int4
+from kernels.linear import launch_int4, launch_int8
 from kernels.operands import (
     TRITON_DTYPES,
     in_eight_bits,
@@ -47,8 +47,8 @@ class Linears:
             source = self.walk.riding.producer.get(node.inputs[0])
             if source is None or not self.walk.riding.leaves_e4m3(source):
                 yield self._quantize_rows(node, quantized, scale)
-        if layout == "int4_group" and not self.walk.riding.is_few:
-            yield from self._many_int4(node)
+        if self._is_widened(node, layout, dtype):
+            yield from self._widened(node)
             return
         if self.walk.riding.is_few or layout not in linear.LIBRARY_LAYOUTS:
             yield self._fused_linear(node, quantized, scale)
@@ -62,7 +62,17 @@ class Linears:
             bias, out = node.weights.get("bias"), Value(node.outputs[0])
             yield MatMul(x, weight, bias, out, self._size(node), scale)
 
-    def _many_int4(self, node: Node) -> Iterator[Step]:
+    def _is_widened(self, node: Node, layout: str, rounded: str) -> bool:
+        """Claims that the library multiplies many rows by the weight's values.
+
+        Not by those of a head in int8: its rows are few, and its values would take a gigabyte.
+        """
+        if self.walk.riding.is_few or rounded:
+            return False
+        is_logits = node.outputs[0] in self.walk.graph.outputs
+        return layout == "int4_group" or (layout == "int8_channel" and not is_logits)
+
+    def _widened(self, node: Node) -> Iterator[Step]:
         """By tiles up to some rows; beyond, the weight is widened once and the library multiplies."""
         name = node.weights["weight"]
         weight = self.walk.graph.weights[name]
@@ -77,23 +87,31 @@ class Linears:
         )
         field = self._size(node)
         least = 1
-        for most, launch in self._int4_tiles(node, shape, field):
+        for most, launch in self._tiles_of_codes(node, shape, field):
             yield replace(launch, grid=between(launch.grid, field, least, most))
             least = most + 1
         values = Scratch("dense_weight", lambda _: 2 * shape.n * shape.k)
-        grid = (*launch_int4.dense_int4_grid(shape), 1)
+        if shape.layout == "int4_group":
+            variant = launch_int4.dense_int4(shape, self.walk.arch)
+            grid = launch_int4.dense_int4_grid(shape)
+        else:
+            variant = launch_int8.dense_int8(shape, self.walk.arch)
+            grid = launch_int8.dense_int8_grid(shape)
         yield Launch(
-            launch_int4.dense_int4(shape, self.walk.arch),
+            variant,
             between(lambda _: grid, field, least),
             (Weight(name, "weight"), Weight(name, "scale"), values),
         )
         bias, x, out = node.weights.get("bias"), Value(node.inputs[0]), Value(node.outputs[0])
         yield MatMul(x, name, bias, out, field, dense=values, least_rows=least)
 
-    def _int4_tiles(
+    def _tiles_of_codes(
         self, node: Node, shape: linear.LinearShape, field: str
     ) -> Iterator[tuple[int, Launch]]:
-        """Launches that multiply straight from 4 bits, each with the most rows that it is for, ascending."""
+        """Launches that multiply straight from codes, each with the most rows that it is for, ascending."""
+        if shape.layout == "int8_channel":
+            yield launch_int8.MOST_FUSED_INT8_ROWS, self._fused_linear(node)
+            return
         if not launch_int4.takes_wgmma(shape, self.walk.arch):
             yield launch_int4.MOST_FUSED_INT4_ROWS, self._fused_linear(node)
             return

@@ -33,6 +33,7 @@ from kernels.linear.triton_int4 import dense_int4 as dense_int4
 from kernels.linear.triton_int4 import linear_one_int4 as linear_one_int4
 from kernels.linear.triton_int4_many import linear_many_int4 as linear_many_int4
 from kernels.linear.triton_int4_one import linear_one_int4_mma as linear_one_int4_mma
+from kernels.linear.triton_int8 import dense_int8 as dense_int8
 from kernels.linear.triton_widen import as_float, int4_values
 
 

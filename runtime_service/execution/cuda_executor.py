@@ -139,6 +139,22 @@ class CudaExecutor:
                 arguments = [self._address(o, buffers, batch, sizes) for o in step.operands]
                 self._library.kernel(step.variant)(grid, *arguments)
 
+    def load_products(self, regime: Regime, tokens: Sequence[int], rows: Sequence[int]) -> None:
+        """Multiplies once with each of these numbers of tokens, and of rows whose logits are wanted.
+
+        The library loads a kernel when it first wants it, and that waits for all that the device is at: in a server
+        that is at work each would cost a step's time.
+        """
+        kinds = {}
+        for step in self._plans[regime]:
+            if isinstance(step, MatMul):
+                weight = self._graph.weights[step.weight]
+                forms = step.size, step.bias is None, step.adds is None, step.x_scale is None
+                kinds[weight.shape, weight.layout, *forms] = step
+        for step in kinds.values():
+            for count in tokens if step.size == "tokens" else rows:
+                self._matmul(step, self._buffers[regime], Sizes(count, count, count))
+
     def _address(
         self, operand: Operand, buffers: dict[str, torch.Tensor], batch: DeviceBatch, sizes: Sizes
     ) -> int | float:

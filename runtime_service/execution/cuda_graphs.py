@@ -1,8 +1,9 @@
 """A step's forward pass on an NVIDIA GPU: captured graphs for decode and for small mixed steps, launches for others.
 
-Padding exists only here: a step replays the graph of the next larger bucket, keyed by its number of tokens alone;
-tokens and sequences beyond the step have length 0, write nowhere and are read by nobody. A graph makes its own inputs
-from the message that was sent before, so that nothing of a step is baked into it.
+Padding exists only here: a step replays the graph of the next larger bucket, keyed by its number of tokens alone, and
+one that is launched is padded to the next larger number of sequences that the library has loaded kernels for. Tokens
+and sequences beyond the step have length 0, write nowhere and are read by nobody. A graph makes its own inputs from the
+message that was sent before, so that nothing of a step is baked into it.
 
 Legend: T packed tokens, S sequences, R rows whose logits are wanted, V vocabulary.
 """
@@ -63,6 +64,7 @@ class CudaGraphExecutor:
         self._decode = [regime for regime in regimes if regime.max_sequences]
         self._ragged = [regime for regime in regimes if not regime.max_sequences]
         self._max_sequences = limits.max_sequences
+        self._launched_sequences = launched_buckets(limits.max_sequences)
         self._kv_parts = kv_format(graph).allocate(
             graph, limits.num_blocks, limits.block_tokens, partial(_zeros, device=stream.device)
         )
@@ -101,6 +103,11 @@ class CudaGraphExecutor:
         """Captures every bucket's graph that is not captured yet, largest first."""
         self._capture_all(list(self._to_capture))
 
+    def load_products(self) -> None:
+        """Loads what the library multiplies with in steps that are launched: `CudaExecutor.load_products`."""
+        tokens = launched_buckets(self._executor.max_sizes.tokens)
+        self._executor.load_products(self._ragged[-1], tokens, self._launched_sequences)
+
     def run(self, step: SentStep) -> torch.Tensor:
         """Launches the step that was sent last and does not wait.
 
@@ -110,8 +117,13 @@ class CudaGraphExecutor:
         buckets = self._captured_buckets[step.is_decode]
         index = bisect.bisect_left(buckets, step.num_tokens)
         if index == len(buckets):
-            sizes = Sizes(step.num_tokens, step.num_sequences, step.num_sequences)
-            return self._executor.run(self._ragged_regime(sizes.tokens), self._inputs.launch(sizes))
+            sequences = next(b for b in self._launched_sequences if b >= step.num_sequences)
+            sequences = min(sequences, step.num_tokens)
+            sizes = Sizes(step.num_tokens, sequences, sequences)
+            logits_RV = self._executor.run(
+                self._ragged_regime(sizes.tokens), self._inputs.launch(sizes)
+            )
+            return logits_RV[: step.num_sequences]
         captured = self._captured[step.is_decode, buckets[index]]
         captured.replay()
         return captured.logits_RV[: step.num_sequences]
@@ -196,6 +208,13 @@ def mixed_buckets(most: int) -> list[int]:
         following = max(last + 1, -(-(last + 1) * 10 // 9) - 1)
         buckets.append(min(following, 1 << last.bit_length(), most))
     return buckets
+
+
+def launched_buckets(most: int) -> list[int]:
+    """Sizes that the library's products are loaded for: numbers of sequences, which launched steps are padded to, or of
+    tokens, which they are not."""
+    powers = [1 << power for power in range(4, most.bit_length())]
+    return [size for power in powers for size in (power, power * 3 // 2) if size < most] + [most]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -139,6 +139,8 @@ class CudaModelRunner:
 
     def warm_up(self) -> None:
         """Runs steps of a few shapes, whose results nobody wants, on an empty cache."""
+        with torch.inference_mode():
+            self._executor.load_products()
         limits = self._limits
         count = max(1, min(limits.max_step_tokens, limits.max_sequence_tokens - 1))
         blocks = list(range(-(-(count + 1) // limits.block_tokens)))

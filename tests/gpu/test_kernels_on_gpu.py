@@ -31,11 +31,11 @@ from tests.kernels.attention_cases import (
 )
 from tests.kernels.linear_cases import (
     CANDIDATE_SHAPES,
-    DENSE_INT4_SHAPES,
+    DENSE_SHAPES,
     LINEAR_SHAPES,
     MANY_INT4_SHAPES,
     ONE_TOKEN_SHAPES,
-    check_dense_int4,
+    check_dense,
     check_linear,
     check_many_int4,
     check_quantized_rows,
@@ -67,8 +67,8 @@ def _candidate(shape: LinearShape, tokens: int, place: int) -> Case:
     return check
 
 
-def _dense_int4(shape: LinearShape) -> Case:
-    return lambda run, arch: check_dense_int4(run, arch, shape, device=DEVICE)
+def _dense(shape: LinearShape) -> Case:
+    return lambda run, arch: check_dense(run, arch, shape, device=DEVICE)
 
 
 def _many_int4(shape: LinearShape, tokens: int, split_k: int, block_m: int) -> Case:
@@ -128,8 +128,8 @@ def _cases() -> dict[str, Case]:
             for tokens, place in itertools.product((1, 5), range(3)):
                 case = _candidate(in_dtype(shape, dtype), tokens, place)
                 cases[f"candidate-{name}-{dtype}-{tokens}-{place}"] = case
-        for name, shape in DENSE_INT4_SHAPES.items():
-            cases[f"{name}-{dtype}"] = _dense_int4(in_dtype(shape, dtype))
+        for name, shape in DENSE_SHAPES.items():
+            cases[f"{name}-{dtype}"] = _dense(in_dtype(shape, dtype))
         if dtype == "fp16":
             for scale in (None, 0.015):
                 cases[f"rows-{scale}"] = _quantized_rows(scale)

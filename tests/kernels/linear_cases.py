@@ -20,6 +20,7 @@ from kernels.linear.launch import (
     uses_mma,
 )  # fmt: skip
 from kernels.linear.launch_int4 import dense_int4, dense_int4_grid, many_int4, many_int4_grid
+from kernels.linear.launch_int8 import dense_int8, dense_int8_grid
 from kernels.linear.layouts import INT4_GROUPS, LAYOUTS
 from kernels.linear.op import int8_tokens
 from kernels.variant import KernelVariant
@@ -261,11 +262,15 @@ MANY_INT4_SHAPES = {
 }
 
 
-def check_dense_int4(run: Run, arch: Arch, shape: LinearShape, device: str = "cpu") -> None:
+def check_dense(run: Run, arch: Arch, shape: LinearShape, device: str = "cpu") -> None:
     """The weight widened as a whole: what the library multiplies."""
     at = _tensors(shape, 1, device)
     values = torch.full((shape.n, shape.k), float("nan"), dtype=at["x"].dtype, device=device)
-    run(dense_int4(shape, arch), (*dense_int4_grid(shape), 1), {**at, "out": values})
+    if shape.layout == "int4_group":
+        variant, grid = dense_int4(shape, arch), dense_int4_grid(shape)
+    else:
+        variant, grid = dense_int8(shape, arch), dense_int8_grid(shape)
+    run(variant, grid, {**at, "out": values})
     torch.testing.assert_close(values.float(), at["dense"], atol=1e-6, rtol=2**-8)
 
 
@@ -291,7 +296,7 @@ def check_quantized_rows(
     assert (codes != want).float().mean() < 0.01
 
 
-DENSE_INT4_SHAPES = {
+DENSE_SHAPES = {"dense_int8": LinearShape(35, 2500, "fp16", "fp16", layout="int8_channel")} | {
     f"dense_int4_{group}": LinearShape(
         35, 5 * group, "fp16", "fp16", layout="int4_group", group_size=group
     )

@@ -137,6 +137,29 @@ def test_librarys_products_add_the_residual_in_place() -> None:
             assert any(product.out in norm.operands for norm in norms)
 
 
+def test_int8_weights_are_widened_once_for_many_rows() -> None:
+    """The library then multiplies; by the head's own kernel, whose rows are few, and by all kernels of fewer rows."""
+    graph = llama_graph(MODELS["tiny"], "int8_channel", num_layers=1)
+    head = replace(graph.weights["head"], layout="int8_channel")
+    graph = replace(graph, weights={**graph.weights, "head": head})
+    steps = lower(graph, ARCHES["sm_90"], Regime(0, 0))
+    products = {s.weight: s for s in steps if isinstance(s, MatMul)}
+    assert set(products) == {"0.qkv", "0.o", "0.gate_up", "0.down"}
+    for rows in (1, 128, 129, 512):
+        sizes = Sizes(rows, rows, rows)
+        launched = [
+            s.variant.kernel for s in steps if isinstance(s, Launch) and s.grid(sizes)[0] > 0
+        ]
+        widened = 4 if rows > 128 else 0
+        assert launched.count("dense_int8") == widened
+        assert launched.count("linear_few") == 5 - widened
+        assert sum(rows >= s.least_rows for s in products.values()) == widened
+        if widened:
+            assert launched.index("dense_int8") < launched.index("qkv_rope_write")
+    for product in products.values():
+        assert product.dense is not None
+
+
 def test_norms_and_silu_leave_e4m3_where_only_fp8_products_read_them() -> None:
     """The passes that are left quantize what attention leaves; a reader that is kept in bf16 wants the row itself."""
     graph = llama_graph(MODELS["tiny"], "fp8_channel", num_layers=2)

@@ -5,11 +5,11 @@ import pytest
 from tests.kernels.interpreted import INTERPRETER, run
 from tests.kernels.linear_cases import (
     CANDIDATE_SHAPES,
-    DENSE_INT4_SHAPES,
+    DENSE_SHAPES,
     LINEAR_SHAPES,
     ONE_TOKEN_SHAPES,
     check_candidates,
-    check_dense_int4,
+    check_dense,
     check_linear,
     check_quantized_rows,
 )
@@ -33,9 +33,9 @@ def test_candidates_equal_formula(name: str, tokens: int) -> None:
     assert check_candidates(run, INTERPRETER, CANDIDATE_SHAPES[name], tokens) > 1
 
 
-@pytest.mark.parametrize("name", DENSE_INT4_SHAPES)
+@pytest.mark.parametrize("name", DENSE_SHAPES)
 def test_int4_weight_is_widened_to_its_values(name: str) -> None:
-    check_dense_int4(run, INTERPRETER, DENSE_INT4_SHAPES[name])
+    check_dense(run, INTERPRETER, DENSE_SHAPES[name])
 
 
 @pytest.mark.parametrize("static_scale", [None, 0.015])

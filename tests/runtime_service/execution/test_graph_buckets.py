@@ -8,6 +8,7 @@ from runtime_service.execution.cuda_graphs import (
     decode_buckets,
     first_graphs,
     graphs_to_capture,
+    launched_buckets,
     mixed_buckets,
 )
 from runtime_service.limits import RuntimeLimits
@@ -25,6 +26,16 @@ def test_less_than_a_tenth_of_a_step_is_padding() -> None:
     for smaller, bucket in itertools.pairwise(buckets):
         assert (bucket - (smaller + 1)) / bucket < 0.1
     assert len(decode_buckets(512)) + len(buckets) < 80
+
+
+@pytest.mark.parametrize("most", [1, 8, 16, 17, 100, 512, 8192])
+def test_launched_steps_have_few_sizes_that_are_at_most_half_as_large_again(most: int) -> None:
+    buckets = launched_buckets(most)
+    assert buckets == sorted(set(buckets))
+    assert buckets[-1] == most
+    assert len(buckets) <= 2 * most.bit_length()
+    for smaller, bucket in itertools.pairwise(buckets):
+        assert bucket <= 1.5 * smaller
 
 
 def test_frequent_sizes_have_no_padding() -> None:
