@@ -40,6 +40,13 @@ class Arch:
         """Claims that engines of this arch carry machine code."""
         return self.capability is not None
 
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Claims that a device of this compute capability runs its engines: from machine code on the arch's own and,
+        where that is portable, on later minor revisions; from PTX, which portable arches carry, on any later one."""
+        if self.capability is None:
+            return False
+        return self.capability == capability or (self.is_portable and capability > self.capability)
+
 
 ARCHES: dict[str, Arch] = {
     row.name: row
@@ -53,6 +60,15 @@ ARCHES: dict[str, Arch] = {
         Arch("sm_120", (12, 0), 101_376, True, True, True, False, False, (13, 0)),
     )
 }
+
+
+def arch_for(capability: tuple[int, int]) -> Arch | None:
+    """The best arch whose engines run on a device of this compute capability; None where there is none.
+
+    For a device that no row is for, that is the latest portable one: it also asks for the least shared memory.
+    """
+    running = [arch for arch in ARCHES.values() if arch.runs_on(capability)]
+    return max(running, key=lambda arch: arch.capability or (0, 0), default=None)
 
 
 def arch_named(name: str) -> Arch:
