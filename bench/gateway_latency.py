@@ -24,7 +24,8 @@ from typing import Any
 import psutil
 from millrace import AsyncClient
 
-from bench.gateway_cost import cpu_s, wait_until_serving
+from bench.gateway_cost import wait_until_serving
+from bench.processes import cpu_s
 from tests.integration.daemon_process import DaemonProcess
 
 PERCENTILES = (50, 90, 99)
@@ -64,11 +65,11 @@ async def take_turns(
     for index in range(given.rounds + 1):
         turns = [("straight", runtime), ("through", gateway.address)]
         for name, address in turns if index % 2 else turns[::-1]:
-            before_s = cpu_s(gateway)
+            before_s = cpu_s(gateway.process.pid)
             felt = await measure(address, given.streams, given.calls, given.out)
             if index:  # the first round warms up
                 rounds[name].append(felt)
-                spent_s += cpu_s(gateway) - before_s
+                spent_s += cpu_s(gateway.process.pid) - before_s
     return rounds, spent_s
 
 
