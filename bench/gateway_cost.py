@@ -10,17 +10,12 @@ JSON line. Latencies are a client's: to the first token, and between tokens.
 import argparse
 import json
 import statistics
-import time
 from typing import Any
 
-from millrace.channels import is_serving
 from millrace.cli.bench.command import Load, Where, measure
-from millrace.errors import MillraceError
 
-from bench.processes import cpu_s
+from bench.processes import cpu_s, wait_until_serving
 from tests.integration.daemon_process import DaemonProcess
-
-START_S = 120.0
 
 
 def main() -> None:
@@ -47,7 +42,7 @@ def main() -> None:
         ) as gateway,
     ):  # fmt: skip
         for daemon in (runtime, gateway):
-            wait_until_serving(daemon.address)
+            wait_until_serving(daemon.address, daemon.process)
         before_s = cpu_s(gateway.process.pid)
         readings: dict[str, list[dict[str, Any]]] = {"straight": [], "through": []}
         for seed in range(arguments.rounds):
@@ -104,19 +99,6 @@ def summary(readings: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "itl_p50_ms": [median(name, "itl_ms", "p50") for name in readings],
         "added_itl_p50_ms": paired("itl_ms", "p50"),
     }
-
-
-def wait_until_serving(address: str) -> None:
-    """Returns when the daemon at `address` serves."""
-    deadline_s = time.monotonic() + START_S
-    while time.monotonic() < deadline_s:
-        try:
-            if is_serving(address):
-                return
-        except MillraceError:  # expected until it has started
-            pass
-        time.sleep(0.1)
-    raise SystemExit(f"{address} does not serve")
 
 
 if __name__ == "__main__":

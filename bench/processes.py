@@ -5,9 +5,11 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import grpc
 import psutil
+from millrace.channels import wait_until_answering
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
@@ -26,6 +28,23 @@ def cpu_s(pid: int) -> float:
     """CPU time of a process so far, all of its threads; other load on the machine does not show in it."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
+
+
+def wait_until_serving(
+    address: str, process: "subprocess.Popen[Any]", limit_s: float = 120.0
+) -> None:
+    """Returns when the daemon at `address`, whose `process` this is, serves.
+
+    Raises:
+        SystemExit: it ended, or did not serve in time.
+    """
+
+    def check() -> None:
+        if process.poll() is not None:
+            raise SystemExit(f"the daemon ended with status {process.returncode}")
+
+    if not wait_until_answering(address, limit_s, check, must_serve=True):
+        raise SystemExit(f"the daemon at {address} does not serve after {limit_s:.0f} s")
 
 
 def timed_start(asked: pb.StartGeneration, *flags: str) -> tuple[float, pb.GetStatusResponse]:
