@@ -66,8 +66,10 @@ def decode_tiles(shape: AttentionShape, arch: Arch, max_sequences: int) -> Atten
     """One query token a tile; measured on one H100 (docs/BENCHMARKS.md), then fitted to the arch's shared memory."""
     tiles = _measured_decode_tiles(shape, max_sequences)
     while _decode_bytes(shape, tiles) > arch.max_shared_bytes and tiles.block_n > 16:
-        less = {"stages": tiles.stages - 1} if tiles.stages > 2 else {"block_n": tiles.block_n // 2}
-        tiles = replace(tiles, **less)
+        if tiles.stages > 2:
+            tiles = replace(tiles, stages=tiles.stages - 1)
+        else:
+            tiles = replace(tiles, block_n=tiles.block_n // 2)
     return tiles
 
 
