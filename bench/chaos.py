@@ -24,6 +24,7 @@ import grpc
 import psutil
 from millrace.runtime.v1 import runtime_pb2 as pb
 
+from bench.processes import cpu_s
 from shared.errors import from_status
 from tests.integration.fleet_processes import FleetClient, FleetProcesses, random_start
 from tests.runtime_service.daemon import Call, Seen
@@ -99,16 +100,10 @@ def rss_mb(fleet: FleetProcesses) -> list[float]:
     return [round(process.memory_info().rss / 1e6, 1) for process in processes]
 
 
-def cpu_s(fleet: FleetProcesses) -> dict[str, float]:
+def spent_s(fleet: FleetProcesses) -> dict[str, float]:
     """CPU time so far of the gateway, and of all runtimes' fronts, without their engines."""
-    fronts = [spent_by(runtime.process.pid) for runtime in fleet.runtimes]
-    return {"gateway": spent_by(fleet.gateway.process.pid), "fronts": sum(fronts)}
-
-
-def spent_by(pid: int) -> float:
-    """CPU time of a process in seconds."""
-    times = psutil.Process(pid).cpu_times()
-    return times.user + times.system
+    fronts = [cpu_s(runtime.process.pid) for runtime in fleet.runtimes]
+    return {"gateway": cpu_s(fleet.gateway.process.pid), "fronts": sum(fronts)}
 
 
 async def overload(
@@ -117,12 +112,12 @@ async def overload(
     """Sends far more than is admitted at once, and says what became of it."""
     admitted = NUM_RUNTIMES * (16 + 1500 // 12)
     late_s: list[float] = []
-    spent_s: list[dict[str, float]] = []
+    costs_s: list[dict[str, float]] = []
     for factor in (1, arguments.factor):
         call = Call(client.stub.Generate())
         sent_s: dict[str, float] = {}
         first_s: dict[str, float] = {}
-        before_s = cpu_s(fleet)
+        before_s = spent_s(fleet)
         for index in range(factor * admitted):
             sent_s[str(index)] = time.monotonic()
             await call.send(start=random_start(index, (20, 40)))
@@ -134,16 +129,16 @@ async def overload(
                     first_s.setdefault(event.request_id, waited_s)
         found = described(call.seen, list(first_s.values()))
         late_s.append(found["ttft_p99_s"])
-        found["cpu_s"] = {name: round(s - before_s[name], 2) for name, s in cpu_s(fleet).items()}
-        spent_s.append(found["cpu_s"])
+        found["cpu_s"] = {name: round(s - before_s[name], 2) for name, s in spent_s(fleet).items()}
+        costs_s.append(found["cpu_s"])
         print(json.dumps({"sent": factor * admitted, **found}), flush=True)
         assert set(found["refused"]) <= {"QUEUE_FULL"}, "something else was refused"
         assert not found["retry_after_s"] or found["retry_after_s"][0] > 0, "no delay was told"
     await client.freed(5.0)
     # As many are admitted either way: what is spent beyond that is spent on refusing.
     refusing_us = {
-        name: round((spent_s[1][name] - s) / max(found["num_refused"], 1) * 1e6)
-        for name, s in spent_s[0].items()
+        name: round((costs_s[1][name] - s) / max(found["num_refused"], 1) * 1e6)
+        for name, s in costs_s[0].items()
     }
     print(json.dumps({"cpu_us_per_refused": refusing_us}))
     print(json.dumps({"ttft_p99_ratio": round(late_s[1] / late_s[0], 2)}))

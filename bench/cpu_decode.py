@@ -87,9 +87,9 @@ def main() -> None:
             prompt_s, steps = generate(loaded, sequences, prompt, new, sampling)
             prompts.append(sequences * prompt / prompt_s)
             decodes.append(statistics.median(steps) if steps else 0.0)
-        line = {"workload": name, "prompt_tok_s": round(max(prompts))}
+        line = {"workload": name, "prompt_tok_s": round(statistics.median(prompts))}
         if new > 1:
-            step_s = min(decodes)
+            step_s = statistics.median(decodes)
             line |= {"step_ms": round(step_s * 1e3, 2), "decode_tok_s": round(sequences / step_s)}
         print(json.dumps(line))
 

@@ -18,9 +18,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import distribution
 from pathlib import Path
+
+from bench.processes import free_address, wait_until_serving
 
 HERE = Path(__file__).parent
 WORKLOADS = {
@@ -43,7 +44,6 @@ TARGETS = (
     ("millrace best", "transformers bf16", "prompt 512", 1.5),
     ("millrace int8", "loop alone int8", "16 streams 64/128", 0.9),
 )
-BASE_PORT = 7790
 
 
 def sample_gguf() -> Path:
@@ -52,9 +52,9 @@ def sample_gguf() -> Path:
     return next(Path(str(f.locate())) for f in files if f.name.endswith(".gguf"))
 
 
-def serve(store: Path, quant: str, port: int) -> subprocess.Popen[bytes]:
+def serve(store: Path, quant: str, address: str) -> subprocess.Popen[bytes]:
     """A runtime daemon that serves the sample model from `store`."""
-    command = [sys.executable, "-m", "runtime_service", "--listen", f"127.0.0.1:{port}"]
+    command = [sys.executable, "-m", "runtime_service", "--listen", address]
     command += ["--store", str(store), "--model", "smollm2-135m", "--quant", quant]
     command += ["--max-sequence-tokens", "2048", "--metrics-listen", ""]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -98,11 +98,10 @@ def main() -> None:
         "llama.cpp BF16": [*peer, str(HERE / "peers/llamacpp.py"), variants["BF16"]],
         "openvino Q8_0": [*peer, str(HERE / "peers/openvino_genai_run.py"), variants["Q8_0"]],
     }
-    for index, quant in enumerate(quants):
-        address = f"127.0.0.1:{BASE_PORT + index}"
-        systems[f"millrace {quant}"] = [
-            sys.executable, str(HERE / "peers/millrace_run.py"), address,
-        ]  # fmt: skip
+    addresses = {f"millrace {quant}": free_address() for quant in quants}
+    for quant in quants:
+        name = f"millrace {quant}"
+        systems[name] = [sys.executable, str(HERE / "peers/millrace_run.py"), addresses[name]]
         systems[f"loop alone {quant}"] = [
             sys.executable, str(HERE / "engine_loop.py"), str(store), quant,
         ]  # fmt: skip
@@ -111,10 +110,9 @@ def main() -> None:
         for round_index in range(arguments.rounds):
             for name, command in systems.items():
                 daemon = None
-                if name.startswith("millrace "):
-                    index = quants.index(name.removeprefix("millrace "))
-                    daemon = serve(store, quants[index], BASE_PORT + index)
-                    wait_until_serving(f"127.0.0.1:{BASE_PORT + index}", daemon)
+                if name in addresses:
+                    daemon = serve(store, name.removeprefix("millrace "), addresses[name])
+                    wait_until_serving(addresses[name], daemon)
                 for workload, shape in WORKLOADS.items():
                     figures = reading(command, shape)
                     line = {"round": round_index, "system": name, "workload": workload, **figures}
@@ -126,27 +124,6 @@ def main() -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     report(values)
-
-
-def wait_until_serving(address: str, daemon: subprocess.Popen[bytes]) -> None:
-    """Returns when the daemon's health is SERVING."""
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    deadline = time.monotonic() + 120
-    with grpc.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        while time.monotonic() < deadline:
-            if daemon.poll() is not None:
-                raise SystemExit(f"the runtime daemon ended with status {daemon.returncode}")
-            try:
-                answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=2)
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            except grpc.RpcError:
-                pass  # not listening yet
-            time.sleep(0.1)
-    raise SystemExit("the runtime daemon did not come up within 120 s")
 
 
 def report(values: dict[tuple[str, str], list[float]]) -> None:

@@ -5,9 +5,9 @@
 Same figures as bench/peers/millrace_run.py, one JSON line.
 """
 
+import argparse
 import json
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -63,11 +63,21 @@ class Bench:
         self.end_s = time.perf_counter()
 
 
-def main(store: str, quant: str, streams: int, prompt_tokens: int, new_tokens: int) -> None:
+def main() -> None:
     """Runs a warm-up round and the round that counts."""
-    engine = LocalStore(Path(store)).find(EngineSelector("smollm2-135m", "cpu", QuantConfig(quant)))
-    assert engine is not None, "build it first: bench/build_sample.py"
-    loaded = load_engine(store, engine.name, max_sequence_tokens=2048)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("quant")
+    parser.add_argument("streams", type=int)
+    parser.add_argument("prompt_tokens", type=int)
+    parser.add_argument("new_tokens", type=int)
+    options = parser.parse_args()
+    streams, prompt_tokens, new_tokens = options.streams, options.prompt_tokens, options.new_tokens
+    selector = EngineSelector("smollm2-135m", "cpu", QuantConfig(options.quant))
+    engine = LocalStore(options.store).find(selector)
+    if engine is None:
+        raise SystemExit(f"{options.store} has no such engine: bench/build_sample.py builds it")
+    loaded = load_engine(str(options.store), engine.name, max_sequence_tokens=2048)
     loaded.runner.warm_up()
     bench = Bench([(streams, 8, 4), (streams, prompt_tokens, new_tokens)])
     EngineCore(Scheduler(loaded.limits), loaded.runner, bench).run()
@@ -84,4 +94,4 @@ def main(store: str, quant: str, streams: int, prompt_tokens: int, new_tokens: i
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *(int(a) for a in sys.argv[3:6]))
+    main()

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from millrace.runtime.v1 import runtime_pb2, runtime_pb2_grpc
 
 from bench.emissions import read_emissions
 from bench.paced_engine import EMISSIONS, LOADER, STEP_MS
+from bench.processes import cpu_s, free_address
 from bench.served_load import Arrivals, Work, drive
 from bench.served_report import report
 from bench.served_store import publish_textual
@@ -45,12 +45,7 @@ class Daemon:
         relays = [
             child for child in self.front.children() if "runtime_service.relay" in child.cmdline()
         ]
-        return _cpu_s(self.front), sum(map(_cpu_s, relays))
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+        return cpu_s(self.front.pid), sum(cpu_s(relay.pid) for relay in relays)
 
 
 @contextmanager
@@ -67,9 +62,7 @@ def running_daemon(
     Args:
         profile: where cProfile's statistics of the front's loop go; "" for none.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = free_address()
     command = [sys.executable, "-m", "bench.served_daemon", loader, profile, "--listen", address]
     command += ["--store", str(store), "--metrics-listen", "", "--log-level", "warning", *flags]
     with subprocess.Popen(command, env={**os.environ, **(environ or {})}) as process:
@@ -134,11 +127,11 @@ def main() -> None:
                         1000 * (number + 1), options.streams, options.input_tokens,
                         options.tokens, options.processes, is_multiplexed=name == "multiplexed",
                     )  # fmt: skip
-                    seen, cpu_s = measured(daemon, work)
+                    seen, spent_s = measured(daemon, work)
                     emitted = read_emissions(store.root / EMISSIONS)
                     line = {"calls": name, "relays": options.relays, "streams": work.count}
                     line["step_ms"] = options.step_ms
-                    print(json.dumps(line | report(work, seen, emitted, cpu_s)), flush=True)
+                    print(json.dumps(line | report(work, seen, emitted, spent_s)), flush=True)
 
 
 if __name__ == "__main__":

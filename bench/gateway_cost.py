@@ -10,17 +10,12 @@ JSON line. Latencies are a client's: to the first token, and between tokens.
 import argparse
 import json
 import statistics
-import time
 from typing import Any
 
-import psutil
-from millrace.channels import is_serving
 from millrace.cli.bench.command import Load, Where, measure
-from millrace.errors import MillraceError
 
+from bench.processes import cpu_s, wait_until_serving
 from tests.integration.daemon_process import DaemonProcess
-
-START_S = 120.0
 
 
 def main() -> None:
@@ -47,8 +42,8 @@ def main() -> None:
         ) as gateway,
     ):  # fmt: skip
         for daemon in (runtime, gateway):
-            wait_until_serving(daemon.address)
-        before_s = cpu_s(gateway)
+            wait_until_serving(daemon.address, daemon.process)
+        before_s = cpu_s(gateway.process.pid)
         readings: dict[str, list[dict[str, Any]]] = {"straight": [], "through": []}
         for seed in range(arguments.rounds):
             load = Load(
@@ -62,7 +57,7 @@ def main() -> None:
             turns = [("straight", runtime.address), ("through", gateway.address)]
             for name, address in turns if seed % 2 else turns[::-1]:
                 readings[name].append(measure(Where(address, arguments.calls), load))
-        spent_s = cpu_s(gateway) - before_s
+        spent_s = cpu_s(gateway.process.pid) - before_s
     # Every stream has a warm-up request before those that are measured.
     num_tokens = 2 * arguments.rounds * arguments.streams * arguments.output_tokens
     figures = {"gateway_cpu_us_per_token": round(spent_s / num_tokens * 1e6, 1)}
@@ -104,25 +99,6 @@ def summary(readings: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "itl_p50_ms": [median(name, "itl_ms", "p50") for name in readings],
         "added_itl_p50_ms": paired("itl_ms", "p50"),
     }
-
-
-def cpu_s(daemon: DaemonProcess) -> float:
-    """CPU time that it has used; other load on the machine does not show in it."""
-    times = psutil.Process(daemon.process.pid).cpu_times()
-    return times.user + times.system
-
-
-def wait_until_serving(address: str) -> None:
-    """Returns when the daemon at `address` serves."""
-    deadline_s = time.monotonic() + START_S
-    while time.monotonic() < deadline_s:
-        try:
-            if is_serving(address):
-                return
-        except MillraceError:  # expected until it has started
-            pass
-        time.sleep(0.1)
-    raise SystemExit(f"{address} does not serve")
 
 
 if __name__ == "__main__":

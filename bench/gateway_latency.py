@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 from millrace import AsyncClient
 
-from bench.gateway_cost import cpu_s, wait_until_serving
+from bench.processes import cpu_s, wait_until_serving
 from tests.integration.daemon_process import DaemonProcess
 
 PERCENTILES = (50, 90, 99)
@@ -45,10 +45,10 @@ def main() -> None:
         paced_runtime(given.pace_ms, given.step_ms) as runtime,
         DaemonProcess(
             "runtime_service.gateway", "--listen", "127.0.0.1:0", "--metrics-listen", "",
-            "--runtimes", runtime,
+            "--http-listen", "", "--runtimes", runtime,
         ) as gateway,
     ):  # fmt: skip
-        wait_until_serving(gateway.address)
+        wait_until_serving(gateway.address, gateway.process)
         rounds, spent_s = asyncio.run(take_turns(given, runtime, gateway))
     tokens = given.rounds * given.streams * given.out
     print(json.dumps({**vars(given), **summary(rounds), "load": psutil.getloadavg()[0],
@@ -64,11 +64,11 @@ async def take_turns(
     for index in range(given.rounds + 1):
         turns = [("straight", runtime), ("through", gateway.address)]
         for name, address in turns if index % 2 else turns[::-1]:
-            before_s = cpu_s(gateway)
+            before_s = cpu_s(gateway.process.pid)
             felt = await measure(address, given.streams, given.calls, given.out)
             if index:  # the first round warms up
                 rounds[name].append(felt)
-                spent_s += cpu_s(gateway) - before_s
+                spent_s += cpu_s(gateway.process.pid) - before_s
     return rounds, spent_s
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from bench.gpu_timing import require_gpu
 from runtime_service.execution.loading import load_runner
 from runtime_service.execution.options import RunnerOptions
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="")
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
+    require_gpu()
     store = LocalStore(options.store)
     engine = store.get(options.engine)
     start = time.perf_counter()

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.gpu_models import MODELS, QUANTS, LlamaSizes, quantized_graph
+from bench.gpu_timing import require_gpu
 from kernels.aot import compile_variants, pack_kernels
 from kernels.attention import launch as attention
 from kernels.attention.launch import AttentionShape, AttentionTiles
@@ -178,9 +179,17 @@ def write(folder: Path, name: str, kernels: list[tuple[str, bytes]]) -> None:
 
 
 def read(folder: Path, name: str) -> KernelLibrary:
-    """The library that `write` wrote, on the current device."""
-    code = (folder / f"{name}.{Path(CODE_TITLE).name}").read_bytes()
-    index = (folder / f"{name}.{Path(INDEX_TITLE).name}").read_bytes()
+    """The library that `write` wrote, on the current device.
+
+    Raises:
+        SystemExit: it was not written, or there is no GPU.
+    """
+    paths = [folder / f"{name}.{Path(title).name}" for title in (CODE_TITLE, INDEX_TITLE)]
+    for path in paths:
+        if not path.is_file():
+            raise SystemExit(f"{path} is not there: python -m bench.gpu_kernels {folder} makes it")
+    require_gpu()
+    code, index = (path.read_bytes() for path in paths)
     return KernelLibrary(index, lambda offset, size: code[offset : offset + size])
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from bench.gpu_timing import require_gpu
 from runtime_service.execution.device_stream import CudaLane
 from runtime_service.execution.weight_copy import LANE_BYTES, WeightCopy
 from shared.ir import Graph
@@ -28,8 +29,12 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("--lanes", default="1,2,4,8")
     options = parser.parse_args()
+    require_gpu()
     store = LocalStore(options.store)
-    (engine,) = store.list()
+    engines = store.list()
+    if len(engines) != 1:
+        raise SystemExit(f"{options.store} holds {len(engines)} engines; one for a GPU is wanted")
+    (engine,) = engines
     names = list(
         Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode()).weights
     )

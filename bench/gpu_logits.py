@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.gpu_kernels import read
 from bench.gpu_models import MODELS, LlamaSizes, llama_graph, random_weights
+from bench.gpu_timing import require_gpu
 from kernels.launcher import KernelLibrary
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--engine", default="")
     parser.add_argument("--arch", default="sm_90")
     options = parser.parse_args()
+    require_gpu()
     subject = (
         real_subject(options.folder, options.engine)
         if options.engine

@@ -3,20 +3,17 @@
 python -m bench.gpu_offline .gpu --model llama-3.1-8b --quant bf16 --cases b1,t1,t2,t3,itl
 Random weights, random prompts (no prefix hits), greedy, end tokens ignored; `.gpu` is what `bench.gpu_kernels` made.
 Choices are those of the shipped tuning table, as in a runtime, where `.gpu` holds their kernels (`--candidates`).
-Prints one JSON line a case: output tokens per second from the first request to the last token, after a warm-up, and
-how near that is to the device's measured limits (see gpu_roofline.py).
+Prints one JSON line a case: output tokens per second from the first request to the last token, after a warm-up, the
+median of `--rounds`, and how near that is to the device's measured limits (see gpu_roofline.py).
 """
 
 import argparse
 import gc
 import itertools
 import json
-import random
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -33,15 +30,12 @@ from bench.gpu_models import (
     weight_bytes,
 )
 from bench.gpu_roofline import Roofline, measured_limits
+from bench.offline_loop import Loop, request
 from kernels.kv_cache import kv_format
-from runtime_service.engine_core import ModelRunner, PendingStep
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream
 from runtime_service.execution.options import RunnerOptions
 from runtime_service.execution.tuned import shipped_table
-from runtime_service.limits import RuntimeLimits
-from runtime_service.scheduling.request import Request, SamplingParams, StopParams
-from runtime_service.scheduling.scheduler import Scheduler
 
 # Requests, prompt tokens and output tokens of each.
 CASES = {
@@ -50,71 +44,6 @@ CASES = {
     "128/128": (1024, 128, 128), "1000/1000": (256, 1000, 1000), "2048/128": (256, 2048, 128),
 }  # fmt: skip
 _ITL_STREAMS, _ITL_PROMPT_TOKENS, _ITL_PERIOD_S = 32, 2000, 1.0
-
-
-@dataclass(slots=True)
-class Timings:
-    """Where the loop's time went, in seconds, and when each request gained tokens."""
-
-    steps: int = 0
-    schedule_s: float = 0.0
-    execute_s: float = 0.0
-    wait_s: float = 0.0
-    update_s: float = 0.0
-    gained_s: dict[int, list[float]] = field(default_factory=dict)
-
-
-class Loop:
-    """The engine's loop without its mailbox: a step is launched before the previous one is read."""
-
-    def __init__(
-        self, runner: ModelRunner, limits: RuntimeLimits, roofline: Roofline | None = None
-    ) -> None:
-        self.scheduler = Scheduler(limits)
-        self._runner = runner
-        self._roofline = roofline
-        self._unread: deque[PendingStep] = deque()
-        self.timings = Timings()
-        self.token_ids: dict[int, list[int]] = {}
-
-    def step(self) -> bool:
-        """One turn; says whether there was anything to do."""
-        t = self.timings
-        began = time.perf_counter()
-        step = self.scheduler.schedule()
-        scheduled = time.perf_counter()
-        if step is not None:
-            self._unread.append(self._runner.execute(step))
-            t.steps += 1
-            if self._roofline is not None:
-                self._roofline.add(step)
-        launched = time.perf_counter()
-        t.schedule_s += scheduled - began
-        t.execute_s += launched - scheduled
-        has_read = False
-        while len(self._unread) > (1 if step is not None else 0):
-            asked = time.perf_counter()
-            drawn = self._unread.popleft().result()
-            came = time.perf_counter()
-            for output in self.scheduler.update_from(drawn):
-                self.token_ids.setdefault(output.request_id, []).extend(output.token_ids)
-                t.gained_s.setdefault(output.request_id, []).append(came)
-            t.wait_s += came - asked
-            t.update_s += time.perf_counter() - came
-            has_read = True
-        return step is not None or has_read
-
-    def drain(self) -> None:
-        """Turns until nothing is left to do."""
-        while self.step():
-            pass
-
-
-def request(number: int, prompt_tokens: int, output_tokens: int, vocab_size: int) -> Request:
-    """Greedy, over a random prompt that no other request has."""
-    pick = random.Random(f"{number} {prompt_tokens} {time.perf_counter_ns()}")
-    prompt = [pick.randrange(vocab_size) for _ in range(prompt_tokens)]
-    return Request(number, prompt, SamplingParams(), StopParams(output_tokens))
 
 
 def throughput(
@@ -158,6 +87,12 @@ def throughput(
             "decode_ms": round(decode * 1e3, 4),
         }
     return result
+
+
+def median_round(run: Callable[[], dict[str, object]], rounds: int) -> dict[str, object]:
+    """The case whose throughput is the median of `rounds` of it; of an even number the better one in the middle."""
+    results = sorted((run() for _ in range(rounds)), key=lambda r: float(str(r["out_tok_s"])))
+    return {**results[rounds // 2], "rounds": rounds}
 
 
 def latency(engine: CudaEngine, vocab_size: int, seconds: float) -> dict[str, object]:
@@ -231,6 +166,7 @@ def main() -> None:
         "--step-tokens", type=int, help="the most of a step; else as a daemon chooses"
     )
     parser.add_argument("--requests", type=int, help="in place of each case's number")
+    parser.add_argument("--rounds", type=int, default=1, help="of each case; the median is told")
     parser.add_argument("--itl-seconds", type=float, default=6)
     parser.add_argument("--eager", action="store_true", help="capture no graphs")
     parser.add_argument("--deadline-s", type=float, default=1e9, help="no case starts after it")
@@ -285,7 +221,7 @@ def main() -> None:
         return throughput(engine, sizes.vocab, name, roofline)
 
     cases: dict[str, Callable[[], dict[str, object]]] = {
-        name: partial(case_of, name) for name in CASES
+        name: partial(median_round, partial(case_of, name), options.rounds) for name in CASES
     }
     cases["itl"] = lambda: latency(engine, sizes.vocab, options.itl_seconds)
     cases["sanity"] = lambda: sanity(engine, graph, packed, sizes)

@@ -55,7 +55,7 @@ _VOCAB = 120_000
 
 def first_token_offline(loaded: Any) -> float:
     """Seconds from a request of 128 tokens to its first one, nothing else running."""
-    from bench.gpu_offline import Loop, request
+    from bench.offline_loop import Loop, request
 
     loop = Loop(loaded.runner, loaded.limits)
     asked = request(0, 128, 2, _VOCAB)
@@ -75,6 +75,7 @@ def write_engine(
     import torch
 
     from bench.gpu_models import MODELS, quantized_graph, random_weights
+    from bench.gpu_timing import require_gpu
     from bench.served_store import publish_textual
     from kernels.variant import CODE_TITLE, INDEX_TITLE
     from shared.engine import (
@@ -90,6 +91,7 @@ def write_engine(
     from shared.store.weights import weights_title
     from shared.weight_layout import WeightLayout, tensor_bytes
 
+    require_gpu()
     began = time.perf_counter()
     store = LocalStore(root)
     graph = quantized_graph(MODELS[model], quant)

@@ -10,57 +10,25 @@ the daemon's GetStatus tells them.
 import argparse
 import json
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import grpc
 from millrace.runtime.v1 import runtime_pb2 as pb
-from millrace.runtime.v1 import runtime_pb2_grpc
 
 from bench.gpu_served import write_engine
+from bench.processes import timed_start
+
+_ASKED = pb.StartGeneration(
+    token_ids=pb.TokenIds(ids=range(1000, 1016)), stop=pb.StopConditions(max_new_tokens=2)
+)
 
 
 def start(folder: Path, model: str, quant: str) -> dict[str, Any]:
     """One start: seconds to the first token, and where they went."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", "runtime_service", "--listen", address]
-    command += ["--store", str(folder), "--model", model, "--quant", quant, "--metrics-listen", ""]
-    began = time.perf_counter()
-    with subprocess.Popen([*command, "--log-level", "warning"]) as daemon:
-        try:
-            first_s = _first_token(daemon, address) - began
-            with grpc.insecure_channel(address) as channel:
-                stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
-                status = stub.GetStatus(pb.GetStatusRequest())
-        finally:
-            daemon.send_signal(signal.SIGTERM)
-            daemon.wait()
+    flags = ("--store", str(folder), "--model", model, "--quant", quant)
+    first_s, status = timed_start(_ASKED, *flags)
     phases = {p.name: round(p.duration.ToNanoseconds() / 1e9, 3) for p in status.startup}
     return {"first_token_s": round(first_s, 3), "phases": phases}
-
-
-def _first_token(daemon: "subprocess.Popen[bytes]", address: str) -> float:
-    """When it came; asked for every 20 ms until it is served."""
-    asked = pb.StartGeneration(
-        token_ids=pb.TokenIds(ids=range(1000, 1016)), stop=pb.StopConditions(max_new_tokens=2)
-    )
-    while True:
-        assert daemon.poll() is None, f"the daemon ended with status {daemon.returncode}"
-        try:
-            with grpc.insecure_channel(address) as channel:
-                stub = runtime_pb2_grpc.RuntimeServiceStub(channel)
-                for response in stub.GenerateStream(pb.GenerateStreamRequest(start=asked)):
-                    if any(event.HasField("tokens") for event in response.events):
-                        return time.perf_counter()
-        except grpc.RpcError:
-            time.sleep(0.02)  # it does not listen, or has no engine yet
 
 
 def main() -> None:

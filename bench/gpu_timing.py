@@ -8,6 +8,16 @@ import torch
 Run = Callable[[], object]
 
 
+def require_gpu() -> None:
+    """Checks that there is an NVIDIA GPU.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs an NVIDIA GPU and its driver; there is none here")
+
+
 def captured(run: Run, warm: int = 2) -> torch.cuda.CUDAGraph:
     """`run` as a CUDA graph, after a few runs outside it."""
     stream = torch.cuda.Stream()

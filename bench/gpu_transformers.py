@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from bench.gpu_models import MODELS, LlamaSizes
 from bench.gpu_offline import CASES
+from bench.gpu_timing import require_gpu
 
 
 def model_of(sizes: LlamaSizes) -> Any:
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--cases", default="generate b1,generate t2,continuous t2")
     options = parser.parse_args()
+    require_gpu()
     sizes = MODELS[options.model]
     common = {"model": options.model, "gpu": torch.cuda.get_device_name()}
     with torch.no_grad():  # its continuous batching does not run in inference mode

@@ -5,9 +5,9 @@
 PROFILE, where it is not empty, gets cProfile's statistics of the front process.
 """
 
+import argparse
 import cProfile
 import os
-import sys
 
 import uvloop
 
@@ -18,8 +18,13 @@ from shared.log import configure_logging
 
 def main() -> None:
     """Serves until SIGTERM."""
-    loader, profile, *flags = sys.argv[1:]
-    settings = RuntimeSettings.parse(flags, os.environ)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("loader", help="as the engine process imports it: module:function")
+    parser.add_argument("profile", help="a file for cProfile's statistics; '' for none")
+    parser.add_argument("flags", nargs="...", help="the daemon's own")
+    options = parser.parse_args()
+    loader, profile = options.loader, options.profile
+    settings = RuntimeSettings.parse(options.flags, os.environ)
     configure_logging(settings.log_level, settings.log_format, "runtime")
     if not profile:
         uvloop.run(serve(settings, loader))

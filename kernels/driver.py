@@ -3,6 +3,7 @@
 import ctypes
 
 _CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+_MAX_SHARED_BYTES = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 
 
 class CudaError(RuntimeError):
@@ -49,6 +50,10 @@ class Driver:
         """The device's compute capability."""
         major, minor = (self._attribute(number) for number in _CAPABILITY)
         return major, minor
+
+    def max_shared_bytes(self) -> int:
+        """Shared memory that one thread block of the device may use."""
+        return self._attribute(_MAX_SHARED_BYTES)
 
     def _attribute(self, number: int) -> int:
         value = ctypes.c_int()

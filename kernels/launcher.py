@@ -7,11 +7,12 @@ CUDA graph. What a kernel computes and which arguments it wants is not known her
 import ctypes
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from kernels.driver import Driver
 from kernels.variant import DIVISIBILITY, KernelRecord, KernelVariant
-from shared.arch import ARCHES, Arch, arch_named
+from shared.arch import Arch, arch_for, arch_named
 from shared.errors import ArchMismatch, DriverTooOld
 
 Grid = tuple[int, int, int]
@@ -19,6 +20,8 @@ Grid = tuple[int, int, int]
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…
 _DEFAULT_SHARED_BYTES = 48 << 10
+# That reads what Triton writes: PTX 8.7.
+_PTX_DRIVER = (12, 8)
 _FIELDS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
 
@@ -35,31 +38,46 @@ class _Config(ctypes.Structure):  # CUlaunchConfig
     )
 
 
-def check_device(arch: Arch, capability: tuple[int, int], driver: tuple[int, int]) -> None:
-    """Checks that machine code of `arch` can run on a device of `capability` under `driver`.
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What machine code asks of a device.
+
+    Args:
+        capability: (major, minor).
+        driver: the version of CUDA that its driver speaks, (major, minor).
+        max_shared_bytes: shared memory that one thread block may use.
+    """
+
+    capability: tuple[int, int]
+    driver: tuple[int, int]
+    max_shared_bytes: int
+
+
+def check_device(arch: Arch, device: Device, shared_bytes: int = 0) -> None:
+    """Checks that machine code of `arch`, whose largest block takes `shared_bytes`, can run on `device`.
 
     Raises:
         ArchMismatch: names both, and the command that builds a fitting engine.
         DriverTooOld: the driver does not load what our compiler wrote for this arch.
     """
-    if not _runs_on(arch, capability):
-        fitting = next((a.name for a in ARCHES.values() if a.capability == capability), "sm_80")
+    major, minor = device.capability
+    if not arch.runs_on(device.capability) or shared_bytes > device.max_shared_bytes:
+        fitting = arch_for(device.capability)
         raise ArchMismatch(
             built_for=arch.name,
-            found=f"sm_{capability[0]}{capability[1]}",
-            command=f"millrace build MODEL --arch {fitting}",
+            found=f"sm_{major}{minor}",
+            command=f"millrace build MODEL --arch {fitting.name if fitting else 'cpu'}",
         )
-    if driver < arch.min_driver:
+    needed = max(arch.min_driver, _PTX_DRIVER) if _uses_ptx(arch, device) else arch.min_driver
+    if device.driver < needed:
         raise DriverTooOld(
-            needed=".".join(map(str, arch.min_driver)), found=".".join(map(str, driver))
+            needed=".".join(map(str, needed)), found=".".join(map(str, device.driver))
         )
 
 
-def _runs_on(arch: Arch, capability: tuple[int, int]) -> bool:
-    """A cubin runs on its own capability; PTX, which portable arches carry, on any later one."""
-    if arch.capability is None:
-        return False
-    return arch.capability == capability or (arch.is_portable and capability >= arch.capability)
+def _uses_ptx(arch: Arch, device: Device) -> bool:
+    """Another minor revision of a portable arch runs its cubins; another major only its PTX."""
+    return arch.capability is not None and arch.capability[0] != device.capability[0]
 
 
 class Kernel:
@@ -146,14 +164,15 @@ class KernelLibrary:
     def __init__(self, index: bytes, code: Callable[[int, int], bytes]) -> None:
         raw = json.loads(index)
         self.arch = arch_named(raw["arch"])
-        self._driver = Driver()
-        capability = self._driver.capability()
-        check_device(self.arch, capability, self._driver.version())
-        # Another minor revision of a portable arch runs its cubins; another major only its PTX.
-        assert self.arch.capability is not None
-        self.uses_ptx = capability[0] != self.arch.capability[0]
         self._code = code
         self._records = {key: _record(entry) for key, entry in raw["kernels"].items()}
+        self._driver = Driver()
+        device = Device(
+            self._driver.capability(), self._driver.version(), self._driver.max_shared_bytes()
+        )
+        largest = max((record.shared_bytes for record in self._records.values()), default=0)
+        check_device(self.arch, device, largest)
+        self.uses_ptx = _uses_ptx(self.arch, device)
         self._kernels: dict[str, Kernel] = {}
 
     def __contains__(self, variant: KernelVariant) -> bool:

@@ -235,7 +235,7 @@ class _Lowering:
             shape, self.walk.arch, sequences, is_apart=self.walk.attends_apart
         )
         if self.walk.attends_apart:
-            alone = attention.decode_tiles(shape, MOST_SEQUENCES)
+            alone = attention.decode_tiles(shape, self.walk.arch, MOST_SEQUENCES)
             yield self._attention_launch(node, shape, replace(alone, takes="one"), None)
         yield self._attention_launch(node, shape, self.walk.choices.of(site, ways), site)
 

@@ -2,7 +2,7 @@
 
 import ctypes
 
-from shared.arch import ARCHES, Arch
+from shared.arch import ARCHES, Arch, arch_for
 from shared.errors import ArchMismatch
 
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76
@@ -19,28 +19,19 @@ def own_arch() -> str:
 
 
 def arch_of(capability: tuple[int, int]) -> Arch:
-    """The best arch whose machine code runs on a device of this compute capability.
+    """The best arch whose engines run on a device of this compute capability.
 
     Raises:
         ArchMismatch: there is none.
     """
-    major, minor = capability
-    fitting = [
-        arch
-        for arch in ARCHES.values()
-        if arch.capability is not None
-        and (
-            arch.capability == capability
-            or (arch.is_portable and arch.capability[0] == major and arch.capability[1] <= minor)
-        )
-    ]
-    if not fitting:
+    arch = arch_for(capability)
+    if arch is None:
         raise ArchMismatch(
             built_for=", ".join(a.name for a in ARCHES.values() if a.is_gpu),
-            found=f"sm_{major}{minor}",
+            found=f"sm_{capability[0]}{capability[1]}",
             command="millrace-runtime --arch cpu",
         )
-    return max(fitting, key=lambda arch: arch.capability or (0, 0))
+    return arch
 
 
 def gpu_capability() -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ from kernels.attention.launch import (
     AttentionShape,
     AttentionTiles,
     apart_tiles,
+    block_d,
     decode_tiles,
     prefill_tiles,
 )
@@ -29,7 +30,7 @@ def candidates(
         is_apart: of any step, those sequences that have several queries.
     """
     if max_sequences:
-        first = decode_tiles(shape, max_sequences)
+        first = decode_tiles(shape, arch, max_sequences)
         others = _for_decode(shape, first)
     else:
         first = apart_tiles(shape, arch) if is_apart else prefill_tiles(shape, arch)
@@ -77,5 +78,5 @@ def _name(tiles: AttentionTiles) -> str:
 def _fits(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> bool:
     """Claims that shared memory holds queries and the stages of keys and values, in 16 bits."""
     rows = max(16, tiles.block_q * shape.group)
-    row_bytes = 2 * shape.head_dim
+    row_bytes = 2 * block_d(shape)
     return (rows + 2 * tiles.stages * tiles.block_n) * row_bytes <= arch.max_shared_bytes

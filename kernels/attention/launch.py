@@ -62,10 +62,19 @@ class AttentionTiles:
         return not self.is_decode or self.takes == "one"
 
 
-def decode_tiles(shape: AttentionShape, max_sequences: int) -> AttentionTiles:
-    """One query token a tile; measured on one H100 (docs/BENCHMARKS.md).
+def decode_tiles(shape: AttentionShape, arch: Arch, max_sequences: int) -> AttentionTiles:
+    """One query token a tile; measured on one H100 (docs/BENCHMARKS.md), then fitted to the arch's shared memory."""
+    tiles = _measured_decode_tiles(shape, max_sequences)
+    while _decode_bytes(shape, tiles) > arch.max_shared_bytes and tiles.block_n > 16:
+        if tiles.stages > 2:
+            tiles = replace(tiles, stages=tiles.stages - 1)
+        else:
+            tiles = replace(tiles, block_n=tiles.block_n // 2)
+    return tiles
 
-    Few sequences are split so that they still fill a device of about 132 SMs; many need no split. Codes take time to
+
+def _measured_decode_tiles(shape: AttentionShape, max_sequences: int) -> AttentionTiles:
+    """Few sequences are split so that they still fill a device of about 132 SMs; many need no split. Codes take time to
     widen: more programs, or more of their warps, share it.
     """
     most, programs = (32, 1024) if shape.is_scaled else (16, 256)
@@ -90,6 +99,15 @@ def decode_tiles(shape: AttentionShape, max_sequences: int) -> AttentionTiles:
     return AttentionTiles(1, 64, splits, num_warps=2, stages=stages, is_decode=True, min_split=64)
 
 
+def _decode_bytes(shape: AttentionShape, tiles: AttentionTiles) -> int:
+    """Shared memory of a tile: queries, probabilities, and keys and values of all stages but one, in 16 bits, or in
+    codes, which are widened there."""
+    rows, columns = _rows(shape, tiles), block_d(shape)
+    value_bytes = 1 if shape.is_scaled else 2
+    loaded = 2 * (tiles.stages - 1) * tiles.block_n * columns * value_bytes
+    return 2 * rows * (columns + tiles.block_n) + loaded
+
+
 def prefill_tiles(shape: AttentionShape, arch: Arch) -> AttentionTiles:
     """Tiles of 64 rows, no splits: one warp group each, so that a neighbour's products fill the time of a softmax.
 
@@ -97,7 +115,7 @@ def prefill_tiles(shape: AttentionShape, arch: Arch) -> AttentionTiles:
     widened into shared memory besides.
     """
     rows, block_n = 64, 64 if shape.head_dim <= 128 else 32
-    row_bytes = 2 * _block_d(shape)
+    row_bytes = 2 * block_d(shape)
     fits = (rows + 3 * 2 * block_n) * row_bytes <= arch.max_shared_bytes
     stages = 3 if fits and not shape.is_scaled else 2
     return AttentionTiles(max(1, rows // shape.group), block_n, 1, stages=stages)
@@ -109,7 +127,7 @@ def apart_tiles(shape: AttentionShape, arch: Arch) -> AttentionTiles:
     As no lone query fills a tile, it has 128 rows where shared memory holds them and three tiles of keys and values.
     """
     rows, block_n = 128, 64
-    if (rows + 3 * 2 * block_n) * 2 * _block_d(shape) <= arch.max_shared_bytes:
+    if (rows + 3 * 2 * block_n) * 2 * block_d(shape) <= arch.max_shared_bytes:
         tiles = AttentionTiles(max(1, rows // shape.group), block_n, 1, num_warps=8, stages=3)
     else:
         tiles = prefill_tiles(shape, arch)
@@ -129,7 +147,7 @@ def variant(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> KernelV
         "BLOCK_TOKENS": shape.block_tokens,
         "BLOCK_Q": tiles.block_q,
         "ROWS": _rows(shape, tiles),
-        "BLOCK_D": _block_d(shape),
+        "BLOCK_D": block_d(shape),
         "BLOCK_N": tiles.block_n,
         "SPLITS": tiles.splits,
         "MIN_SPLIT": tiles.min_split,
@@ -191,7 +209,7 @@ def scratch(shape: AttentionShape, tiles: AttentionTiles) -> tuple[Scratch, ...]
     if tiles.splits == 1:
         return ()
     rows = _power_of_two(tiles.block_q * shape.group)
-    block_d = _block_d(shape)
+    columns = block_d(shape)
 
     def programs(sizes: Sizes) -> int:
         return num_tiles(tiles, sizes) * shape.num_kv_heads
@@ -200,7 +218,7 @@ def scratch(shape: AttentionShape, tiles: AttentionTiles) -> tuple[Scratch, ...]
         return programs(sizes) * tiles.splits * rows * 4
 
     return (
-        Scratch("attention_partial", lambda sizes: per_row(sizes) * block_d),
+        Scratch("attention_partial", lambda sizes: per_row(sizes) * columns),
         Scratch("attention_max", per_row),
         Scratch("attention_sum", per_row),
         Scratch("attention_counters", lambda sizes: programs(sizes) * 4),
@@ -225,8 +243,8 @@ def _codes(shape: AttentionShape, arch: Arch) -> str:
     return "e4m3" if arch.has_fp8 else "e4m3_bits"
 
 
-def _block_d(shape: AttentionShape) -> int:
-    # Tensor cores multiply no less than 16 columns, and pairs have half of them.
+def block_d(shape: AttentionShape) -> int:
+    """Columns of a tile: tensor cores multiply no less than 16, and pairs have half of them."""
     return max(32 if shape.is_scaled else 16, _power_of_two(shape.head_dim))
 
 

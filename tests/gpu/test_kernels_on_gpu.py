@@ -144,16 +144,14 @@ def _cases() -> dict[str, Case]:
         real = attention_shape(heads=8, head_dim=128, dtype=dtype)
         sizes: dict[str, object] = {"heads": 8, "head_dim": 128, "dtype": dtype}
         lengths = [(1, 1), (1, 4097), (1, 513)]
-        cases[f"decode-shipped-{dtype}"] = _attention(decode_tiles(real, 3), lengths, **sizes)
-        cases[f"decode-shipped-many-{dtype}"] = _attention(
-            decode_tiles(real, 512), lengths, **sizes
-        )
+        few, many = (decode_tiles(real, ARCHES["sm_80"], most) for most in (3, 512))
+        cases[f"decode-shipped-{dtype}"] = _attention(few, lengths, **sizes)
+        cases[f"decode-shipped-many-{dtype}"] = _attention(many, lengths, **sizes)
         prefill = prefill_tiles(real, ARCHES["sm_80"])
         ragged = [(1, 700), (513, 513), (130, 1100), (1, 1)]
         cases[f"prefill-shipped-{dtype}"] = _attention(prefill, ragged, **sizes)
         for kv_dtype in ("fp8e4nv", "i8"):
             kept = {**sizes, "kv_dtype": kv_dtype}
-            few, many = decode_tiles(real, 3), decode_tiles(real, 512)
             cases[f"decode-{kv_dtype}-{dtype}"] = _attention(few, [*lengths, (1, 32768)], **kept)
             cases[f"decode-many-{kv_dtype}-{dtype}"] = _attention(many, lengths, **kept)
             cases[f"prefill-{kv_dtype}-{dtype}"] = _attention(prefill, ragged, **kept)

@@ -69,6 +69,23 @@ def test_attention_over_eight_bits_compiles_within_the_arch_limits(
     assert all(k.shared_bytes <= arch.max_shared_bytes for k in kernels)
 
 
+@pytest.mark.parametrize("head_dim", [80, 256])
+def test_decode_of_odd_and_of_wide_heads_compiles_where_shared_memory_is_scarce(
+    head_dim: int,
+) -> None:
+    """A tile has a power of two of columns, and an engine holds the candidates, too."""
+    sizes = replace(MODELS["tiny"], head_dim=head_dim)
+    graph = llama_graph(sizes, "plain", num_layers=1)
+    arch, regimes = ARCHES["sm_86"], (Regime(16, 2), Regime(0, 512))
+    found = variants(graph, arch, regimes, with_candidates=True)
+    compile_variants({variant for variant in found if variant.op == "attention"}, arch)
+
+
+def test_ptx_is_of_the_version_that_drivers_are_asked_for() -> None:
+    kernel = _compile_one(one_token(_SHAPE, ARCHES["sm_80"], _TILES), ARCHES["sm_80"])
+    assert b".version 8.7" in kernel.ptx
+
+
 @pytest.mark.parametrize("arch", GPU_ARCHES, ids=lambda arch: arch.name)
 def test_int4_by_tensor_cores_compiles_within_the_arch_limits(arch: Arch) -> None:
     """One token everywhere, many where there is `wgmma`: there programs have more warps than their variant asks for,

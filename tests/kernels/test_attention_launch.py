@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels.attention.launch import AttentionShape, apart_tiles, prefill_tiles
+from kernels.attention.launch import AttentionShape, apart_tiles, decode_tiles, prefill_tiles
 from shared.arch import ARCHES, Arch
 
 
@@ -35,3 +35,18 @@ def test_tiles_of_prompts_over_codes_fit_into_shared_memory(arch: Arch, head_dim
     assert rows == (128 if (128 + 6 * 64) * head_dim * 2 <= arch.max_shared_bytes else 64)
     used = (rows + 2 * tiles.stages * tiles.block_n) * head_dim * 2
     assert used <= arch.max_shared_bytes
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8e4nv"])
+@pytest.mark.parametrize("most", [1, 2, 512])
+def test_decode_is_cut_smaller_only_where_shared_memory_is_scarce(most: int, kv_dtype: str) -> None:
+    wide, usual = (
+        AttentionShape(32, 8, head_dim, 0.1, 0, 0.0, "bf16", kv_dtype, 16)
+        for head_dim in (256, 128)
+    )
+    little, much = ARCHES["sm_86"], ARCHES["sm_90"]
+    assert decode_tiles(usual, little, most) == decode_tiles(usual, much, most)
+    tiles = decode_tiles(wide, little, most)
+    assert tiles.splits == decode_tiles(wide, much, most).splits
+    loaded = 2 * (tiles.stages - 1) * tiles.block_n * 256 * (1 if wide.is_scaled else 2)
+    assert 2 * 16 * 256 + loaded <= little.max_shared_bytes

@@ -274,6 +274,8 @@ async def test_corrupt_engine_is_built_again_when_the_store_is_the_only_one(
         ((8, 7), "sm_86"),
         ((8, 9), "sm_89"),
         ((12, 0), "sm_120"),
+        ((10, 3), "sm_89"),
+        ((12, 1), "sm_89"),
     ],
 )
 def test_arch_follows_from_the_capability(capability: tuple[int, int], arch: str) -> None:
