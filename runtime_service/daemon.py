@@ -263,6 +263,7 @@ def _client_starter(
         spec = EngineSpec(
             loader,
             load_arguments(settings, local, engine),
+            engine.name,
             overlap=settings.overlap,
             log_level=settings.log_level,
             log_format=settings.log_format,
