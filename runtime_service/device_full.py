@@ -17,8 +17,15 @@ def device_full(engine: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "out of memory" not in str(error).replace("_", " ").lower():
+        problem = what_is_full(error)
+        if not problem:
             raise
-        said = re.search(r"Tried to allocate .+? is free", str(error))
-        problem = said[0] if said else str(error).partition("\n")[0].rstrip(".")
         raise DeviceFull(engine=engine, problem=problem) from error
+
+
+def what_is_full(error: RuntimeError) -> str:
+    """What was asked for and what was free, as far as `error` says so; "" where it is of another kind."""
+    if "out of memory" not in str(error).replace("_", " ").lower():
+        return ""
+    said = re.search(r"Tried to allocate .+? is free", str(error))
+    return said[0] if said else str(error).partition("\n")[0].rstrip(".")

@@ -31,25 +31,35 @@ class _Library:
 
     def kernel(self, variant: KernelVariant) -> Any:
         def launch(grid: Grid, *arguments: int) -> None:
-            raise AssertionError("nothing is to be launched")
+            pass
 
         return launch
 
 
 @dataclass
 class _Stream:
-    """A device whose memory is torch's, while the host's is not."""
+    """A device whose memory is torch's, while the host's is not; it has room for `max_graphs` graphs."""
 
+    max_graphs: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def host_words(self, count: int) -> torch.Tensor:
         return torch.from_numpy(np.zeros(count, np.int32))
 
     def mark(self) -> Mark:
-        raise AssertionError("nothing is launched")
+        return _Mark()
 
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
-        raise AssertionError("nothing is captured")
+        if not self.max_graphs:
+            raise RuntimeError("CUDA error: out of memory")
+        self.max_graphs -= 1
+        launch()
+        return launch
+
+
+class _Mark:
+    def synchronize(self) -> None:
+        """What was launched is done."""
 
 
 class _Allocations(TorchDispatchMode):
@@ -135,3 +145,27 @@ def test_logits_are_copied_beside_themselves_into_memory_that_is_there(
     assert copy_RV.untyped_storage().data_ptr() == executor._arena.data_ptr()
     logits_RV.fill_(-1.0)
     assert torch.equal(copy_RV, before)
+
+
+def test_engine_goes_on_with_the_graphs_that_fit(model: Model) -> None:
+    """Captured in idle time, they are no reason to end an engine, which would begin with the next one again."""
+    library: Any = _Library()
+    stream = _Stream(max_graphs=100)
+    options = RunnerOptions(max_sequences=24, max_step_tokens=64)
+    engine = assemble(model.graph, library, model.weights, options, stream, lambda: 64 << 20)
+    engine.graphs.capture_few()
+    few, stream.max_graphs = engine.graphs.num_graphs, 1
+    assert [engine.runner.use_idle_time() for _ in range(3)] == [True, False, False]
+    assert engine.graphs.num_graphs == few + 1
+
+
+def test_what_fails_for_another_reason_ends_the_engine(model: Model) -> None:
+    class Faulty(_Stream):
+        def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    library: Any = _Library()
+    options = RunnerOptions(max_sequences=12, max_step_tokens=16)
+    engine = assemble(model.graph, library, model.weights, options, Faulty(), lambda: 64 << 20)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        engine.runner.use_idle_time()
