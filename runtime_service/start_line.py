@@ -89,11 +89,9 @@ class StartLine:
         """The way of a start that has to wait."""
         loop, keeper = asyncio.get_running_loop(), self._keeper
         try:
-            while True:
-                served = await keeper.takes_soon()
+            while not generation.is_ended:
+                served = await self._taker(generation)
                 self._check_model(served, start.model)
-                if generation.is_ended:
-                    return
                 parsed = served.parse(start)
                 is_large = start.ByteSize() > LARGE_START_BYTES
                 threads = self._large_text_thread if is_large else self._text_threads
@@ -103,6 +101,14 @@ class StartLine:
                     return
         except MillraceError as error:
             generation.fail(error)
+
+    async def _taker(self, generation: Generation) -> ServedEngine:
+        """The engine that takes starts, soon; one that ends meanwhile is held no more, and counts no more."""
+        generation.held = asyncio.current_task()
+        try:
+            return await self._keeper.takes_soon()
+        finally:
+            generation.held = None
 
     def _check_model(self, served: ServedEngine, model: str) -> None:
         """Raises NoEngine unless `model` names the engine that is served."""

@@ -515,6 +515,35 @@ async def test_swap_holds_starts_and_loses_nothing(tmp_path: Path) -> None:
     assert status.engine.model == "second"
 
 
+async def test_start_that_ended_while_it_was_held_counts_no_more(tmp_path: Path) -> None:
+    """A fleet takes back what an exchange holds up: that must leave room for those who wait for its end."""
+    async with running_daemon(tmp_path, step_s=0.01) as daemon:
+        call = daemon.call()
+        await call.start("old", [40], max_new_tokens=30, credit_tokens=4)
+        await call.read_until(lambda: call.num_tokens("old") > 0)
+        loading = asyncio.create_task(daemon.load())
+        await until(lambda: daemon.runtime.keeper._is_holding)
+        line = daemon.runtime._line
+        mine, lost = daemon.runtime.open_call(), daemon.runtime.open_call()
+        at_once = mine.start(start_of([41], request_id="cancelled at once"))
+        at_once.cancel()
+        later = mine.start(start_of([41], request_id="cancelled later"))
+        lost.start(start_of("hello", request_id="its client is gone"))
+        stays = mine.start(start_of([41], request_id="stays", max_new_tokens=2))
+        await until(lambda: later.held is not None and stays.held is not None)
+        later.cancel()
+        daemon.runtime.close_call(lost)
+        await until(lambda: line._num_prepared_tokens == MIN_PREPARED_TOKENS)
+        assert daemon.runtime.keeper._is_holding
+        assert later.error is None
+        await call.let_go_on("old")
+        await loading
+        await until(lambda: stays.is_ended)
+        assert stays.error is None
+        assert not line._num_prepared_tokens
+        daemon.runtime.close_call(mine)
+
+
 async def _load(daemon: Daemon, request: pb.LoadEngineRequest) -> pb.LoadEngineResponse:
     response: pb.LoadEngineResponse = await daemon.stub.LoadEngine(request)
     return response
