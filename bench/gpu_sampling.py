@@ -19,7 +19,7 @@ from bench.gpu_timing import captured, median_ms
 from kernels.launcher import KernelLibrary
 from runtime_service.execution.cuda_model_runner import Reading
 from runtime_service.execution.device_rows import DeviceRows
-from runtime_service.execution.device_sampler import DeviceSampler
+from runtime_service.execution.device_sampler import DeviceSampler, sampler_scratch
 from runtime_service.execution.device_stream import CudaStream
 from runtime_service.limits import RuntimeLimits
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
@@ -61,7 +61,8 @@ def sampler_of(
         for row, history in enumerate(histories)
     )
     rows.apply(SchedulerOutput(0, (), new, (), ()))
-    return DeviceSampler(library, rows, SAMPLING_VOCAB), rows
+    scratch = sampler_scratch(num_rows, SAMPLING_VOCAB, stream.device)
+    return DeviceSampler(library, rows, SAMPLING_VOCAB, scratch, torch.clone), rows
 
 
 def time_feature(

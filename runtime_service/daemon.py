@@ -17,9 +17,10 @@ from runtime_service.engine_core import OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_process import EngineSpec
 from runtime_service.engine_source import EngineSource
+from runtime_service.engine_starter import OnLost, StartClient
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.relay.relays import relays_of
-from runtime_service.runtime import OnLost, Runtime, StartClient
+from runtime_service.runtime import Runtime
 from runtime_service.served_engine import EngineText
 from runtime_service.service import RuntimeService
 from runtime_service.settings import RuntimeSettings, quant_named
@@ -263,6 +264,7 @@ def _client_starter(
         spec = EngineSpec(
             loader,
             load_arguments(settings, local, engine),
+            engine.name,
             overlap=settings.overlap,
             log_level=settings.log_level,
             log_format=settings.log_format,

@@ -243,8 +243,12 @@ class EngineClient:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(min(self._step_timeout_s / 4, 1.0))
-            silent_s = time.monotonic() - self._last_sign_s
+            pause_s = min(self._step_timeout_s / 4, 1.0)
+            due_s = time.monotonic() + pause_s
+            await asyncio.sleep(pause_s)
+            now_s = time.monotonic()
+            self._last_sign_s = without_standstill(self._last_sign_s, due_s, now_s)
+            silent_s = now_s - self._last_sign_s
             if not self._is_working():
                 self._last_sign_s = time.monotonic()
             elif silent_s > self._step_timeout_s:
@@ -283,6 +287,14 @@ class EngineClient:
         if not self._tokens_per_s:
             return 1.0
         return min(max(self._waiting_tokens / self._tokens_per_s, _LEAST_RETRY_S), _MOST_RETRY_S)
+
+
+def without_standstill(last_sign_s: float, due_s: float, now_s: float) -> float:
+    """When the last sign came, counted as if this process had not stood still from `due_s` to now.
+
+    A machine that is paused, or moved, stops both processes: that nothing was heard then says nothing of the other one.
+    """
+    return min(last_sign_s + max(now_s - due_s, 0.0), now_s)
 
 
 async def _loaded(process: EngineProcess, load_timeout_s: float, on_phase: OnPhase) -> Ready:

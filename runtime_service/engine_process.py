@@ -19,6 +19,7 @@ from typing import Any
 
 import structlog
 
+from runtime_service.device_full import device_full
 from runtime_service.engine_core import EngineCore, LoadedEngine, OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_messages import Failed, Loading, Ready
@@ -40,11 +41,13 @@ class EngineSpec:
             import what the engine process imports. It calls its argument `on_phase` with the name of each
             phase that begins.
         arguments: the function's others, by name; pickled.
+        engine: its name, for people.
         overlap: see `EngineCore`.
     """
 
     loader: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    engine: str = "the engine"
     overlap: bool = True
     log_level: str = "info"
     log_format: LogFormat = "auto"
@@ -121,14 +124,8 @@ def main(arguments: list[str]) -> int:
 
 def _serve(spec: EngineSpec, mailbox: EngineSide) -> int:
     try:
-        loaded, ready = _load(spec, lambda phase: mailbox.send(Loading(phase)))
-        scheduler = Scheduler(loaded.limits)
-        core = EngineCore(scheduler, loaded.runner, mailbox, spec.overlap)
-        # What was loaded stays: the collector need not walk it between steps.
-        gc.collect()
-        gc.freeze()
-        mailbox.send(ready)
-        core.run()
+        with device_full(spec.engine):
+            _run(spec, mailbox)
     except PeerGone:
         raise
     except MillraceError as error:
@@ -140,6 +137,16 @@ def _serve(spec: EngineSpec, mailbox: EngineSide) -> int:
         mailbox.send(Failed(to_status(Internal()).SerializeToString()))
         return 1
     return 0
+
+
+def _run(spec: EngineSpec, mailbox: EngineSide) -> None:
+    loaded, ready = _load(spec, lambda phase: mailbox.send(Loading(phase)))
+    core = EngineCore(Scheduler(loaded.limits), loaded.runner, mailbox, spec.overlap)
+    # What was loaded stays: the collector need not walk it between steps.
+    gc.collect()
+    gc.freeze()
+    mailbox.send(ready)
+    core.run()
 
 
 def _function_named(name: str) -> Callable[..., Any]:

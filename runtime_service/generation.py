@@ -6,8 +6,8 @@ gathers here, joined per sample, so a slow reader costs at most the tokens it as
 neither calls nor processes: commands to the engine go through `EngineLink`.
 """
 
+import asyncio
 import time
-from asyncio import TimerHandle
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from typing import Protocol
@@ -72,7 +72,9 @@ class Generation:
         # Its span, where generations are traced.
         self.trace: GenerationTrace | None = None
         # A timer that ends it, or None; cancelled with it.
-        self.deadline: TimerHandle | None = None
+        self.deadline: asyncio.TimerHandle | None = None
+        # What waits on its behalf for an engine to take it, or None; likewise.
+        self.held: asyncio.Task[None] | None = None
         # Whose it is, for the log: it ends wherever its engine or runtime is listened to.
         self._context = copy_context()
         self._metrics = metrics
@@ -271,8 +273,9 @@ class Generation:
 
     def _end(self, reason: str) -> None:
         self.is_ended = True
-        if self.deadline is not None:
-            self.deadline.cancel()
+        for waiting in (self.deadline, self.held):
+            if waiting is not None:
+                waiting.cancel()
         if self._engine is not None:
             self._engine.forget(self._engine_id)
         num_generated_tokens = sum(s.num_tokens for s in self._samples)

@@ -129,6 +129,13 @@ def parse_start(
         len(end_token_ids),
         f"at most {MAX_END_TOKENS}, the model's own included",
     )
+    # End tokens are masked at first: no engine survives logits that are all masked.
+    _check(
+        not stop.min_new_tokens or len(end_token_ids) < vocab_size,
+        "start.stop.min_new_tokens",
+        stop.min_new_tokens,
+        "every token of the vocabulary ends a sample: none is left to begin with",
+    )
     return Start(
         sampling=_parse_sampling(sampling, vocab_size),
         sends_logprobs=sampling.logprobs or sampling.top_logprobs > 0,

@@ -11,7 +11,7 @@ from runtime_service.execution.cuda_executor import CudaExecutor, PackedWeights
 from runtime_service.execution.cuda_graphs import CudaGraphExecutor, rope_bytes
 from runtime_service.execution.cuda_model_runner import CudaModelRunner
 from runtime_service.execution.device_rows import DeviceRows
-from runtime_service.execution.device_sampler import DeviceSampler
+from runtime_service.execution.device_sampler import DeviceSampler, sampler_scratch
 from runtime_service.execution.device_stream import DeviceStream
 from runtime_service.execution.limits import GPU_DEFAULTS, choose_limits, step_tokens
 from runtime_service.execution.options import RunnerOptions
@@ -41,7 +41,7 @@ def assemble(
     free_bytes: Callable[[], int],
     table: TuningTable = BUILT_IN,
 ) -> CudaEngine:
-    """Allocates everything: activations, then the KV cache from what is free, then tables and inputs.
+    """Allocates all: activations and what draws take, then the KV cache from what is free, then tables and inputs.
 
     Args:
         free_bytes: of the device's memory, at the time that it is called.
@@ -58,10 +58,15 @@ def assemble(
     executor = CudaExecutor(graph, library, weights, sizes)
     executor.prepare(regimes, table)
     position_bytes = rope_bytes(graph) + DeviceRows.position_bytes(max_sequences, block_tokens)
-    limits = choose_limits(graph, free_bytes(), options, GPU_DEFAULTS, position_bytes)
     vocab_size = int(str(graph.config["vocab_size"]))
+    # Before what is free is asked for: it may be much where vocabularies are large.
+    scratch = sampler_scratch(max_sequences, vocab_size, stream.device)
+    limits = choose_limits(
+        graph, free_bytes(), options, GPU_DEFAULTS, position_bytes,
+        DeviceRows.most_positions(max_sequences, block_tokens),
+    )  # fmt: skip
     rows = DeviceRows(library, limits, vocab_size, stream)
     graphs = CudaGraphExecutor(graph, executor, regimes, library, rows, limits, stream)
-    sampler = DeviceSampler(library, rows, vocab_size)
+    sampler = DeviceSampler(library, rows, vocab_size, scratch, executor.copy_logits)
     runner = CudaModelRunner(graphs, rows, sampler, limits, vocab_size, stream)
     return CudaEngine(runner, graphs, rows, limits)

@@ -96,6 +96,7 @@ class CudaExecutor:
             table: what takes the place of built-in choices.
         """
         layouts = {}
+        need = 0
         for regime in regimes:
             plan = lower(self._graph, self._library.arch, regime, table)
             specs = step_graph(self._graph, regime).infer(OPS)
@@ -105,7 +106,10 @@ class CudaExecutor:
                     self._grow_scratch(step, regime)
             self._plans[regime] = plan
             layouts[regime] = self._lay_out(plan, specs, regime)
-        need = max(end for _, end in layouts.values())
+        (output,) = self._graph.outputs
+        for places, end in layouts.values():
+            start, size, _, _ = places[output]
+            need = max(need, end, _place_of_copy(start, size) + size)
         if need > self._arena.numel():
             self._arena = torch.empty(need, dtype=torch.uint8, device=self._device)
         for regime, (places, _) in layouts.items():
@@ -122,6 +126,14 @@ class CudaExecutor:
         """
         self.launch(self._plans[regime], regime, batch)
         return self._buffers[regime][self._graph.outputs[0]][: batch.sizes.rows]
+
+    def copy_logits(self, logits_RV: torch.Tensor) -> torch.Tensor:
+        """A copy of what `run` returned, in memory that the next step overwrites: where activations were."""
+        size = logits_RV.numel() * logits_RV.itemsize
+        start = logits_RV.data_ptr() - self._arena.data_ptr()
+        at = _place_of_copy(start, size)
+        copy = self._arena[at : at + size].view(logits_RV.dtype).view(logits_RV.shape)
+        return copy.copy_(logits_RV)
 
     def plan(self, regime: Regime) -> tuple[Step, ...]:
         """What a step of a prepared regime launches, in order."""
@@ -295,6 +307,11 @@ def _values(step: Step) -> Iterator[Value | Temporary]:
     for operand in operands:
         if isinstance(operand, Value | Temporary):
             yield operand
+
+
+def _place_of_copy(start: int, size: int) -> int:
+    """Where in the arena a copy of [start, start + size) begins."""
+    return 0 if start >= size else -(-(start + size) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 def _first_gap(live: list[tuple[int, int, int]], room: int) -> int:

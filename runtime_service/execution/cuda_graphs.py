@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import structlog
 import torch
 
 from kernels.kv_cache import by_layer, kv_format
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
 from kernels.regimes import Regime
+from runtime_service.device_full import what_is_full
 from runtime_service.execution.cuda_executor import CudaExecutor, rope_table
 from runtime_service.execution.device_rows import DeviceRows, SentStep
 from runtime_service.execution.device_stream import DeviceStream
@@ -29,6 +31,8 @@ from shared.ir import Graph
 # Beyond it a step's launches take less time than its kernels.
 _MAX_CAPTURED_TOKENS = 512
 _FIRST_MIXED_BUCKET = 16
+
+_log = structlog.get_logger()
 
 # Whether every sequence has one token, and the bucket: tokens of the largest step that the graph serves.
 GraphKey = tuple[bool, int]
@@ -93,11 +97,22 @@ class CudaGraphExecutor:
         self._capture_all(first_graphs(self._to_capture))
 
     def capture_next(self) -> bool:
-        """Captures one more graph; False where none was left. For times when nothing else is to be done."""
-        if self._to_capture:
+        """Captures one more graph; False where none was left. For times when nothing else is to be done.
+
+        Where the device has no room for one, no other is tried: steps are padded up to what is there.
+        """
+        if not self._to_capture:
+            return False
+        try:
             self._capture_all(self._to_capture[:1])
-            return True
-        return False
+        except RuntimeError as error:
+            problem = what_is_full(error)
+            if not problem:
+                raise
+            _log.warning("graphs_not_captured", problem=problem, captured_graphs=self.num_graphs)
+            self._to_capture.clear()
+            return False
+        return True
 
     def capture(self) -> None:
         """Captures every bucket's graph that is not captured yet, largest first."""

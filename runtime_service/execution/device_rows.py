@@ -40,6 +40,9 @@ from runtime_service.scheduling.output import NewSequence, ScheduledSequence, Sc
 _NUM_MESSAGES = 3
 _MESSAGE_WORDS = 1 << 16
 _WORD_BYTES = 4
+_TABLE_WORDS = (1 << 31) - 1
+# Each of three tables begins at a multiple of 64 words.
+_PADDING_WORDS = 3 * 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class DeviceRows:
         max_blocks = -(-limits.max_sequence_tokens // limits.block_tokens)
         # The token drawn last is kept too, though it is never computed.
         self.layout = TableLayout(rows, limits.max_sequence_tokens + 1, max_blocks)
-        assert self.layout.num_words < 1 << 31, "writes name places in the tables by 32 bits"
+        assert self.layout.num_words <= _TABLE_WORDS, "writes cannot name every place in the tables"
         self._messages = MessageLayout(rows, 4 * rows, _MESSAGE_WORDS)
         self._stream = stream
         self._vocab_size = vocab_size
@@ -95,6 +98,14 @@ class DeviceRows:
     def position_bytes(max_sequences: int, block_tokens: int) -> int:
         """What each token of the longest sequence takes in the tables, and in the step's copy of the block tables."""
         return max_sequences * (_WORD_BYTES - (-2 * _WORD_BYTES // block_tokens))
+
+    @staticmethod
+    def most_positions(max_sequences: int, block_tokens: int) -> int:
+        """Tokens of the longest sequence for which writes can name every place in the tables, by 31 bits."""
+        words_of_row = (_TABLE_WORDS - _PADDING_WORDS) // max_sequences
+        # L + 1 tokens and ceil(L / block_tokens) blocks, which are at most L / block_tokens + 1.
+        words = words_of_row - SAMPLING_WORDS - EDIT_WORDS - 2
+        return max(words, 0) * block_tokens // (block_tokens + 1)
 
     @property
     def tokens(self) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Draws a step's tokens on the device, into the token table and into tensors that are read back."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from kernels.launch import Grid
@@ -13,14 +15,27 @@ from runtime_service.execution.row_parameters import ADJUSTS, DRAWS_RANDOM, REPO
 
 
 class DeviceSampler:
-    """The sampling kernels, bound to the rows."""
+    """The sampling kernels, bound to the rows.
 
-    def __init__(self, library: KernelLibrary, rows: DeviceRows, vocab_size: int) -> None:
-        count, device = rows.layout.max_sequences, rows.message.device
+    Args:
+        scratch: as `sampler_scratch` gives it.
+        copy_logits: keeps a step's logits [S, V] as they are until the next step is launched.
+    """
+
+    def __init__(
+        self,
+        library: KernelLibrary,
+        rows: DeviceRows,
+        vocab_size: int,
+        scratch: Mapping[str, torch.Tensor],
+        copy_logits: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        count = rows.layout.max_sequences
         self._vocab_size = vocab_size
+        self._copy_logits = copy_logits
         # Kernels whose operands have one name share its memory.
         self._memory = {
-            **_scratch(count, vocab_size, device),
+            **scratch,
             "message": rows.message,
             "tokens": rows.tokens,
             "sampling": rows.sampling,
@@ -54,7 +69,7 @@ class DeviceSampler:
         count, vocab_size, given_SV = step.num_sequences, self._vocab_size, logits_SV
         if step.needs & ADJUSTS:
             if step.needs & REPORTS:  # they tell of the model's own
-                given_SV = logits_SV.clone()
+                given_SV = self._copy_logits(logits_SV)
             self._adjust(logits.adjust_grid(count), logits_SV)
         draw_grid = sampling.greedy_grid(count, vocab_size)
         self._draw_best(draw_grid, logits_SV, drawn=drawn_S)
@@ -90,8 +105,8 @@ class _Bound:
         self._kernel(grid, *(operands[name] for name in self._names))
 
 
-def _scratch(count: int, vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Memory by name, for `count` rows; what must start at 0 does, and is left so by every kernel."""
+def sampler_scratch(count: int, vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Memory of the kernels by name, for `count` rows; what must start at 0 does, and is left so by every kernel."""
 
     def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)

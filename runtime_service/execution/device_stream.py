@@ -4,8 +4,9 @@ Everything else of the GPU path sees a device only through this seam and the ker
 it on a CPU.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
 import torch
 
@@ -75,14 +76,34 @@ class CudaStream:
         with torch.cuda.stream(self._side):
             launch()  # libraries choose, load and allocate outside the capture
             # Not `torch.cuda.graph`: it waits for the whole device.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
+            with recording(graph, self._pool):
                 launch()
-            finally:
-                graph.capture_end()
         current.wait_stream(self._side)
         self._last = graph
         return graph.replay
+
+
+class Recorder(Protocol):
+    """The half of `torch.cuda.CUDAGraph` that records."""
+
+    def capture_begin(self, pool: Any = ..., capture_error_mode: str = ...) -> None:
+        """From here on launches of the current stream are recorded."""
+
+    def capture_end(self) -> None:
+        """Up to here. Raises where something meanwhile could not be recorded."""
+
+
+@contextmanager
+def recording(graph: Recorder, pool: Any) -> Iterator[None]:
+    """Has `graph` record what is launched meanwhile, with memory of `pool`; a launch that fails is what is told."""
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # says only that something failed, which is on its way
+            graph.capture_end()
+        raise
+    graph.capture_end()
 
 
 class CudaLane:

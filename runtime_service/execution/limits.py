@@ -46,21 +46,26 @@ def choose_limits(
     options: RunnerOptions,
     defaults: LimitDefaults = CPU_DEFAULTS,
     position_bytes: int = 0,
+    most_positions: int | None = None,
 ) -> RuntimeLimits:
     """The limits of an engine with `free_bytes` left beside what `defaults` name.
 
     Args:
         position_bytes: what tables that are still to be allocated take for each token of the longest sequence.
+        most_positions: of a sequence, for which these tables have places; None = any number.
     Raises:
-        InvalidField: options contradict each other, the model, or the memory.
+        InvalidField: options contradict each other, the model, the memory, or the tables.
     """
     max_positions = _config(graph, "max_position_embeddings")
     _check(options, free_bytes, defaults, max_positions)
+    num_sequences = options.max_sequences or defaults.max_sequences
+    in_tables = max_positions if most_positions is None else min(max_positions, most_positions)
+    _check_tables(options, num_sequences, in_tables)
     kept = kv_format(graph)
     block_tokens = options.block_tokens or defaults.block_tokens
     want = _Wanted(
-        options.max_sequence_tokens or max_positions,
-        options.max_sequences or defaults.max_sequences,
+        options.max_sequence_tokens or in_tables,
+        num_sequences,
         block_tokens,
         kept.bytes_per_token(graph) * block_tokens,
         position_bytes,
@@ -81,6 +86,8 @@ def choose_limits(
                 ),
             )
         reason += f", so sequences are limited to {num_blocks * block_tokens:,} tokens"
+    elif in_tables < max_positions and want.sequence_tokens == in_tables:
+        reason += f"; tables of {num_sequences} sequences have places for {in_tables:,} tokens each"
     return RuntimeLimits(
         max_sequence_tokens=min(want.sequence_tokens, num_blocks * block_tokens),
         max_sequences=want.sequences,
@@ -144,6 +151,16 @@ def _check(
     if defaults.is_exact and options.kv_bytes is not None and options.kv_bytes > free_bytes:
         problem = f"{options.kv_bytes:,} bytes are more than the {free_bytes:,} free beside {defaults.beside}"
         raise InvalidField(field="kv_bytes", problem=problem)
+
+
+def _check_tables(options: RunnerOptions, num_sequences: int, in_tables: int) -> None:
+    asked = options.max_sequence_tokens
+    if in_tables < 2 or (asked is not None and asked > in_tables):
+        problem = (
+            f"tables of {num_sequences} sequences have places for {in_tables:,} tokens each; "
+            "fewer sequences or shorter ones fit"
+        )
+        raise InvalidField(field="max_sequences", problem=problem)
 
 
 def _config(graph: Graph, name: str) -> int:

@@ -1,6 +1,5 @@
 """An engine from the store onto its device: mapped, packed for this machine, verified."""
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from runtime_service.execution.weight_copy import LANE_BYTES, NUM_LANES, WeightC
 from runtime_service.limits import RuntimeLimits
 from shared.arch import arch_named
 from shared.engine import EngineManifest
-from shared.errors import ArchMismatch, DeviceFull
+from shared.errors import ArchMismatch
 from shared.ir import Graph
 from shared.store.local import LocalStore
 from shared.store.weight_files import WeightFiles
@@ -64,7 +63,7 @@ def load_runner(
         ArchMismatch: it is for another kind of device.
         DigestMismatch, BlobNotFound: the store's copy is not whole.
         InvalidField: options contradict each other, the model, or the memory.
-        DeviceFull: the GPU holds no more.
+        RuntimeError: as torch and the driver say it, the GPU holds no more (`device_full`).
     """
     arch = arch_named(engine.key.arch)
     phases = _Phases(on_phase)
@@ -73,8 +72,7 @@ def load_runner(
             command = "millrace-runtime --arch cpu"
             raise ArchMismatch(built_for=arch.name, found="cpu", command=command)
         open_library = open_library or library_of(store, engine)
-        with device_full(engine):
-            return _load_cuda_runner(store, engine, options, files, open_library, phases)
+        return _load_cuda_runner(store, engine, options, files, open_library, phases)
     return _load_cpu_runner(store, engine, options, files, phases)
 
 
@@ -124,19 +122,6 @@ def _load_cpu_runner(
         executor.preparations(limits.max_step_tokens),
     )
     return LoadedEngine(runner, limits, phases.timings)
-
-
-@contextmanager
-def device_full(engine: EngineManifest) -> Iterator[None]:
-    """Turns torch's and the driver's words for a full GPU into ours."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "out of memory" not in str(error).replace("_", " ").lower():
-            raise
-        said = re.search(r"Tried to allocate .+? is free", str(error))
-        problem = said[0] if said else str(error).partition("\n")[0].rstrip(".")
-        raise DeviceFull(engine=engine.name, problem=problem) from error
 
 
 def read_graph(store: LocalStore, engine: EngineManifest) -> Graph:

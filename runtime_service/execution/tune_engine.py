@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 
 import torch
 
+from runtime_service.device_full import device_full
 from runtime_service.execution.device_stream import CudaLane, CudaStream
-from runtime_service.execution.loading import as_kernels_read, device_full, read_graph
+from runtime_service.execution.loading import as_kernels_read, read_graph
 from runtime_service.execution.machine_code import library_of
 from runtime_service.execution.step_timer import CudaClock, StepTimer, fitting_steps
 from runtime_service.execution.tuner import tune
@@ -30,7 +31,7 @@ def tune_engine(
         DigestMismatch, BlobNotFound: the store's copy is not whole.
         InvalidField, DeviceFull: the GPU has too little free memory.
     """
-    with device_full(engine):
+    with device_full(engine.name):
         return _tune(store, engine, on_site)
 
 

@@ -22,7 +22,7 @@ CATCH_EVERYTHING = {
     "compiler_service/worker.py",
     "runtime_service/engine_process.py",
     "runtime_service/gateway/http/server.py",
-    "runtime_service/runtime.py",
+    "runtime_service/engine_keeper.py",
     "shared/background.py",
     "shared/edge.py",
 }

@@ -22,6 +22,7 @@ from bench.gpu_served import write_engine
 from kernels.lowering import sites, variants
 from kernels.regimes import REGIMES
 from kernels.variant import CODE_TITLE, INDEX_TITLE
+from runtime_service.device_full import device_full
 from runtime_service.execution.loading import load_runner
 from runtime_service.execution.options import RunnerOptions
 from runtime_service.execution.tuned import site_of
@@ -80,7 +81,10 @@ def test_gpu_that_others_fill_is_told_in_a_line(tmp_path: Path) -> None:
     torch.cuda.empty_cache()
     others = torch.empty(torch.cuda.mem_get_info()[0] - (8 << 20), dtype=torch.uint8, device="cuda")
     try:
-        with pytest.raises(DeviceFull, match=r"Tried to allocate .+ is free|out of memory"):
+        with (
+            pytest.raises(DeviceFull, match=r"Tried to allocate .+ is free|out of memory"),
+            device_full(engine.name),
+        ):
             load_runner(store, engine, RunnerOptions(kv_bytes=1 << 22))
     finally:
         del others

@@ -14,7 +14,7 @@ from kernels.step_inputs.layout import HEADER_WORDS, MessageLayout, TableLayout
 from kernels.variant import KernelVariant
 from runtime_service.execution.cuda_model_runner import Reading
 from runtime_service.execution.device_rows import DeviceRows
-from runtime_service.execution.device_sampler import DeviceSampler
+from runtime_service.execution.device_sampler import DeviceSampler, sampler_scratch
 from runtime_service.execution.device_stream import DeviceStream
 from runtime_service.limits import RuntimeLimits
 from runtime_service.sampling.sampler import Draw, RowSampler, sample
@@ -83,7 +83,8 @@ class Rows:
         self.ways, self.vocab_size, count = ways, vocab_size, len(ways)
         limits = RuntimeLimits(_MAX_TOKENS, count, 64, 16, 64, "float32", 0, "")
         self.rows = DeviceRows(device.library, limits, vocab_size, device.stream)
-        self.sampler = DeviceSampler(device.library, self.rows, vocab_size)
+        scratch = sampler_scratch(count, vocab_size, device.stream.device)
+        self.sampler = DeviceSampler(device.library, self.rows, vocab_size, scratch, torch.clone)
         self._stream = device.stream
         self._reading = Reading(count, vocab_size, device.stream)
         generator = np.random.default_rng(seed)

@@ -20,9 +20,10 @@ from runtime_service.engine_client import EngineClient
 from runtime_service.engine_core import OnPhase
 from runtime_service.engine_process import EngineSpec
 from runtime_service.engine_source import EngineSource
+from runtime_service.engine_starter import OnLost
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.relay.relays import Relays
-from runtime_service.runtime import OnLost, Runtime
+from runtime_service.runtime import Runtime
 from runtime_service.served_engine import EngineText
 from runtime_service.service import RuntimeService
 from shared.engine import (

@@ -29,10 +29,17 @@ from runtime_service.engine_messages import (
 from runtime_service.engine_process import EngineProcess, EngineSpec, start_engine_process
 from runtime_service.engine_transport import PeerGone
 from runtime_service.metrics import RuntimeMetrics
+from runtime_service.scheduling.output import SchedulerOutput
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
 from shared.arch import arch_named
 from shared.errors import reason_of
-from tests.runtime_service.fake_runner import small_limits, tokens_alone
+from tests.runtime_service.fake_runner import (
+    FakeEngine,
+    FakeRunner,
+    FakeStep,
+    small_limits,
+    tokens_alone,
+)
 
 LOADER = "tests.runtime_service.fake_runner:load_fake_engine"
 
@@ -54,7 +61,7 @@ async def start() -> AsyncIterator[Start]:
 
 
 def fake_spec(overlap: bool = True, **arguments: object) -> EngineSpec:
-    return EngineSpec(LOADER, {"limits": small_limits(), **arguments}, overlap)
+    return EngineSpec(LOADER, {"limits": small_limits(), **arguments}, overlap=overlap)
 
 
 def request(request_id: int, num_tokens: int = 20) -> Request:
@@ -90,6 +97,38 @@ async def loaded(process: EngineProcess) -> tuple[list[str], Reply]:
 def load_unknown_arch(on_phase: OnPhase) -> None:
     """A loader that fails."""
     arch_named("sm_1")
+
+
+class FullRunner(FakeRunner):
+    """Runs out of memory, as torch tells it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(small_limits())
+        self._where = where
+
+    def warm_up(self) -> None:
+        self._need_memory("warm_up")
+
+    def use_idle_time(self) -> bool:
+        self._need_memory("idle")
+        return False
+
+    def execute(self, step: SchedulerOutput) -> FakeStep:
+        self._need_memory("step")
+        return super().execute(step)
+
+    def _need_memory(self, where: str) -> None:
+        if where == self._where:
+            raise RuntimeError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.2 GiB is free. More."
+            )
+
+
+def load_on_full_gpu(where: str, on_phase: OnPhase) -> FakeEngine:
+    """A loader of an engine that fills its GPU."""
+    runner = FullRunner(where)
+    runner._need_memory("load")
+    return FakeEngine(runner, small_limits())
 
 
 async def receive_to_the_end(process: EngineProcess) -> None:
@@ -150,6 +189,25 @@ async def test_process_reports_an_engine_that_cannot_be_loaded(start: Start) -> 
     _, reply = await loaded(process)
     assert isinstance(reply, Failed)
     assert reason_of(status_pb2.Status.FromString(reply.status)) == "UNSUPPORTED_ARCH"
+
+
+@pytest.mark.parametrize("where", ["load", "warm_up", "step", "idle"])
+async def test_gpu_that_fills_up_is_told_in_a_line_wherever_that_is(
+    start: Start, where: str
+) -> None:
+    spec = EngineSpec(f"{__name__}:load_on_full_gpu", {"where": where}, "tiny-int8")
+    process = await start(spec)
+    _, reply = await loaded(process)
+    if isinstance(reply, Ready):
+        assert where in ("step", "idle")
+        process.link.send([AddRequest(request(0))])
+    while not isinstance(reply, Failed):
+        reply = await process.link.receive()
+    status = status_pb2.Status.FromString(reply.status)
+    assert reason_of(status) == "DEVICE_FULL"
+    assert status.message.startswith(
+        "The GPU has no room for tiny-int8 (Tried to allocate 2.00 GiB. GPU 0 has 1.2 GiB is free)"
+    )
 
 
 async def test_killed_process_is_seen_by_the_front(start: Start) -> None:

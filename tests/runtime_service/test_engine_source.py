@@ -238,7 +238,7 @@ async def test_corrupt_engine_is_fetched_again(tmp_path: Path) -> None:
         remote = LocalStore(tmp_path / "remote")
         publish_echo(remote, "second")
         path = corrupt(daemon.store, publish_echo(daemon.store, "second"))
-        daemon.runtime._source = EngineSource(daemon.store, remote, "")
+        daemon.runtime.keeper._starter._source = EngineSource(daemon.store, remote, "")
         await daemon.load("second")
         assert daemon.runtime.served is not None
         assert daemon.runtime.served.engine.model == "second"
@@ -253,7 +253,9 @@ async def test_corrupt_engine_is_built_again_when_the_store_is_the_only_one(
         builder = Builder(daemon.store)
         async with compile_daemon(builder, daemon.store) as address:
             runtime = daemon.runtime
-            runtime._source = EngineSource(daemon.store, GrpcStore(address), address)
+            runtime.keeper._starter._source = EngineSource(
+                daemon.store, GrpcStore(address), address
+            )
             engine = await runtime.load(ECHO, "sample:echo")
             assert not builder.requests
             path = corrupt(daemon.store, engine)

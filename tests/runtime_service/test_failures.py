@@ -19,18 +19,14 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from runtime_service.engine_client import EngineClient
 from runtime_service.engine_core import OnPhase
 from runtime_service.engine_messages import AddCredit, Command, UpdateRequest
+from runtime_service.engine_starter import OnLost
 from runtime_service.generation import Generation
 from runtime_service.generation_call import END_TOKENS, MAX_UNREAD_TOKENS, GenerationCall
 from runtime_service.metrics import RuntimeMetrics
-from runtime_service.runtime import (
-    LARGE_START_BYTES,
-    MAX_PREPARED_TOKENS,
-    MIN_PREPARED_TOKENS,
-    OnLost,
-    Runtime,
-)
+from runtime_service.runtime import Runtime
 from runtime_service.scheduling.request import Request, SamplingParams, StopParams
 from runtime_service.served_engine import EngineText
+from runtime_service.start_line import LARGE_START_BYTES, MAX_PREPARED_TOKENS, MIN_PREPARED_TOKENS
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import (
     ArchMismatch,
@@ -131,7 +127,7 @@ async def test_engine_that_cannot_restart_is_tried_again(tmp_path: Path) -> None
         os.kill(daemon.client.pid, signal.SIGKILL)
 
         def refusal() -> str:
-            return str(daemon.runtime._refusal)
+            return str(daemon.runtime.keeper._refusal)
 
         await until(lambda: "sm_90" in refusal())
         broken.unlink()
@@ -143,7 +139,7 @@ class _OutOfMemory:
     """What starts engine processes, on a machine that has no memory for the next `times`."""
 
     def __init__(self, runtime: Runtime, times: int) -> None:
-        self._start_client = runtime._start_client
+        self._start_client = runtime.keeper._starter._start_client
         self.times_left = times
 
     async def __call__(
@@ -159,7 +155,7 @@ class _Held:
     """Starts engine processes once it is let go."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self._start_client = runtime._start_client
+        self._start_client = runtime.keeper._starter._start_client
         self.is_reached, self.may_go = asyncio.Event(), asyncio.Event()
 
     async def __call__(
@@ -191,7 +187,7 @@ async def test_engine_that_says_what_nobody_understands_ends_every_stream_once_a
 
 async def test_status_tells_the_phases_of_a_load_while_it_goes_on(tmp_path: Path) -> None:
     async with running_daemon(tmp_path) as daemon:
-        held = daemon.runtime._start_client = _Held(daemon.runtime)
+        held = daemon.runtime.keeper._starter._start_client = _Held(daemon.runtime)
         await daemon.runtime.unload()
         loading = asyncio.create_task(daemon.load())
         await held.is_reached.wait()
@@ -232,7 +228,7 @@ async def test_status_tells_what_the_engine_process_does_while_it_loads(tmp_path
 async def test_engine_comes_back_when_its_process_could_not_be_started(tmp_path: Path) -> None:
     """Whatever a restart fails with, it is tried again."""
     async with running_daemon(tmp_path) as daemon:
-        starter = daemon.runtime._start_client = _OutOfMemory(daemon.runtime, 2)
+        starter = daemon.runtime.keeper._starter._start_client = _OutOfMemory(daemon.runtime, 2)
         with structlog.testing.capture_logs() as logs:
             os.kill(daemon.client.pid, signal.SIGKILL)
             await until(lambda: daemon.runtime.served is None)
@@ -247,7 +243,7 @@ async def test_old_engine_comes_back_however_the_new_one_fails(tmp_path: Path) -
     """Also where it does not come back at once."""
     async with running_daemon(tmp_path) as daemon:
         publish_echo(daemon.store, "second")
-        daemon.runtime._start_client = _OutOfMemory(daemon.runtime, 3)
+        daemon.runtime.keeper._starter._start_client = _OutOfMemory(daemon.runtime, 3)
         with pytest.raises(OSError, match="allocate"):
             await daemon.load("second")
         assert daemon.runtime.state == pb.RUNTIME_STATE_LOADING
@@ -261,7 +257,7 @@ async def test_another_engine_is_served_while_the_lost_one_cannot_be(tmp_path: P
     """Trying again blocks nobody: another engine can be loaded meanwhile, or none."""
     async with running_daemon(tmp_path) as daemon:
         publish_echo(daemon.store, "second")
-        start_client, failed = daemon.runtime._start_client, asyncio.Event()
+        start_client, failed = daemon.runtime.keeper._starter._start_client, asyncio.Event()
 
         async def start(engine: EngineManifest, on_lost: OnLost, on_phase: OnPhase) -> EngineClient:
             if engine.model == "echo":
@@ -269,7 +265,7 @@ async def test_another_engine_is_served_while_the_lost_one_cannot_be(tmp_path: P
                 raise EngineLost(problem="it does not start any more")
             return await start_client(engine, on_lost, on_phase)
 
-        daemon.runtime._start_client = start
+        daemon.runtime.keeper._starter._start_client = start
         os.kill(daemon.client.pid, signal.SIGKILL)
         await failed.wait()
         async with asyncio.timeout(HANG_S):
@@ -296,7 +292,7 @@ async def test_starts_that_wait_for_their_tokens_are_bounded(tmp_path: Path) -> 
         assert isinstance(error, QueueFull)
         assert error.retry_after_s
         daemon.runtime.close_call(call)
-        await until(lambda: not daemon.runtime._num_prepared_tokens)
+        await until(lambda: not daemon.runtime._line._num_prepared_tokens)
         await still_works(daemon)
 
 
@@ -502,7 +498,7 @@ async def test_swap_holds_starts_and_loses_nothing(tmp_path: Path) -> None:
         selector.selector.model = "second"
         selector.selector.quant.scheme = "fp32"
         loading = asyncio.create_task(_load(daemon, selector))
-        await until(lambda: daemon.runtime._is_holding)
+        await until(lambda: daemon.runtime.keeper._is_holding)
         await call.start("held", [41], max_new_tokens=3)
         await call.start("held text", "hello", max_new_tokens=3)
         await call.start("cancelled", [41])
@@ -517,6 +513,35 @@ async def test_swap_holds_starts_and_loses_nothing(tmp_path: Path) -> None:
     assert seen["held"].token_ids[0] == [41] * 3
     assert seen["held text"].reason == "LENGTH"
     assert status.engine.model == "second"
+
+
+async def test_start_that_ended_while_it_was_held_counts_no_more(tmp_path: Path) -> None:
+    """A fleet takes back what an exchange holds up: that must leave room for those who wait for its end."""
+    async with running_daemon(tmp_path, step_s=0.01) as daemon:
+        call = daemon.call()
+        await call.start("old", [40], max_new_tokens=30, credit_tokens=4)
+        await call.read_until(lambda: call.num_tokens("old") > 0)
+        loading = asyncio.create_task(daemon.load())
+        await until(lambda: daemon.runtime.keeper._is_holding)
+        line = daemon.runtime._line
+        mine, lost = daemon.runtime.open_call(), daemon.runtime.open_call()
+        at_once = mine.start(start_of([41], request_id="cancelled at once"))
+        at_once.cancel()
+        later = mine.start(start_of([41], request_id="cancelled later"))
+        lost.start(start_of("hello", request_id="its client is gone"))
+        stays = mine.start(start_of([41], request_id="stays", max_new_tokens=2))
+        await until(lambda: later.held is not None and stays.held is not None)
+        later.cancel()
+        daemon.runtime.close_call(lost)
+        await until(lambda: line._num_prepared_tokens == MIN_PREPARED_TOKENS)
+        assert daemon.runtime.keeper._is_holding
+        assert later.error is None
+        await call.let_go_on("old")
+        await loading
+        await until(lambda: stays.is_ended)
+        assert stays.error is None
+        assert not line._num_prepared_tokens
+        daemon.runtime.close_call(mine)
 
 
 async def _load(daemon: Daemon, request: pb.LoadEngineRequest) -> pb.LoadEngineResponse:
@@ -552,7 +577,7 @@ async def test_swap_that_is_given_up_while_it_waits_changes_nothing(tmp_path: Pa
         await call.start("a", [40], max_new_tokens=60, credit_tokens=4)
         await call.read_until(lambda: call.num_tokens("a") > 0)
         loading = asyncio.create_task(daemon.load())
-        await until(lambda: daemon.runtime._is_holding)
+        await until(lambda: daemon.runtime.keeper._is_holding)
         loading.cancel()
         await still_works(daemon)
         await call.let_go_on("a")
@@ -599,7 +624,7 @@ async def test_load_that_finds_nothing_says_nothing_of_another_that_goes_on(tmp_
         runtime = daemon.runtime
         await runtime.unload()
         loading = asyncio.create_task(daemon.load())
-        await until(runtime._exchange.locked)
+        await until(runtime.keeper._exchange.locked)
         with pytest.raises(EngineNotFound):
             await daemon.load("nothing")
         assert runtime.state != pb.RUNTIME_STATE_IDLE
@@ -630,7 +655,7 @@ async def test_small_prompt_waits_for_no_large_one_to_be_tokenized(tmp_path: Pat
         assert served is not None
         text = _SlowText(served.text.model)
         slow = EngineText(text, served.text.vocab_size)  # type: ignore[arg-type]
-        daemon.runtime.served = replace(served, text=slow)
+        daemon.runtime.keeper.served = replace(served, text=slow)
         call = daemon.call()
         for name in ("large", "large too", "large as well"):
             await call.start(name, "a" * (LARGE_START_BYTES + 1))

@@ -71,7 +71,7 @@ async def test_engine_in_the_runtimes_own_store_is_checked_too(tmp_path: Path) -
     """Also one that is repaired; and a refusal leaves what is served."""
     async with running_daemon(tmp_path) as daemon:
         served = daemon.runtime.served
-        daemon.runtime._source = source(daemon.store, None)
+        daemon.runtime.keeper._starter._source = source(daemon.store, None)
         with pytest.raises(EngineNotTrusted):
             await daemon.load()
         assert daemon.runtime.served is served

@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from kernels.step_inputs.layout import TableLayout
+from runtime_service.execution.device_rows import DeviceRows
 from runtime_service.execution.limits import GPU_DEFAULTS, choose_limits
 from runtime_service.execution.options import RunnerOptions
+from runtime_service.limits import RuntimeLimits
 from shared.errors import InvalidField
 from shared.ir import Graph
 
@@ -109,3 +112,58 @@ def test_tables_of_long_sequences_have_room_beside_the_cache(
         assert taken + block > 0.95 * free, "a block more had fitted"
     if position_bytes * 1024 < 0.05 * free:
         assert limits == alone
+
+
+_LONG = replace(GRAPH, config={**GRAPH.config, "max_position_embeddings": 10 << 20})
+
+
+def choose_with_tables(free_bytes: int, options: RunnerOptions, block_tokens: int) -> RuntimeLimits:
+    """As the GPU path chooses."""
+    sequences = options.max_sequences or GPU_DEFAULTS.max_sequences
+    return choose_limits(
+        _LONG, free_bytes, replace(options, block_tokens=block_tokens), GPU_DEFAULTS,
+        DeviceRows.position_bytes(sequences, block_tokens),
+        DeviceRows.most_positions(sequences, block_tokens),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block_tokens", [8, 16, 32])
+@pytest.mark.parametrize("max_sequences", [1, 7, 200, 512, 4096, 65_536])
+@pytest.mark.parametrize("gigabytes", [8, 80, 141, 180, 4096])
+def test_every_place_in_the_tables_has_a_name_of_31_bits(
+    gigabytes: int, max_sequences: int, block_tokens: int
+) -> None:
+    """Whatever the card holds; and a sequence that is longer by some blocks had places without one."""
+    options = RunnerOptions(max_sequences=max_sequences)
+    limits = choose_with_tables(gigabytes << 30, options, block_tokens)
+    assert _table_words(limits, 0) < 1 << 31
+    if "tables of" in limits.kv_reason and "have places for" in limits.kv_reason:
+        assert _table_words(limits, 3 * block_tokens) >= 1 << 31
+
+
+def _table_words(limits: RuntimeLimits, more_tokens: int) -> int:
+    tokens = limits.max_sequence_tokens + more_tokens
+    blocks = -(-tokens // limits.block_tokens)
+    return TableLayout(limits.max_sequences, tokens + 1, blocks).num_words
+
+
+def test_tables_that_shorten_sequences_are_named() -> None:
+    """512 sequences of ten million tokens: 5.4 billion places, on a card that has the memory."""
+    limits = choose_with_tables(180 << 30, RunnerOptions(), 16)
+    assert limits.max_sequence_tokens == 3_945_393
+    assert limits.kv_reason.endswith(
+        "; tables of 512 sequences have places for 3,945,393 tokens each"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "places"),
+    [
+        (RunnerOptions(max_sequences=4096, max_sequence_tokens=1 << 20), "491,261"),
+        (RunnerOptions(max_sequences=1 << 20), "0"),
+    ],
+)
+def test_more_than_tables_have_places_for_is_refused(options: RunnerOptions, places: str) -> None:
+    with pytest.raises(InvalidField, match=f"have places for {places} tokens each") as raised:
+        choose_with_tables(180 << 30, options, 16)
+    assert raised.value.fields["field"] == "max_sequences"

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime_service.device_full import device_full
 from runtime_service.execution.loader import load_engine
-from runtime_service.execution.loading import device_full, load_runner
+from runtime_service.execution.loading import load_runner
 from runtime_service.execution.options import RunnerOptions
 from runtime_service.scheduling.output import NewSequence, ScheduledSequence, SchedulerOutput
 from runtime_service.scheduling.request import SamplingParams, StopParams
@@ -76,11 +77,8 @@ def test_engine_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path) -> None:
         ("CUDA error: out of memory\nmore", "CUDA error: out of memory"),
     ],
 )
-def test_full_gpu_is_told_in_a_line(
-    tmp_path: Path, said: str, told: str, failure: type[RuntimeError]
-) -> None:
-    _, engine = build_tiny(tmp_path)
-    with pytest.raises(DeviceFull) as refused, device_full(engine):
+def test_full_gpu_is_told_in_a_line(said: str, told: str, failure: type[RuntimeError]) -> None:
+    with pytest.raises(DeviceFull) as refused, device_full("tiny-int8"):
         raise failure(said)
-    assert refused.value.fields == {"engine": engine.name, "problem": told}
+    assert refused.value.fields == {"engine": "tiny-int8", "problem": told}
     assert "\n" not in str(refused.value)

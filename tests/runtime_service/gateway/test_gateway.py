@@ -124,14 +124,14 @@ async def test_what_a_runtime_holds_while_it_exchanges_its_engine_runs_elsewhere
         link._look = look_late  # type: ignore[method-assign]
         await is_blind.wait()
         loading = asyncio.create_task(rolling.load())
-        await until(lambda: rolling.runtime._is_holding)
+        await until(lambda: rolling.runtime.keeper._is_holding)
         for number in range(30):
             await call.start(str(number), [40, number + 41], max_new_tokens=20)
         await until(lambda: fleet.runs_on(rolling) > 1)
         sees.set()
         for number in range(30):
             is_whole(await call.read_to_end(str(number)), [40, number + 41], 20)
-        assert rolling.runtime._is_holding
+        assert rolling.runtime.keeper._is_holding
         assert fleet.runs_on(rolling) == 1
         assert fleet.sample("moved_generations_total", reason="NO_ENGINE") > 0
         await call.send(credit=pb.AddCredit(request_id="old", tokens=10))
