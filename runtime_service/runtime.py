@@ -36,6 +36,7 @@ from shared.errors import (
     GenerationNotFound,
     Internal,
     MillraceError,
+    ModelNotServed,
     NoEngine,
     QueueFull,
 )
@@ -216,6 +217,7 @@ class Runtime:
 
         Raises:
             Draining, NoEngine, EngineLost: none does, and none will soon.
+            ModelNotServed: the engine here is another one's.
         """
         if self._state == pb.RUNTIME_STATE_DRAINING:
             raise Draining()
@@ -224,7 +226,8 @@ class Runtime:
         if self.served is None:
             raise self._refusal
         if not self.served.answers_to(model, self.deployment):
-            raise NoEngine(wanted=model)
+            known = filter(None, (self.deployment, self.served.engine.model))
+            raise ModelNotServed(model=model, known=", ".join(dict.fromkeys(known)))
         return self.served
 
     async def _served_soon(self, model: str) -> ServedEngine:

@@ -305,8 +305,9 @@ async def test_model_that_nobody_serves_is_refused_at_once(tmp_path: Path) -> No
         await call.start("named", [40], max_new_tokens=2, model="echo")
         await call.start("empty", [])
         seen = await call.finish()
-    assert reason_of(seen["unknown"].error) == "NO_ENGINE"
-    assert "nothing" in seen["unknown"].error.message
+    unknown = from_status(seen["unknown"].error)
+    assert (unknown.reason, unknown.retry_after_s) == ("MODEL_NOT_SERVED", None)
+    assert str(unknown) == "No model 'nothing' is served here; there are: echo."
     assert reason_of(seen["empty"].error) == "INVALID_FIELD"
     is_whole(seen["named"], [40], 2)
 

@@ -243,7 +243,7 @@ async def test_generations_at_once_are_limited_over_the_whole_fleet(
         await call.send(cancel=pb.CancelGeneration(request_id="a"))
         await call.read_to_end("a")
         await call.start("c", PROMPT, model="nobody's")
-        assert from_status((await call.read_to_end("c")).error).reason == "NO_ENGINE"
+        assert from_status((await call.read_to_end("c")).error).reason == "MODEL_NOT_SERVED"
         await call.start("d", PROMPT, max_new_tokens=2000, credit_tokens=4)
         await call.read_until(lambda: call.num_tokens("d") == 4)
         call.raw.cancel()
