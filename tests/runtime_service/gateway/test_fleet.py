@@ -12,9 +12,11 @@ from millrace.fleet.v1 import fleet_pb2
 from millrace.runtime.v1 import runtime_pb2 as pb
 from redis.asyncio import Redis
 
+from compiler_service.quantization import SCHEMES
 from runtime_service.deployments import Deployments
 from runtime_service.reconciler import Reconciler
 from runtime_service.registration import Registration
+from shared.engine import SCHEME_ALIASES
 from shared.errors import reason_of
 from shared.redis import EmbeddedRedis, connect
 from tests.integration.compiler_daemon import refusal
@@ -286,10 +288,28 @@ async def test_fleet_is_shown_as_it_is(tmp_path: Path, redis: Redis) -> None:
         ({"quant": {}}, "deployment.quant.scheme"),
         ({"quant": {"scheme": "int4-gx"}}, "deployment.quant.scheme"),
         ({"quant": {"scheme": "int4", "group_size": -1}}, "quant.group_size"),
+        ({"quant": {"scheme": "int8-g64"}}, "deployment.quant.scheme"),
+        ({"quant": {"scheme": "a" * 65}}, "deployment.quant.scheme"),
+        ({"quant": {"scheme": "int8", "kv_cache": "fp4"}}, "deployment.quant.kv_cache"),
+        ({"quant": {"scheme": "int8", "keep": ["lm_head"]}}, "deployment.quant"),
+        ({"quant": {"scheme": "int8", "max_kl": 0.1}}, "deployment.quant"),
         ({"replicas": 0}, "deployment.replicas"),
         ({"replicas": 1001}, "deployment.replicas"),
     ],
-    ids=["name", "model", "no quant", "quant", "group", "none", "many"],
+    ids=[
+        "name",
+        "model",
+        "no quant",
+        "quant",
+        "group",
+        "group in scheme",
+        "long scheme",
+        "KV cache",
+        "recipe",
+        "gate",
+        "none",
+        "many",
+    ],
 )
 async def test_deployment_that_makes_no_sense_is_refused(
     tmp_path: Path, redis: Redis, fields: dict[str, object], field: str
@@ -302,6 +322,17 @@ async def test_deployment_that_makes_no_sense_is_refused(
         delete = fleet_pb2.DeleteDeploymentRequest(name="chat")
         _, reason, _ = await refusal(gateway.fleet_stub.DeleteDeployment(delete))
         assert reason == "DEPLOYMENT_NOT_FOUND"
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, *SCHEME_ALIASES])
+async def test_every_scheme_can_be_deployed(redis: Redis, scheme: str) -> None:
+    quant = {"scheme": scheme, "group_size": 64, "kv_cache": "fp8"}
+    wanted = {"name": "chat", "model": "echo", "quant": quant, "replicas": 1}
+    async with running_gateway([], [], redis=redis) as gateway:
+        request = fleet_pb2.ApplyDeploymentRequest(deployment=wanted)
+        applied = (await gateway.fleet_stub.ApplyDeployment(request)).deployment
+    assert applied.quant.scheme == SCHEME_ALIASES.get(scheme, scheme)
+    assert (applied.quant.group_size, applied.quant.kv_cache) == (64, "fp8")
 
 
 async def test_nothing_is_deployed_without_redis() -> None:
