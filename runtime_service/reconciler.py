@@ -20,6 +20,8 @@ from shared.engine import EngineSelector
 from shared.errors import MillraceError
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 30.0
+# Before an idle runtime tries a version again that it was not fit for: its engine may have been pushed or signed since.
+_UNFIT_S = 300.0
 
 _log = structlog.get_logger()
 
@@ -39,6 +41,7 @@ class Reconciler:
         name: the deployment; "": one that lacks a replica, as long as the runtime is idle.
         interval_s: between looks.
         ttl_s: after which a silent member's place is another one's.
+        unfit_s: for which an idle runtime leaves a version to others that it could not serve.
     """
 
     def __init__(
@@ -49,20 +52,21 @@ class Reconciler:
         name: str,
         interval_s: float,
         ttl_s: float,
+        unfit_s: float = _UNFIT_S,
     ) -> None:
         self._runtime = runtime
         self._deployments = deployments
         self._id = runtime_id
         self._own_name = name
-        self._interval_s, self._ttl_s = interval_s, ttl_s
+        self._interval_s, self._ttl_s, self._unfit_s = interval_s, ttl_s, unfit_s
         self._member_of: Deployment | None = None
         # What it has going on, besides looking: the next look takes its results.
         self._background = Background()
         self._attempt: _Attempt | None = None
         self._unloading: asyncio.Task[None] | None = None
-        # Versions that an idle runtime could not serve; the one that a member could not serve
-        # at last, and when it tries again.
-        self._unfit: set[tuple[str, int]] = set()
+        # Versions that an idle runtime could not serve, until when; the one that a member could not
+        # serve at last, and when it tries again.
+        self._unfit: dict[tuple[str, int], float] = {}
         self._failed = ("", 0)
         self._retry_at_s = 0.0
         self._retry_s = _FIRST_RETRY_S
@@ -123,6 +127,10 @@ class Reconciler:
             return await self._deployments.get(name)
         if self._runtime.state != pb.RUNTIME_STATE_IDLE:
             return None
+        now_s = asyncio.get_running_loop().time()
+        self._unfit = {
+            version: until_s for version, until_s in self._unfit.items() if until_s > now_s
+        }
         for deployment in await self._deployments.list():
             if (deployment.name, deployment.version) in self._unfit:
                 continue
@@ -182,7 +190,7 @@ class Reconciler:
         has_hope = self._own_name or error.retry_after_s is not None
         if has_hope or self._runtime.served is not None:
             return False
-        self._unfit.add((wanted.name, wanted.version))
+        self._unfit[self._failed] = asyncio.get_running_loop().time() + self._unfit_s
         return True
 
     async def _drop_out(self, deployment: Deployment) -> None:
