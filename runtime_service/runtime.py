@@ -244,7 +244,8 @@ class Runtime:
 
         Args:
             model_uri: where the checkpoint is, in case it has to be built; "" = do not build.
-            anew: loads it even where it is served already.
+            anew: loads it even where it is served already. Else what is served goes on where the newest cannot be
+                had, which is told; an older one is not taken for it.
         Raises:
             ArchMismatch: this machine does not run engines of that arch.
             Draining: the daemon is stopping.
@@ -260,9 +261,11 @@ class Runtime:
             self.startup.finding()
             self._become(pb.RUNTIME_STATE_LOADING)
         try:
-            engine, let_go = await self._found(selector, model_uri)
+            may_be_older = anew or self.served is None
+            engine, let_go = await self._found(selector, model_uri, may_be_older)
             found_s = time.monotonic() - started
-            if not anew and self.served is not None and self.served.engine.name == engine.name:
+            served = None if self.served is None else self.served.engine
+            if not anew and served is not None and served.manifest == engine.manifest:
                 let_go()
                 return engine
             wanted = Wanted(selector, model_uri, engine, let_go)
@@ -283,14 +286,20 @@ class Runtime:
         return wanted.engine
 
     async def _found(
-        self, selector: EngineSelector, model_uri: str
+        self, selector: EngineSelector, model_uri: str, may_be_older: bool
     ) -> tuple[EngineManifest, Callable[[], None]]:
         """The engine to serve, and what lets a cache evict it again."""
-        engine = await self._source.find(selector, model_uri, self._on_build)
+
+        async def find() -> EngineManifest:
+            return await self._source.find(
+                selector, model_uri, self._on_build, may_be_older=may_be_older
+            )
+
+        engine = await find()
         try:
             return engine, self._source.hold(engine)
         except EngineNotFound:  # another runtime of the same cache needed its room just now
-            engine = await self._source.find(selector, model_uri, self._on_build)
+            engine = await find()
             return engine, self._source.hold(engine)
 
     async def unload(self) -> None:

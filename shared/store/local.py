@@ -177,12 +177,23 @@ class LocalStore:
             return self.commit(manifest, draft.key, draft.model, _now_s())
 
     def commit(
-        self, manifest: Blob, key: EngineKey, model: str, created_s: float
+        self,
+        manifest: Blob,
+        key: EngineKey,
+        model: str,
+        created_s: float,
+        instead: EngineManifest | None = None,
     ) -> EngineManifest:
-        """Names the engine whose manifest and other blobs are here, unless it has a name."""
+        """Names the engine whose manifest and other blobs are here, unless another one has its name.
+
+        Args:
+            instead: that gives the name up, with what was said of it; whoever has its blobs in use keeps them.
+        """
         record = EngineRecord(manifest, created_s)
         with self._naming():
             self._require(manifest, created_s)
+            if instead is not None and self._load(key.digest) == instead:
+                self._unname(instead)
             for name in {model, key.model_digest}:
                 self._select(EngineSelector(name, key.arch, key.quant), key.digest)
             self._name(key.digest, record.to_json())
