@@ -34,7 +34,7 @@ class MillraceError(Exception):
         self.fields = {name: str(value) for name, value in fields.items()}
         self.retry_after_s = self.default_retry_after_s if retry_after_s is None else retry_after_s
         retry_s = "" if self.retry_after_s is None else _seconds_text(self.retry_after_s)
-        super().__init__(self.template.format(**self.fields, retry_s=retry_s))
+        super().__init__(self.template.format(**{"retry_s": retry_s, **self.fields}))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders (build child, engine process) by pickle.
@@ -125,7 +125,10 @@ class BuildNotFound(MillraceError):
     """No build or operation of that name."""
 
     reason, code = "BUILD_NOT_FOUND", _S.NOT_FOUND
-    template = "No build {build!r}; records expire {kept} after they end."
+    template = (
+        "No build {build!r}: records expire {kept} after they end, and go where Redis loses its "
+        "data; ask for it again."
+    )
 
 
 class BlobNotFound(MillraceError):
