@@ -55,8 +55,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     ) -> pb.ApplyDeploymentResponse:
         """Says what a deployment serves from now on."""
         wanted = _deployment_from(request.deployment)
+        statuses = [link.status for link in self._fleet if link.status.deployment == wanted.name]
+        last_version = max((status.deployment_version for status in statuses), default=0)
         async with reachable(self._redis_url):
-            await self._written().apply(wanted)
+            await self._written().apply(wanted, last_version)
             applied = await self._written().get(wanted.name)
         if applied is None:
             raise DeploymentNotFound(deployment=wanted.name)

@@ -232,6 +232,19 @@ async def test_redis_that_came_back_empty_stops_nobody(
     assert member.serves == "echo"
 
 
+async def test_deployment_after_a_redis_that_came_back_empty_is_followed(
+    members: Members, deployments: Deployments, redis: Redis
+) -> None:
+    """Its version is the first once more, as that of what is served."""
+    member = await members.new()
+    first = await deployments.apply(chat())
+    await member.settle()
+    await redis.flushall()
+    assert await deployments.apply(chat("second")) == first
+    await member.settle()
+    assert member.serves == "second"
+
+
 async def test_idle_runtime_gives_up_what_it_cannot_serve(
     members: Members, deployments: Deployments
 ) -> None:

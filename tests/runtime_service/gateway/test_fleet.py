@@ -259,6 +259,19 @@ async def ready(gateway: RunningGateway) -> fleet_pb2.Deployment:
             await asyncio.sleep(0.02)
 
 
+async def test_version_after_a_redis_that_came_back_empty_is_none_that_a_runtime_serves(
+    tmp_path: Path, redis: Redis
+) -> None:
+    """Else it would count as ready before anybody has looked at it."""
+    async with running_fleet(tmp_path, redis=redis) as gateway:
+        for daemon in gateway.daemons:
+            daemon.runtime.deployment, daemon.runtime.deployment_version = "chat", 7
+        await until(lambda: {link.status.deployment_version for link in gateway.fleet} == {7})
+        applied = await deploy(gateway, "second")
+        assert (applied.version, applied.ready_replicas) == (8, 0)
+        assert (await deploy(gateway, "second")).version == 9
+
+
 async def test_fleet_is_shown_as_it_is(tmp_path: Path, redis: Redis) -> None:
     async with running_fleet(tmp_path, redis=redis) as gateway:
         call = gateway.call()
