@@ -189,6 +189,11 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def count_text(number: int, noun: str) -> str:
+    """`1 runtime`, `2 runtimes`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def age_text(unix_s: float) -> str:
     """How long ago that was: `12 s ago`; `-` for 0."""
     if not unix_s:

@@ -26,4 +26,4 @@ def sweep(url: str, *, as_json: bool) -> None:
         output.print_json(swept)
     else:
         freed = output.bytes_text(swept["bytes"])
-        output.print_line(f"removed {swept['blobs']} blobs, {freed}")
+        output.print_line(f"removed {output.count_text(swept['blobs'], 'blob')}, {freed}")
