@@ -23,7 +23,7 @@ _MAX_BUILDS = 8
 _RUNTIME_COLUMNS = (
     "runtime", "state", "start", "serves", "deployment", "running", "waiting", "KV", "tokens/s", "TTFT",
 )  # fmt: skip
-_LEAST_COLUMNS = ("start", "KV", "TTFT", "deployment")
+_LEAST_COLUMNS = ("start", "deployment", "KV", "TTFT")
 _DEPLOYMENT_COLUMNS = ("deployment", "model", "quant", "version", "ready")
 _BUILD_COLUMNS = ("build", "model", "arch", "quant", "state", "done")
 
