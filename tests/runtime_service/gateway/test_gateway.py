@@ -333,7 +333,8 @@ async def test_what_every_runtime_refuses_is_refused_with_a_delay(tmp_path: Path
     async with running_fleet(tmp_path, **options) as fleet:  # type: ignore[arg-type]
         call = fleet.call()
         for number in range(24):
-            await call.start(str(number), [40, 41, 42, 43], max_new_tokens=8, credit_tokens=2)
+            # None is begun before all have been asked for, however slowly they come.
+            await call.start(str(number), [40, 41, 42, 43], max_new_tokens=8, credit_tokens=0)
         await call.read_until(lambda: sum(one.num_terminal for one in call.seen.values()) > 9)
         for number in range(24):
             if not call.seen.get(str(number), Seen()).num_terminal:
