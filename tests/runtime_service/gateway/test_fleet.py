@@ -1,6 +1,7 @@
 """The fleet as Redis introduces it, and as a gateway shows and directs it."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -14,11 +15,15 @@ from redis.asyncio import Redis
 
 from compiler_service.quantization import SCHEMES
 from runtime_service.deployments import Deployments
+from runtime_service.gateway.runtime_link import LinkOptions, RuntimeLink
 from runtime_service.reconciler import Reconciler
 from runtime_service.registration import Registration
+from shared.channels import PeerSecurity
 from shared.engine import SCHEME_ALIASES
 from shared.errors import reason_of
 from shared.redis import EmbeddedRedis, connect
+from shared.security import ServerSecurity
+from shared.tls import TlsFiles
 from tests.integration.compiler_daemon import refusal
 from tests.runtime_service.daemon import HANG_S, Daemon, publish_echo, running_daemon, until
 from tests.runtime_service.gateway.running_gateway import (
@@ -26,6 +31,7 @@ from tests.runtime_service.gateway.running_gateway import (
     running_fleet,
     running_gateway,
 )
+from tests.shared.certificates import made_in, server_files
 
 pytestmark = pytest.mark.redis
 
@@ -238,6 +244,25 @@ async def test_new_version_rolls_without_a_lost_generation(tmp_path: Path, redis
         assert len(seen) == num_started
         assert {one.reason for one in seen.values()} == {"LENGTH"}
         assert all(one.token_ids[0] == [40, 41] * 20 for one in seen.values())
+
+
+async def test_changed_ca_of_its_runtimes_counts_without_a_restart_of_the_gateway(
+    tmp_path: Path,
+) -> None:
+    old, new = made_in(tmp_path / "old"), made_in(tmp_path / "new")
+    peers = PeerSecurity(TlsFiles(ca=old / "ca.crt"))
+    async with running_daemon(tmp_path, security=ServerSecurity(server_files(new))) as daemon:
+        options = LinkOptions(0.05, HANG_S, 1 << 20, peers)
+        link = RuntimeLink(daemon.server.address, options, lambda: None)
+        await link._look()
+        assert not link.answers
+        (old / "ca.crt").write_bytes(b"half")
+        await link._look()
+        assert not link.answers
+        shutil.copy(new / "ca.crt", old / "ca.crt")
+        link.start()
+        await until(lambda: link.is_usable)
+        await link.close()
 
 
 async def deploy(gateway: RunningGateway, model: str) -> fleet_pb2.Deployment:
