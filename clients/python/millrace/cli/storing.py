@@ -21,6 +21,7 @@ def sweep(url: str, *, as_json: bool) -> None:
         lines = done.stderr.strip().splitlines() or ["the sweep ended without a word"]
         missing = "No module named 'shared" in lines[-1]
         raise CommandFailed("millrace-server is not installed here" if missing else lines[-1])
+    sys.stderr.write(done.stderr)
     swept = json.loads(done.stdout)
     if as_json:
         output.print_json(swept)
