@@ -183,6 +183,13 @@ class DeploymentNotFound(MillraceError):
     template = "No deployment {deployment!r}; `millrace status` lists what there is."
 
 
+class NoDeployments(MillraceError):
+    """A gateway that has no Redis was asked to write a deployment down."""
+
+    reason, code = "NO_DEPLOYMENTS", _S.FAILED_PRECONDITION
+    template = "This gateway keeps no deployments, as it has no Redis; start it with --redis-url."
+
+
 class ModelNotServed(MillraceError):
     """No runtime serves a model or deployment of that name."""
 
@@ -392,7 +399,7 @@ class Internal(MillraceError):
 ERRORS: dict[str, type[MillraceError]] = {
     row.reason: row
     for row in (
-        GenerationNotFound, DeploymentNotFound, ModelNotServed, NotARuntime,
+        GenerationNotFound, DeploymentNotFound, NoDeployments, ModelNotServed, NotARuntime,
         FollowsDeployment,
         UnsupportedModel, InvalidModel, UnsupportedArch, UnsupportedQuant, UnsupportedTp,
         InvalidField, PromptTooLong, ModelNotFound, EngineNotFound, BuildNotFound, BlobNotFound,

@@ -14,7 +14,7 @@ from runtime_service.gateway.runtime_link import RuntimeLink
 from runtime_service.settings import quant_named
 from shared import wire
 from shared.engine import QuantConfig
-from shared.errors import DeploymentNotFound, InvalidField, RedisUnreachable
+from shared.errors import DeploymentNotFound, InvalidField, NoDeployments, RedisUnreachable
 from shared.redis import reachable
 
 MAX_REPLICAS = 1000
@@ -76,8 +76,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
 
     def _written(self) -> Deployments:
         if self._deployments is None:
-            problem = "keeps deployments: this gateway was started without --redis-url"
-            raise RedisUnreachable(url="(none)", problem=problem)
+            raise NoDeployments()
         return self._deployments
 
     def _described(self, deployment: Deployment) -> pb.Deployment:

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import structlog
 from millrace.fleet.v1 import fleet_pb2
@@ -377,5 +378,7 @@ async def test_nothing_is_deployed_without_redis() -> None:
     async with running_gateway([], []) as gateway:
         whole = {"name": "chat", "model": "echo", "quant": {"scheme": "fp32"}, "replicas": 1}
         request = fleet_pb2.ApplyDeploymentRequest(deployment=whole)
-        _, reason, _ = await refusal(gateway.fleet_stub.ApplyDeployment(request))
-    assert reason == "REDIS_UNREACHABLE"
+        code, reason, sentence = await refusal(gateway.fleet_stub.ApplyDeployment(request))
+    # Trying again changes nothing.
+    assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_DEPLOYMENTS")
+    assert "--redis-url" in sentence
