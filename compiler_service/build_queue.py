@@ -312,12 +312,7 @@ class BuildQueue:
         Raises:
             Fenced: the attempt is over, whatever it has done.
         """
-        arguments = [owner, attempt.fence, KEPT_S, attempt.digest, attempt.job.to_json()]
-        reply = await self._run(
-            "BEAT",
-            [BUILDS, record_key(attempt.digest)],
-            [*arguments, attempt.number, *_progress_fields(progress)],
-        )
+        reply = await self._say("BEAT", owner, attempt, _progress_fields(progress))
         if reply == "refused":
             raise Fenced
         return bool(reply == "cancel")
@@ -338,23 +333,18 @@ class BuildQueue:
         fields = ["stage_timings", json.dumps(list(stage_timings))]
         if error is not None:
             fields += ["error", base64.b64encode(error.SerializeToString()).decode()]
-        reply = await self._run(
-            "FINISH",
-            [BUILDS, record_key(attempt.digest)],
-            [owner, attempt.fence, KEPT_S, attempt.job.to_json(), state, *fields],
-        )
+        reply = await self._say("FINISH", owner, attempt, [state, *fields])
         if reply == "refused":
             raise Fenced
         return bool(reply == "ok")
 
     async def give_back(self, owner: str, attempt: Attempt) -> None:
-        """Returns a running build to the queue; the attempt does not count.
+        """Returns a running build to the queue, which may have lost it; the attempt does not count.
 
         Raises:
             Fenced: the attempt is over.
         """
-        keys = [BUILDS, record_key(attempt.digest)]
-        if await self._run("GIVE_BACK", keys, [owner, attempt.fence, KEPT_S]) == "refused":
+        if await self._say("GIVE_BACK", owner, attempt) == "refused":
             raise Fenced
 
     async def close(self, owner: str, lease: Lease) -> None:
@@ -383,6 +373,14 @@ class BuildQueue:
             cursor, found = reply[:2]
             if found or cursor == "0-0":
                 return found
+
+    async def _say(
+        self, script: str, owner: str, attempt: Attempt, more: Sequence[object] = ()
+    ) -> Any:
+        """What a worker says of its attempt: all that a Redis which lost its data needs to know of the build."""
+        known = [attempt.digest, attempt.job.to_json(), attempt.number]
+        keys = [BUILDS, record_key(attempt.digest)]
+        return await self._run(script, keys, [owner, attempt.fence, KEPT_S, *known, *more])
 
     async def _run(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         async with reachable(self._url):

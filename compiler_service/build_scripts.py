@@ -57,6 +57,17 @@ local function clear_progress(record)
   redis.call('HDEL', record, 'stage', 'fraction', 'done_bytes', 'total_bytes', 'eta_s')
 end
 
+-- Redis lost its data since the attempt began: its worker knows the build.
+local function register(builds, record, digest, job, kept_s)
+  redis.call('HSET', record, 'job', job, 'create_ms', now_ms())
+  index(builds, digest, kept_s)
+end
+
+-- Redis lost its data since the attempt of this fence began, and the build was asked for again: it is that one.
+local function is_asked_anew(state, its_fence, fence)
+  return state == 'QUEUED' and tonumber(its_fence) < tonumber(fence)
+end
+
 local function finish(record, state, kept_s)
   clear_progress(record)
   redis.call('HDEL', record, 'cancel')
@@ -141,18 +152,16 @@ BEAT = (
     _PRELUDE
     + """
 local builds, record = KEYS[1], KEYS[2]
-local owner, fence, kept_s = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local owner, fence, kept_s = ARGV[1], ARGV[2], ARGV[3]
 ensure_group(builds)
 local r = redis.call('HMGET', record, 'state', 'owner', 'fence', 'entry', 'cancel')
 local is_changed = #ARGV > 6
 if not r[1] then
-  -- Redis lost its data: register what is being built.
   r[4] = redis.call('XADD', builds, '*', 'digests', ARGV[4])
-  redis.call('HSET', record, 'job', ARGV[5], 'entry', r[4], 'create_ms', now_ms())
-  index(builds, ARGV[4], kept_s)
-elseif not (r[1] == 'RUNNING' and r[2] == owner and tonumber(r[3]) == fence)
-  -- Redis lost its data, and the build was asked for again: it is this one.
-  and not (r[1] == 'QUEUED' and tonumber(r[3]) < fence) then
+  redis.call('HSET', record, 'entry', r[4])
+  register(builds, record, ARGV[4], ARGV[5], kept_s)
+elseif not (r[1] == 'RUNNING' and r[2] == owner and r[3] == fence)
+  and not is_asked_anew(r[1], r[3], fence) then
   return 'refused'
 end
 if r[1] ~= 'RUNNING' then
@@ -168,43 +177,53 @@ return r[5] and 'cancel' or 'ok'
 """
 )
 
-# KEYS builds, record  ARGV owner, fence, kept_s, job, state, (field, value)...
+# KEYS builds, record  ARGV owner, fence, kept_s, digest, job, attempt, state, (field, value)...
 # -> 'ok' | 'refused' | 'wanted' (to be cancelled, but asked for again meanwhile)
 FINISH = (
     _PRELUDE
     + """
-local record, owner, fence, state = KEYS[2], ARGV[1], ARGV[2], ARGV[5]
+local builds, record = KEYS[1], KEYS[2]
+local owner, fence, kept_s, state = ARGV[1], ARGV[2], ARGV[3], ARGV[7]
 local r = redis.call('HMGET', record, 'state', 'owner', 'fence', 'cancel')
-if r[1] then
+local is_anew = r[1] and is_asked_anew(r[1], r[3], fence)
+if not r[1] then
+  register(builds, record, ARGV[4], ARGV[5], kept_s)
+elseif not is_anew then
   if r[2] ~= owner or r[3] ~= fence then return 'refused' end
   if r[1] == state then return 'ok' end  -- sent twice
   if r[1] ~= 'RUNNING' then return 'refused' end
-  if state == 'CANCELLED' and not r[4] then return 'wanted' end
-else
-  redis.call('HSET', record, 'job', ARGV[4], 'owner', owner, 'fence', fence, 'attempt', 1,
-    'create_ms', now_ms())
 end
-if #ARGV > 5 then redis.call('HSET', record, unpack(ARGV, 6)) end
-finish(record, state, ARGV[3])
+if r[1] and state == 'CANCELLED' and not r[4] then return 'wanted' end
+redis.call('HSET', record, 'owner', owner, 'fence', fence, 'attempt', ARGV[6], unpack(ARGV, 8))
+finish(record, state, kept_s)
 return 'ok'
 """
 )
 
 # Returns a running build to the queue as if this attempt had not been.
-# KEYS builds, record  ARGV owner, fence, kept_s
+# KEYS builds, record  ARGV owner, fence, kept_s, digest, job, attempt
 GIVE_BACK = (
     _PRELUDE
     + """
 local builds, record = KEYS[1], KEYS[2]
+local owner, fence, kept_s = ARGV[1], ARGV[2], ARGV[3]
 ensure_group(builds)
 local r = redis.call('HMGET', record, 'state', 'owner', 'fence', 'entry')
-if r[1] ~= 'RUNNING' or r[2] ~= ARGV[1] or r[3] ~= ARGV[2] then return 'refused' end
+if not r[1] then
+  local entry = redis.call('XADD', builds, '*', 'digests', ARGV[4])
+  redis.call('HSET', record, 'entry', entry, 'fence', fence)
+  register(builds, record, ARGV[4], ARGV[5], kept_s)
+elseif is_asked_anew(r[1], r[3], fence) then
+  return 'ok'  -- it waits already
+elseif r[1] ~= 'RUNNING' or r[2] ~= owner or r[3] ~= fence then
+  return 'refused'
+else
+  put_back(builds, r[4])
+end
 clear_progress(record)
 redis.call('HDEL', record, 'owner', 'beat_ms', 'start_ms')
-redis.call('HINCRBY', record, 'attempt', -1)
-redis.call('HSET', record, 'state', 'QUEUED')
-put_back(builds, r[4])
-tell(record, ARGV[3])
+redis.call('HSET', record, 'state', 'QUEUED', 'attempt', ARGV[6] - 1)
+tell(record, kept_s)
 return 'ok'
 """
 )

@@ -25,13 +25,16 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _PREFIX = "deployment:"
 _UNDEPLOYED_S = 86_400
 
-# KEYS: the hash. ARGV: model, quant, model_uri, replicas. Gives the version. What is no hash is nobody's.
+# KEYS: the hash. ARGV: model, quant, model_uri, replicas, a version that was given. Gives the version, a later one.
+# What is no hash is nobody's.
 _APPLY = """
 if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then redis.call('DEL', KEYS[1]) end
 redis.call('HSET', KEYS[1], 'model', ARGV[1], 'quant', ARGV[2], 'model_uri', ARGV[3],
            'replicas', ARGV[4])
 redis.call('PERSIST', KEYS[1])
-return redis.call('HINCRBY', KEYS[1], 'version', 1)
+local version = math.max(tonumber(redis.call('HGET', KEYS[1], 'version')) or 0, tonumber(ARGV[5])) + 1
+redis.call('HSET', KEYS[1], 'version', version)
+return version
 """
 # KEYS: the hash. ARGV: seconds that it is remembered. Whether there was one.
 _DELETE = """
@@ -91,13 +94,18 @@ class Deployments:
         self._hold = redis.register_script(_HOLD)
         self._release = redis.register_script(_RELEASE)
 
-    async def apply(self, wanted: Deployment) -> int:
-        """Writes it down; gives its new version."""
+    async def apply(self, wanted: Deployment, last_version: int = 0) -> int:
+        """Writes it down; gives its new version.
+
+        Args:
+            last_version: that a runtime is known to serve; a Redis that lost its data does not remember it.
+        """
         values: list[str | int] = [
             wanted.model,
             str(wanted.quant),
             wanted.model_uri,
             wanted.replicas,
+            last_version,
         ]
         return int(await self._apply(keys=[_key(wanted.name)], args=values))
 

@@ -116,7 +116,8 @@ class EngineKeeper:
 
         Args:
             model_uri: where the checkpoint is, in case it has to be built; "" = do not build.
-            anew: loads it even where it is served already.
+            anew: loads it even where it is served already. Else what is served goes on where the newest cannot be
+                had, which is told; an older one is not taken for it.
         Raises:
             ArchMismatch: this machine does not run engines of that arch.
             Draining: the daemon is stopping.
@@ -132,10 +133,13 @@ class EngineKeeper:
             self.startup.finding()
             self._become(pb.RUNTIME_STATE_LOADING)
         try:
-            wanted = await self._starter.find(selector, model_uri, self._get_ready)
+            may_be_older = anew or self.served is None
+            wanted = await self._starter.find(
+                selector, model_uri, self._get_ready, may_be_older=may_be_older
+            )
             found_s = time.monotonic() - started
-            is_served = self.served is not None and self.served.engine.name == wanted.engine.name
-            if is_served and not anew:
+            served = None if self.served is None else self.served.engine
+            if not anew and served is not None and served.manifest == wanted.engine.manifest:
                 wanted.let_go()
                 return wanted.engine
             try:

@@ -99,13 +99,19 @@ class EngineSource:
         return self._cache.hold(engine).release if self._cache is not None else _nothing_held
 
     async def find(
-        self, selector: EngineSelector, model_uri: str, on_build: Callable[[], None]
+        self,
+        selector: EngineSelector,
+        model_uri: str,
+        on_build: Callable[[], None],
+        *,
+        may_be_older: bool = True,
     ) -> EngineManifest:
         """The newest engine that fits, complete in the local store.
 
         Args:
             model_uri: where the checkpoint is; "" where a missing engine is not to be built.
             on_build: called when it has to be built, and when it may take long therefore.
+            may_be_older: what is here will do where the newest of a store elsewhere cannot be had.
         Raises:
             EngineNotFound: there is none and it cannot be built.
             FormatMismatch: there are only ones that this runtime cannot read.
@@ -113,11 +119,15 @@ class EngineSource:
             CompilerUnreachable: the compile daemon does not answer.
             MillraceError: the build failed, or the pull; as the compile daemon says.
         """
-        engine = await asyncio.to_thread(self._find_here_or_there, selector, bool(model_uri))
+        engine = await asyncio.to_thread(
+            self._find_here_or_there, selector, bool(model_uri), may_be_older
+        )
         if engine is None and model_uri and self._compiler:
             on_build()
             await self._build(selector, model_uri)
-            engine = await asyncio.to_thread(self._find_here_or_there, selector, False)
+            engine = await asyncio.to_thread(
+                self._find_here_or_there, selector, False, may_be_older
+            )
         if engine is None:
             raise EngineNotFound(engine=selector)
         return await asyncio.to_thread(self._ready, engine)
@@ -144,15 +154,18 @@ class EngineSource:
         return await self.find(selector, model_uri, on_build)
 
     def _find_here_or_there(
-        self, selector: EngineSelector, will_build: bool
+        self, selector: EngineSelector, will_build: bool, may_be_older: bool
     ) -> EngineManifest | None:
-        newest_format = max(READABLE_FORMATS)
-        engine = self._local.find(selector, newest_format)
-        if engine is None and self._remote is not None:
-            found = self._remote.find(selector, newest_format)
-            if found is not None:
-                self._check(found)  # before it is downloaded; and when it is here, once more
-                engine = self._pull(self._remote, found)
+        engine = self._local.find(selector, max(READABLE_FORMATS))
+        # A cache's engines are copies: which is the newest, the store elsewhere knows.
+        is_copy = self._cache is not None or (engine is not None and not self._is_trusted(engine))
+        if self._remote is not None and (engine is None or is_copy):
+            try:
+                engine = self._find_there(self._remote, selector, engine)
+            except MillraceError as error:
+                if engine is None or not may_be_older:
+                    raise
+                _log.warning("newest_engine_not_had", instead=engine.name, problem=str(error))
         if engine is None and not will_build:
             unreadable = self._local.find(selector)
             if unreadable is not None:
@@ -162,10 +175,29 @@ class EngineSource:
                 )
         return engine
 
-    def _pull(self, remote: ArtifactStore, engine: EngineManifest) -> EngineManifest:
+    def _find_there(
+        self, remote: ArtifactStore, selector: EngineSelector, here: EngineManifest | None
+    ) -> EngineManifest | None:
+        """The newest engine of the other store, which lies here then; `here` where that has none that fits."""
+        found = remote.find(selector, max(READABLE_FORMATS))
+        if found is None or (here is not None and found.manifest == here.manifest):
+            return here
+        try:
+            known = self._local.get(found.name)
+        except EngineNotFound:
+            known = None
+        if known is not None and known.manifest == found.manifest:
+            return known
+        self._check(found)  # before it is downloaded; and when it is here, once more
+        return self._pull(remote, found, known)
+
+    def _pull(
+        self, remote: ArtifactStore, engine: EngineManifest, instead: EngineManifest | None = None
+    ) -> EngineManifest:
+        """`engine` of the other store, which takes the name from `instead`."""
         if self._cache is not None:
-            return self._cache.pull(remote, engine, self._go_on)
-        return pull(remote, engine, self._local, self._go_on)
+            return self._cache.pull(remote, engine, self._go_on, instead)
+        return pull(remote, engine, self._local, self._go_on, instead)
 
     def _go_on(self, num_bytes: int, total_bytes: int) -> None:
         if self._is_closed:
@@ -174,6 +206,13 @@ class EngineSource:
     def _check(self, engine: EngineManifest) -> None:
         if self._trusted is not None:
             self._trusted.check(engine)
+
+    def _is_trusted(self, engine: EngineManifest) -> bool:
+        try:
+            self._check(engine)
+        except EngineNotTrusted:
+            return False
+        return True
 
     def _checked(self, engine: EngineManifest) -> EngineManifest:
         """`engine`, which lies in the local store, unless it is not to be trusted.

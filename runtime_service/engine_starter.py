@@ -53,21 +53,28 @@ class EngineStarter:
         self._read_text = read_text
         self._start_client = start_client
 
-    async def find(self, selector: EngineSelector, model_uri: str, on_state: OnState) -> Wanted:
+    async def find(
+        self, selector: EngineSelector, model_uri: str, on_state: OnState, *, may_be_older: bool
+    ) -> Wanted:
         """The engine to serve, which no cache evicts until it is let go.
 
         Args:
             model_uri: where the checkpoint is, in case it has to be built; "" = do not build.
             on_state: called with BUILDING where it has to be.
+            may_be_older: as `EngineSource.find` takes it.
         Raises:
             MillraceError: as `EngineSource.find`.
         """
         on_build = _telling(on_state, pb.RUNTIME_STATE_BUILDING)
-        engine = await self._source.find(selector, model_uri, on_build)
+
+        async def find() -> EngineManifest:
+            return await self._source.find(selector, model_uri, on_build, may_be_older=may_be_older)
+
+        engine = await find()
         try:
             let_go = self._source.hold(engine)
         except EngineNotFound:  # another runtime of the same cache needed its room just now
-            engine = await self._source.find(selector, model_uri, on_build)
+            engine = await find()
             let_go = self._source.hold(engine)
         return Wanted(selector, model_uri, engine, let_go)
 

@@ -20,6 +20,8 @@ from shared.engine import EngineSelector
 from shared.errors import MillraceError
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 30.0
+# Before an idle runtime tries a version again that it was not fit for: its engine may have been pushed or signed since.
+_UNFIT_S = 300.0
 
 _log = structlog.get_logger()
 
@@ -39,6 +41,7 @@ class Reconciler:
         name: the deployment; "": one that lacks a replica, as long as the runtime is idle.
         interval_s: between looks.
         ttl_s: after which a silent member's place is another one's.
+        unfit_s: for which an idle runtime leaves a version to others that it could not serve.
     """
 
     def __init__(
@@ -49,21 +52,25 @@ class Reconciler:
         name: str,
         interval_s: float,
         ttl_s: float,
+        unfit_s: float = _UNFIT_S,
     ) -> None:
         self._runtime = runtime
         self._deployments = deployments
         self._id = runtime_id
         self._own_name = name
-        self._interval_s, self._ttl_s = interval_s, ttl_s
+        self._interval_s, self._ttl_s, self._unfit_s = interval_s, ttl_s, unfit_s
         self._member_of: Deployment | None = None
+        # What it serves, or served before somebody had it unloaded. Versions alone do not say: a Redis that came back
+        # empty counts them anew.
+        self._followed: Deployment | None = None
         # What it has going on, besides looking: the next look takes its results.
         self._background = Background()
         self._attempt: _Attempt | None = None
         self._unloading: asyncio.Task[None] | None = None
-        # Versions that an idle runtime could not serve; the one that a member could not serve
-        # at last, and when it tries again.
-        self._unfit: set[tuple[str, int]] = set()
-        self._failed = ("", 0)
+        # Versions that an idle runtime could not serve, until when; the one that a member could not
+        # serve at last, and when it tries again.
+        self._unfit: dict[Deployment, float] = {}
+        self._failed: Deployment | None = None
         self._retry_at_s = 0.0
         self._retry_s = _FIRST_RETRY_S
 
@@ -112,7 +119,7 @@ class Reconciler:
         runtime.deployment = wanted.name
         if self._attempt is not None:
             await self._follow(self._attempt)
-        elif runtime.deployment_version != wanted.version or runtime.state == pb.RUNTIME_STATE_IDLE:
+        elif self._followed != wanted or runtime.state == pb.RUNTIME_STATE_IDLE:
             # Also where somebody had it unload what it served: the deployment says what is to be.
             await self._begin(wanted)
 
@@ -123,8 +130,12 @@ class Reconciler:
             return await self._deployments.get(name)
         if self._runtime.state != pb.RUNTIME_STATE_IDLE:
             return None
+        now_s = asyncio.get_running_loop().time()
+        self._unfit = {
+            version: until_s for version, until_s in self._unfit.items() if until_s > now_s
+        }
         for deployment in await self._deployments.list():
-            if (deployment.name, deployment.version) in self._unfit:
+            if deployment in self._unfit:
                 continue
             if await self._deployments.hold_slot(deployment, self._id, self._ttl_s):
                 return deployment
@@ -132,7 +143,7 @@ class Reconciler:
 
     async def _begin(self, wanted: Deployment) -> None:
         now_s = asyncio.get_running_loop().time()
-        if self._failed == (wanted.name, wanted.version) and now_s < self._retry_at_s:
+        if self._failed == wanted and now_s < self._retry_at_s:
             return
         if self._runtime.served is not None and not await self._deployments.hold_roll(
             wanted.name, self._id, self._ttl_s
@@ -144,7 +155,7 @@ class Reconciler:
     async def _load(self, wanted: Deployment) -> None:
         selector = EngineSelector(wanted.model, self._runtime.arch, wanted.quant)
         await self._runtime.load(selector, wanted.model_uri, anew=False)
-        self._runtime.deployment_version = wanted.version
+        self._runtime.deployment_version, self._followed = wanted.version, wanted
 
     async def _follow(self, attempt: _Attempt) -> None:
         """Keeps its turn while it loads; afterwards lets the next one."""
@@ -176,19 +187,19 @@ class Reconciler:
             reason=error.reason,
             problem=str(error),
         )
-        self._failed = (wanted.name, wanted.version)
+        self._failed = wanted
         self._retry_at_s = asyncio.get_running_loop().time() + self._retry_s
         self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
         has_hope = self._own_name or error.retry_after_s is not None
         if has_hope or self._runtime.served is not None:
             return False
-        self._unfit.add((wanted.name, wanted.version))
+        self._unfit[wanted] = asyncio.get_running_loop().time() + self._unfit_s
         return True
 
     async def _drop_out(self, deployment: Deployment) -> None:
         """Serves nothing: there are members enough, or it does not fit."""
         await self._deployments.release(deployment, self._id)
-        was_member, self._member_of = self._member_of is not None, None
+        was_member, self._member_of, self._followed = self._member_of is not None, None, None
         if was_member:
             _log.info("deployment_left", deployment=deployment.name)
             if self._attempt is not None:

@@ -21,7 +21,7 @@ from runtime_service.start_line import StartLine
 from runtime_service.startup import Startup
 from shared.auth import ANYBODY, Principal
 from shared.engine import EngineManifest, EngineSelector
-from shared.errors import Draining, GenerationNotFound
+from shared.errors import Draining, GenerationNotFound, ModelNotServed
 from shared.quotas import GenerationQuota
 
 _log = structlog.get_logger()
@@ -51,9 +51,7 @@ class Runtime:
         self.deployment, self.deployment_version = "", 0
         starter = EngineStarter(source, read_text, start_client)
         self.keeper = EngineKeeper(arch, starter, metrics, on_change, exchange_s)
-        self._line = StartLine(
-            self.keeper, lambda served, model: served.answers_to(model, self.deployment)
-        )
+        self._line = StartLine(self.keeper, self._check_model)
         self._calls: set[GenerationCall[Generation]] = set()
 
     @property
@@ -135,3 +133,9 @@ class Runtime:
         """Ends the engine process and everything else that this runtime started."""
         await self.keeper.close()
         await self._line.close()
+
+    def _check_model(self, served: ServedEngine, model: str) -> None:
+        """Raises ModelNotServed unless `model` names the engine that is served, or its deployment."""
+        if not served.answers_to(model, self.deployment):
+            known = filter(None, (self.deployment, served.engine.model))
+            raise ModelNotServed(model=model, known=", ".join(dict.fromkeys(known)))

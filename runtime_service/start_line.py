@@ -12,7 +12,7 @@ from runtime_service.generation import Generation
 from runtime_service.generation_trace import trace_generation
 from runtime_service.served_engine import ServedEngine
 from shared.background import Background
-from shared.errors import Draining, Internal, MillraceError, NoEngine, QueueFull
+from shared.errors import Draining, Internal, MillraceError, QueueFull
 
 # Of starts that wait: a byte of a start counts as a token, which it is at most, and a start as at least some.
 MAX_PREPARED_TOKENS = 32 << 20
@@ -29,12 +29,14 @@ class StartLine:
 
     Args:
         keeper: of the engine that takes them.
-        answers: claims that an engine is what a start's `model` names.
+        check_model: raises where an engine is not what a start's `model` names.
     """
 
-    def __init__(self, keeper: EngineKeeper, answers: Callable[[ServedEngine, str], bool]) -> None:
+    def __init__(
+        self, keeper: EngineKeeper, check_model: Callable[[ServedEngine, str], None]
+    ) -> None:
         self._keeper = keeper
-        self._answers = answers
+        self._check_model = check_model
         self._text_threads = ThreadPoolExecutor(_NUM_TEXT_THREADS, "text")
         self._large_text_thread = ThreadPoolExecutor(1, "large_text")
         self._background = Background()
@@ -109,11 +111,6 @@ class StartLine:
             return await self._keeper.takes_soon()
         finally:
             generation.held = None
-
-    def _check_model(self, served: ServedEngine, model: str) -> None:
-        """Raises NoEngine unless `model` names the engine that is served."""
-        if not self._answers(served, model):
-            raise NoEngine(wanted=model)
 
 
 def _end_if_failed(generation: Generation, task: asyncio.Task[None]) -> None:

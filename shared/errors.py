@@ -6,6 +6,7 @@ wrong, what was found, what to do. Our own mistakes are `assert`s, not rows.
 Source: google.rpc error model, AIP-193.
 """
 
+import math
 from typing import ClassVar
 
 import grpc
@@ -21,7 +22,7 @@ class MillraceError(Exception):
 
     Args:
         fields: fill the row's sentence and become `ErrorInfo.metadata`, as text.
-        retry_after_s: set where trying again can help; becomes `RetryInfo`.
+        retry_after_s: set where trying again can help; becomes `RetryInfo`, and `{retry_s}` of the sentence.
     """
 
     reason: ClassVar[str] = "INTERNAL"
@@ -32,11 +33,17 @@ class MillraceError(Exception):
     def __init__(self, *, retry_after_s: float | None = None, **fields: object) -> None:
         self.fields = {name: str(value) for name, value in fields.items()}
         self.retry_after_s = self.default_retry_after_s if retry_after_s is None else retry_after_s
-        super().__init__(self.template.format(**self.fields))
+        retry_s = "" if self.retry_after_s is None else _seconds_text(self.retry_after_s)
+        super().__init__(self.template.format(**{"retry_s": retry_s, **self.fields}))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders (build child, engine process) by pickle.
         return _restore, (type(self), self.fields, self.retry_after_s)
+
+
+def _seconds_text(seconds: float) -> str:
+    """At least as long, for people: `0.3`, `12`."""
+    return f"{math.ceil(seconds * 10) / 10:g}" if seconds < 10 else str(math.ceil(seconds))
 
 
 def _restore(
@@ -118,7 +125,10 @@ class BuildNotFound(MillraceError):
     """No build or operation of that name."""
 
     reason, code = "BUILD_NOT_FOUND", _S.NOT_FOUND
-    template = "No build {build!r}; records expire {kept} after they end."
+    template = (
+        "No build {build!r}: records expire {kept} after they end, and go where Redis loses its "
+        "data; ask for it again."
+    )
 
 
 class BlobNotFound(MillraceError):
@@ -173,6 +183,13 @@ class DeploymentNotFound(MillraceError):
     template = "No deployment {deployment!r}; `millrace status` lists what there is."
 
 
+class NoDeployments(MillraceError):
+    """A gateway that has no Redis was asked to write a deployment down."""
+
+    reason, code = "NO_DEPLOYMENTS", _S.FAILED_PRECONDITION
+    template = "This gateway keeps no deployments, as it has no Redis; start it with --redis-url."
+
+
 class ModelNotServed(MillraceError):
     """No runtime serves a model or deployment of that name."""
 
@@ -209,7 +226,7 @@ class BuildQueueFull(MillraceError):
     """Too many builds wait."""
 
     reason, code = "BUILD_QUEUE_FULL", _S.RESOURCE_EXHAUSTED
-    template = "{queued} builds are waiting and at most {max_queued} may; try again later."
+    template = "{queued} builds are waiting and at most {max_queued} may; try again in {retry_s} s."
     default_retry_after_s = 30.0
 
 
@@ -217,9 +234,7 @@ class QueueFull(MillraceError):
     """Too many tokens wait for admission."""
 
     reason, code = "QUEUE_FULL", _S.RESOURCE_EXHAUSTED
-    template = (
-        "{waiting_tokens} tokens are waiting and at most {max_waiting_tokens} may; try again."
-    )
+    template = "{waiting_tokens} tokens are waiting and at most {max_waiting_tokens} may; try again in {retry_s} s."
     default_retry_after_s = 1.0
 
 
@@ -336,7 +351,8 @@ class QuotaExceeded(MillraceError):
     """The tenant used up one of its limits."""
 
     reason, code = "QUOTA_EXCEEDED", _S.RESOURCE_EXHAUSTED
-    template = "The tenant's limit of {allowed} {limit} is used up; try again later."
+    template = "The tenant's limit of {allowed} {limit} is used up; try again in {retry_s} s."
+    default_retry_after_s = 1.0
 
 
 class EngineNotTrusted(MillraceError):
@@ -383,7 +399,7 @@ class Internal(MillraceError):
 ERRORS: dict[str, type[MillraceError]] = {
     row.reason: row
     for row in (
-        GenerationNotFound, DeploymentNotFound, ModelNotServed, NotARuntime,
+        GenerationNotFound, DeploymentNotFound, NoDeployments, ModelNotServed, NotARuntime,
         FollowsDeployment,
         UnsupportedModel, InvalidModel, UnsupportedArch, UnsupportedQuant, UnsupportedTp,
         InvalidField, PromptTooLong, ModelNotFound, EngineNotFound, BuildNotFound, BlobNotFound,

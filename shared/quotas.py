@@ -13,9 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shared.errors import QuotaExceeded
 
-# Of a limit on what runs at once nobody knows when it will be free again.
-_BUSY_RETRY_S = 1.0
-
 
 class Limits(BaseModel):
     """A tenant's limits; 0 sets none."""
@@ -108,9 +105,8 @@ class TenantQuota:
             allowed = self.limits.concurrent
             num_others = self._num_running - (in_place_of is not None and in_place_of.is_open)
             if allowed and num_others >= allowed:
-                raise QuotaExceeded(
-                    limit="concurrent", allowed=allowed, retry_after_s=_BUSY_RETRY_S
-                )
+                # When one of them will end nobody knows: the error has a delay of its own.
+                raise QuotaExceeded(limit="concurrent", allowed=allowed)
             self._num_running += 1
         return GenerationQuota(self)
 

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from millrace.engine.v1 import engine_pb2
 from millrace.fleet.v1 import fleet_pb2 as pb
 from millrace.fleet.v1 import fleet_pb2_grpc
 from redis.exceptions import RedisError
@@ -10,13 +11,15 @@ from redis.exceptions import RedisError
 from runtime_service.deployments import Deployment, Deployments, is_deployment_name
 from runtime_service.gateway.fleet import Fleet
 from runtime_service.gateway.runtime_link import RuntimeLink
+from runtime_service.settings import quant_named
 from shared import wire
-from shared.errors import DeploymentNotFound, InvalidField, RedisUnreachable
+from shared.engine import QuantConfig
+from shared.errors import DeploymentNotFound, InvalidField, NoDeployments, RedisUnreachable
 from shared.redis import reachable
 
 MAX_REPLICAS = 1000
 # Whether there is such a scheme is the compile daemon's to know.
-_SCHEME = re.compile(r"[a-z0-9_]{1,32}")
+_WRITTEN = re.compile(r"[a-z0-9_-]{1,64}")
 
 
 class FleetService(fleet_pb2_grpc.FleetServiceServicer):
@@ -52,8 +55,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     ) -> pb.ApplyDeploymentResponse:
         """Says what a deployment serves from now on."""
         wanted = _deployment_from(request.deployment)
+        statuses = [link.status for link in self._fleet if link.status.deployment == wanted.name]
+        last_version = max((status.deployment_version for status in statuses), default=0)
         async with reachable(self._redis_url):
-            await self._written().apply(wanted)
+            await self._written().apply(wanted, last_version)
             applied = await self._written().get(wanted.name)
         if applied is None:
             raise DeploymentNotFound(deployment=wanted.name)
@@ -71,8 +76,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
 
     def _written(self) -> Deployments:
         if self._deployments is None:
-            problem = "keeps deployments: this gateway was started without --redis-url"
-            raise RedisUnreachable(url="(none)", problem=problem)
+            raise NoDeployments()
         return self._deployments
 
     def _described(self, deployment: Deployment) -> pb.Deployment:
@@ -104,19 +108,46 @@ def _deployment_from(message: pb.Deployment) -> Deployment:
         raise InvalidField(field="deployment.name", problem=f"{problem}, found {message.name!r}")
     if not message.model:
         raise InvalidField(field="deployment.model", problem="must be a model's name or digest")
-    if not _SCHEME.fullmatch(message.quant.scheme):
-        problem = f"must be a scheme, such as int8, found {message.quant.scheme!r}"
-        raise InvalidField(field="deployment.quant.scheme", problem=problem)
+    quant = _quant_from(message.quant)
     if not 1 <= message.replicas <= MAX_REPLICAS:
         problem = f"must be from 1 to {MAX_REPLICAS}, found {message.replicas}"
         raise InvalidField(field="deployment.replicas", problem=problem)
     return Deployment(
         message.name,
         message.model,
-        wire.quant_from_proto(message.quant),
+        quant,
         message.model_uri,
         message.replicas,
     )
+
+
+def _quant_from(message: engine_pb2.QuantConfig) -> QuantConfig:
+    """What engines are looked for by, which is all of a recipe that a deployment can say.
+
+    Raises:
+        InvalidField: it is something else, or more.
+    """
+    quant = wire.quant_from_proto(message)
+    found_by = QuantConfig(quant.scheme, quant.group_size, kv_cache=quant.kv_cache)
+    if quant != found_by:
+        problem = "may have scheme, group_size and kv_cache; what else a build is to know goes to BuildEngine"
+        raise InvalidField(field="deployment.quant", problem=problem)
+    # Runtimes read it as it is written down.
+    if not _is_quant(message.scheme, QuantConfig(message.scheme)):
+        problem = f"must be a scheme, such as int8 or int4-awq, found {message.scheme!r}"
+        raise InvalidField(field="deployment.quant.scheme", problem=problem)
+    if not _is_quant(str(quant), quant):
+        problem = f"must be fp8, int8 or empty, found {quant.kv_cache!r}"
+        raise InvalidField(field="deployment.quant.kv_cache", problem=problem)
+    return quant
+
+
+def _is_quant(text: str, quant: QuantConfig) -> bool:
+    """Claims that `text` says `quant`."""
+    try:
+        return _WRITTEN.fullmatch(text) is not None and quant_named(text) == quant
+    except ValueError:  # of no form
+        return False
 
 
 def _runtime(link: RuntimeLink) -> pb.Runtime:

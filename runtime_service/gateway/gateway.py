@@ -270,7 +270,8 @@ class Gateway:
         """Has `run` wait for a runtime.
 
         Raises:
-            NoEngine: nobody serves what it wants, or is about to; or it has waited long enough.
+            ModelNotServed: others are served, and what it wants is not, nor about to be.
+            NoEngine: nothing is served, or about to be; or it has waited long enough.
             QueueFull: it is new, and every runtime has more than enough to do.
             EngineLost: it has run before, and has waited long enough to go on.
             GatewayRefused: runtimes refuse the gateway's key, which waiting does not change.
@@ -283,6 +284,7 @@ class Gateway:
         if is_new and isinstance(refusal, KEY_REFUSALS):
             raise GatewayRefused()
         if is_new and not any(link.serves(model) for link in self._fleet):
+            self._fleet.check_model(model)
             raise NoEngine(wanted=model or "any model")
         run.gives_up_s = run.gives_up_s or now_s + self._wait_s
         if now_s >= run.gives_up_s:

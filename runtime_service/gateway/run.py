@@ -10,7 +10,15 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.runtime_link import RuntimeLink
 from runtime_service.validation import MAX_CREDIT
-from shared.errors import EngineLost, MillraceError, NoEngine, QueueFull, from_status
+from shared.errors import (
+    Draining,
+    EngineLost,
+    MillraceError,
+    ModelNotServed,
+    NoEngine,
+    QueueFull,
+    from_status,
+)
 from shared.tracing import NO_SPAN, Span, start_span
 
 # Bytes of text in a token at least, on average, for an estimate of what a prompt costs.
@@ -206,7 +214,9 @@ class Run:
     def _on_error(self, error: MillraceError) -> None:
         if isinstance(error, EngineLost):
             self._lose(error)
-        elif error.reason in ("DRAINING", "NO_ENGINE", "QUEUE_FULL"):
+        elif isinstance(error, Draining | NoEngine | ModelNotServed | QueueFull):
+            if isinstance(error, ModelNotServed):  # here: what all know is the gateway's to say
+                error = NoEngine(wanted=self.generation.start.model)
             self._leave(error)
             self.generation.run_moved(self)
         else:

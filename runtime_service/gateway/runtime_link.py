@@ -31,6 +31,7 @@ from shared.errors import (
     QueueFull,
     Unauthenticated,
 )
+from shared.settings import SettingsError
 
 # What the gateway's own key, if any, has a runtime answer.
 KEY_REFUSALS = (PermissionDenied, Unauthenticated)
@@ -115,19 +116,8 @@ class RuntimeLink:
         self._max_start_bytes = options.max_message_bytes - _ENVELOPE_BYTES
         self._poll_s, self._silent_s = options.poll_s, options.silent_s
         self._on_change = on_change
-        self._channel = options.peers.aio_channel(
-            address,
-            [
-                ("grpc.max_receive_message_length", options.max_message_bytes),
-                ("grpc.max_send_message_length", options.max_message_bytes),
-                ("grpc.enable_http_proxy", 0),
-                # A runtime that comes back is found again quickly.
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1_000),
-            ],
-        )
-        self._stub: runtime_pb2_grpc.RuntimeServiceAsyncStub
-        self._stub = runtime_pb2_grpc.RuntimeServiceStub(self._channel)
+        self._options = options
+        self._open_channel()
         self._runs: dict[str, UpstreamRun] = {}
         self._num_runs = 0
         # Tokens of prompts that were sent after the last status, which does not know them.
@@ -332,6 +322,35 @@ class RuntimeLink:
             run.on_lost(error)
         self._on_change()
 
+    def _open_channel(self) -> None:
+        options = self._options
+        self._tls_stamp = options.peers.tls.stamp()
+        self._channel = options.peers.aio_channel(
+            self.address,
+            [
+                ("grpc.max_receive_message_length", options.max_message_bytes),
+                ("grpc.max_send_message_length", options.max_message_bytes),
+                ("grpc.enable_http_proxy", 0),
+                # A runtime that comes back is found again quickly.
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1_000),
+            ],
+        )
+        self._stub: runtime_pb2_grpc.RuntimeServiceAsyncStub
+        self._stub = runtime_pb2_grpc.RuntimeServiceStub(self._channel)
+
+    async def _follow_certificates(self) -> None:
+        """Reads them anew where they have changed: gRPC does so with a new channel alone."""
+        try:
+            if self._calls or self._options.peers.tls.stamp() == self._tls_stamp:
+                return
+            old = self._channel
+            self._open_channel()
+        except (SettingsError, OSError) as error:  # they are being exchanged this moment
+            _log.warning("peer_tls_files_unusable", runtime=self.address, problem=str(error))
+            return
+        await old.close()
+
     # What it says of itself.
 
     async def _watch(self) -> None:
@@ -359,6 +378,8 @@ class RuntimeLink:
             if self._is_draining:
                 self._last_sign_s = time.monotonic()
             has_changed, self._answers = self._answers, False
+            if isinstance(error, EngineLost):
+                await self._follow_certificates()
         else:
             has_changed = self._take(status)
             self._sent_tokens -= sent_tokens

@@ -32,21 +32,27 @@ class EngineCache:
         return self.local.hold(engine)
 
     def pull(
-        self, source: ArtifactStore, engine: EngineManifest, report: Report | None = None
+        self,
+        source: ArtifactStore,
+        engine: EngineManifest,
+        report: Report | None = None,
+        instead: EngineManifest | None = None,
     ) -> EngineManifest:
         """The engine, complete and verified here; others may have gone for it.
 
+        Args:
+            report, instead: as of `shared.store.pull`.
         Raises:
             CacheTooSmall: it does not fit beside what is held.
             MillraceError: see `shared.store.pull`.
         """
         if self.max_bytes == 0:
-            return pull(source, engine, self.local, report)
+            return pull(source, engine, self.local, report, instead)
         with self._alone(), self.local.pin() as pin:
             for blob in engine.layers:
                 pin.add(blob.digest)  # so that making room leaves what is here of them
             self._make_room(engine)
-            return pull(source, engine, self.local, report)
+            return pull(source, engine, self.local, report, instead)
 
     def trim(self) -> None:
         """Lets go of engines until the limit holds again, or what is left is held."""

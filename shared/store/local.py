@@ -15,7 +15,6 @@ else (`index.json`, the selectors) follows from the names.
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,6 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from shared.engine import (
@@ -43,6 +41,7 @@ from shared.store.blob_writer import BlobWriter, Bytes
 from shared.store.blobs import BlobFolder, Sweep, sync_folder
 from shared.store.locks import FileLock
 from shared.store.pins import Pin
+from shared.store.records import EngineRecord, Records
 
 MIN_PREFIX_CHARACTERS = 6
 DEFAULT_GRACE_S = 24 * 3600.0
@@ -61,6 +60,7 @@ class LocalStore:
         self._signatures = self.root / "signatures"
         self._tunings = self.root / "tunings"
         self.blobs = BlobFolder(self.root)
+        self._records = Records()
         for folder in (self._engines, self._selectors, self._signatures, self._tunings):
             folder.mkdir(exist_ok=True)
         if not (self.root / "oci-layout").exists():
@@ -177,15 +177,26 @@ class LocalStore:
             return self.commit(manifest, draft.key, draft.model, _now_s())
 
     def commit(
-        self, manifest: Blob, key: EngineKey, model: str, created_s: float
+        self,
+        manifest: Blob,
+        key: EngineKey,
+        model: str,
+        created_s: float,
+        instead: EngineManifest | None = None,
     ) -> EngineManifest:
-        """Names the engine whose manifest and other blobs are here, unless it has a name."""
-        record = {"manifest": oci.descriptor(manifest), "created_s": created_s}
+        """Names the engine whose manifest and other blobs are here, unless another one has its name.
+
+        Args:
+            instead: that gives the name up, with what was said of it; whoever has its blobs in use keeps them.
+        """
+        record = EngineRecord(manifest, created_s)
         with self._naming():
             self._require(manifest, created_s)
+            if instead is not None and self._load(key.digest) == instead:
+                self._unname(instead)
             for name in {model, key.model_digest}:
                 self._select(EngineSelector(name, key.arch, key.quant), key.digest)
-            self._name(key.digest, canonical_json(record))
+            self._name(key.digest, record.to_json())
             engine = self._load(key.digest)
             assert engine is not None, "a committed engine is not complete"
             self._write_index()
@@ -289,7 +300,7 @@ class LocalStore:
     def sweep(self, grace_s: float = DEFAULT_GRACE_S) -> Sweep:
         """Removes blobs that no engine and no pin needs and that are older than `grace_s`."""
         index = self.root / "index.json"
-        if index.exists() and _record_at(index) is None:
+        if index.exists() and self._records.read(index, oci.digests_in_index) is None:
             with self._naming():
                 self._write_index()
         return self.blobs.sweep(self._referenced, grace_s)
@@ -321,14 +332,18 @@ class LocalStore:
 
     def _load(self, name: str) -> EngineManifest | None:
         # An engine that misses a blob is as good as absent: it is built or pulled again.
+        path = self._engines / name
         try:
-            record = _record_at(self._engines / name)
+            record = self._records.read(path, EngineRecord.from_json)
             if record is None:
                 return None
-            engine = self._require(oci.blob_of(record["manifest"]), record["created_s"])
+            engine = self._require(record.manifest, record.created_s)
             return replace(
                 engine, signatures=self._signatures_of(name), tunings=self._tunings_of(name)
             )
+        except InvalidField as error:
+            self._records.pass_over(str(path), error)
+            return None
         except (FileNotFoundError, BlobNotFound, DigestMismatch):
             return None
 
@@ -344,9 +359,9 @@ class LocalStore:
     def _referrers(self, name: str) -> oci.Referrers:
         signatures, tunings = (
             tuple(
-                oci.blob_of(record)
+                blob
                 for path in (sorted(folder.iterdir()) if folder.exists() else ())
-                if (record := _record_at(path)) is not None
+                if (blob := self._records.read(path, oci.descriptor_in)) is not None
             )
             for folder in (self._signatures / name, self._tunings / name)
         )
@@ -422,15 +437,15 @@ class LocalStore:
 
     def _referenced_by(self, record: Path) -> set[str]:
         # Blobs of an incomplete engine are kept: they need not be made or pulled again.
-        said = _record_at(record)
+        said = self._records.read(record, EngineRecord.from_json)
         if said is None:
             return set()
-        manifest = oci.blob_of(said["manifest"])
+        manifest = said.manifest
         try:
             text = self.blobs.read_in_sweep(manifest.digest)
-        except (BlobNotFound, DigestMismatch):  # it no longer says what it names
+            config, layers = oci.config_of(text), oci.layers_of(text)
+        except (BlobNotFound, DigestMismatch, InvalidField):  # it does not say what it names
             return set()
-        layers = [oci.blob_of(raw).digest for raw in json.loads(text)["layers"]]
         referrers = self._referrers(record.name)
         kept = {blob.digest for blob in (*referrers.signatures, *referrers.tunings)}
         for blob in referrers.tunings:
@@ -441,7 +456,7 @@ class LocalStore:
                 kept |= set() if measured is None else {measured.digest}
         if kept:
             kept.add(oci.EMPTY.digest)
-        return {manifest.digest, oci.config_of(text).digest, *layers, *kept}
+        return {manifest.digest, config.digest, *(blob.digest for blob in layers), *kept}
 
     def _write_beside(self, content: bytes) -> Path:
         path = self.blobs.partial / f"{os.getpid()}-{uuid.uuid4().hex}"
@@ -455,18 +470,6 @@ class LocalStore:
         with self.blobs.adding():
             os.replace(self._write_beside(content), path)
         sync_folder(path.parent)
-
-
-def _record_at(path: Path) -> dict[str, Any] | None:
-    """What a record of ours says; None where a damaged disk left no sense in it.
-
-    Records are written whole; one that is not is as good as absent, and hides no other.
-    """
-    try:
-        record: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError:  # no JSON: what is not there is not there for everybody, and made again
-        return None
-    return record
 
 
 def _now_s() -> float:

@@ -213,6 +213,11 @@ def blob_of(raw: dict[str, Any]) -> Blob:
     return Blob(str(raw["mediaType"]), digest, size, title)
 
 
+def descriptor_in(text: bytes) -> Blob:
+    """The blob that a content descriptor in JSON names; raises what reading and `blob_of` raise."""
+    return blob_of(json.loads(text))
+
+
 def config_of(manifest_text: bytes) -> Blob:
     """The configuration that an engine's manifest names.
 
@@ -224,6 +229,18 @@ def config_of(manifest_text: bytes) -> Blob:
         if raw["artifactType"] != ARTIFACT_TYPE:
             raise InvalidField(field="manifest", problem=f"its artifactType is not {ARTIFACT_TYPE}")
         return blob_of(raw["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidField(field="manifest", problem=f"not an engine's: {error!r}") from error
+
+
+def layers_of(manifest_text: bytes) -> tuple[Blob, ...]:
+    """The layers that an engine's manifest names.
+
+    Raises:
+        InvalidField: it is not an engine's manifest.
+    """
+    try:
+        return tuple(blob_of(raw) for raw in json.loads(manifest_text)["layers"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidField(field="manifest", problem=f"not an engine's: {error!r}") from error
 
@@ -242,7 +259,7 @@ def engine_of(
             key=EngineKey.from_dict(json.loads(labels[KEY_LABEL])),
             model=labels[MODEL_LABEL],
             format_version=int(labels[FORMAT_LABEL]),
-            layers=tuple(blob_of(raw) for raw in json.loads(manifest_text)["layers"]),
+            layers=layers_of(manifest_text),
             manifest=manifest,
             created_s=created_s,
         )
@@ -292,14 +309,18 @@ def entries_of(index_text: bytes) -> tuple[IndexEntry, ...]:
 
 
 def tags_in_layout(text: bytes) -> dict[str, Blob]:
-    """What each reference of an image layout's `index.json` names.
+    """What each reference of an image layout's `index.json` names; others may list what has none.
 
     Raises:
         InvalidField: it is not one.
     """
     try:
-        named = [raw for raw in json.loads(text)["manifests"] if REF_NAME in raw["annotations"]]
-        return {raw["annotations"][REF_NAME]: blob_of(raw) for raw in named}
+        rows = json.loads(text)["manifests"]
+        return {
+            raw["annotations"][REF_NAME]: blob_of(raw)
+            for raw in rows
+            if REF_NAME in raw.get("annotations", {})
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidField(field="index.json", problem=f"not a layout's: {error!r}") from error
 
@@ -324,7 +345,7 @@ def layout_index_json(refs: Iterable[tuple[str, Blob]]) -> bytes:
 
 def digests_in_index(text: bytes) -> set[str]:
     """The digests that an image index names."""
-    return {raw["digest"] for raw in json.loads(text)["manifests"]}
+    return {blob_of(raw).digest for raw in json.loads(text)["manifests"]}
 
 
 def _index(manifests: Iterable[dict[str, Any]]) -> bytes:

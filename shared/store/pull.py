@@ -30,6 +30,7 @@ def pull(
     engine: EngineManifest,
     into: LocalStore,
     report: Report | None = None,
+    instead: EngineManifest | None = None,
 ) -> EngineManifest:
     """The engine, complete and verified in `into`, with its signatures; or the one of its key that was there first.
 
@@ -38,6 +39,7 @@ def pull(
 
     Args:
         report: called with (bytes that are here, bytes of the engine) as they come.
+        instead: of the same key, in `into`: it gives its name up once the other one is whole.
     Raises:
         DigestMismatch: the source gave other bytes, twice.
         BlobNotFound: the source lacks a blob.
@@ -66,7 +68,7 @@ def pull(
         if pulled.key != engine.key:
             raise DigestMismatch(digest=engine.name, found=pulled.name)
         _fetch_all(source, pulled.layers, into.blobs, count)
-        pulled = into.commit(pulled.manifest, pulled.key, pulled.model, pulled.created_s)
+        pulled = into.commit(pulled.manifest, pulled.key, pulled.model, pulled.created_s, instead)
         if pulled.manifest != engine.manifest:
             return pulled  # published here first: what is said of the other one is not true of it
         for signature in engine.signatures:

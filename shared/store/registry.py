@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +43,7 @@ from shared.store import oci
 from shared.store.blobs import Sweep
 from shared.store.local import DEFAULT_GRACE_S, MIN_PREFIX_CHARACTERS, LocalStore
 from shared.store.pull import Report
+from shared.store.records import Records
 
 _NUM_THREADS = 4
 # An index that many change at once: each change takes a few requests.
@@ -117,6 +119,7 @@ class RegistryStore:
         self.registry = registry
         # By the manifest's digest: what a digest names does not change.
         self._engines: dict[str, EngineManifest] = {}
+        self._records = Records()
 
     @property
     def url(self) -> str:
@@ -190,7 +193,9 @@ class RegistryStore:
         if there is None or there.manifest == engine.manifest:
             self._push_blobs(local, engine, report)
             text = local.read_all(engine.manifest.digest)
-            replaced = None if there is None else there.manifest.digest
+            # Also where what has the tag makes no sense: this mends it.
+            tagged = self.registry.manifest(engine.key.digest) if there is None else None
+            replaced = there.manifest.digest if there else tagged[0].digest if tagged else None
             with contextlib.suppress(TagMoved):  # somebody was first
                 self.registry.put_manifest(
                     text, oci.MANIFEST_TYPE, engine.key.digest, replaces=replaced
@@ -214,13 +219,15 @@ class RegistryStore:
         """Lets selectors find the engine by this model name too."""
         new = oci.IndexEntry(engine.manifest, engine.key.arch, model, engine.created_s)
 
+        tag = oci.index_ref(model, engine.key.quant)
+
         def add(index: bytes | None) -> bytes:
-            entries = () if index is None else oci.entries_of(index)
+            entries = self._listed(tag, index)
             others = [e for e in entries if e.manifest != new.manifest]
             is_there = any(e.model == model for e in entries if e.manifest == new.manifest)
             return index if index and is_there else oci.named_index_json([new, *others])
 
-        self._change(oci.index_ref(model, engine.key.quant), add)
+        self._change(tag, add)
 
     def add_signature(self, engine: EngineManifest, signature: Signature) -> EngineManifest:
         """Keeps a signature with the engine, once; gives it with all that it has.
@@ -235,14 +242,15 @@ class RegistryStore:
             self.registry.upload(oci.EMPTY, oci.EMPTY_CONTENT)
         content = oci.signature_json(signature, engine.manifest)
         manifest = self.registry.put_manifest(content, oci.MANIFEST_TYPE)
+        tag = oci.referrers_ref(engine.manifest)
 
         def add(index: bytes | None) -> bytes:
-            old = oci.Referrers() if index is None else oci.referrers_of(index)
+            old = self._referring(tag, index)
             is_there = any(blob.digest == manifest.digest for blob in old.signatures)
             new = replace(old, signatures=(*old.signatures, manifest))
             return index if index and is_there else oci.referrers_json(new)
 
-        self._change(oci.referrers_ref(engine.manifest), add)
+        self._change(tag, add)
         return self._with_referrers(engine)
 
     def add_tuning(self, engine: EngineManifest, gpu: str, record: bytes) -> EngineManifest:
@@ -254,15 +262,16 @@ class RegistryStore:
                 self.registry.upload(each, content)
         text = oci.tuning_json(blob, engine.manifest)
         manifest = self.registry.put_manifest(text, oci.MANIFEST_TYPE)
+        tag = oci.referrers_ref(engine.manifest)
 
         def add(index: bytes | None) -> bytes:
-            old = oci.Referrers() if index is None else oci.referrers_of(index)
+            old = self._referring(tag, index)
             if index and any(b.digest == manifest.digest for b in old.tunings):
                 return index
             others = [b for b in old.tunings if (t := self._tuning_of(b)) and t.title != gpu]
             return oci.referrers_json(replace(old, tunings=(*others, manifest)))
 
-        self._change(oci.referrers_ref(engine.manifest), add)
+        self._change(tag, add)
         return self._with_referrers(engine)
 
     def delete(self, name: str) -> EngineManifest:
@@ -280,8 +289,8 @@ class RegistryStore:
             self.registry.delete_manifest(blob.digest)
         referrers = oci.referrers_ref(engine.manifest)
 
-        def remove(index: bytes | None) -> bytes | None:
-            entries = () if index is None else oci.entries_of(index)
+        def remove(tag: str, index: bytes | None) -> bytes | None:
+            entries = self._listed(tag, index)
             left = [entry for entry in entries if entry.manifest.digest != digest]
             if len(left) == len(entries):
                 return index
@@ -289,7 +298,7 @@ class RegistryStore:
 
         for tag in self.registry.tags():
             if not _ENGINE_TAG.fullmatch(tag):
-                self._change(tag, (lambda _: None) if tag == referrers else remove)
+                self._change(tag, (lambda _: None) if tag == referrers else partial(remove, tag))
         return engine
 
     def sweep(self, grace_s: float = DEFAULT_GRACE_S) -> Sweep:
@@ -381,12 +390,19 @@ class RegistryStore:
             return None
         manifest, text = found
         if manifest.digest not in self._engines:
-            _require_digest(manifest.digest, text)
-            config = oci.config_of(text)
-            config_text = b"".join(self.registry.read(config.digest))
-            _require_digest(config.digest, config_text)
-            self._engines[manifest.digest] = oci.engine_of(manifest, text, config_text, 0.0)
+            try:
+                self._engines[manifest.digest] = self._read_engine(manifest, text)
+            except (InvalidField, BlobNotFound, DigestMismatch) as error:
+                self._records.pass_over(f"{self.url} {reference}", error)
+                return None
         return replace(self._engines[manifest.digest], created_s=created_s)
+
+    def _read_engine(self, manifest: Blob, text: bytes) -> EngineManifest:
+        _require_digest(manifest.digest, text)
+        config = oci.config_of(text)
+        config_text = b"".join(self.registry.read(config.digest))
+        _require_digest(config.digest, config_text)
+        return oci.engine_of(manifest, text, config_text, 0.0)
 
     def _dated(self, engine: EngineManifest) -> EngineManifest:
         for entry in self._entries(_digest_ref(engine.key)):
@@ -409,13 +425,27 @@ class RegistryStore:
         return None if found is None else oci.tuning_of(found[1])
 
     def _referrers(self, manifest: Blob) -> oci.Referrers:
-        found = self.registry.manifest(oci.referrers_ref(manifest))
-        return oci.Referrers() if found is None else oci.referrers_of(found[1])
+        tag = oci.referrers_ref(manifest)
+        found = self.registry.manifest(tag)
+        return self._referring(tag, None if found is None else found[1])
+
+    def _referring(self, tag: str, index: bytes | None) -> oci.Referrers:
+        """What the index of that tag lists; nothing where there is no sense in it."""
+        if index is None:
+            return oci.Referrers()
+        said = self._records.parse(f"{self.url} {tag}", index, oci.referrers_of)
+        return said or oci.Referrers()
 
     def _entries(self, tag: str) -> tuple[oci.IndexEntry, ...]:
         found = self.registry.manifest(tag)
         is_index = found is not None and found[0].media_type == oci.INDEX_TYPE
-        return oci.entries_of(found[1]) if found is not None and is_index else ()
+        return self._listed(tag, found[1] if found is not None and is_index else None)
+
+    def _listed(self, tag: str, index: bytes | None) -> tuple[oci.IndexEntry, ...]:
+        """What the index of that tag lists; nothing where there is no sense in it."""
+        if index is None:
+            return ()
+        return self._records.parse(f"{self.url} {tag}", index, oci.entries_of) or ()
 
 
 def _digest_ref(key: EngineKey) -> str:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from shared.errors import InvalidField, MillraceError
+from shared.log import configure_logging
 from shared.settings import SettingsError
 from shared.store import LocalStore, open_store
 from shared.store.blobs import Sweep
@@ -35,7 +36,8 @@ def sweep(url: str) -> Sweep:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints what was removed, as JSON; a failure is one line on stderr."""
+    """Prints what was removed, as JSON; a failure is one line on stderr, as is what was passed over."""
+    configure_logging("warning", "auto", "sweep")
     try:
         (url,) = arguments
         swept = sweep(url)

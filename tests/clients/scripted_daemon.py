@@ -34,6 +34,7 @@ class Script:
         words: the answer, a token each.
         changes: what a watched operation goes through.
         breaks: after how many changes WatchOperation breaks, once.
+        forgets: how many more times WatchOperation knows no such operation.
         blocks_after: words after which a generation goes on only once it is cancelled.
     """
 
@@ -41,6 +42,7 @@ class Script:
     words: tuple[str, ...] = WORDS
     changes: list[compiler_pb2.Operation] = field(default_factory=list)
     breaks: list[int] = field(default_factory=list)
+    forgets: int = 0
     blocks_after: int | None = None
     builds: list[compiler_pb2.Build] = field(default_factory=list)
     engines: list[engine_pb2.Engine] = field(default_factory=list)
@@ -158,6 +160,9 @@ class _Compiler(compiler_pb2_grpc.CompilerServiceServicer):
 
     def WatchOperation(self, request: Any, context: Any) -> Iterator[Any]:
         self._script.asked.append(request)
+        if self._script.forgets:
+            self._script.forgets -= 1
+            _abort(context, BuildNotFound(build=request.name, kept="7 days"))
         stop = self._script.breaks.pop(0) if self._script.breaks else None
         for index, change in enumerate(self._script.changes or [succeeded(cached=True)]):
             if index == stop:

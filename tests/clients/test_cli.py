@@ -538,3 +538,8 @@ def test_terminal_shows_what_is_waited_for(daemon: ScriptedDaemon) -> None:
 def test_narrow_terminal_gets_fewer_columns_and_whole_cells(width: int, shown: list[int]) -> None:
     columns, rows = ("name", "start", "state"), [("runtime", "1 s", "idle")]
     assert fitting(columns, rows, ("start", "state"), width) == shown
+
+
+def test_narrow_column_takes_the_room_that_a_wide_one_leaves() -> None:
+    columns, rows = ("name", "KV", "TTFT"), [("runtime", "75% of 1024", "9 ms")]
+    assert fitting(columns, rows, ("TTFT", "KV"), 14) == [0, 2]

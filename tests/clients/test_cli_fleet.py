@@ -107,6 +107,19 @@ def test_top_shows_fleet_and_builds_until_it_is_interrupted() -> None:
         assert part in shown
 
 
+def test_top_of_one_runtime_on_a_narrow_screen_shows_what_its_start_does_now() -> None:
+    script = Script(fleet=a_fleet(), builds=[a_build(compiler_pb2.BUILD_STATE_RUNNING)])
+    starting = script.fleet.runtimes[2]
+    for name in ("start_process", "import_torch", "read_graph", "pack_weights", "warm_up"):
+        starting.startup.add(name=name).duration.FromMilliseconds(500)
+    starting.load.waiting_sequences = starting.load.waiting_tokens = 1
+    del script.fleet.runtimes[:2]
+    with ScriptedDaemon(script) as daemon:
+        shown = on_a_terminal(daemon, "top", until=DIGEST[:12], columns=80)
+    for part in ("1 runtime  ", "1 (1 token)", "warm_up"):
+        assert part in shown
+
+
 def test_top_shows_what_does_not_answer_and_goes_on() -> None:
     script = Script(fleet=a_fleet(), failures=[Draining()])
     with ScriptedDaemon(script) as daemon:

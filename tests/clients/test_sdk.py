@@ -217,6 +217,40 @@ def test_broken_watch_is_taken_up_again(client: millrace.Client, script: Script)
     assert len(script.asked) == 2
 
 
+def test_build_that_nobody_knows_any_more_is_asked_for_again(
+    client: millrace.Client, script: Script
+) -> None:
+    """Redis came back empty. Who only has the operation's name is told so."""
+    script.changes = [running(0.1, "import"), succeeded()]
+    script.forgets = 2
+    assert client.build("sample:tiny").builds[0].state == compiler_pb2.BUILD_STATE_SUCCEEDED
+    kinds = [type(request).__name__ for request in script.asked]
+    assert kinds == ["BuildEngineRequest", "WatchOperationRequest"] * 3
+    script.forgets = 1
+    with pytest.raises(millrace.MillraceError, match="ask for it again") as caught:
+        list(client.watch_operation("operations/1"))
+    assert caught.value.reason == "BUILD_NOT_FOUND"
+
+
+def test_build_that_is_forgotten_again_and_again_is_an_error(
+    client: millrace.Client, script: Script
+) -> None:
+    script.forgets = 100
+    with pytest.raises(millrace.MillraceError) as caught:
+        client.build("sample:tiny")
+    assert caught.value.reason == "BUILD_NOT_FOUND"
+    assert script.forgets == 100 - Retries().max_attempts
+
+
+async def test_async_build_that_nobody_knows_any_more_is_asked_for_again(script: Script) -> None:
+    script.forgets = 1
+    with ScriptedDaemon(script) as daemon:
+        async with millrace.AsyncClient(compiler=daemon.address) as client:
+            operation = await client.build("sample:tiny")
+    assert operation.builds[0].state == compiler_pb2.BUILD_STATE_SUCCEEDED
+    assert len(script.asked) == 4
+
+
 def test_failed_build_is_raised(client: millrace.Client, script: Script) -> None:
     error = to_status(InvalidModel(problem="a shard is missing"))
     script.changes = [an_operation(a_build(compiler_pb2.BUILD_STATE_FAILED, error=error))]

@@ -353,6 +353,79 @@ async def test_running_build_is_adopted_when_it_was_asked_for_again_after_a_loss
         assert await queue.finish("a", attempt, SUCCEEDED)
 
 
+@pytest.mark.parametrize("state", [SUCCEEDED, FAILED, CANCELLED])
+async def test_build_that_ends_after_redis_lost_its_data_ends_once_for_everybody(
+    redis_url: str, state: str
+) -> None:
+    """Between its last heartbeat and its end there is no other sign of it."""
+    async with open_queue(redis_url, lease_s=60) as queue:
+        await queue.enqueue([JOB])
+        lease, attempt = await take(queue, "a")
+        watch = queue.watch(DIGEST)
+        assert (await anext(watch)).state == RUNNING
+        connect_sync(redis_url).flushall()
+        assert await queue.finish("a", attempt, state)
+        assert [record.state async for record in watch] == [state]
+        listed, _ = await queue.page(10, None)
+        assert [(record.job, record.state, record.attempt) for record in listed] == [
+            (JOB, state, attempt.number)
+        ]
+        await queue.close("a", lease)
+        assert await queue.num_waiting() == 0
+
+
+async def test_build_that_ends_after_a_loss_is_not_made_again_for_who_asked_meanwhile(
+    redis_url: str,
+) -> None:
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        connect_sync(redis_url).flushall()
+        await queue.enqueue([JOB])
+        assert await queue.finish("a", attempt, SUCCEEDED)
+        assert await state_of(queue) == SUCCEEDED
+        lease = await queue.lease("b")
+        assert lease is not None
+        assert await queue.start("b", lease, DIGEST) is None, "nothing of it is left to do"
+        await queue.close("b", lease)
+        assert await queue.num_waiting() == 0
+
+
+async def test_cancelled_build_that_is_asked_for_after_a_loss_is_made(redis_url: str) -> None:
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        await queue.cancel(DIGEST)
+        connect_sync(redis_url).flushall()
+        await queue.enqueue([JOB])
+        assert not await queue.finish("a", attempt, CANCELLED)
+        await queue.give_back("a", attempt)
+        assert await state_of(queue) == QUEUED
+        _, again = await take(queue, "b")
+        assert await queue.finish("b", again, SUCCEEDED)
+
+
+@pytest.mark.parametrize("is_asked_again", [False, True])
+async def test_build_that_is_given_back_after_a_loss_waits_for_another_worker(
+    redis_url: str, is_asked_again: bool
+) -> None:
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue([JOB])
+        _, attempt = await take(queue, "a")
+        connect_sync(redis_url).flushall()
+        if is_asked_again:
+            await queue.enqueue([JOB])
+        await queue.give_back("a", attempt)
+        await queue.leave("a")
+        assert await queue.num_waiting() == 1
+        assert await state_of(queue) == QUEUED
+        _, again = await take(queue, "b")
+        assert (again.number, again.job) == (1, JOB)
+        with pytest.raises(Fenced):
+            await queue.finish("a", attempt, SUCCEEDED)
+        assert await queue.finish("b", again, SUCCEEDED)
+
+
 async def test_every_key_expires_or_empties(redis_url: str) -> None:
     client = connect_sync(redis_url)
     async with open_queue(redis_url) as queue:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,6 +292,23 @@ async def test_build_goes_on_when_redis_comes_back_empty(
         await queue.enqueue([job("ok")])
         assert (await end_of(queue, job("ok").key.digest)).state == SUCCEEDED
     assert len(folders.started()) == 2
+
+
+async def test_build_whose_end_redis_did_not_hear_is_not_made_again(
+    queue: BuildQueue, folders: Folders, embedded_redis: EmbeddedRedis, tmp_path: Path
+) -> None:
+    """It came back empty, and the client has asked again before the worker could tell."""
+    async with working(queue, folders, "a"), waiting_build(queue, folders) as digest:
+        embedded_redis.stop()
+        folders.release()
+        await eventually(lambda: len(folders.engines()) == 1)
+        shutil.rmtree(tmp_path / "redis-data" / "appendonlydir")
+        embedded_redis.start()
+        await queue.enqueue([job("wait")])
+        record = await end_of(queue, digest)
+        assert (record.state, record.attempt) == (SUCCEEDED, 1)
+        assert [row.state for row in (await queue.page(10, None))[0]] == [SUCCEEDED]
+    assert len(folders.started()) == 1
 
 
 async def test_idle_worker_outlives_redis(

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import millrace
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -179,6 +181,33 @@ async def test_build_resumes_when_redis_was_stopped_and_started(
         embedded_redis.start()
         ended = await client.end_of(operation)
     assert (ended.builds[0].state, ended.builds[0].attempt) == (SUCCEEDED, 1)
+
+
+@pytest.mark.parametrize("is_over", [False, True], ids=["goes on", "is over"])
+async def test_build_ends_once_and_is_found_when_redis_came_back_empty(
+    start: Start, model: Path, embedded_redis: EmbeddedRedis, tmp_path: Path, is_over: bool
+) -> None:
+    """Whether it ends after Redis is back or before: the SDK's caller sees its end, and the engine."""
+    daemon, store = start(), LocalStore(tmp_path / "store")
+    retries = millrace.Retries(max_attempts=1000)
+    async with (
+        client_of(daemon) as client,
+        millrace.AsyncClient(compiler=daemon.address, retries=retries) as sdk,
+    ):
+        building = asyncio.create_task(sdk.build(str(model), ["cpu"], "int8"))
+        child = await stopped_child(daemon)
+        embedded_redis.stop()
+        shutil.rmtree(tmp_path / "redis-data" / "appendonlydir")
+        os.kill(child, signal.SIGCONT)
+        if is_over:
+            await until(lambda: bool(store.list()))
+        embedded_redis.start()
+        (ended,) = (await building).builds
+        assert ended.state == SUCCEEDED
+        (engine,) = store.list()
+        assert (await sdk.get_engine(engine.name)).engine.key == ended.key
+        (listed,) = (await client.stub.ListBuilds(compiler_pb2.ListBuildsRequest())).builds
+        assert (listed.name, listed.state) == (f"builds/{engine.key.digest}", SUCCEEDED)
 
 
 async def test_cancel_ends_the_child_leaves_no_engine_and_is_counted(

@@ -50,12 +50,17 @@ ENDLESS_TOKENS = 60_000
 
 
 def publish_echo(
-    store: LocalStore, model: str = "echo", arch_error: bool = False, format_version: int = 1
+    store: LocalStore,
+    model: str = "echo",
+    arch_error: bool = False,
+    format_version: int = 1,
+    builder: str = "test",
 ) -> EngineManifest:
     """An engine with the tests' tokenizer and nothing to compute.
 
     Args:
         arch_error: its process cannot load it.
+        builder: another one's engine is another engine of the model, and as good.
     """
     graph = json.dumps({"config": {"vocab_size": VOCAB_SIZE}}).encode()
     layers = [store.write_blob([graph], GRAPH_TYPE, "graph.json")]
@@ -63,7 +68,7 @@ def publish_echo(
         layers.append(store.write_blob([content], FILE_TYPE, name))
     if arch_error:
         layers.append(store.write_blob([b"x"], FILE_TYPE, "broken"))
-    key = EngineKey(model.encode().hex().ljust(64, "0"), "cpu", FP32, "test")
+    key = EngineKey(model.encode().hex().ljust(64, "0"), "cpu", FP32, builder)
     return store.publish(EngineDraft(key, model, tuple(layers), {}, format_version))
 
 

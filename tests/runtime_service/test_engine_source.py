@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 from millrace.artifact.v1 import artifact_pb2_grpc
 from millrace.compiler.v1 import compiler_pb2 as pb
 from millrace.compiler.v1 import compiler_pb2_grpc
@@ -33,6 +34,7 @@ from shared.errors import (
 )
 from shared.server import DaemonServer
 from shared.store import LocalStore
+from shared.store.cache import EngineCache
 from shared.store.remote import GrpcStore
 from tests.runtime_service.daemon import FP32, publish_echo, running_daemon, until
 
@@ -128,6 +130,43 @@ async def test_remote_engine_is_pulled(tmp_path: Path) -> None:
         found = await source.find(ECHO, "", not_called)
     assert found.name == published.name
     local.verify(found)
+
+
+async def test_newer_engine_of_a_store_elsewhere_takes_the_place_of_the_one_in_the_cache(
+    tmp_path: Path,
+) -> None:
+    """Also where one is served: a new version of a deployment in which nothing else changed asks for it."""
+    remote = LocalStore(tmp_path / "remote")
+    async with running_daemon(tmp_path / "runtime") as daemon:
+        runtime, cache = daemon.runtime, EngineCache(daemon.store, 0)
+        runtime._source = EngineSource(daemon.store, remote, "", cache=cache)
+        served = await runtime.load(ECHO, "", anew=False)
+        assert served.key.builder == "test", "the other store has none"
+        newer = publish_echo(remote, builder="newer")
+        pid = daemon.client.pid
+        assert await runtime.load(ECHO, "", anew=False) == newer
+        assert daemon.client.pid != pid
+        pid = daemon.client.pid
+        assert await runtime.load(ECHO, "", anew=False) == newer
+        assert daemon.client.pid == pid
+        # Which of a cache's engines is the newest is for the other store to say.
+        publish_echo(daemon.store, builder="of nobody else")
+        assert await runtime.load(ECHO, "", anew=False) == newer
+
+
+async def test_cached_engine_will_do_where_its_store_is_away_but_not_for_a_newer_one(
+    tmp_path: Path,
+) -> None:
+    local = LocalStore(tmp_path)
+    cached = publish_echo(local)
+    away = EngineSource(local, GrpcStore("127.0.0.1:1"), "", cache=EngineCache(local, 0))
+    with structlog.testing.capture_logs() as logs:
+        assert await away.find(ECHO, "", not_called) == cached
+    assert [log["instead"] for log in logs if log["event"] == "newest_engine_not_had"] == [
+        cached.name
+    ]
+    with pytest.raises(CompilerUnreachable):
+        await away.find(ECHO, "", not_called, may_be_older=False)
 
 
 @pytest.mark.parametrize("drops", [0, 1])

@@ -597,5 +597,8 @@ async def test_start_of_another_model_is_refused(tmp_path: Path) -> None:
         await call.start("text", "hello", max_new_tokens=1, model="other")
         await call.start("ids", [40], max_new_tokens=1, model="other")
         seen = await call.finish()
-    assert reason_of(seen.pop("text").error) == reason_of(seen.pop("ids").error) == "NO_ENGINE"
+    for name in ("text", "ids"):
+        refused = from_status(seen.pop(name).error)
+        assert refused.reason == "MODEL_NOT_SERVED"
+        assert refused.fields["known"] == "echo"
     assert {one.reason for one in seen.values()} == {"LENGTH"}

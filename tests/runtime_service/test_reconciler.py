@@ -63,7 +63,7 @@ class Members:
         self._folder, self._deployments, self._stack = folder, deployments, stack
         self._num = 0
 
-    async def new(self, name: str = "chat") -> Member:
+    async def new(self, name: str = "chat", unfit_s: float = HANG_S) -> Member:
         """A member of that deployment, or of any that lacks one."""
         self._num += 1
         running = running_daemon(self._folder / str(self._num), step_s=0.004)
@@ -71,7 +71,7 @@ class Members:
         publish_echo(daemon.store, "second")
         await daemon.runtime.unload()
         reconciler = Reconciler(
-            daemon.runtime, self._deployments, f"runtime{self._num}", name, 0.02, HANG_S
+            daemon.runtime, self._deployments, f"runtime{self._num}", name, 0.02, HANG_S, unfit_s
         )
         return Member(daemon, reconciler)
 
@@ -232,6 +232,19 @@ async def test_redis_that_came_back_empty_stops_nobody(
     assert member.serves == "echo"
 
 
+async def test_deployment_after_a_redis_that_came_back_empty_is_followed(
+    members: Members, deployments: Deployments, redis: Redis
+) -> None:
+    """Its version is the first once more, as that of what is served."""
+    member = await members.new()
+    first = await deployments.apply(chat())
+    await member.settle()
+    await redis.flushall()
+    assert await deployments.apply(chat("second")) == first
+    await member.settle()
+    assert member.serves == "second"
+
+
 async def test_idle_runtime_gives_up_what_it_cannot_serve(
     members: Members, deployments: Deployments
 ) -> None:
@@ -242,6 +255,21 @@ async def test_idle_runtime_gives_up_what_it_cannot_serve(
     await member.settle()
     await member.settle()
     assert member.serves == "echo"
+
+
+async def test_idle_runtime_tries_again_what_it_could_not_serve(
+    members: Members, deployments: Deployments
+) -> None:
+    """Its engine may have been pushed, or signed, since."""
+    member = await members.new("", unfit_s=0.0)
+    await deployments.apply(Deployment("late", "late", FP32, "", 1))
+    await member.settle()
+    assert member.serves == ""
+    publish_echo(member.daemon.store, "late")
+    member.reconciler._retry_at_s = 0.0  # time passes
+    await member.settle()
+    await member.settle()
+    assert member.serves == "late"
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ async def test_errors_pass_with_their_details(tmp_path: Path) -> None:
     async with running_daemon(tmp_path, relays=1) as daemon:
         wrong = await refusal(daemon.stub, [VOCAB_SIZE])
         assert (wrong.reason, wrong.fields["field"]) == ("INVALID_FIELD", "start.token_ids.ids")
-        assert (await refusal(daemon.stub, [40], model="other")).reason == "NO_ENGINE"
+        assert (await refusal(daemon.stub, [40], model="other")).reason == "MODEL_NOT_SERVED"
         raw = daemon.channel.unary_stream(OWN_STREAM)
         for data in (b"\xff", pb.GenerateStreamRequest().SerializeToString() + b"\xfa\x07\x01x"):
             with pytest.raises(grpc.aio.AioRpcError) as failed:

@@ -13,6 +13,7 @@ from shared.engine import EngineManifest, EngineSelector
 from shared.errors import DigestMismatch, EngineNotTrusted
 from shared.signing import TrustedKeys
 from shared.store import LocalStore
+from shared.store.cache import EngineCache
 from tests.runtime_service.daemon import FP32, publish_echo, running_daemon
 from tests.shared.test_signing import KEY, OTHER, signature
 
@@ -65,6 +66,39 @@ async def test_engine_that_was_signed_after_it_was_pulled_is_loaded(tmp_path: Pa
     remote.add_signature(engine, signature(KEY, engine))
     await source(local, remote).find(ECHO, "", not_called)
     assert local.get(engine.name).signatures == (signature(KEY, engine),)
+
+
+@pytest.mark.parametrize("is_cache", [False, True])
+@pytest.mark.parametrize("builder", ["test", "newer"])
+async def test_engine_that_others_made_and_signed_takes_the_place_of_an_unsigned_one(
+    tmp_path: Path, builder: str, is_cache: bool
+) -> None:
+    """Also under the same name: calibrated engines of one key may differ, and the first push wins."""
+    local, remote = LocalStore(tmp_path / "local"), LocalStore(tmp_path / "remote")
+    unsigned = publish_echo(local, arch_error=True)
+    engine = publish_echo(remote, builder=builder)
+    cache = EngineCache(local, 0) if is_cache else None
+    runtimes = EngineSource(local, remote, "", trusted=trusting(KEY), cache=cache)
+    with pytest.raises(EngineNotTrusted, match="is not signed"):
+        await runtimes.find(ECHO, "", not_called)
+    signed = remote.add_signature(engine, signature(KEY, engine))
+    held = local.hold(unsigned)
+    assert await runtimes.find(ECHO, "", not_called) == signed
+    local.sweep(grace_s=0.0)
+    local.verify(signed)
+    for blob in unsigned.layers:  # a runtime that trusts anybody may serve it still
+        local.verified_path(blob.digest)
+    held.release()
+    assert local.get(signed.name) == signed
+
+
+async def test_engine_that_others_signed_takes_nobodys_place(tmp_path: Path) -> None:
+    local, remote = LocalStore(tmp_path / "local"), LocalStore(tmp_path / "remote")
+    unsigned = publish_echo(local, arch_error=True)
+    remote.add_signature(publish_echo(remote), signature(OTHER, publish_echo(remote)))
+    with pytest.raises(EngineNotTrusted, match="is not signed"):
+        await source(local, remote).find(ECHO, "", not_called)
+    assert local.list() == (unsigned,)
 
 
 async def test_engine_in_the_runtimes_own_store_is_checked_too(tmp_path: Path) -> None:

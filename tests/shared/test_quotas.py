@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import QuotaExceeded
+from shared.errors import QuotaExceeded, from_status, to_status
 from shared.quotas import Limits, Quotas, TenantQuota, TokenBucket
 
 
@@ -75,6 +75,9 @@ def test_tokens_are_reserved_and_corrected_when_a_generation_ends() -> None:
         quota.open_generation().reserve(100)
     assert refused.value.fields == {"limit": "tokens_per_min", "allowed": "600"}
     assert refused.value.retry_after_s == pytest.approx(10.0)
+    sentence = "The tenant's limit of 600 tokens_per_min is used up; try again in 10 s."
+    assert str(refused.value) == sentence
+    assert str(from_status(to_status(refused.value))) == sentence
     first.close(150)
     first.close(0)  # again: nothing
     quota.open_generation().reserve(450)
@@ -116,3 +119,14 @@ def test_changed_limits_count_at_once_and_keep_what_runs() -> None:
     running.close(0)
     quota.open_generation()
     assert quotas.of("acme", Limits(concurrent=1)) is quota
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "text"),
+    [(0.001, "0.1"), (0.31, "0.4"), (1.0, "1"), (9.99, "10"), (12.2, "13"), (180.0, "180")],
+)
+def test_sentence_says_when_the_limit_is_free_again_and_never_too_early(
+    wait_s: float, text: str
+) -> None:
+    error = QuotaExceeded(limit="requests_per_s", allowed="2", retry_after_s=wait_s)
+    assert str(error).endswith(f"is used up; try again in {text} s.")

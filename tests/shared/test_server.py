@@ -91,7 +91,7 @@ async def test_error_crosses_with_reason_and_retry(daemon: Daemon) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await daemon.get("full")
     assert failed.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert failed.value.details() == "9 builds are waiting and at most 8 may; try again later."
+    assert failed.value.details() == "9 builds are waiting and at most 8 may; try again in 30 s."
     status = status_of(failed.value)
     assert reason_of(status) == "BUILD_QUEUE_FULL"
     assert any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in status.details)

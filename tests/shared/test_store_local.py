@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,10 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from shared.engine import GRAPH_TYPE, Blob, EngineSelector, QuantConfig, Signature
 from shared.errors import BlobNotFound, DigestMismatch, DiskFull, EngineNotFound, InvalidField
-from shared.store import LocalStore, open_store
+from shared.store import LocalStore, oci, open_store
 from shared.store.remote import GrpcStore
 from tests.shared.engines import (
     INT8,
@@ -482,11 +484,16 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "half": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
     "zeros": lambda content: bytes(len(content)),
+    # What is JSON still, as a tool or an older version may leave it.
+    "no fields": lambda content: b"{}",
+    "a list": lambda content: b"[1]",
+    "null": lambda content: b"null",
+    "words for values": lambda content: re.sub(rb":[^,{}\[\]]+", b':"word"', content),
 }
 
 
 def damage_file(path: Path, damage: str) -> None:
-    """What a disk or a file system can leave of a small file when the power goes."""
+    """What a disk, a file system or somebody's tool can leave of a small file."""
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
 
 
@@ -496,9 +503,13 @@ def test_damaged_record_hides_no_other_engine_and_is_made_anew(
 ) -> None:
     good = publish_engine(store, engine_key(builder="good"))
     bad = publish_engine(store, engine_key(builder="bad"))
-    damage_file(store.root / "engines" / bad.key.digest, damage)
+    record = store.root / "engines" / bad.key.digest
+    damage_file(record, damage)
     again = LocalStore(store.root)
-    assert again.list() == (good,)
+    with structlog.testing.capture_logs() as logs:
+        assert again.list() == again.list() == (good,)
+    told = [line for line in logs if line["event"] == "store_record_passed_over"]
+    assert [line["record"] for line in told] == [str(record)], "once, and by its name"
     assert again.find(EngineSelector("tiny", "cpu", INT8)) == good
     with pytest.raises(EngineNotFound):
         again.get(bad.name)
@@ -535,3 +546,28 @@ def test_damaged_signature_signs_nothing_and_hides_no_engine(
     assert LocalStore(store.root).get(engine.name) == engine
     store.sweep(grace_s=0.0)
     store.verify(engine)
+
+
+@pytest.mark.parametrize("created_s", ["soon", None, float("nan"), [1.0]])
+def test_record_without_a_time_hides_no_other_engine(store: LocalStore, created_s: object) -> None:
+    good = publish_engine(store, engine_key(builder="good"))
+    bad = publish_engine(store, engine_key(builder="bad"))
+    record = store.root / "engines" / bad.key.digest
+    record.write_text(json.dumps({**json.loads(record.read_text()), "created_s": created_s}))
+    again = LocalStore(store.root)
+    assert again.list() == (good,)
+    assert again.find(EngineSelector("tiny", "cpu", INT8)) == good
+
+
+def test_record_of_what_is_no_engine_hides_no_other(store: LocalStore) -> None:
+    """Its blob is good, and another tool's."""
+    good = publish_engine(store, engine_key(builder="good"))
+    bad = publish_engine(store, engine_key(builder="bad"))
+    record = store.root / "engines" / bad.key.digest
+    theirs = store.write_blob([b'{"layers":[{"digest":1}]}'], "application/json")
+    record.write_text(json.dumps({"manifest": oci.descriptor(theirs), "created_s": 1.0}))
+    again = LocalStore(store.root)
+    assert again.list() == (good,)
+    again.sweep(grace_s=0.0)
+    again.verify(good)
+    assert publish_engine(again, engine_key(builder="bad")) in again.list()

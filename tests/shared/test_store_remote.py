@@ -10,6 +10,7 @@ from pathlib import Path
 
 import obstore
 import pytest
+import structlog
 
 from shared.engine import (
     EngineManifest,
@@ -364,6 +365,46 @@ def test_what_other_tools_say_of_an_engine_stays_and_nonsense_hides_nothing(
     found = opened(url).registry.manifest(tag)
     assert found is not None
     assert theirs in json.loads(found[1])["manifests"]
+
+
+def test_image_that_has_an_engines_tag_hides_no_other_and_a_push_mends_it(
+    remote: RegistryStore, url: str, local: LocalStore, other: LocalStore
+) -> None:
+    """Whoever may push may push anything under any tag."""
+    good = remote.push(local, publish_engine(local, engine_key(builder="good")))
+    bad = publish_engine(local, engine_key(builder="bad"))
+    remote.registry.upload(oci.EMPTY, oci.EMPTY_CONTENT)
+    empty = oci.descriptor(oci.EMPTY)
+    image = {"schemaVersion": 2, "mediaType": oci.MANIFEST_TYPE, "config": empty, "layers": []}
+    remote.registry.put_manifest(canonical_json(image), oci.MANIFEST_TYPE, bad.key.digest)
+    fresh = opened(url)
+    with structlog.testing.capture_logs() as logs:
+        assert fresh.list() == fresh.list() == (good,)
+    told = [line["record"] for line in logs if line["event"] == "store_record_passed_over"]
+    assert told == [f"{fresh.url} {bad.key.digest}"], "once, and by its name"
+    assert fresh.find(EngineSelector("tiny", "cpu", INT8)) == good
+    assert pull(fresh, fresh.push(local, bad), other).key == bad.key
+    assert {engine.name for engine in opened(url).list()} == {good.name, bad.name}
+    assert fresh.delete(good.name).name == good.name
+
+
+def test_index_that_makes_no_sense_hides_no_engine(
+    remote: RegistryStore, url: str, local: LocalStore
+) -> None:
+    engine = remote.push(local, publish_engine(local))
+    tag = oci.index_ref(engine.key.model_digest, engine.key.quant)
+    found = remote.registry.manifest(tag)
+    assert found is not None
+    broken = json.loads(found[1])
+    broken["manifests"][0]["annotations"][oci.CREATED] = "yesterday"
+    remote.registry.put_manifest(
+        canonical_json(broken), oci.INDEX_TYPE, tag, replaces=found[0].digest
+    )
+    fresh = opened(url)
+    assert [one.key for one in fresh.list()] == [engine.key]
+    assert fresh.find(EngineSelector(engine.key.model_digest, "cpu", INT8)) is not None
+    fresh.push(local, engine)
+    assert opened(url).list() == (engine,)
 
 
 def test_blob_of_other_bytes_is_refused(

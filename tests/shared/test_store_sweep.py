@@ -203,6 +203,18 @@ def test_the_command_sweeps_a_folder_and_a_bucket_and_says_why_nothing_else(
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_the_command_tells_of_a_record_that_makes_no_sense_beside_its_output(
+    local: LocalStore,
+) -> None:
+    engine = publish_engine(local, engine_key())
+    record = local.root / "engines" / engine.key.digest
+    record.write_text("{}")
+    code, out, told = sweep_command(str(local.root))
+    assert (code, json.loads(out)) == (0, {"blobs": 0, "bytes": 0}), "what is young stays"
+    assert told.count("store_record_passed_over") == 1
+    assert str(record) in told
+
+
 def test_a_registry_that_follows_conditions_has_the_last_word() -> None:
     """It is told what is to be replaced, and that it was not is what its 412 says."""
     old = oci.blob_from(b"{}", oci.INDEX_TYPE)

@@ -71,15 +71,20 @@ class AsyncClient:
     ) -> compiler_pb2.Operation:
         """As `Client.build`."""
         request = build_request(model_uri, archs, quant, group_size, model, **recipe)
-        operation = (await self._ask_compiler(self._compiler.BuildEngine, request)).operation
-        name = operation.name
-        async for operation in self.watch_operation(name):
+
+        async def ask() -> compiler_pb2.Operation:
+            return (await self._ask_compiler(self._compiler.BuildEngine, request)).operation
+
+        name = (await ask()).name
+        async for operation in self.watch_operation(name, ask):
             if on_change is not None:
                 on_change(operation)
         raise_if_failed(operation)
         return operation
 
-    async def watch_operation(self, name: str) -> AsyncIterator[compiler_pb2.Operation]:
+    async def watch_operation(
+        self, name: str, ask_again: Callable[[], Awaitable[compiler_pb2.Operation]] | None = None
+    ) -> AsyncIterator[compiler_pb2.Operation]:
         """As `Client.watch_operation`."""
         request = compiler_pb2.WatchOperationRequest(name=name)
         attempt = 0
@@ -92,7 +97,11 @@ class AsyncClient:
                         return
             except grpc.RpcError as raised:
                 attempt += 1
-                await self._wait_or_raise(from_rpc_error(raised, self._compiler_address), attempt)
+                error = from_rpc_error(raised, self._compiler_address)
+                if ask_again is None or not self._retries.asks_again(error, attempt):
+                    await self._wait_or_raise(error, attempt)
+                else:
+                    request.name = (await ask_again()).name
 
     async def get_engine(self, name: str) -> compiler_pb2.GetEngineResponse:
         """As `Client.get_engine`."""

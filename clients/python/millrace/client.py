@@ -7,6 +7,7 @@ One `Client` may be used from several threads. Wire messages that are already wh
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from typing import Self, TypeVar, Unpack
 
@@ -97,11 +98,12 @@ class Client:
         Raises:
             MillraceError: it was refused, or one of its builds failed.
         """
-        operation = self.start_build(
-            model_uri, archs, quant, group_size=group_size, model=model, **recipe
-        )
-        name = operation.name
-        for operation in self.watch_operation(name):
+        ask = partial(
+            self.start_build,
+            model_uri, archs, quant, group_size=group_size, model=model, **recipe,
+        )  # fmt: skip
+        name = ask().name
+        for operation in self.watch_operation(name, ask):
             if on_change is not None:
                 on_change(operation)
         raise_if_failed(operation)
@@ -121,8 +123,15 @@ class Client:
         request = build_request(model_uri, archs, quant, group_size, model, **recipe)
         return self._ask_compiler(self._compiler.BuildEngine, request).operation
 
-    def watch_operation(self, name: str) -> Iterator[compiler_pb2.Operation]:
-        """The operation as it stands, then at every change, until all of its builds have ended."""
+    def watch_operation(
+        self, name: str, ask_again: Callable[[], compiler_pb2.Operation] | None = None
+    ) -> Iterator[compiler_pb2.Operation]:
+        """The operation as it stands, then at every change, until all of its builds have ended.
+
+        Args:
+            ask_again: asks for the same where nobody knows the operation any more, as after a Redis that came back
+                empty; without it that is an error.
+        """
         request = compiler_pb2.WatchOperationRequest(name=name)
         attempt = 0
         while True:
@@ -134,7 +143,11 @@ class Client:
                         return
             except grpc.RpcError as raised:
                 attempt += 1
-                self._wait_or_raise(from_rpc_error(raised, self._compiler_address), attempt)
+                error = from_rpc_error(raised, self._compiler_address)
+                if ask_again is None or not self._retries.asks_again(error, attempt):
+                    self._wait_or_raise(error, attempt)
+                else:
+                    request.name = ask_again().name
 
     def get_build(self, name: str) -> compiler_pb2.Build:
         """The build as it stands."""

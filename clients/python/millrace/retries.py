@@ -9,6 +9,9 @@ from random import uniform
 
 from millrace.errors import MillraceError, is_lost_call
 
+# What a daemon says of a build that it has no record of.
+_FORGOTTEN = "BUILD_NOT_FOUND"
+
 
 @dataclass(frozen=True, slots=True)
 class Retries:
@@ -40,3 +43,11 @@ class Retries:
             return None
         # Spread out, so that refused clients do not come back all at once.
         return None if delay_s > self.max_delay_s else delay_s * uniform(1.0, 1.25)
+
+    def asks_again(self, error: MillraceError, attempt: int) -> bool:
+        """Whether a build of which nobody knows any more is asked for once more: asking twice is asking once.
+
+        Args:
+            attempt: calls made so far that told nothing, at least 1.
+        """
+        return error.reason == _FORGOTTEN and attempt < self.max_attempts

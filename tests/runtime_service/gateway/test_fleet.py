@@ -1,22 +1,30 @@
 """The fleet as Redis introduces it, and as a gateway shows and directs it."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import structlog
 from millrace.fleet.v1 import fleet_pb2
 from millrace.runtime.v1 import runtime_pb2 as pb
 from redis.asyncio import Redis
 
+from compiler_service.quantization import SCHEMES
 from runtime_service.deployments import Deployments
+from runtime_service.gateway.runtime_link import LinkOptions, RuntimeLink
 from runtime_service.reconciler import Reconciler
 from runtime_service.registration import Registration
+from shared.channels import PeerSecurity
+from shared.engine import SCHEME_ALIASES
 from shared.errors import reason_of
 from shared.redis import EmbeddedRedis, connect
+from shared.security import ServerSecurity
+from shared.tls import TlsFiles
 from tests.integration.compiler_daemon import refusal
 from tests.runtime_service.daemon import HANG_S, Daemon, publish_echo, running_daemon, until
 from tests.runtime_service.gateway.running_gateway import (
@@ -24,6 +32,7 @@ from tests.runtime_service.gateway.running_gateway import (
     running_fleet,
     running_gateway,
 )
+from tests.shared.certificates import made_in, server_files
 
 pytestmark = pytest.mark.redis
 
@@ -238,6 +247,25 @@ async def test_new_version_rolls_without_a_lost_generation(tmp_path: Path, redis
         assert all(one.token_ids[0] == [40, 41] * 20 for one in seen.values())
 
 
+async def test_changed_ca_of_its_runtimes_counts_without_a_restart_of_the_gateway(
+    tmp_path: Path,
+) -> None:
+    old, new = made_in(tmp_path / "old"), made_in(tmp_path / "new")
+    peers = PeerSecurity(TlsFiles(ca=old / "ca.crt"))
+    async with running_daemon(tmp_path, security=ServerSecurity(server_files(new))) as daemon:
+        options = LinkOptions(0.05, HANG_S, 1 << 20, peers)
+        link = RuntimeLink(daemon.server.address, options, lambda: None)
+        await link._look()
+        assert not link.answers
+        (old / "ca.crt").write_bytes(b"half")
+        await link._look()
+        assert not link.answers
+        shutil.copy(new / "ca.crt", old / "ca.crt")
+        link.start()
+        await until(lambda: link.is_usable)
+        await link.close()
+
+
 async def deploy(gateway: RunningGateway, model: str) -> fleet_pb2.Deployment:
     wanted = fleet_pb2.Deployment(name="chat", model=model, replicas=2)
     wanted.quant.scheme = "fp32"
@@ -255,6 +283,19 @@ async def ready(gateway: RunningGateway) -> fleet_pb2.Deployment:
                 if deployment.ready_replicas == deployment.replicas:
                     return deployment  # type: ignore[no-any-return]
             await asyncio.sleep(0.02)
+
+
+async def test_version_after_a_redis_that_came_back_empty_is_none_that_a_runtime_serves(
+    tmp_path: Path, redis: Redis
+) -> None:
+    """Else it would count as ready before anybody has looked at it."""
+    async with running_fleet(tmp_path, redis=redis) as gateway:
+        for daemon in gateway.daemons:
+            daemon.runtime.deployment, daemon.runtime.deployment_version = "chat", 7
+        await until(lambda: {link.status.deployment_version for link in gateway.fleet} == {7})
+        applied = await deploy(gateway, "second")
+        assert (applied.version, applied.ready_replicas) == (8, 0)
+        assert (await deploy(gateway, "second")).version == 9
 
 
 async def test_fleet_is_shown_as_it_is(tmp_path: Path, redis: Redis) -> None:
@@ -286,10 +327,28 @@ async def test_fleet_is_shown_as_it_is(tmp_path: Path, redis: Redis) -> None:
         ({"quant": {}}, "deployment.quant.scheme"),
         ({"quant": {"scheme": "int4-gx"}}, "deployment.quant.scheme"),
         ({"quant": {"scheme": "int4", "group_size": -1}}, "quant.group_size"),
+        ({"quant": {"scheme": "int8-g64"}}, "deployment.quant.scheme"),
+        ({"quant": {"scheme": "a" * 65}}, "deployment.quant.scheme"),
+        ({"quant": {"scheme": "int8", "kv_cache": "fp4"}}, "deployment.quant.kv_cache"),
+        ({"quant": {"scheme": "int8", "keep": ["lm_head"]}}, "deployment.quant"),
+        ({"quant": {"scheme": "int8", "max_kl": 0.1}}, "deployment.quant"),
         ({"replicas": 0}, "deployment.replicas"),
         ({"replicas": 1001}, "deployment.replicas"),
     ],
-    ids=["name", "model", "no quant", "quant", "group", "none", "many"],
+    ids=[
+        "name",
+        "model",
+        "no quant",
+        "quant",
+        "group",
+        "group in scheme",
+        "long scheme",
+        "KV cache",
+        "recipe",
+        "gate",
+        "none",
+        "many",
+    ],
 )
 async def test_deployment_that_makes_no_sense_is_refused(
     tmp_path: Path, redis: Redis, fields: dict[str, object], field: str
@@ -304,9 +363,22 @@ async def test_deployment_that_makes_no_sense_is_refused(
         assert reason == "DEPLOYMENT_NOT_FOUND"
 
 
+@pytest.mark.parametrize("scheme", [*SCHEMES, *SCHEME_ALIASES])
+async def test_every_scheme_can_be_deployed(redis: Redis, scheme: str) -> None:
+    quant = {"scheme": scheme, "group_size": 64, "kv_cache": "fp8"}
+    wanted = {"name": "chat", "model": "echo", "quant": quant, "replicas": 1}
+    async with running_gateway([], [], redis=redis) as gateway:
+        request = fleet_pb2.ApplyDeploymentRequest(deployment=wanted)
+        applied = (await gateway.fleet_stub.ApplyDeployment(request)).deployment
+    assert applied.quant.scheme == SCHEME_ALIASES.get(scheme, scheme)
+    assert (applied.quant.group_size, applied.quant.kv_cache) == (64, "fp8")
+
+
 async def test_nothing_is_deployed_without_redis() -> None:
     async with running_gateway([], []) as gateway:
         whole = {"name": "chat", "model": "echo", "quant": {"scheme": "fp32"}, "replicas": 1}
         request = fleet_pb2.ApplyDeploymentRequest(deployment=whole)
-        _, reason, _ = await refusal(gateway.fleet_stub.ApplyDeployment(request))
-    assert reason == "REDIS_UNREACHABLE"
+        code, reason, sentence = await refusal(gateway.fleet_stub.ApplyDeployment(request))
+    # Trying again changes nothing.
+    assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_DEPLOYMENTS")
+    assert "--redis-url" in sentence

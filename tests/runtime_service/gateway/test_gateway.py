@@ -305,8 +305,9 @@ async def test_model_that_nobody_serves_is_refused_at_once(tmp_path: Path) -> No
         await call.start("named", [40], max_new_tokens=2, model="echo")
         await call.start("empty", [])
         seen = await call.finish()
-    assert reason_of(seen["unknown"].error) == "NO_ENGINE"
-    assert "nothing" in seen["unknown"].error.message
+    unknown = from_status(seen["unknown"].error)
+    assert (unknown.reason, unknown.retry_after_s) == ("MODEL_NOT_SERVED", None)
+    assert str(unknown) == "No model 'nothing' is served here; there are: echo."
     assert reason_of(seen["empty"].error) == "INVALID_FIELD"
     is_whole(seen["named"], [40], 2)
 
@@ -332,7 +333,8 @@ async def test_what_every_runtime_refuses_is_refused_with_a_delay(tmp_path: Path
     async with running_fleet(tmp_path, **options) as fleet:  # type: ignore[arg-type]
         call = fleet.call()
         for number in range(24):
-            await call.start(str(number), [40, 41, 42, 43], max_new_tokens=8, credit_tokens=2)
+            # None is begun before all have been asked for, however slowly they come.
+            await call.start(str(number), [40, 41, 42, 43], max_new_tokens=8, credit_tokens=0)
         await call.read_until(lambda: sum(one.num_terminal for one in call.seen.values()) > 9)
         for number in range(24):
             if not call.seen.get(str(number), Seen()).num_terminal:

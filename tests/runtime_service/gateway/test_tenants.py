@@ -35,6 +35,7 @@ from tests.runtime_service.gateway.running_gateway import (
     running_fleet,
     running_gateway,
 )
+from tests.runtime_service.gateway.test_gateway import generation_id_of
 from tests.runtime_service.test_tenants import PROMPT, shown
 from tests.shared.key_files import new_key
 
@@ -243,7 +244,7 @@ async def test_generations_at_once_are_limited_over_the_whole_fleet(
         await call.send(cancel=pb.CancelGeneration(request_id="a"))
         await call.read_to_end("a")
         await call.start("c", PROMPT, model="nobody's")
-        assert from_status((await call.read_to_end("c")).error).reason == "NO_ENGINE"
+        assert from_status((await call.read_to_end("c")).error).reason == "MODEL_NOT_SERVED"
         await call.start("d", PROMPT, max_new_tokens=2000, credit_tokens=4)
         await call.read_until(lambda: call.num_tokens("d") == 4)
         call.raw.cancel()
@@ -298,6 +299,33 @@ async def test_what_is_resumed_counts_once(
         assert (await again.read_to_end("a")).reason == "LENGTH"
         await again.start("b", [40], max_new_tokens=40)  # used 400 of 450
         assert (await again.finish())["b"].reason == "LENGTH"
+
+
+async def test_another_tenant_goes_on_with_nobodys_generation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], new: NewKey
+) -> None:
+    """Whoever got hold of its id: it is as unknown to him as any other, and goes on where it runs."""
+    owner, owner_too, thief = new("acme"), new("acme"), new("globex")
+    async with secured(tmp_path, capsys, "generate", "delegate") as fleet:
+        call = call_of(fleet, owner)
+        await call.start("a", PROMPT, max_new_tokens=60, credit_tokens=20)
+        await call.read_until(lambda: call.num_tokens("a") == 20)
+        known = generation_id_of(call)
+        resume = pb.ResumeGeneration(request_id="a", generation_id=known, received_tokens=[20])
+        unknown = pb.ResumeGeneration(request_id="b", generation_id="x" * len(known))
+        stealing = call_of(fleet, thief)
+        await stealing.send(resume=resume)
+        await stealing.send(resume=unknown)
+        refused = [from_status((await stealing.read_to_end(name)).error) for name in ("a", "b")]
+        assert {error.reason for error in refused} == {"GENERATION_NOT_FOUND"}
+        assert str(refused[0]).replace(known, "") == str(refused[1]).replace("x" * len(known), "")
+        await call.send(credit=pb.AddCredit(request_id="a", tokens=10))
+        await call.read_until(lambda: call.num_tokens("a") == 30)
+        call.raw.cancel()
+        again = call_of(fleet, owner_too)
+        await again.send(resume=resume)
+        assert (await again.read_to_end("a")).reason == "LENGTH"
+        assert again.num_tokens("a") == 40
 
 
 async def test_generations_that_say_no_length_reserve_what_an_engine_can_hold(

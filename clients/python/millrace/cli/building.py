@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from millrace.builds import RecipeOptions, raise_if_failed
@@ -52,13 +53,15 @@ def build(
         MillraceError: it was refused, or one of its builds failed.
     """
     start = time.monotonic()
-    operation = client.start_build(
-        model_uri, archs, quant, group_size=group_size, model=model, **(recipe or {})
-    )
+    ask = partial(
+        client.start_build,
+        model_uri, archs, quant, group_size=group_size, model=model, **(recipe or {}),
+    )  # fmt: skip
+    operation = ask()
     if detach:
         _show_detached(operation, as_json)
         return operation
-    changes = client.watch_operation(operation.name)
+    changes = client.watch_operation(operation.name, ask)
     if as_json:
         for operation in changes:
             output.print_json(output.to_dict(operation))

@@ -23,7 +23,7 @@ _MAX_BUILDS = 8
 _RUNTIME_COLUMNS = (
     "runtime", "state", "start", "serves", "deployment", "running", "waiting", "KV", "tokens/s", "TTFT",
 )  # fmt: skip
-_LEAST_COLUMNS = ("start", "KV", "TTFT", "deployment")
+_LEAST_COLUMNS = ("start", "deployment", "KV", "TTFT")
 _DEPLOYMENT_COLUMNS = ("deployment", "model", "quant", "version", "ready")
 _BUILD_COLUMNS = ("build", "model", "arch", "quant", "state", "done")
 
@@ -52,8 +52,9 @@ def deploy(
     with output.waiting(f"waiting for {replicas} to serve {name}"):
         while wait_s and deployment.ready_replicas < replicas:
             if time.monotonic() > deadline:
+                are_ready = "replica of {} is" if replicas == 1 else "replicas of {} are"
                 raise CommandFailed(
-                    f"{deployment.ready_replicas} of {replicas} replicas of {name} are ready after "
+                    f"{deployment.ready_replicas} of {replicas} {are_ready.format(name)} ready after "
                     f"{output.duration_text(wait_s)}; runtimes that work for it or are idle: {num_able}; "
                     "`millrace status` shows them"
                 )
@@ -147,7 +148,9 @@ def screen(fleet: FleetClient, compiler: Client) -> "RenderableType":
         parts.append(
             output.table(_RUNTIME_COLUMNS, map(_runtime_row, found.runtimes), _LEAST_COLUMNS)
         )
-        parts += [Text(line, "dim") for line in _starts(found)]
+        # The phase that goes on is the last one: a narrow screen must not cut it off.
+        width = output.console().width
+        parts += [Text(output.indented(line, width), "dim") for line in _starts(found)]
         if found.deployments:
             rows = map(_deployment_row, found.deployments)
             parts += ["", output.table(_DEPLOYMENT_COLUMNS, rows)]
@@ -166,7 +169,7 @@ def _head(found: fleet_pb2.GetFleetResponse) -> "RenderableType":
     rate = sum(runtime.tokens_per_s for runtime in heard)
     return Text.assemble(
         ("millrace  ", "bold"),
-        f"{time.strftime('%H:%M:%S')}  {len(found.runtimes)} runtimes  {running} running  "
+        f"{time.strftime('%H:%M:%S')}  {output.count_text(len(found.runtimes), 'runtime')}  {running} running  "
         f"{waiting} waiting  {rate:.0f} tokens/s",
     )
 
@@ -206,7 +209,7 @@ def _runtime_row(runtime: fleet_pb2.Runtime) -> tuple[str, ...]:
         deployment,
         str(load.running_sequences),
         f"{load.waiting_sequences}"
-        + (f" ({load.waiting_tokens} tokens)" if load.waiting_tokens else ""),
+        + (f" ({output.count_text(load.waiting_tokens, 'token')})" if load.waiting_tokens else ""),
         f"{used:.0%} of {runtime.num_blocks}" if runtime.num_blocks else "-",
         f"{runtime.tokens_per_s:.0f}",
         f"{first_ms:.0f} ms" if first_ms else "-",

@@ -55,7 +55,8 @@ def speed_text(result: Generation, first_s: float) -> str:
     if result.tokens_per_s:
         parts.append(f"{result.tokens_per_s:.1f} tokens/s")
     cached = f" ({result.cached_prompt_tokens} cached)" if result.cached_prompt_tokens else ""
-    parts.append(f"{result.prompt_tokens} prompt{cached} + {result.generated_tokens} tokens")
+    generated = output.count_text(result.generated_tokens, "token")
+    parts.append(f"{result.prompt_tokens} prompt{cached} + {generated}")
     reasons = sorted({sample.finish_reason.replace("_", " ") for sample in result.samples})
     parts.append(f"ended by {', '.join(reasons)}")
     return ", ".join(parts)

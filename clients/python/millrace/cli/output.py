@@ -124,14 +124,15 @@ def table(
 def fitting(
     columns: Sequence[str], rows: Sequence[Sequence[str]], least: Sequence[str], width: int
 ) -> list[int]:
-    """Indices of the columns that are shown: all, less those of `least` that `width` asks for."""
+    """Indices of the columns that are shown: all but `least`, and of those what `width` has room for, the most
+    important ones first."""
     widths = [max(len(c), *(len(row[i]) for row in rows), 0) for i, c in enumerate(columns)]
-    shown = list(range(len(columns)))
-    for name in least:
-        if sum(widths[i] for i in shown) + len(_BETWEEN) * (len(shown) - 1) <= width:
-            break
-        shown.remove(columns.index(name))
-    return shown
+    shown = {i for i, name in enumerate(columns) if name not in least}
+    for name in reversed(least):
+        more = shown | {columns.index(name)}
+        if sum(widths[i] for i in more) + len(_BETWEEN) * (len(more) - 1) <= width:
+            shown = more
+    return sorted(shown)
 
 
 def print_table(
@@ -187,6 +188,11 @@ def duration_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def count_text(number: int, noun: str) -> str:
+    """`1 runtime`, `2 runtimes`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def age_text(unix_s: float) -> str:

@@ -21,9 +21,10 @@ def sweep(url: str, *, as_json: bool) -> None:
         lines = done.stderr.strip().splitlines() or ["the sweep ended without a word"]
         missing = "No module named 'shared" in lines[-1]
         raise CommandFailed("millrace-server is not installed here" if missing else lines[-1])
+    sys.stderr.write(done.stderr)
     swept = json.loads(done.stdout)
     if as_json:
         output.print_json(swept)
     else:
         freed = output.bytes_text(swept["bytes"])
-        output.print_line(f"removed {swept['blobs']} blobs, {freed}")
+        output.print_line(f"removed {output.count_text(swept['blobs'], 'blob')}, {freed}")

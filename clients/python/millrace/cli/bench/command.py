@@ -194,7 +194,8 @@ def show(document: dict[str, Any]) -> None:
     requests, load = document["requests"], document["load"]
     if document["is_interrupted"]:
         output.say("[yellow]interrupted: this is what was measured until then[/]")
-    loop = f"{load['concurrency']} streams" if "concurrency" in load else "open loop"
+    is_closed = "concurrency" in load
+    loop = output.count_text(load["concurrency"], "stream") if is_closed else "open loop"
     output.say(
         f"[bold]{document['model']}[/] at {document['target']}: {loop}, "
         f"{requests['finished']} of {requests['sent']} requests finished "

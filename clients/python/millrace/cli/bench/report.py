@@ -9,6 +9,7 @@ from millrace.cli.bench.charts import Chart
 from millrace.cli.bench.driver import Measurement
 from millrace.cli.bench.summary import LATENCIES, values_of
 from millrace.cli.bench.timeline import Slo, Timeline, percentile
+from millrace.cli.output import count_text
 
 # More than a plot can show: the rest is left out evenly.
 _MAX_POINTS = 1500
@@ -82,7 +83,7 @@ def report_html(document: dict[str, Any], measured: Measurement, slo: Slo) -> st
 def _load_text(document: dict[str, Any]) -> str:
     load = document["load"]
     if "concurrency" in load:
-        text = f"closed loop of {load['concurrency']} streams"
+        text = f"closed loop of {count_text(load['concurrency'], 'stream')}"
     elif "rate" in load:
         burst = "" if load["burstiness"] == 1 else f", burstiness {load['burstiness']:g}"
         text = f"{load['rate']:g} requests a second on average{burst}"

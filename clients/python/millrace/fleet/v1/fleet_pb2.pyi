@@ -189,7 +189,9 @@ class Deployment(_message.Message):
     """Runtimes that serve this version; set by the gateway."""
     @_builtins.property
     def quant(self) -> _engine_pb2.QuantConfig:
-        """How its numbers are stored."""
+        """How its numbers are stored: scheme, group size and KV cache. What else a
+        recipe may say is an error here: builds are told it.
+        """
 
     def __init__(
         self,

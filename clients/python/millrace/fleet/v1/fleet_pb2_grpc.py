@@ -68,8 +68,8 @@ class FleetServiceServicer(object):
         the engine is built where it is missing, pulled and loaded, one runtime at a
         time, and no generation is lost. Returns when it is written down.
 
-        Errors: `INVALID_ARGUMENT` (`INVALID_FIELD`), `UNAVAILABLE`
-        (`REDIS_UNREACHABLE`).
+        Errors: `INVALID_ARGUMENT` (`INVALID_FIELD`), `FAILED_PRECONDITION`
+        (`NO_DEPLOYMENTS`), `UNAVAILABLE` (`REDIS_UNREACHABLE`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,8 +78,8 @@ class FleetServiceServicer(object):
     def DeleteDeployment(self, request, context):
         """Ends a deployment: its runtimes finish what runs and become idle.
 
-        Errors: `NOT_FOUND` (`DEPLOYMENT_NOT_FOUND`), `UNAVAILABLE`
-        (`REDIS_UNREACHABLE`).
+        Errors: `NOT_FOUND` (`DEPLOYMENT_NOT_FOUND`), `FAILED_PRECONDITION`
+        (`NO_DEPLOYMENTS`), `UNAVAILABLE` (`REDIS_UNREACHABLE`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,14 +40,14 @@ class FleetServiceStub:
     the engine is built where it is missing, pulled and loaded, one runtime at a
     time, and no generation is lost. Returns when it is written down.
 
-    Errors: `INVALID_ARGUMENT` (`INVALID_FIELD`), `UNAVAILABLE`
-    (`REDIS_UNREACHABLE`).
+    Errors: `INVALID_ARGUMENT` (`INVALID_FIELD`), `FAILED_PRECONDITION`
+    (`NO_DEPLOYMENTS`), `UNAVAILABLE` (`REDIS_UNREACHABLE`).
     """
     DeleteDeployment: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.DeleteDeploymentRequest, _fleet_pb2.DeleteDeploymentResponse]
     """Ends a deployment: its runtimes finish what runs and become idle.
 
-    Errors: `NOT_FOUND` (`DEPLOYMENT_NOT_FOUND`), `UNAVAILABLE`
-    (`REDIS_UNREACHABLE`).
+    Errors: `NOT_FOUND` (`DEPLOYMENT_NOT_FOUND`), `FAILED_PRECONDITION`
+    (`NO_DEPLOYMENTS`), `UNAVAILABLE` (`REDIS_UNREACHABLE`).
     """
 
 @_typing.type_check_only
@@ -62,14 +62,14 @@ class FleetServiceAsyncStub(FleetServiceStub):
     the engine is built where it is missing, pulled and loaded, one runtime at a
     time, and no generation is lost. Returns when it is written down.
 
-    Errors: `INVALID_ARGUMENT` (`INVALID_FIELD`), `UNAVAILABLE`
-    (`REDIS_UNREACHABLE`).
+    Errors: `INVALID_ARGUMENT` (`INVALID_FIELD`), `FAILED_PRECONDITION`
+    (`NO_DEPLOYMENTS`), `UNAVAILABLE` (`REDIS_UNREACHABLE`).
     """
     DeleteDeployment: _aio.UnaryUnaryMultiCallable[_fleet_pb2.DeleteDeploymentRequest, _fleet_pb2.DeleteDeploymentResponse]  # type: ignore[assignment]
     """Ends a deployment: its runtimes finish what runs and become idle.
 
-    Errors: `NOT_FOUND` (`DEPLOYMENT_NOT_FOUND`), `UNAVAILABLE`
-    (`REDIS_UNREACHABLE`).
+    Errors: `NOT_FOUND` (`DEPLOYMENT_NOT_FOUND`), `FAILED_PRECONDITION`
+    (`NO_DEPLOYMENTS`), `UNAVAILABLE` (`REDIS_UNREACHABLE`).
     """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -93,8 +93,8 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         the engine is built where it is missing, pulled and loaded, one runtime at a
         time, and no generation is lost. Returns when it is written down.
 
-        Errors: `INVALID_ARGUMENT` (`INVALID_FIELD`), `UNAVAILABLE`
-        (`REDIS_UNREACHABLE`).
+        Errors: `INVALID_ARGUMENT` (`INVALID_FIELD`), `FAILED_PRECONDITION`
+        (`NO_DEPLOYMENTS`), `UNAVAILABLE` (`REDIS_UNREACHABLE`).
         """
 
     @_abc_1.abstractmethod
@@ -105,8 +105,8 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_fleet_pb2.DeleteDeploymentResponse, _abc.Awaitable[_fleet_pb2.DeleteDeploymentResponse]]:
         """Ends a deployment: its runtimes finish what runs and become idle.
 
-        Errors: `NOT_FOUND` (`DEPLOYMENT_NOT_FOUND`), `UNAVAILABLE`
-        (`REDIS_UNREACHABLE`).
+        Errors: `NOT_FOUND` (`DEPLOYMENT_NOT_FOUND`), `FAILED_PRECONDITION`
+        (`NO_DEPLOYMENTS`), `UNAVAILABLE` (`REDIS_UNREACHABLE`).
         """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

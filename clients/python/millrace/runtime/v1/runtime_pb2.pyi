@@ -180,8 +180,9 @@ class StartGeneration(_message.Message):
     """
     model: _builtins.str
     """What is to answer: the name of a deployment, the name or digest of a model,
-    or the name of an engine. Empty means whatever is served. Where it is not
-    served the generation ends with `NO_ENGINE`.
+    or the name of an engine. Empty means whatever is served. Where others are
+    served the generation ends with `MODEL_NOT_SERVED`, which says which; where
+    nothing is, with `NO_ENGINE`, as something may be soon.
     """
     traceparent: _builtins.str
     """W3C trace context (`00-...`) of what asks for it, for calls that carry

@@ -81,9 +81,10 @@ class RuntimeServiceServicer(object):
         (`DRAINING`, with `RetryInfo`), `INTERNAL`.
 
         Errors of one generation: `INVALID_ARGUMENT` (`INVALID_FIELD`,
-        `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`),
-        `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE` (`ENGINE_LOST`,
-        `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
+        `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`,
+        `MODEL_NOT_SERVED`), `RESOURCE_EXHAUSTED` (`QUEUE_FULL`,
+        `QUOTA_EXCEEDED`), `UNAVAILABLE` (`ENGINE_LOST`, `DRAINING`, `NO_ENGINE`),
+        `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

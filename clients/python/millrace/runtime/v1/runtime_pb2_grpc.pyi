@@ -48,9 +48,10 @@ class RuntimeServiceStub:
     (`DRAINING`, with `RetryInfo`), `INTERNAL`.
 
     Errors of one generation: `INVALID_ARGUMENT` (`INVALID_FIELD`,
-    `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`),
-    `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE` (`ENGINE_LOST`,
-    `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
+    `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`,
+    `MODEL_NOT_SERVED`), `RESOURCE_EXHAUSTED` (`QUEUE_FULL`,
+    `QUOTA_EXCEEDED`), `UNAVAILABLE` (`ENGINE_LOST`, `DRAINING`, `NO_ENGINE`),
+    `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
     """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_runtime_pb2.GenerateStreamRequest, _runtime_pb2.GenerateStreamResponse]
     """One generation on one call, for simple clients. Cancelling the call cancels
@@ -95,9 +96,10 @@ class RuntimeServiceAsyncStub(RuntimeServiceStub):
     (`DRAINING`, with `RetryInfo`), `INTERNAL`.
 
     Errors of one generation: `INVALID_ARGUMENT` (`INVALID_FIELD`,
-    `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`),
-    `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE` (`ENGINE_LOST`,
-    `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
+    `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`,
+    `MODEL_NOT_SERVED`), `RESOURCE_EXHAUSTED` (`QUEUE_FULL`,
+    `QUOTA_EXCEEDED`), `UNAVAILABLE` (`ENGINE_LOST`, `DRAINING`, `NO_ENGINE`),
+    `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
     """
     GenerateStream: _aio.UnaryStreamMultiCallable[_runtime_pb2.GenerateStreamRequest, _runtime_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """One generation on one call, for simple clients. Cancelling the call cancels
@@ -145,9 +147,10 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         (`DRAINING`, with `RetryInfo`), `INTERNAL`.
 
         Errors of one generation: `INVALID_ARGUMENT` (`INVALID_FIELD`,
-        `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`),
-        `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE` (`ENGINE_LOST`,
-        `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
+        `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`,
+        `MODEL_NOT_SERVED`), `RESOURCE_EXHAUSTED` (`QUEUE_FULL`,
+        `QUOTA_EXCEEDED`), `UNAVAILABLE` (`ENGINE_LOST`, `DRAINING`, `NO_ENGINE`),
+        `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
         """
 
     @_abc_1.abstractmethod

@@ -320,8 +320,9 @@ type StartGeneration struct {
 	// With `resumed_token_ids` it goes on with one sample of many. Needs `n` of 1.
 	SampleIndex int32 `protobuf:"varint,11,opt,name=sample_index,json=sampleIndex,proto3" json:"sample_index,omitempty"`
 	// What is to answer: the name of a deployment, the name or digest of a model,
-	// or the name of an engine. Empty means whatever is served. Where it is not
-	// served the generation ends with `NO_ENGINE`.
+	// or the name of an engine. Empty means whatever is served. Where others are
+	// served the generation ends with `MODEL_NOT_SERVED`, which says which; where
+	// nothing is, with `NO_ENGINE`, as something may be soon.
 	Model string `protobuf:"bytes,12,opt,name=model,proto3" json:"model,omitempty"`
 	// W3C trace context (`00-...`) of what asks for it, for calls that carry
 	// generations of several traces. Empty, or malformed, means that of the call's

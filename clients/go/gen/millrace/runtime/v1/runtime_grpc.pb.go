@@ -29,9 +29,10 @@ type RuntimeServiceClient interface {
 	// (`DRAINING`, with `RetryInfo`), `INTERNAL`.
 	//
 	// Errors of one generation: `INVALID_ARGUMENT` (`INVALID_FIELD`,
-	// `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`),
-	// `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE` (`ENGINE_LOST`,
-	// `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
+	// `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`,
+	// `MODEL_NOT_SERVED`), `RESOURCE_EXHAUSTED` (`QUEUE_FULL`,
+	// `QUOTA_EXCEEDED`), `UNAVAILABLE` (`ENGINE_LOST`, `DRAINING`, `NO_ENGINE`),
+	// `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
 	Generate(ctx context.Context, opts ...grpc.CallOption) (RuntimeService_GenerateClient, error)
 	// One generation on one call, for simple clients. Cancelling the call cancels
 	// the generation. Errors are those of one generation, as call errors.
@@ -168,9 +169,10 @@ type RuntimeServiceServer interface {
 	// (`DRAINING`, with `RetryInfo`), `INTERNAL`.
 	//
 	// Errors of one generation: `INVALID_ARGUMENT` (`INVALID_FIELD`,
-	// `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`),
-	// `RESOURCE_EXHAUSTED` (`QUEUE_FULL`), `UNAVAILABLE` (`ENGINE_LOST`,
-	// `DRAINING`, `NO_ENGINE`), `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
+	// `PROMPT_TOO_LONG`), `NOT_FOUND` (`GENERATION_NOT_FOUND`,
+	// `MODEL_NOT_SERVED`), `RESOURCE_EXHAUSTED` (`QUEUE_FULL`,
+	// `QUOTA_EXCEEDED`), `UNAVAILABLE` (`ENGINE_LOST`, `DRAINING`, `NO_ENGINE`),
+	// `DEADLINE_EXCEEDED` (`DEADLINE_EXCEEDED`).
 	Generate(RuntimeService_GenerateServer) error
 	// One generation on one call, for simple clients. Cancelling the call cancels
 	// the generation. Errors are those of one generation, as call errors.
