@@ -139,7 +139,7 @@ async def test_newer_engine_of_a_store_elsewhere_takes_the_place_of_the_one_in_t
     remote = LocalStore(tmp_path / "remote")
     async with running_daemon(tmp_path / "runtime") as daemon:
         runtime, cache = daemon.runtime, EngineCache(daemon.store, 0)
-        runtime._source = EngineSource(daemon.store, remote, "", cache=cache)
+        runtime.keeper._starter._source = EngineSource(daemon.store, remote, "", cache=cache)
         served = await runtime.load(ECHO, "", anew=False)
         assert served.key.builder == "test", "the other store has none"
         newer = publish_echo(remote, builder="newer")
