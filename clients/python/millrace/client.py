@@ -18,7 +18,7 @@ from millrace.builds import RecipeOptions, build_request, has_ended, raise_if_fa
 from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, Security, open_channel
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
-from millrace.errors import MillraceError, corrupt_blob, from_rpc_error
+from millrace.errors import MillraceError, call_ended, corrupt_blob, from_rpc_error
 from millrace.generation import GenerateOptions, Prompt, start_generation
 from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2, runtime_pb2_grpc
@@ -124,17 +124,20 @@ class Client:
     def watch_operation(self, name: str) -> Iterator[compiler_pb2.Operation]:
         """The operation as it stands, then at every change, until all of its builds have ended."""
         request = compiler_pb2.WatchOperationRequest(name=name)
-        attempt = 0
+        attempt, known = 0, None
         while True:
             try:
                 for response in self._compiler.WatchOperation(request):
-                    attempt = 0
+                    if response.operation != known:  # a watch begins with what it told last
+                        attempt, known = 0, response.operation
                     yield response.operation
                     if has_ended(response.operation):
                         return
+                error = call_ended(self._compiler_address)
             except grpc.RpcError as raised:
-                attempt += 1
-                self._wait_or_raise(from_rpc_error(raised, self._compiler_address), attempt)
+                error = from_rpc_error(raised, self._compiler_address)
+            attempt += 1
+            self._wait_or_raise(error, attempt)
 
     def get_build(self, name: str) -> compiler_pb2.Build:
         """The build as it stands."""
