@@ -81,6 +81,17 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"Example: millrace {command}" in " ".join(done.stdout.split())
 
 
+@pytest.mark.parametrize("command", ["", *COMMANDS, "bench serve", "keys create", "keys list"])
+def test_help_is_whole_in_80_columns(command: str) -> None:
+    """No name is broken at its hyphen, and no sentence is cut short."""
+    done = millrace(None, *command.split(), "--help", columns=80)
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if line.endswith("-")] == []
+    summaries = lines[lines.index("Commands:") :] if "Commands:" in lines else []
+    assert [line for line in summaries if line.endswith("...")] == []
+
+
 def test_help_names_every_command() -> None:
     listed = re.findall(r"^  (\w+)  ", millrace(None, "--help").stdout, re.M)
     assert set(listed) == set(COMMANDS)
@@ -106,6 +117,19 @@ def test_no_daemon_exits_with_4_in_one_line() -> None:
 def test_failures_are_json_for_programs() -> None:
     done = millrace(None, "builds", "--json", "--compiler", "127.0.0.1:1")
     assert json.loads(done.stderr)["error"]["reason"] == "UNREACHABLE"
+
+
+@pytest.mark.parametrize(("file", "is_json"), [("figures.json", False), ("-", True)])
+def test_bench_tells_failures_as_it_tells_results(file: str, is_json: bool) -> None:
+    """Its --json names a file: only where that is stdout a program reads along."""
+    done = millrace(None, "bench", "serve", "--json", file, "--runtime", "127.0.0.1:1")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (4, "", 1)
+    assert done.stderr.startswith('{"error": ' if is_json else "millrace: No daemon answers")
+
+
+def test_prompt_that_speaks_of_json_is_no_wish_for_it(daemon: ScriptedDaemon) -> None:
+    done = millrace(daemon, "generate", "--runtime", "127.0.0.1:1", "--", "--json")
+    assert done.stderr.startswith("millrace: No daemon answers")
 
 
 def test_build_tells_its_stages_and_its_engine(daemon: ScriptedDaemon, script: Script) -> None:

@@ -263,7 +263,7 @@ def tune(
     state: State = HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Measure an engine's kernels on this machine's GPU, and keep the record with the engine.
+    """Measure an engine's kernels on this GPU, and keep the record.
 
     Nothing is compiled: only what the engine holds is chosen from. The GPU has to be free: stop the
     runtime that serves on it.
