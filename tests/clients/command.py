@@ -31,10 +31,12 @@ def millrace(
     )
 
 
-def on_a_terminal(daemon: ScriptedDaemon, *arguments: str, until: str = "") -> str:
+def on_a_terminal(
+    daemon: ScriptedDaemon, *arguments: str, until: str = "", columns: int = 160
+) -> str:
     """What the command shows on a terminal; Ctrl-C once it shows `until`."""
     environ = {**os.environ, "MILLRACE_CLI_COMPILER": daemon.address, "TERM": "xterm-256color",
-               "MILLRACE_CLI_GATEWAY": daemon.address, "COLUMNS": "160", "LINES": "50"}  # fmt: skip
+               "MILLRACE_CLI_GATEWAY": daemon.address, "COLUMNS": str(columns), "LINES": "50"}  # fmt: skip
     environ.pop("NO_COLOR", None)
     ours, theirs = pty.openpty()
     process = subprocess.Popen(

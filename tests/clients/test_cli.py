@@ -59,6 +59,10 @@ GRAPH = {
 }  # fmt: skip
 
 
+def without_colours(shown: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown)
+
+
 def test_help_is_quick() -> None:
     """In seconds of CPU, which a busy machine does not stretch."""
 
@@ -251,6 +255,40 @@ QUALITY = {
     ]},
     "kept": ["lm_head"], "auto_kept": [],
 }  # fmt: skip
+
+
+def test_inspect_chooses_among_a_models_engines_by_quant(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    layers = {"graph.json": GRAPH, "graph.source.json": GRAPH, "quality.json": QUALITY}
+    script.engines = [an_engine(script.blobs, layers), an_engine(script.blobs, layers)]
+    script.engines[0].name = f"engines/{'ef' * 32}"
+    script.engines[0].key.quant.scheme = "int4-rtn"
+    unclear = millrace(daemon, "inspect", "tiny")
+    assert "several engines (cpu int4-rtn, cpu int8); say which by --quant" in unclear.stderr
+    for wanted in ((), ("--quality",)):
+        done = millrace(daemon, "inspect", "tiny", "--quant", "int8", *wanted)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"engines/{DIGEST}" in done.stdout
+
+
+def test_whole_names_fit_into_80_columns_of_a_terminal(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    """A digest in two parts can be neither read nor copied."""
+    layers = {"graph.json": GRAPH, "graph.source.json": GRAPH}
+    script.engines = [an_engine(script.blobs, layers)]
+    shown = on_a_terminal(daemon, "inspect", "tiny", columns=80)
+    lines = [line.rstrip() for line in without_colours(shown).splitlines()]
+    assert f"  engines/{DIGEST}" in lines
+    assert any(line.startswith("model ") for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_every_command_is_listed_with_its_kind(daemon: ScriptedDaemon) -> None:
+    shown = without_colours(on_a_terminal(daemon, "--help", columns=80))
+    assert "─ Engines ─" in shown
+    assert "─ Commands ─" not in shown
 
 
 def test_inspect_shows_what_quantizing_cost(daemon: ScriptedDaemon, script: Script) -> None:

@@ -223,6 +223,7 @@ def inspect(
     quality: Annotated[
         bool, typer.Option("--quality", help="Show what quantizing cost, layer by layer.")
     ] = False,
+    quant: AnyQuant = "",
     compiler: Compiler = COMPILER,
     as_json: AsJson = False,
 ) -> None:
@@ -233,9 +234,9 @@ def inspect(
 
     with connect(compiler) as client:
         if quality:
-            show_quality(client, engine, as_json=as_json)
+            show_quality(client, engine, quant, as_json=as_json)
         else:
-            run(client, engine, with_graph=graph, as_json=as_json)
+            run(client, engine, quant, with_graph=graph, as_json=as_json)
 
 
 @commands.command(
