@@ -6,6 +6,7 @@ it needs the same scope and counts as the same call. Routes know none of it.
 """
 
 import asyncio
+import logging
 import re
 import uuid
 import zlib
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from runtime_service.gateway.http.failures import failure, failure_of_http
 from shared.channels import is_loopback
@@ -61,6 +63,25 @@ class Route:
     is_quiet: bool = False
 
 
+def _library_log() -> logging.Logger:
+    """The HTTP library's log, without what it says of clients that do not speak HTTP."""
+    logger = logging.getLogger("millrace.http")
+    logger.addFilter(_is_of_the_server)
+    return logger
+
+
+def _is_of_the_server(record: logging.LogRecord) -> bool:
+    """Claims that it is no client's broken request; such a one is told in a line of ours.
+
+    The library's has a traceback, and quotes the request: keys, and parts of prompts.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, HttpProcessingError):
+        return True
+    structlog.get_logger().info("http_not_understood", problem=type(error).__name__)
+    return False
+
+
 class HttpServer:
     """An HTTP server in this loop, not yet started.
 
@@ -93,6 +114,7 @@ class HttpServer:
             access_log=None,
             handler_cancellation=True,
             shutdown_timeout=_LAST_GRACE_S,
+            logger=_library_log(),
             # `body_of` does it: what the library cannot decode it refuses in words of its own.
             auto_decompress=False,
         )
