@@ -4,6 +4,7 @@ Values are checked where all starts are, in `validation`. Sources: OpenAI API re
 line in `Sampling`, vLLM's `SamplingParams`.
 """
 
+import json
 import re
 from collections.abc import Iterable, MutableSequence
 from typing import TypeVar
@@ -29,6 +30,7 @@ _NAMES = {
 # What msgspec says of a field that is no struct's, or that a struct lacks; a name may be any text.
 _MISFIT = re.compile(r"Object (contains unknown|missing required) field `(.*)`", re.DOTALL)
 _MAX_NAME_CHARS = 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # vLLM's and SGLang's word for no limit, where ours is 0.
 _ALL_TOKENS = -1
@@ -111,12 +113,50 @@ def misfit(error: msgspec.ValidationError, whole: str) -> InvalidField:
     field = path.strip("`").lstrip(".")
     if (found := _MISFIT.fullmatch(problem)) is None:
         return InvalidField(field=field or whole, problem=problem[0].lower() + problem[1:])
-    name = found[2]
-    if not name.isprintable() or len(name) > _MAX_NAME_CHARS:
-        name = repr(name[:_MAX_NAME_CHARS])
+    name = _shown(found[2])
     is_unknown = found[1].endswith("unknown")
     where = f"{field}.{name}" if field else name
     return InvalidField(field=where, problem="is not known" if is_unknown else "must be given")
+
+
+def _shown(name: str) -> str:
+    """A field's name, which may be any text, as errors have it."""
+    if name.isprintable() and len(name) <= _MAX_NAME_CHARS:
+        return name
+    return repr(name[:_MAX_NAME_CHARS])
+
+
+def no_json(body: bytes | str, error: Exception, whole: str) -> InvalidField:
+    """What to say of a body that the decoder refuses with `error`.
+
+    Half of a surrogate pair passes for JSON with some encoders, and for text with none: the field
+    that has it is named.
+
+    Args:
+        whole: what the body is called.
+    """
+    try:
+        found = _torn(json.loads(body), "")
+    except (ValueError, RecursionError):
+        found = None
+    if found is None:
+        return InvalidField(field=whole, problem=f"is not JSON: {error}")
+    return InvalidField(field=_shown(found) or whole, problem="has half of a UTF-16 surrogate pair")
+
+
+def _torn(value: object, where: str) -> str | None:
+    """Where in `value` there is text that is no Unicode."""
+    if isinstance(value, str):
+        return where if _SURROGATE.search(value) else None
+    if isinstance(value, dict):
+        if any(_SURROGATE.search(name) for name in value):
+            return where
+        inside = ((one, f"{where}.{name}" if where else name) for name, one in value.items())
+    elif isinstance(value, list):
+        inside = ((one, f"{where}[{place}]") for place, one in enumerate(value))
+    else:
+        return None
+    return next((found for one, place in inside if (found := _torn(one, place)) is not None), None)
 
 
 Number = TypeVar("Number", int, float)

@@ -12,13 +12,15 @@ COMMAND = (sys.executable, "-m", "millrace.cli")
 
 
 def millrace(
-    daemon: ScriptedDaemon | None, *arguments: str, stdin: str = ""
+    daemon: ScriptedDaemon | None, *arguments: str, stdin: str = "", columns: int | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command against `daemon`, with no terminal."""
     environ = {name: v for name, v in os.environ.items() if not name.startswith("MILLRACE_")}
     if daemon is not None:
         for name in ("COMPILER", "RUNTIME", "GATEWAY"):
             environ[f"MILLRACE_CLI_{name}"] = daemon.address
+    if columns is not None:
+        environ["COLUMNS"] = str(columns)
     return subprocess.run(
         [*COMMAND, *arguments],
         input=stdin,

@@ -59,6 +59,10 @@ GRAPH = {
 }  # fmt: skip
 
 
+def without_colours(shown: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown)
+
+
 def test_help_is_quick() -> None:
     """In seconds of CPU, which a busy machine does not stretch."""
 
@@ -79,6 +83,17 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     done = millrace(None, command, "--help")
     assert done.returncode == 0
     assert f"Example: millrace {command}" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, "bench serve", "keys create", "keys list"])
+def test_help_is_whole_in_80_columns(command: str) -> None:
+    """No name is broken at its hyphen, and no sentence is cut short."""
+    done = millrace(None, *command.split(), "--help", columns=80)
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if line.endswith("-")] == []
+    summaries = lines[lines.index("Commands:") :] if "Commands:" in lines else []
+    assert [line for line in summaries if line.endswith("...")] == []
 
 
 def test_help_names_every_command() -> None:
@@ -106,6 +121,19 @@ def test_no_daemon_exits_with_4_in_one_line() -> None:
 def test_failures_are_json_for_programs() -> None:
     done = millrace(None, "builds", "--json", "--compiler", "127.0.0.1:1")
     assert json.loads(done.stderr)["error"]["reason"] == "UNREACHABLE"
+
+
+@pytest.mark.parametrize(("file", "is_json"), [("figures.json", False), ("-", True)])
+def test_bench_tells_failures_as_it_tells_results(file: str, is_json: bool) -> None:
+    """Its --json names a file: only where that is stdout a program reads along."""
+    done = millrace(None, "bench", "serve", "--json", file, "--runtime", "127.0.0.1:1")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (4, "", 1)
+    assert done.stderr.startswith('{"error": ' if is_json else "millrace: No daemon answers")
+
+
+def test_prompt_that_speaks_of_json_is_no_wish_for_it(daemon: ScriptedDaemon) -> None:
+    done = millrace(daemon, "generate", "--runtime", "127.0.0.1:1", "--", "--json")
+    assert done.stderr.startswith("millrace: No daemon answers")
 
 
 def test_build_tells_its_stages_and_its_engine(daemon: ScriptedDaemon, script: Script) -> None:
@@ -227,6 +255,40 @@ QUALITY = {
     ]},
     "kept": ["lm_head"], "auto_kept": [],
 }  # fmt: skip
+
+
+def test_inspect_chooses_among_a_models_engines_by_quant(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    layers = {"graph.json": GRAPH, "graph.source.json": GRAPH, "quality.json": QUALITY}
+    script.engines = [an_engine(script.blobs, layers), an_engine(script.blobs, layers)]
+    script.engines[0].name = f"engines/{'ef' * 32}"
+    script.engines[0].key.quant.scheme = "int4-rtn"
+    unclear = millrace(daemon, "inspect", "tiny")
+    assert "several engines (cpu int4-rtn, cpu int8); say which by --quant" in unclear.stderr
+    for wanted in ((), ("--quality",)):
+        done = millrace(daemon, "inspect", "tiny", "--quant", "int8", *wanted)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"engines/{DIGEST}" in done.stdout
+
+
+def test_whole_names_fit_into_80_columns_of_a_terminal(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    """A digest in two parts can be neither read nor copied."""
+    layers = {"graph.json": GRAPH, "graph.source.json": GRAPH}
+    script.engines = [an_engine(script.blobs, layers)]
+    shown = on_a_terminal(daemon, "inspect", "tiny", columns=80)
+    lines = [line.rstrip() for line in without_colours(shown).splitlines()]
+    assert f"  engines/{DIGEST}" in lines
+    assert any(line.startswith("model ") for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_every_command_is_listed_with_its_kind(daemon: ScriptedDaemon) -> None:
+    shown = without_colours(on_a_terminal(daemon, "--help", columns=80))
+    assert "─ Engines ─" in shown
+    assert "─ Commands ─" not in shown
 
 
 def test_inspect_shows_what_quantizing_cost(daemon: ScriptedDaemon, script: Script) -> None:

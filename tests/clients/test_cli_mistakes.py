@@ -1,5 +1,7 @@
 """What the `millrace` command makes of mistakes: one line on stderr, an exit code, no traceback."""
 
+import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from millrace.compiler.v1 import compiler_pb2
 
 from shared.errors import Unauthenticated
-from tests.clients.command import millrace
+from tests.clients.command import COMMAND, millrace
 from tests.clients.scripted_daemon import Script, ScriptedDaemon, a_build
 from tests.shared.certificates import made_in
 
@@ -69,6 +71,33 @@ def test_folder_that_cannot_be_made_is_told_in_one_line(
     assert last.startswith("millrace: ")
     assert str(file) in last
     assert len(before) <= 1, "more than what is being started"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", b"caf\xe9"),
+        ("generate", "-"),
+        ("generate", "--chat", b"caf\xe9"),
+        ("build", b"caf\xe9"),
+        ("deploy", "chat", "--model", b"caf\xe9"),
+    ],
+)
+def test_input_that_is_not_utf8_is_told_in_one_line(
+    daemon: ScriptedDaemon, arguments: tuple[str | bytes, ...]
+) -> None:
+    addresses = {f"MILLRACE_CLI_{n}": daemon.address for n in ("COMPILER", "RUNTIME", "GATEWAY")}
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        input=b"caf\xe9",
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, **addresses},
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("millrace: ")
+    assert "is not UTF-8, found " in line
 
 
 def test_no_name_cancels_no_build(daemon: ScriptedDaemon, script: Script) -> None:

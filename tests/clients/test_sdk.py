@@ -4,16 +4,21 @@ import asyncio
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 import grpc
 import millrace
 import pytest
+from millrace.async_stream import AsyncStream
 from millrace.channels import is_serving
 from millrace.compiler.v1 import compiler_pb2
 from millrace.errors import UNREACHABLE, from_status
 from millrace.generation import start_generation
 from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2
+from millrace.stream import Stream
 
 from shared.errors import ERRORS, EngineLost, InvalidModel, PromptTooLong, QueueFull, to_status
 from tests.clients.scripted_daemon import (
@@ -404,3 +409,136 @@ async def test_broken_call_ends_every_stream_of_its_session(script: Script) -> N
                 *(stream.wait() for stream in streams), return_exceptions=True
             )
     assert all(isinstance(end, millrace.MillraceError) for end in ended)
+
+
+async def test_closing_a_session_stream_ends_who_reads_it(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    """Its events have no place to arrive any more, so nobody may go on waiting for them."""
+    script.blocks_after = 1
+    async with (
+        millrace.AsyncClient(runtime=daemon.address) as client,
+        client.session() as session,
+    ):
+        stream = session.generate("hello")
+        chunks = aiter(stream)
+        assert (await anext(chunks)).text == "Once"
+        waiting = asyncio.ensure_future(anext(chunks, None))
+        await asyncio.sleep(0)
+        await stream.close()
+        assert await asyncio.wait({waiting}, timeout=30) == ({waiting}, set())
+        assert waiting.result() is None
+
+
+@pytest.mark.parametrize("closed", ["session", "client"])
+async def test_leaving_a_session_ends_every_stream_of_it(
+    daemon: ScriptedDaemon, script: Script, closed: str
+) -> None:
+    """As cancelled: they neither wait for ever nor go on over a call that nobody would close."""
+    script.blocks_after = 1
+    async with millrace.AsyncClient(runtime=daemon.address) as client:
+        async with client.session() as session:
+            chunks = [aiter(session.generate("hello")) for _ in range(3)]
+            for one in chunks:
+                assert (await anext(one)).text == "Once"
+            waiting = [asyncio.ensure_future(anext(one, None)) for one in chunks]
+            await asyncio.sleep(0)
+            if closed == "client":
+                await client.close()
+        ended = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
+    reasons = [end.reason for end in ended if isinstance(end, millrace.MillraceError)]
+    assert reasons == ["CANCELLED"] * 3
+    assert len(script.asked) == 3
+
+
+def test_stream_that_is_closed_while_its_call_opens_is_cancelled() -> None:
+    """Another thread may close it just then: the call that it cannot see yet is cancelled too."""
+    cancelled = threading.Event()
+
+    class Call:
+        def __iter__(self) -> Iterator[runtime_pb2.GenerateStreamResponse]:
+            assert cancelled.is_set(), "it is read, and nobody ends it"
+            return iter(())
+
+        def cancel(self) -> None:
+            cancelled.set()
+
+    def open_call(request: runtime_pb2.GenerateStreamRequest, timeout_s: float | None) -> Call:
+        stream.close()
+        return Call()
+
+    command = runtime_pb2.GenerateStreamRequest(start=start_generation("hello"))
+    stream = Stream(open_call, command, "127.0.0.1:1", Retries())
+    assert list(stream) == []
+    assert cancelled.is_set()
+
+
+def test_closing_ends_the_wait_for_another_try() -> None:
+    refused = threading.Event()
+
+    def refuse(request: runtime_pb2.GenerateStreamRequest, timeout_s: float | None) -> Any:
+        refused.set()
+        raise millrace.MillraceError(
+            "Busy.", "QUEUE_FULL", grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_s=90.0
+        )
+
+    command = runtime_pb2.GenerateStreamRequest(start=start_generation("hello"))
+    stream = Stream(refuse, command, "127.0.0.1:1", Retries(max_delay_s=90.0))
+    reading = threading.Thread(target=lambda: list(stream), daemon=True)
+    reading.start()
+    assert refused.wait(60)
+    stream.close()
+    reading.join(60)
+    assert not reading.is_alive()
+
+
+async def test_closing_ends_an_async_streams_wait_for_another_try() -> None:
+    refused = asyncio.Event()
+
+    def refuse(request: runtime_pb2.GenerateStreamRequest, timeout_s: float | None) -> Any:
+        refused.set()
+        raise millrace.MillraceError(
+            "Busy.", "QUEUE_FULL", grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_s=90.0
+        )
+
+    command = runtime_pb2.GenerateStreamRequest(start=start_generation("hello"))
+    stream = AsyncStream(refuse, command, "127.0.0.1:1", Retries(max_delay_s=90.0))
+    reading = asyncio.ensure_future(anext(aiter(stream), None))
+    await refused.wait()
+    await stream.close()
+    assert await asyncio.wait({reading}, timeout=60) == ({reading}, set())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "says"),
+    [
+        ("caf\udce9", {}, "prompt: is not UTF-8"),
+        ([{"role": "user", "content": "\ud800"}], {}, "message 0 of the prompt: is not UTF-8"),
+        ("hello", {"stop": "\ud83d"}, "stop: is not UTF-8"),
+        ("hello", {"model": "\udfff"}, "model: is not UTF-8"),
+    ],
+)
+def test_text_that_is_no_unicode_is_refused_by_its_name(
+    prompt: Any, options: Any, says: str
+) -> None:
+    """Half of a surrogate pair, as Python reads bytes of a command line that are none of UTF-8."""
+    with pytest.raises(millrace.MillraceError, match=says) as caught:
+        start_generation(prompt, **options)
+    assert caught.value.reason == "INVALID_FIELD"
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), float("nan"), 1e300])
+def test_timeout_that_no_clock_can_keep_is_refused(timeout_s: float) -> None:
+    with pytest.raises(millrace.MillraceError, match="timeout_s: ") as caught:
+        start_generation("hello", timeout_s=timeout_s)
+    assert caught.value.reason == "INVALID_FIELD"
+
+
+def test_watch_that_ends_early_is_not_begun_again_for_ever(
+    daemon: ScriptedDaemon, script: Script
+) -> None:
+    script.changes = [running(0.1, "import")]
+    client = millrace.Client(daemon.address, retries=Retries(max_attempts=3, first_delay_s=0.001))
+    with pytest.raises(millrace.MillraceError) as caught:
+        list(islice(client.watch_operation("operations/0001"), 30))
+    assert caught.value.reason == "CALL_ENDED"

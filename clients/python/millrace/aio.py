@@ -13,7 +13,7 @@ from millrace.builds import RecipeOptions, build_request, has_ended, raise_if_fa
 from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, Security, open_async_channel
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
-from millrace.errors import MillraceError, from_rpc_error
+from millrace.errors import MillraceError, call_ended, from_rpc_error
 from millrace.generation import GenerateOptions, Prompt, start_generation
 from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2, runtime_pb2_grpc
@@ -87,21 +87,23 @@ class AsyncClient:
     ) -> AsyncIterator[compiler_pb2.Operation]:
         """As `Client.watch_operation`."""
         request = compiler_pb2.WatchOperationRequest(name=name)
-        attempt = 0
+        attempt, known = 0, None
         while True:
             try:
                 async for response in self._compiler.WatchOperation(request):
-                    attempt = 0
+                    if response.operation != known:  # a watch begins with what it told last
+                        attempt, known = 0, response.operation
                     yield response.operation
                     if has_ended(response.operation):
                         return
+                error = call_ended(self._compiler_address)
             except grpc.RpcError as raised:
-                attempt += 1
                 error = from_rpc_error(raised, self._compiler_address)
-                if ask_again is None or not self._retries.asks_again(error, attempt):
-                    await self._wait_or_raise(error, attempt)
-                else:
-                    request.name = (await ask_again()).name
+            attempt += 1
+            if ask_again is None or not self._retries.asks_again(error, attempt):
+                await self._wait_or_raise(error, attempt)
+            else:
+                request.name = (await ask_again()).name
 
     async def get_engine(self, name: str) -> compiler_pb2.GetEngineResponse:
         """As `Client.get_engine`."""

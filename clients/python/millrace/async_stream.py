@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from typing import Protocol, Self
 
 import grpc
@@ -59,7 +60,7 @@ class AsyncStream(StreamState):
         self._open_call = open_call
         self._address = address
         self._call: GenerationCall | None = None
-        self._is_closed = False
+        self._closed = asyncio.Event()
         self._chunks = self._read()
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
@@ -73,7 +74,7 @@ class AsyncStream(StreamState):
 
     async def close(self) -> None:
         """Cancels what still runs; a no-op on a stream that has ended."""
-        self._is_closed = True
+        self._closed.set()
         if self._call is not None and self._collector.result is None:
             await self._call.cancel()
 
@@ -84,7 +85,7 @@ class AsyncStream(StreamState):
         return self.result
 
     async def _read(self) -> AsyncIterator[Chunk]:
-        while not self._is_closed:
+        while not self._closed.is_set():
             try:
                 request = self._attempts.open()
                 self._call = self._open_call(request, self._attempts.timeout_s())
@@ -96,7 +97,7 @@ class AsyncStream(StreamState):
                 error = call_ended(self._address)
             except asyncio.CancelledError:
                 # grpc.aio says a call that `close` cancelled in the same words as a cancelled task.
-                if self._is_closed:
+                if self._closed.is_set():
                     return
                 await self._call.cancel()  # type: ignore[union-attr]
                 raise
@@ -106,9 +107,10 @@ class AsyncStream(StreamState):
                 error = from_rpc_error(raised, self._address)
             except MillraceError as failed:
                 error = failed
-            if self._is_closed:
+            if self._closed.is_set():
                 return
             delay_s = self._attempts.delay_s(error)
             if delay_s is None:
                 raise error
-            await asyncio.sleep(delay_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closed.wait(), delay_s)

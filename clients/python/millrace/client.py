@@ -19,7 +19,7 @@ from millrace.builds import RecipeOptions, build_request, has_ended, raise_if_fa
 from millrace.channels import DEFAULT_COMPILER, DEFAULT_RUNTIME, Security, open_channel
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
-from millrace.errors import MillraceError, corrupt_blob, from_rpc_error
+from millrace.errors import MillraceError, call_ended, corrupt_blob, from_rpc_error
 from millrace.generation import GenerateOptions, Prompt, start_generation
 from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2, runtime_pb2_grpc
@@ -133,21 +133,23 @@ class Client:
                 empty; without it that is an error.
         """
         request = compiler_pb2.WatchOperationRequest(name=name)
-        attempt = 0
+        attempt, known = 0, None
         while True:
             try:
                 for response in self._compiler.WatchOperation(request):
-                    attempt = 0
+                    if response.operation != known:  # a watch begins with what it told last
+                        attempt, known = 0, response.operation
                     yield response.operation
                     if has_ended(response.operation):
                         return
+                error = call_ended(self._compiler_address)
             except grpc.RpcError as raised:
-                attempt += 1
                 error = from_rpc_error(raised, self._compiler_address)
-                if ask_again is None or not self._retries.asks_again(error, attempt):
-                    self._wait_or_raise(error, attempt)
-                else:
-                    request.name = ask_again().name
+            attempt += 1
+            if ask_again is None or not self._retries.asks_again(error, attempt):
+                self._wait_or_raise(error, attempt)
+            else:
+                request.name = ask_again().name
 
     def get_build(self, name: str) -> compiler_pb2.Build:
         """The build as it stands."""

@@ -93,27 +93,43 @@ def from_rpc_error(
     return MillraceError(details or code.name, code.name, code, {"address": address})
 
 
-def filled(message: type[AnyMessage], **fields: object) -> AnyMessage:
+def filled(
+    message: type[AnyMessage], options: Mapping[str, str] | None = None, /, **fields: object
+) -> AnyMessage:
     """A message of those fields.
 
+    Args:
+        options: what callers call fields that have another name on the wire.
     Raises:
-        MillraceError: INVALID_FIELD, a number is beyond what the field holds.
+        MillraceError: INVALID_FIELD, a number is beyond what the field holds, or text is no Unicode.
         TypeError: a field does not exist, or its value is of another type.
     """
     try:
         return message(**fields)
     except ValueError:
         for name, value in fields.items():
+            option = (options or {}).get(name, name)
             try:
                 message(**{name: value})
+            except UnicodeEncodeError:
+                raise not_utf8(option, value) from None
             except ValueError:
-                raise MillraceError(
-                    f"{name}: out of range, found {_shortened(value)}.",
-                    "INVALID_FIELD",
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    {"field": name},
-                ) from None
+                raise invalid_field(option, f"out of range, found {_shortened(value)}") from None
         raise
+
+
+def invalid_field(name: str, problem: str) -> MillraceError:
+    """The error of an argument that cannot be sent, in the daemons' own form."""
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    return MillraceError(f"{name}: {problem}.", "INVALID_FIELD", code, {"field": name})
+
+
+def not_utf8(name: str, value: object) -> MillraceError:
+    """The error of text with half of a surrogate pair, which the wire cannot carry.
+
+    Python reads bytes that are none of UTF-8, of a command line or a file's name, as such halves.
+    """
+    return invalid_field(name, f"is not UTF-8, found {_shortened(value)}")
 
 
 def is_lost_call(error: MillraceError) -> bool:
@@ -151,6 +167,13 @@ def corrupt_blob(digest: str, found: str) -> MillraceError:
         "DIGEST_MISMATCH",
         grpc.StatusCode.DATA_LOSS,
         {"digest": digest, "found": found},
+    )
+
+
+def session_left(address: str) -> MillraceError:
+    """The error of a stream whose session, or client, was closed while it ran."""
+    return MillraceError(
+        f"The session with {address} was closed.", "CANCELLED", grpc.StatusCode.CANCELLED
     )
 
 

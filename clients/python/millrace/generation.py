@@ -10,7 +10,7 @@ from typing import Literal, TypedDict, Unpack
 
 from google.protobuf.duration_pb2 import Duration
 
-from millrace.errors import filled, from_status
+from millrace.errors import filled, from_status, invalid_field, not_utf8
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 FinishReason = Literal["stop_token", "stop_string", "length", "cancelled", "unspecified"]
@@ -65,6 +65,7 @@ _STOP_FIELDS = {
     "stop_token_ids": "token_ids",
     "ignore_end_tokens": "ignore_end_tokens",
 }
+_STOP_OPTIONS = {field: option for option, field in _STOP_FIELDS.items()}
 
 
 def start_generation(
@@ -74,7 +75,7 @@ def start_generation(
 
     Raises:
         TypeError: an option does not exist, or has the wrong type.
-        MillraceError: INVALID_FIELD, a number that no field of the wire holds.
+        MillraceError: INVALID_FIELD, a number or text that no field of the wire holds.
     """
     if unknown := options.keys() - GenerateOptions.__annotations__.keys():
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
@@ -95,15 +96,25 @@ def start_generation(
         elif name not in ("timeout_s", "priority", "model"):
             sampling[name] = value
     start.sampling.CopyFrom(filled(pb.SamplingParams, **sampling))
-    start.stop.CopyFrom(filled(pb.StopConditions, **stop))
+    start.stop.CopyFrom(filled(pb.StopConditions, _STOP_OPTIONS, **stop))
     if "timeout_s" in options:
-        start.timeout.FromMilliseconds(round(options["timeout_s"] * 1000))
+        _set_timeout(start.timeout, options["timeout_s"])
     return start
+
+
+def _set_timeout(timeout: Duration, timeout_s: float) -> None:
+    try:
+        timeout.FromMilliseconds(round(timeout_s * 1000))
+    except (ValueError, OverflowError):  # no number, or more than 10,000 years
+        raise invalid_field("timeout_s", f"out of range, found {timeout_s}") from None
 
 
 def _set_prompt(start: pb.StartGeneration, prompt: Prompt) -> None:
     if isinstance(prompt, str):
-        start.text = prompt
+        try:
+            start.text = prompt
+        except UnicodeEncodeError:
+            raise not_utf8("prompt", prompt) from None
         return
     # Bytes would pass for token ids.
     if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Iterable):
@@ -118,7 +129,10 @@ def _set_prompt(start: pb.StartGeneration, prompt: Prompt) -> None:
         role, content = item.get("role"), item.get("content")
         if not (isinstance(role, str) and isinstance(content, str)):
             raise TypeError(f"message {place} of the prompt needs role and content, both text")
-        start.chat.messages.add(role=role, content=content)
+        try:
+            start.chat.messages.add(role=role, content=content)
+        except UnicodeEncodeError:
+            raise not_utf8(f"message {place} of the prompt", content) from None
 
 
 @dataclass(frozen=True, slots=True)

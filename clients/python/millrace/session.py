@@ -9,7 +9,7 @@ from typing import Self, Unpack
 import grpc
 
 from millrace.async_stream import AsyncStream
-from millrace.errors import MillraceError, call_ended, from_rpc_error
+from millrace.errors import MillraceError, call_ended, from_rpc_error, session_left
 from millrace.generation import GenerateOptions, Prompt, start_generation
 from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2
@@ -43,6 +43,7 @@ class Session:
 
     async def __aexit__(self, *_: object) -> None:
         await self._connection().close()
+        self._current = None
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `AsyncClient.generate`, on this session's call; the daemon alone keeps `timeout_s`."""
@@ -95,6 +96,7 @@ class _Connection:
         self._call.cancel()
         self._reader.cancel()
         await asyncio.wait({self._reader})
+        self._fail(session_left(self._address))
 
     async def open(
         self, request_id: str, request: runtime_pb2.GenerateRequest
@@ -109,7 +111,10 @@ class _Connection:
 
     async def cancel(self, request_id: str) -> None:
         """Ends that generation; its events are no longer read."""
-        if self._queues.pop(request_id, None) is not None and self.failure is None:
+        queue = self._queues.pop(request_id, None)
+        if queue is not None and self.failure is None:
+            # Whoever reads it waits for nothing more.
+            queue.put_nowait(call_ended(self._address))
             cancel = runtime_pb2.CancelGeneration(request_id=request_id)
             await self._send(runtime_pb2.GenerateRequest(cancel=cancel))
 
@@ -136,11 +141,20 @@ class _Connection:
                     # Late events of a generation that its reader left have no queue.
                     if (queue := self._queues.get(event.request_id)) is not None:
                         queue.put_nowait(event)
-            self.failure = call_ended(self._address)
+            self._fail(call_ended(self._address))
         except grpc.RpcError as raised:
-            self.failure = from_rpc_error(raised, self._address)
-        for queue in self._queues.values():
-            queue.put_nowait(self.failure)
+            self._fail(from_rpc_error(raised, self._address))
+        except asyncio.CancelledError:
+            # As grpc.aio tells of a channel that was closed, and of `close`.
+            self._fail(session_left(self._address))
+            raise
+
+    def _fail(self, failure: MillraceError) -> None:
+        """Ends every stream with it, once."""
+        if self.failure is None:
+            self.failure = failure
+            for queue in self._queues.values():
+                queue.put_nowait(failure)
 
 
 class _SharedCall:

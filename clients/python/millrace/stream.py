@@ -1,6 +1,6 @@
 """One generation read with `for`, on a call of its own."""
 
-import time
+import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol, Self
 
@@ -40,7 +40,7 @@ class Stream(StreamState):
         self._open_call = open_call
         self._address = address
         self._call: _Call | None = None
-        self._is_closed = False
+        self._closed = threading.Event()
         self._chunks = self._read()
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -54,7 +54,7 @@ class Stream(StreamState):
 
     def close(self) -> None:
         """Cancels what still runs; a no-op on a stream that has ended. Any thread may call it."""
-        self._is_closed = True
+        self._closed.set()
         if self._call is not None:
             self._call.cancel()
 
@@ -65,10 +65,12 @@ class Stream(StreamState):
         return self.result
 
     def _read(self) -> Iterator[Chunk]:
-        while not self._is_closed:
+        while not self._closed.is_set():
             try:
                 request = self._attempts.open()
                 self._call = self._open_call(request, self._attempts.timeout_s())
+                if self._closed.is_set():
+                    self._call.cancel()  # `close` came before it could see this call
                 for response in self._call:
                     yield from self._collector.take_all(response.events)
                 if self._collector.result is not None:
@@ -80,9 +82,9 @@ class Stream(StreamState):
                 error = from_rpc_error(raised, self._address)
             except MillraceError as failed:
                 error = failed
-            if self._is_closed:
+            if self._closed.is_set():
                 return
             delay_s = self._attempts.delay_s(error)
             if delay_s is None:
                 raise error
-            time.sleep(delay_s)
+            self._closed.wait(delay_s)

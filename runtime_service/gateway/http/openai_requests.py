@@ -18,6 +18,7 @@ from runtime_service.gateway.sampling_fields import (
     checked,
     extend,
     misfit,
+    no_json,
     set_sampling,
 )
 from shared.errors import InvalidField
@@ -160,7 +161,7 @@ def parse(body: bytes, kind: type[Request]) -> Request:
     try:
         fields = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidField(field="body", problem=f"is not JSON: {error}") from None
+        raise no_json(body, error, "body") from None
     if not isinstance(fields, dict):
         raise InvalidField(field="body", problem="must be a JSON object")
     neutral = _ADDS_SPECIAL_TOKENS[kind.__name__]

@@ -6,13 +6,16 @@ it needs the same scope and counts as the same call. Routes know none of it.
 """
 
 import asyncio
+import logging
 import re
 import uuid
+import zlib
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from runtime_service.gateway.http.failures import failure, failure_of_http
 from shared.channels import is_loopback
@@ -25,6 +28,9 @@ from shared.settings import SettingsError, split_address
 from shared.tls import server_context
 from shared.tracing import TRACEPARENT, call_span
 
+# How a body may be coded (RFC 9110, 8.4.1).
+_PLAIN, _GZIP = "identity", "gzip"
+_MAX_CODING_CHARS = 64
 # How long a client may take to send a body, and a stopping server for its last answers.
 BODY_TIMEOUT_S = 60.0
 _LAST_GRACE_S = 0.5
@@ -57,6 +63,25 @@ class Route:
     is_quiet: bool = False
 
 
+def _library_log() -> logging.Logger:
+    """The HTTP library's log, without what it says of clients that do not speak HTTP."""
+    logger = logging.getLogger("millrace.http")
+    logger.addFilter(_is_of_the_server)
+    return logger
+
+
+def _is_of_the_server(record: logging.LogRecord) -> bool:
+    """Claims that it is no client's broken request; such a one is told in a line of ours.
+
+    The library's has a traceback, and quotes the request: keys, and parts of prompts.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, HttpProcessingError):
+        return True
+    structlog.get_logger().info("http_not_understood", problem=type(error).__name__)
+    return False
+
+
 class HttpServer:
     """An HTTP server in this loop, not yet started.
 
@@ -85,7 +110,13 @@ class HttpServer:
         for route in routes:
             app.router.add_route(route.method, route.path, self._guarded(route))
         self._runner = web.AppRunner(
-            app, access_log=None, handler_cancellation=True, shutdown_timeout=_LAST_GRACE_S
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=_LAST_GRACE_S,
+            logger=_library_log(),
+            # `body_of` does it: what the library cannot decode it refuses in words of its own.
+            auto_decompress=False,
         )
         self.address = ""
 
@@ -161,8 +192,6 @@ class HttpServer:
             return failure(error), error.code.name, error.reason
         except web.HTTPException as error:
             return failure_of_http(error, request), "INVALID_ARGUMENT", ""
-        except web.RequestPayloadError:
-            return _unreadable(request), "INVALID_ARGUMENT", InvalidField.reason
         except ConnectionError:
             return web.Response(status=_CLIENT_GONE), "CANCELLED", ""
         except Exception:
@@ -194,27 +223,39 @@ async def body_of(request: web.Request) -> bytes:
     """What was sent, which must be JSON: a page of another site could send any other form.
 
     Raises:
-        InvalidField: it says that it is something else, or takes too long to come.
+        InvalidField: it says that it is something else, takes too long to come, or is not coded
+            as it says.
+        web.HTTPRequestEntityTooLarge: it is over the limit, as it came or decoded.
     """
+    coding = request.headers.get("Content-Encoding", "").strip().lower() or _PLAIN
+    if coding not in (_PLAIN, _GZIP):
+        problem = f"must be {_GZIP}, found {coding[:_MAX_CODING_CHARS]!r}"
+        raise InvalidField(field="Content-Encoding", problem=problem)
     if request.content_type != "application/json":
         problem = f"must be application/json, found {request.content_type}"
         raise InvalidField(field="Content-Type", problem=problem)
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await request.read()
+            body = await request.read()
     except TimeoutError:
         problem = f"did not come within {BODY_TIMEOUT_S:.0f} s"
         raise InvalidField(field="body", problem=problem) from None
+    if coding == _PLAIN:
+        return body
+    return await asyncio.to_thread(_unzipped, body, request.client_max_size)
 
 
-def _unreadable(request: web.Request) -> web.Response:
-    """The answer to a body that is not coded as it says; the connection ends with it."""
-    coding = request.headers.get("Content-Encoding", "identity")
-    response = failure(InvalidField(field="body", problem=f"cannot be read as {coding!r}"))
-    response.force_close()
-    # Else the library looks for the body's end before it answers, and fails.
-    request.content.feed_eof()
-    return response
+def _unzipped(body: bytes, max_bytes: int) -> bytes:
+    decoder = zlib.decompressobj(zlib.MAX_WBITS | 16)  # 16: gzip's header and check
+    try:
+        unzipped = decoder.decompress(body, max_bytes + 1)
+    except zlib.error:
+        raise InvalidField(field="body", problem="cannot be read as gzip") from None
+    if len(unzipped) > max_bytes:
+        raise web.HTTPRequestEntityTooLarge(max_bytes, len(unzipped))
+    if not decoder.eof or decoder.unused_data:
+        raise InvalidField(field="body", problem="ends before its gzip does, or goes on after it")
+    return unzipped
 
 
 async def open_stream(request: web.Request, content_type: str) -> web.StreamResponse:

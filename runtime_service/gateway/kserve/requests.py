@@ -14,7 +14,13 @@ from millrace.kserve.v2 import inference_pb2 as kserve
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.kserve.tensors import Value, inputs_of
-from runtime_service.gateway.sampling_fields import Sampling, checked, misfit, set_sampling
+from runtime_service.gateway.sampling_fields import (
+    Sampling,
+    checked,
+    misfit,
+    no_json,
+    set_sampling,
+)
 from shared.errors import InvalidField
 
 VERSION = "1"
@@ -240,6 +246,8 @@ def _value_of(name: str, parameter: kserve.InferParameter) -> Value:
 def _json_object(text: object) -> dict[str, Any]:
     try:
         return msgspec.json.decode(str(text), type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except msgspec.ValidationError as error:
         problem = f"must be a JSON object: {error}"
         raise InvalidField(field="sampling_parameters", problem=problem) from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise no_json(str(text), error, "sampling_parameters") from None

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from millrace.cli.bench.targets import openai_target
+from millrace.cli.failures import CommandFailed
 from playwright.async_api import async_playwright
 
 from bench.paced_runtime import Pace, start_paced_runtime
@@ -217,3 +219,21 @@ async def test_a_server_that_is_not_there_is_one_line() -> None:
     assert "http://127.0.0.1:1/v1/models does not name a model" in err
     code, _, err = await serve("--runtime", "127.0.0.1:1")
     assert (code, err.count("\n")) == (4, 1)
+
+
+async def test_a_server_that_says_nothing_is_not_waited_for_without_end() -> None:
+    """It takes the connection, as one behind a dead proxy does."""
+    heard = asyncio.Event()
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+        heard.set()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        target = openai_target(f"http://127.0.0.1:{port}/v1", "", "", answer_s=0.1)
+        with pytest.raises(CommandFailed, match=r"/models gives no answer in 0\.1 s"):
+            await target.__aenter__()
+        await asyncio.wait_for(heard.wait(), 60)

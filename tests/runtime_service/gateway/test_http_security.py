@@ -1,5 +1,6 @@
 """HTTP is as guarded as gRPC: certificates, where it listens, and whose tenant a client is."""
 
+import asyncio
 import ssl
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from aiohttp import web
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from runtime_service.gateway.http.server import HttpServer, Route, open_stream
 from shared.edge import EdgeInterceptor
@@ -119,6 +121,26 @@ async def test_unforeseen_failure_tells_nothing_and_a_stream_that_has_one_breaks
         await server.stop()
     labels = {"rpc": "GET /", "code": "INTERNAL"}
     assert registry.get_sample_value("millrace_rpcs_total", labels) == 2
+
+
+async def test_request_that_is_no_http_is_logged_in_a_line_without_its_key(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Anybody can send such; the library's own line would be a traceback that quotes it."""
+    server = HttpServer("127.0.0.1:0", 1 << 20, EdgeInterceptor(CollectorRegistry()), ())
+    await server.start()
+    host, _, port = server.address.rpartition(":")
+    try:
+        with capture_logs() as logs:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer mr_key\x01\r\n\r\n")
+            assert b" 400 " in await reader.readline()
+            writer.close()
+    finally:
+        await server.stop()
+    told = [line for line in logs if line["event"] == "http_not_understood"]
+    assert [(line["log_level"], line["problem"]) for line in told] == [("info", "BadHttpMessage")]
+    assert "mr_key" not in caplog.text + str(logs)
 
 
 def _as(client: Path, server: Path) -> ssl.SSLContext:

@@ -273,7 +273,7 @@ async def test_rpcs_need_a_key_with_the_scope(
         ({"text_input": ""}, "text_input: must be a text"),
         ({"text_input": "a", "stream": True}, "stream: needs ModelStreamInfer"),
         ({"text_input": "a", "beam_width": 4}, "beam_width: must be 1"),
-        ({"text_input": "a", "sampling_parameters": "{"}, "sampling_parameters: must be a JSON"),
+        ({"text_input": "a", "sampling_parameters": "{"}, "sampling_parameters: is not JSON"),
         ({"text_input": "a", "sampling_parameters": '{"wings": 2}'}, "wings: is not known"),
         ({"text_input": "a", "max_tokens": 0}, "max_tokens: must be at least 1"),
         ({"text_input": "a", "max_tokens": "many"}, "max_tokens: expected `int"),

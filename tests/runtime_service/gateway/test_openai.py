@@ -343,7 +343,11 @@ async def test_bodies_that_are_no_request_are_refused(tmp_path: Path) -> None:
     async with serving(tmp_path, num_runtimes=1) as (fleet, _):
         url = f"http://{fleet.http.address}/v1/chat/completions"
         json_type = {"Content-Type": "application/json"}
-        gzipped = {**json_type, "Content-Encoding": "gzip"}
+
+        def coded(coding: str) -> dict[str, str]:
+            return {**json_type, "Content-Encoding": coding}
+
+        gzipped = coded("gzip")
         async with aiohttp.ClientSession() as session:
             for data, headers, status, says in (
                 (b"{", json_type, 400, "body: is not JSON"),
@@ -352,7 +356,15 @@ async def test_bodies_that_are_no_request_are_refused(tmp_path: Path) -> None:
                 (b"[" * 100_000, json_type, 400, "body: is not JSON"),
                 (b"{}", {"Content-Type": "text/plain"}, 400, "Content-Type: must be"),
                 (b"x" * (2 << 20), json_type, 413, "over the 1048576 bytes of MILLRACE_MAX"),
-                (b"{}", gzipped, 400, "body: cannot be read as 'gzip'"),
+                (b'"\\ud800"', json_type, 400, "body: has half of a UTF-16 surrogate pair"),
+                (b"{}", gzipped, 400, "body: cannot be read as gzip"),
+                (gzip.compress(b"{}")[:-1], gzipped, 400, "body: ends before its gzip does"),
+                (gzip.compress(b"{}") + b"{}", gzipped, 400, "or goes on after it"),
+                (gzip.compress(b" " * (2 << 20)), gzipped, 413, "over the 1048576 bytes"),
+                (b"{}", coded("br"), 400, "Content-Encoding: must be gzip, found 'br'"),
+                (b"{}", coded("zstd"), 400, "Content-Encoding: must be gzip, found 'zstd'"),
+                (b"{}", coded("gzip, br"), 400, "found 'gzip, br'"),
+                (b"{}", coded("Identity"), 400, "messages: must be given"),
                 (gzip.compress(b"{}"), gzipped, 400, "messages: must be given"),
             ):
                 async with session.post(url, data=data, headers=headers) as response:
@@ -368,6 +380,23 @@ async def test_bodies_that_are_no_request_are_refused(tmp_path: Path) -> None:
                     assert error["type"] == "invalid_request_error"
                     assert says in error["message"]
                     assert ("Allow" in response.headers) is (status == 405)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (rb'{"messages": [{"role": "user", "content": "hi \ud800"}]}', "messages[0].content"),
+        (rb'{"messages": [{"role": "user", "content": "\ud83d\u0041"}]}', "messages[0].content"),
+        (rb'{"messages": [], "stop": ["a", "\udc00"]}', "stop[1]"),
+        (rb'{"model": "\ud800", "messages": []}', "model"),
+        (rb'{"\ud800": 1, "messages": []}', "body"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_told_with_its_field(body: bytes, param: str) -> None:
+    """Encoders that cut text in the middle of a character write such JSON."""
+    with pytest.raises(InvalidField) as refused:
+        parse(body, ChatRequest)
+    assert str(refused.value) == f"{param}: has half of a UTF-16 surrogate pair."
 
 
 async def test_a_base_without_v1_and_endpoints_that_are_missing_are_told_what_there_is(

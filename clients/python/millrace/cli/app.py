@@ -16,7 +16,7 @@ from millrace.cli.failures import EXIT_CODES_HELP, report
 from millrace.cli.fleet_commands import commands as fleet_commands
 from millrace.cli.generation_commands import commands as generation_commands
 from millrace.cli.machine_commands import commands as machine_commands
-from millrace.cli.options import GENERATING
+from millrace.cli.options import GENERATING, IS_JSON
 from millrace.cli.security_commands import commands as security_commands
 from millrace.cli.store_commands import commands as store_commands
 
@@ -30,7 +30,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (Exception, KeyboardInterrupt) as error:
-            code = report(error, "--json" in sys.argv)
+            code = report(error, as_json=ctx.meta.get(IS_JSON, False))
             if code is None:
                 raise
             raise typer.Exit(code) from None

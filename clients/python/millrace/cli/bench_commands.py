@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from millrace.cli.failures import USAGE, CommandFailed
-from millrace.cli.options import RUNTIME, Runtime
+from millrace.cli.options import IS_JSON, RUNTIME, Runtime
 
 commands = typer.Typer(
     name="bench",
@@ -13,6 +13,11 @@ commands = typer.Typer(
     epilog="Example: millrace bench serve -c 16 --requests 200",
     no_args_is_help=True,
 )
+
+
+def _keep_is_json(context: typer.Context, json_file: str) -> str:
+    context.meta[IS_JSON] = json_file == "-"
+    return json_file
 
 
 @commands.callback()
@@ -103,7 +108,13 @@ def serve(
         str, typer.Option("--model", metavar="MODEL", help="Where there are several.")
     ] = "",
     json_file: Annotated[
-        str, typer.Option("--json", metavar="FILE", help="Write all figures; -: to stdout.")
+        str,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write all figures; -: to stdout.",
+            callback=_keep_is_json,
+        ),
     ] = "",
     html_file: Annotated[
         str, typer.Option("--html", metavar="FILE", help="Write a report with plots.")

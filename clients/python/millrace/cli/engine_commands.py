@@ -223,6 +223,7 @@ def inspect(
     quality: Annotated[
         bool, typer.Option("--quality", help="Show what quantizing cost, layer by layer.")
     ] = False,
+    quant: AnyQuant = "",
     compiler: Compiler = COMPILER,
     as_json: AsJson = False,
 ) -> None:
@@ -233,9 +234,9 @@ def inspect(
 
     with connect(compiler) as client:
         if quality:
-            show_quality(client, engine, as_json=as_json)
+            show_quality(client, engine, quant, as_json=as_json)
         else:
-            run(client, engine, with_graph=graph, as_json=as_json)
+            run(client, engine, quant, with_graph=graph, as_json=as_json)
 
 
 @commands.command(
@@ -263,7 +264,7 @@ def tune(
     state: State = HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Measure an engine's kernels on this machine's GPU, and keep the record with the engine.
+    """Measure an engine's kernels on this GPU, and keep the record.
 
     Nothing is compiled: only what the engine holds is chosen from. The GPU has to be free: stop the
     runtime that serves on it.

@@ -25,6 +25,10 @@ _EXIT_CODES = {
 _HINTS = {"UNAUTHENTICATED": " The command takes it from MILLRACE_CLI_API_KEY."}
 
 
+# Of input that is not UTF-8.
+_MAX_FOUND = 64
+
+
 class CommandFailed(Exception):
     """The command cannot go on; the message is one sentence for people."""
 
@@ -33,7 +37,7 @@ class CommandFailed(Exception):
         self.exit_code = exit_code
 
 
-def report(error: BaseException, as_json: bool) -> int | None:
+def report(error: BaseException, *, as_json: bool) -> int | None:
     """The exit code of `error`, told in one line on stderr; None where it is not ours to tell.
 
     Args:
@@ -52,6 +56,10 @@ def report(error: BaseException, as_json: bool) -> int | None:
     if isinstance(error, OSError) and error.filename is not None:
         _tell(f"{error.filename}: {error.strerror}", "COMMAND_FAILED", {}, as_json)
         return FAILED
+    if isinstance(error, UnicodeEncodeError | UnicodeDecodeError):
+        found = error.object[:_MAX_FOUND]
+        _tell(f"what was given is not UTF-8, found {found!a}", "COMMAND_FAILED", {}, as_json)
+        return USAGE
     # Imported only now: a command that does not call a daemon does not pay for gRPC.
     from millrace.errors import MillraceError
 

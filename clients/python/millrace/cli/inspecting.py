@@ -18,9 +18,9 @@ _KERNELS = "kernels/index.json"
 _IMPORT_NOTES = "checkpoint_quantization"
 
 
-def inspect(client: Client, name: str, *, with_graph: bool, as_json: bool) -> None:
+def inspect(client: Client, name: str, quant: str, *, with_graph: bool, as_json: bool) -> None:
     """Prints an engine: key, sizes, layers, graph, kernels, build times."""
-    found = client.get_engine(find_engine(client, name, "").name)
+    found = client.get_engine(find_engine(client, name, quant).name)
     documents = _read_documents(client, found.engine)
     if as_json:
         output.print_json({**output.to_dict(found), **documents})

@@ -75,8 +75,8 @@ def find_engine(client: Client, name: str, quant: str) -> engine_pb2.Engine:
     kinds = {f"{engine.key.arch} {quant_text(engine.key.quant)}" for engine in found}
     if len(kinds) > 1:
         raise CommandFailed(
-            f"{name!r} has several engines ({', '.join(sorted(kinds))}); name one by its digits, "
-            "as `millrace engines` shows them"
+            f"{name!r} has several engines ({', '.join(sorted(kinds))}); say which by "
+            "--quant, or by its digits, as `millrace engines` shows them"
         )
     if found:
         return found[0]

@@ -42,7 +42,7 @@ def up(
     ] = 1,
     gateway: Gateway = GATEWAY,
     metrics: Annotated[
-        bool, typer.Option(help="Serve Prometheus metrics at ports 7611 and 7612.")
+        bool, typer.Option(help="Serve metrics at ports 7610 to 7612, and a fleet's HTTP at 7620.")
     ] = True,
     as_json: AsJson = False,
 ) -> None:

@@ -37,14 +37,25 @@ State = Annotated[
         help="Where the local stack keeps engines, its queue and logs.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+# Where an invocation's context says that its results on stdout, and so its failures, are JSON.
+IS_JSON = "millrace.is_json"
+
+
+def _keep_is_json(context: typer.Context, is_json: bool) -> bool:
+    context.meta[IS_JSON] = is_json
+    return is_json
+
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON, for programs.", callback=_keep_is_json)
+]
 Quant = Annotated[
     str,
     typer.Option(
         "--quant",
         "-q",
         metavar="SCHEME",
-        help="bf16, fp32, int8, int4-awq, int4-g128, fp8, as-is ...",
+        help="bf16, int8, fp8, int4-awq, int4-g128, as-is ...",
     ),
 ]
 OwnQuant = Annotated[
@@ -53,7 +64,7 @@ OwnQuant = Annotated[
         "--quant",
         "-q",
         metavar="SCHEME",
-        help="bf16, fp32, int8, int4-awq, int4-g128, fp8, as-is ...; unset: as the checkpoint is.",
+        help="bf16, int8, fp8, int4-awq, int4-g128, as-is ...; unset: as the checkpoint is.",
     ),
 ]
 AnyQuant = Annotated[

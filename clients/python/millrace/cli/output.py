@@ -153,21 +153,33 @@ def print_table(
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:
-    """Names and values on stdout; a value that is longer than the terminal stays in its column."""
-    if is_fancy():
-        from rich.table import Table
-        from rich.text import Text
+    """Names and values on stdout; on a terminal, a value stays in its column where its words fit.
 
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="bold", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for name, value in fields:
-            grid.add_row(Text(name), Text(value))
-        console().print(grid, soft_wrap=False)
-        return
+    A longer word, such as a whole digest, is no use in two parts: it has a line of its own.
+    """
     width = max(len(name) for name, _ in fields)
+    if not is_fancy():
+        for name, value in fields:
+            print_line(f"{name.ljust(width)}{_BETWEEN}{value}".rstrip())
+        return
+    from rich.text import Text
+
     for name, value in fields:
-        print_line(f"{name.ljust(width)}  {value}".rstrip())
+        room = console().width - width - len(_BETWEEN)
+        if max(map(len, value.split()), default=0) > room:
+            console().print(Text(name, "bold"))
+            lines, inset = _wrapped(value, console().width - len(_BETWEEN)), _BETWEEN
+        else:
+            lines, inset = _wrapped(value, room), " " * width + _BETWEEN
+            console().print(Text(name.ljust(width) + _BETWEEN, "bold"), end="")
+            console().print(Text(lines.pop(0)))
+        for line in lines:
+            console().print(Text(inset + line))
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of `text` that are no longer, where no word is; at least one."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def bytes_text(size: float) -> str:

@@ -17,13 +17,13 @@ _BAR_CELLS = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def show_quality(client: Client, name: str, *, as_json: bool) -> None:
+def show_quality(client: Client, name: str, quant: str, *, as_json: bool) -> None:
     """Prints an engine's quality report: numbers, worst weights, and a bar per layer.
 
     Raises:
         CommandFailed: the engine has none, or one of an older form.
     """
-    engine = client.get_engine(find_engine(client, name, "").name).engine
+    engine = client.get_engine(find_engine(client, name, quant).name).engine
     report = _read_report(client, engine)
     if as_json:
         output.print_json(report)

@@ -113,7 +113,7 @@ def create_key(
     run(file.expanduser(), tenant, scope or ["generate"], limits, as_json=as_json)
 
 
-@keys.command("list")
+@keys.command("list", epilog="Example: millrace keys list --json")
 def list_keys(file: KeyFile = _KEY_FILE, as_json: AsJson = False) -> None:
     """List keys, their tenants, scopes and limits."""
     from millrace.cli.keys import list_keys as run

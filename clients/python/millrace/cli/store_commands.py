@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from millrace.cli.options import AsJson
+from millrace.cli.options import ENGINES, AsJson
 
 commands = typer.Typer()
 store = typer.Typer(
@@ -12,7 +12,7 @@ store = typer.Typer(
     help="Stores of engines: sweep.",
     epilog="Example: millrace store sweep s3://models/engines",
 )
-commands.add_typer(store, name="store")
+commands.add_typer(store, name="store", rich_help_panel=ENGINES)
 
 
 @store.command(epilog="Example: millrace store sweep s3://models/engines")

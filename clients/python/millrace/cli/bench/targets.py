@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Half of the longest line that can be read.
 _READ_BYTES = 1 << 20
+# How long a server may take to be reached, and to name its models.
+_ANSWER_S = 30.0
 
 
 class GrpcTarget:
@@ -119,13 +121,16 @@ async def grpc_target(address: str, calls: int, model: str) -> AsyncIterator[tup
 
 
 @asynccontextmanager
-async def openai_target(url: str, api_key: str, model: str) -> AsyncIterator[tuple[Target, str]]:
+async def openai_target(
+    url: str, api_key: str, model: str, answer_s: float = _ANSWER_S
+) -> AsyncIterator[tuple[Target, str]]:
     """The server whose API is at `url` (`http://host:port/v1`), and the model that is asked.
 
     Args:
         model: "": the first that it names.
+        answer_s: in which it is to be reached, and to name its models.
     Raises:
-        CommandFailed: it does not answer, or names no model.
+        CommandFailed: it does not answer by then, or names no model.
     """
     from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 
@@ -135,12 +140,15 @@ async def openai_target(url: str, api_key: str, model: str) -> AsyncIterator[tup
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     async with ClientSession(
         connector=TCPConnector(limit=0),
-        timeout=ClientTimeout(total=None),
+        timeout=ClientTimeout(total=None, sock_connect=answer_s),
         headers=headers,
         read_bufsize=_READ_BYTES,
     ) as session:
         try:
-            model = model or await _first_model(session, url)
+            async with asyncio.timeout(answer_s):
+                model = model or await _first_model(session, url)
+        except TimeoutError:
+            raise CommandFailed(f"{url}/models gives no answer in {answer_s:g} s") from None
         except (ClientError, RequestFailed, ValueError) as error:
             raise CommandFailed(f"{url}/models does not name a model: {error}") from None
         yield OpenAiTarget(session, url, model), model
