@@ -12,16 +12,19 @@ from compiler_service.engine_graph import engine_graph, imported_weights
 from compiler_service.models import lower_model
 from compiler_service.quantization import scheme_named
 from compiler_service.quantization.as_is import notes_of
+from compiler_service.streaming import values_a_token
 from compiler_service.weight_table import require_tensors, stored_tensors, weights_in_order
 from kernels.linear.launch import LAYOUTS as GPU_LAYOUTS
 from kernels.ops import OPS
 from shared.arch import arch_named
-from shared.engine import EngineKey
+from shared.engine import EngineKey, QuantConfig
 from shared.errors import UnsupportedQuant
 from shared.ir import Graph
 
 # What the embedding kernel reads.
 _GPU_TABLES = ("plain", "int8_channel")
+# So many bytes of activations a build may hold while it calibrates.
+_MOST_CALIBRATION_BYTES = 8 << 30
 
 
 def plan(
@@ -46,6 +49,7 @@ def plan(
     files = engine_files(checkpoint)
     on_pass()
     graph = engine_graph(source, checkpoint.tensors, key.quant, OPS)
+    _require_room(graph, key.quant)
     imported = imported_weights(graph, key.quant)
     if imported:
         _require_layouts(graph, key)
@@ -68,6 +72,21 @@ def plan(
             math.prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in stored
         ),
     )
+
+
+def _require_room(graph: Graph, quant: QuantConfig) -> None:
+    """Checks that what calibration looks at fits into memory, whose activations are held all at once.
+
+    Raises:
+        UnsupportedQuant: it does not; says how many tokens do.
+    """
+    most = _MOST_CALIBRATION_BYTES // (4 * values_a_token(graph))
+    if quant.calibration_tokens > most:
+        problem = (
+            f"calibration_tokens may be at most {most} for this model, whose activations of so many "
+            f"take {_MOST_CALIBRATION_BYTES >> 30} GiB, not {quant.calibration_tokens}"
+        )
+        raise UnsupportedQuant(quant=str(quant), problem=problem)
 
 
 def _require_layouts(graph: Graph, key: EngineKey) -> None:

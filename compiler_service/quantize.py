@@ -120,6 +120,8 @@ class GraphQuantizer:
             if self._reference is not None:
                 if node.op == "rms_norm" and node.attrs["residual"]:
                     self._end_block(self._reference.written_share(node))
+                if node.op == "embedding":
+                    self._compare_embedding(node, weights["weight"], self._reference)
                 self._reference.run(node, {role: w.dense for role, w in weights.items()})
             quantized.run(node, {role: w.stored for role, w in weights.items()})
 
@@ -201,6 +203,17 @@ class GraphQuantizer:
         if "bias" in weights:
             y_TN += weights["bias"].stored(slice(None))
         quantized.finish(node, (y_TN,))
+
+    def _compare_embedding(self, node: Node, weight: _Weight, reference: Stream) -> None:
+        name = node.weights["weight"]
+        if self._uses[name]:  # the head as well, which says what the weight costs
+            return
+        ids_T = reference.input(node).long()
+        ids_T = ids_T[:: max(len(ids_T) // _SAMPLED_TOKENS, 1)]
+        expected_TK = weight.dense(ids_T)
+        error = _ratio(_square(weight.stored(ids_T) - expected_TK), _square(expected_TK))
+        self._block.append(WeightError(name, self._graph.weights[name].layout, error, error, 0.0))
+        self._end_block(1.0)  # the residual stream begins with it
 
     def _compare_logits(self, node: Node, weight: _Weight, quantized: Stream) -> None:
         if self._reference is None or self._probe is None:

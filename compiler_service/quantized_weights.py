@@ -100,7 +100,8 @@ class _Work:
             assert measurement is not None, "the second pass measured nothing"
         plain = self._scheme.layouts(graph)
         kept = [name for name in plain if graph.weights[name].layout == "plain" != plain[name]]
-        report = report_json(measurement, self._quant, kept, sorted(auto_kept))
+        looked_at = sum(map(len, self._calibration))
+        report = report_json(measurement, self._quant, looked_at, kept, sorted(auto_kept))
         blob = self._store.write_blob([report], QUALITY_TYPE, QUALITY_TITLE)
         return QuantizedWeights(graph, (*layers, blob))
 

@@ -70,6 +70,17 @@ def product(x_TK: torch.Tensor, rows_of: RowsOf, num_rows: int) -> torch.Tensor:
     return y_TN
 
 
+def values_a_token(graph: Graph) -> int:
+    """How many fp32 values a run holds for each token, at most: the widest linear's input and output,
+    and the residual stream beside them."""
+    widths = [
+        sum(graph.weights[node.weights["weight"]].shape)
+        for node in graph.nodes
+        if node.op == "linear" and node.outputs[0] not in graph.outputs
+    ]
+    return max(widths, default=0) + int(str(graph.config["hidden_size"]))
+
+
 class Stream:
     """One run of a graph; nodes are run in order by who brings their weights.
 

@@ -8,6 +8,8 @@ import codecs
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -38,9 +40,16 @@ def calibration_path(uri: str) -> Path:
 
 
 def calibration_digest(uri: str, hashes: FileHashes) -> str:
-    """SHA-256 of the calibration text's file, bare hexadecimal."""
+    """SHA-256 of the calibration text's file, bare hexadecimal.
+
+    Raises:
+        InvalidField: there is no such file, or it cannot be read.
+    """
     path = calibration_path(uri)
-    return _default_digest() if path == DEFAULT_TEXT else hashes.sha256(path)
+    if path == DEFAULT_TEXT:
+        return _default_digest()
+    with _reading(path):
+        return hashes.sha256(path)
 
 
 def read_calibration_text(uri: str, digest: str) -> list[str]:
@@ -48,10 +57,10 @@ def read_calibration_text(uri: str, digest: str) -> list[str]:
 
     Raises:
         ModelChanged: the file is no longer the one of `digest`.
-        InvalidField: it is not of a form that is read here; names the line.
+        InvalidField: it cannot be read, or is not of a form that is read here; names the line.
     """
     path = calibration_path(uri)
-    with path.open("rb") as file:
+    with _reading(path), path.open("rb") as file:
         content = file.read(4 * _MAX_CHARACTERS)
         hashed = hashlib.sha256(content)
         is_whole = True
@@ -82,6 +91,16 @@ def read_calibration_text(uri: str, digest: str) -> list[str]:
     return [
         _document(path.name, number, line) for number, line in enumerate(lines, 1) if line.strip()
     ]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Tells what the disk, or another user's file, refuses as the user's field."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{path} cannot be read on the compile daemon ({error.strerror})"
+        raise InvalidField(field=_FIELD, problem=problem) from error
 
 
 def _document(name: str, number: int, line: str) -> str:

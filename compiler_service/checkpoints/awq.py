@@ -31,6 +31,8 @@ from shared.errors import InvalidModel, UnsupportedModel
 
 # Nibble i of an int32, from the lowest bits, belongs to column _ORDER[i] of its eight.
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# What says how it is packed: AutoAWQ's field, and GPTQModel's, by its newer and older name.
+_PACKING_FIELDS = ("version", "checkpoint_format", "format")
 
 
 def find_linears(settings: Mapping[str, Any], tensors: Tensors) -> dict[str, QuantizedLinear]:
@@ -40,10 +42,10 @@ def find_linears(settings: Mapping[str, Any], tensors: Tensors) -> dict[str, Qua
         UnsupportedModel: another packing or number of bits.
         InvalidModel: tensors contradict each other or the settings.
     """
-    # GPTQModel calls it `format` too, as it does for GPTQ.
-    version = str(settings.get("version") or settings.get("format") or "gemm").lower()
-    if version != "gemm":
-        raise UnsupportedModel(architecture=f"AWQ version {version}", known="gemm")
+    for field in _PACKING_FIELDS:
+        version = str(settings.get(field) or "gemm").lower()
+        if version != "gemm":
+            raise UnsupportedModel(architecture=f"AWQ version {version}", known="gemm")
     bits = settings.get("bits", settings.get("w_bit", 4))
     if bits != 4:
         raise UnsupportedModel(architecture=f"AWQ with {bits} bits", known="4")

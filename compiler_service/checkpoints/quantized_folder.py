@@ -139,5 +139,7 @@ def _format_of(settings: Mapping[str, Any]) -> _FindLinears:
         method = "compressed-tensors"
     if not isinstance(method, str) or method not in FORMATS:
         known = f"quantized by {', '.join(FORMATS)}, or not at all"
-        raise UnsupportedModel(architecture=f"quantized by {method}", known=known)
+        sizes = settings.get("weight_block_size")
+        blocks = f" in blocks of {' x '.join(map(str, sizes))}" if isinstance(sizes, list) else ""
+        raise UnsupportedModel(architecture=f"quantized by {method}{blocks}", known=known)
     return FORMATS[method]

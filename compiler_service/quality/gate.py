@@ -1,5 +1,6 @@
 """The quality gate: what a measurement may be, and a set of weights to keep that is, as small as is found."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,8 +43,10 @@ def fewest_kept(
 
     A beginning of `ranked` is doubled until it passes, then halved towards the last one that did not:
     few sets are measured where few weights do. What ranks last of it is then left out, one by one,
-    where that passes too. None where keeping all of `ranked` does not pass.
+    where that passes too: of up to 9 weights none can go. None where keeping all of `ranked` does not
+    pass.
     """
+    measure = functools.cache(measure)
     failed, best = 0, None
     size = 1
     while best is None and failed < len(ranked):
@@ -64,12 +67,33 @@ def fewest_kept(
             failed = size
     if best is None:
         return None
-    # Without the last one of the beginning it was measured, and failed.
-    for name in reversed(ranked[:failed][-_NUM_TRIED_WITHOUT:]):
+    # Without its last one, and with none at all, it was measured and failed.
+    return _less_needless(best, ranked[: failed + 1][-_NUM_TRIED_WITHOUT - 1 :], measure, passes)
+
+
+def _less_needless(
+    best: Kept,
+    tried: Sequence[str],
+    measure: Callable[[frozenset[str]], Measurement],
+    passes: Callable[[Measurement], bool],
+) -> Kept:
+    """`best` less those of `tried` that can go, from the last but one on; each that stays has failed
+    to go from the very set that is given.
+
+    What was needed beside others may not be without them, as errors can cancel each other: once one
+    is gone, those that had to stay are tried again.
+    """
+    *untried, last = tried
+    needed = [last]
+    while untried and len(best.weights) > 1:
+        name = untried.pop()
         kept = best.weights - {name}
         measurement = measure(kept)
         if passes(measurement):
             best = Kept(kept, measurement)
+            untried, needed = [*needed, *untried], []
+        else:
+            needed.append(name)
     return best
 
 
@@ -82,6 +106,6 @@ def gate_error(
         other = "leave out --kv-cache" if quant.kv_cache else "take another scheme"
         advice = f"no choice of layers to keep passes; raise the limits or {other}"
     else:
-        keep = ",".join([*quant.keep, *sorted(found.weights)])
-        advice = f"this passes: --keep {keep}"
-    return QualityGate(problem=f"{problem}; worst layers {worst}; {advice}")
+        # Not at the sentence's end, whose dot would be copied along.
+        advice = f"--keep {','.join([*quant.keep, *sorted(found.weights)])} passes"
+    return QualityGate(problem=f"{problem}; {advice}; worst layers: {worst}")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from compiler_service.calibration.windows import TextTokenizer
+from compiler_service.streaming import values_a_token
 from shared.ir import Graph
 
 DEFAULT_PROBE_TOKENS = 1024
@@ -77,15 +78,8 @@ class _Fact:
 
 
 def most_tokens(graph: Graph) -> int:
-    """How many tokens of haystacks a build can hold: both runs' widest node, inputs and outputs in
-    fp32, and the residual streams beside them."""
-    widths = [
-        sum(graph.weights[node.weights["weight"]].shape)
-        for node in graph.nodes
-        if node.op == "linear" and node.outputs[0] not in graph.outputs
-    ]
-    hidden = int(str(graph.config["hidden_size"]))
-    return _MOST_BYTES // (2 * 4 * (max(widths, default=0) + hidden))
+    """How many tokens of haystacks a build can hold, in both runs."""
+    return _MOST_BYTES // (2 * 4 * values_a_token(graph))
 
 
 def hide_needles(

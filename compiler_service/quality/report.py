@@ -120,11 +120,16 @@ def _contexts(probe: Probe, logits: ComparedLogits) -> tuple[ContextResult, ...]
 
 
 def report_json(
-    measurement: Measurement, quant: QuantConfig, kept: Sequence[str], auto_kept: Sequence[str]
+    measurement: Measurement,
+    quant: QuantConfig,
+    calibration_tokens: int,
+    kept: Sequence[str],
+    auto_kept: Sequence[str],
 ) -> bytes:
     """The layer `quality.json`.
 
     Args:
+        calibration_tokens: that the scheme looked at; a text may have fewer than `quant` asks for.
         kept: weights in bf16 that the scheme would quantize.
         auto_kept: those of them that the build chose.
     """
@@ -132,7 +137,7 @@ def report_json(
         {
             "measured_tokens": measurement.num_tokens,
             "text_digest": quant.calibration_digest,
-            "calibration_tokens": quant.calibration_tokens,
+            "calibration_tokens": calibration_tokens,
             "kv_cache": quant.kv_cache,
             "kl": {"mean": _number(measurement.kl_mean), "p99": _number(measurement.kl_p99)},
             "top1_agreement": _number(measurement.top1_agreement),

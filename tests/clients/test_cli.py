@@ -241,10 +241,10 @@ QUALITY = {
     "weights": [
         {"weight": "layers.0.qkv", "layout": "int8_channel", "error": 0.01, "impact": 0.0025, "drift": 0.02},
         {"weight": "layers.0.down", "layout": "int8_channel", "error": 0.02, "impact": 0.005, "drift": 0.03},
-        {"weight": "layers.1.qkv", "layout": "int8_channel", "error": 0.005, "impact": 0.00125, "drift": 0.04},
+        {"weight": "layers.1.qkv", "layout": "int8_channel", "error": 0.005, "impact": 0.02, "drift": 0.04},
         {"weight": "lm_head", "layout": "plain", "error": 0.0, "impact": 0.0, "drift": 0.05},
     ],
-    "worst": ["layers.0.down", "layers.0.qkv", "layers.1.qkv"],
+    "worst": ["layers.1.qkv", "layers.0.down", "layers.0.qkv"],
     "needle": {"is_applicable": True, "num_scored": 2, "num_retrieved": 1, "contexts": [
         {"tokens": 256, "skipped": "the facts and questions alone have 300 tokens", "needles": []},
         {"tokens": 512, "skipped": "", "needles": [
@@ -306,9 +306,13 @@ def test_inspect_shows_what_quantizing_cost(daemon: ScriptedDaemon, script: Scri
     lines = done.stdout.splitlines()
     worst = [line.split()[0] for line in lines if "int8_channel" in line]
     assert worst == QUALITY["worst"]
-    plot = lines[lines.index("largest error of each layer's own output, relative:") + 1 :]
+    title = "each layer's largest impact, by which weights are ranked, and its error:"
+    plot = lines[lines.index(title) + 1 :]
     bars = {line.split()[0]: line.count("█") for line in plot}
-    assert bars == {"layers.0": 40, "layers.1": 10, "lm_head": 0}
+    assert bars == {"layers.0": 10, "layers.1": 40, "lm_head": 0}
+    told = [re.split(r"[ █]{2,}", line)[-3:] for line in plot[:2]]
+    assert told == [["0.50%", "2.00%", "down"], ["2.00%", "0.50%", "qkv"]]
+    assert max(map(len, plot)) <= 80
     shown = millrace(daemon, "inspect", DIGEST[:8], "--quality", "--json")
     assert json.loads(shown.stdout) == QUALITY
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,15 @@ def test_missing_text_is_refused_before_anything_is_queued(tmp_path: Path) -> No
     for uri in ("/nowhere", "~nobody-is-called-so/text.txt"):
         with pytest.raises(InvalidField, match=f"no file {uri}"):
             resolve(str(folder), ["cpu"], QuantConfig("int8"), "", tmp_path, calibration_uri=uri)
+
+
+def test_text_that_the_disk_does_not_give_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder, uri = write_checkpoint(tmp_path / "tiny"), "/proc/self/mem"
+    problem = r"^calibration_uri: /proc/self/mem cannot be read on the compile daemon \(.+\)\.$"
+    with pytest.raises(InvalidField, match=problem):
+        resolve(str(folder), ["cpu"], QuantConfig("int8"), "", tmp_path, calibration_uri=uri)
+    with pytest.raises(InvalidField, match=problem):
+        read_calibration_text(uri, "0" * 64)
 
 
 def test_text_is_part_of_the_key_by_its_bytes(tmp_path: Path) -> None:
@@ -243,6 +253,30 @@ def test_recipe_that_contradicts_itself_is_refused(case: str, tmp_path: Path) ->
     with pytest.raises(UnsupportedQuant) as refused:
         resolve(str(folder), ["cpu"], quant, "", tmp_path)
     assert what in str(refused.value)
+
+
+@pytest.mark.parametrize("scheme", ["int4-gptq", "w8a8-int8"])
+def test_more_tokens_than_memory_is_for_are_refused(scheme: str, tmp_path: Path) -> None:
+    """All go through the model at once: of 8 GiB a model has as many as its widest linear allows."""
+    folder = write_checkpoint(tmp_path / "tiny")
+    most = (8 << 30) // (4 * (2 * 128 + 64 + 64))
+    quant = QuantConfig(scheme, calibration_tokens=most)
+    assert resolve(str(folder), ["cpu"], quant, "", tmp_path).quant.calibration_tokens == most
+    quant = replace(quant, calibration_tokens=most + 1)
+    with pytest.raises(UnsupportedQuant, match=f"at most {most} for this model.*, not {most + 1}"):
+        resolve(str(folder), ["cpu"], quant, "", tmp_path)
+
+
+def test_report_says_how_many_tokens_the_text_had_to_calibrate_with(tmp_path: Path) -> None:
+    """Whatever was asked for: a short text has fewer."""
+    folder, text = write_checkpoint(tmp_path / "tiny"), tmp_path / "mine.txt"
+    text.write_text(TEXT[:3000])
+    quant = QuantConfig("int4-awq", calibration_tokens=100_000, **LOOSE)
+    store, engine = build_quantized(folder, quant, tmp_path, calibration_uri=str(text))
+    report = report_of(store, engine)
+    assert engine.key.quant.calibration_tokens == 100_000
+    num_tokens = len(TOKENIZER.ids(TEXT[:3000]))
+    assert 256 < report["calibration_tokens"] <= num_tokens - report["measured_tokens"]
 
 
 def test_text_for_a_build_that_reads_none_is_refused(tmp_path: Path) -> None:

@@ -200,12 +200,45 @@ def test_gptq_zero_points_are_read_as_either_field_says(field: str, tmp_path: Pa
         open_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize("field", ["version", "format"])
+@pytest.mark.parametrize("field", ["version", "checkpoint_format", "format"])
 def test_awq_that_is_not_packed_for_gemm_is_refused(field: str, tmp_path: Path) -> None:
     settings, one = awq()
-    settings.pop("version", None)
     write_quantized(tmp_path / "m", {**settings, field: "gemv"}, one)
     with pytest.raises(UnsupportedModel, match="AWQ version gemv"):
+        open_checkpoint(str(tmp_path / "m"))
+
+
+def test_layers_that_a_pattern_ignores_stay_as_they_are(tmp_path: Path) -> None:
+    """What is quantized follows from the tensors; llm-compressor's `ignore` may be patterns."""
+    settings, one = compressed_packed(symmetric=False)
+    ignore = ["re:.*lm_head", r"re:.*layers\.\d+\.mlp\.down_proj$"]
+
+    def ignoring(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return ({"weight": weight}, weight) if weight.shape == (64, 128) else one(weight)
+
+    values = write_quantized(tmp_path / "m", {**settings, "ignore": ignore}, ignoring)
+    checkpoint, graph = open_checkpoint(str(tmp_path / "m")), _plan(tmp_path / "m").graph
+    layouts = {name.split(".")[-1]: weight.layout for name, weight in graph.weights.items()}
+    assert layouts["down"] == layouts["lm_head"] == "plain"
+    assert layouts["qkv"] == layouts["gate_up"] == "int4_group"
+    for name, expected in values.items():
+        assert torch.equal(checkpoint.read(name), expected), name
+
+
+def test_blocks_of_fp8_are_refused_by_their_name(tmp_path: Path) -> None:
+    """As DeepSeek's and Qwen's own FP8 checkpoints are: a scale for 128 x 128 values."""
+    _, one = compressed_bytes(torch.float8_e4m3fn)
+
+    def in_blocks(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        blocks = [-(-size // 128) for size in weight.shape]
+        return {"weight": one(weight)[0]["weight"], "weight_scale_inv": torch.ones(blocks)}, weight
+
+    settings = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    write_quantized(tmp_path / "m", settings, in_blocks)
+    with pytest.raises(UnsupportedModel, match="'quantized by fp8 in blocks of 128 x 128'"):
+        open_checkpoint(str(tmp_path / "m"))
+    edit_settings(tmp_path / "m", weight_block_size=None)
+    with pytest.raises(UnsupportedModel, match=r"'quantized by fp8' is not supported; .*awq"):
         open_checkpoint(str(tmp_path / "m"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,10 +136,15 @@ def test_quantization_proves_itself_from_the_command_line(tmp_path: Path) -> Non
         asked = ("build", str(checkpoint), "--arch", "cpu", "--quant", "int4-gptq", *limits)
         failed = up.run(*asked)
         assert (failed.returncode, failed.stdout) == (1, "")
-        assert "beyond 0.05; worst layers layers." in failed.stderr
-        proposed = failed.stderr.rsplit("--keep ", 1)[1].strip().rstrip(".")
+        found = re.search(
+            r"beyond 0.05; --keep (\S+) passes; worst layers: layers\.", failed.stderr
+        )
+        assert found, failed.stderr
+        proposed = found[1]
         assert up.run("engines").stdout == ""
 
+        assert up.run(*asked, "--keep", proposed).returncode == 0
+        assert up.run("delete", "tiny").returncode == 0
         assert up.run(*asked, "--auto-keep").returncode == 0
         report = up.json("inspect", "tiny", "--quality")
         assert report["kl"]["mean"] <= 0.05

@@ -36,13 +36,13 @@ def show_quality(client: Client, name: str, quant: str, *, as_json: bool) -> Non
     output.print_line("")
     output.print_fields(
         (
-            ("error", "of its own output"),
-            ("impact", "of the residual stream that reads it"),
-            ("drift", "with all layers before it quantized too"),
+            ("error", "of the weight's own output, relative"),
+            ("impact", "error times the share of the residual stream that its block adds"),
+            ("drift", "as error, with all layers before it quantized too"),
         )
     )
-    output.print_line("\nlargest error of each layer's own output, relative:")
-    for line in error_plot(report["weights"]):
+    output.print_line("\neach layer's largest impact, by which weights are ranked, and its error:")
+    for line in impact_plot(report["weights"]):
         output.print_line(f"  {line}")
 
 
@@ -55,19 +55,27 @@ def _read_report(client: Client, engine: engine_pb2.Engine) -> dict[str, Any]:
     raise CommandFailed(f"{engine.name} ({text}) has no quality report", NOT_FOUND)
 
 
-def error_plot(weights: list[dict[str, Any]]) -> list[str]:
-    """A bar per layer: the largest `error` of its weights; what is in no layer has its own bar."""
-    errors: dict[str, float] = {}
+def impact_plot(weights: list[dict[str, Any]]) -> list[str]:
+    """A bar per layer: its weight of the largest `impact`; what is in no layer has its own bar."""
+    largest: dict[str, dict[str, Any]] = {}
     for weight in weights:
         layer = re.match(r"layers\.\d+", weight["weight"])
         name = layer[0] if layer else weight["weight"]
-        errors[name] = max(errors.get(name, 0.0), weight["error"])
-    highest = max(errors.values(), default=0.0)
-    width = max(map(len, errors), default=0)
+        if name not in largest or weight["impact"] > largest[name]["impact"]:
+            largest[name] = weight
+    highest = max((weight["impact"] for weight in largest.values()), default=0.0)
+    width = max(map(len, largest), default=0)
     return [
-        f"{name.ljust(width)}  {_bar(error / highest if highest else 0.0)}  {error:.2%}"
-        for name, error in errors.items()
+        f"{name.ljust(width)}  {_bar(weight['impact'] / highest if highest else 0.0)}  "
+        f"{weight['impact']:6.2%}  {weight['error']:6.2%}{_role(weight['weight'])}"
+        for name, weight in largest.items()
     ]
+
+
+def _role(name: str) -> str:
+    """Which of its layer's weights it is; empty for one in no layer."""
+    layer = re.match(r"layers\.\d+\.", name)
+    return f"  {name[layer.end() :]}" if layer else ""
 
 
 def _bar(share: float) -> str:
@@ -138,10 +146,10 @@ def _show_worst(report: dict[str, Any]) -> None:
     by_name = {weight["weight"]: weight for weight in report["weights"]}
     output.print_line("")
     output.print_table(
-        ("worst weights", "stored as", "error", "impact", "drift"),
+        ("worst weights", "stored as", "impact", "error", "drift"),
         [
-            (name, by_name[name]["layout"], f"{by_name[name]['error']:.2%}",
-             f"{by_name[name]['impact']:.2%}", f"{by_name[name]['drift']:.2%}")
+            (name, by_name[name]["layout"], f"{by_name[name]['impact']:.2%}",
+             f"{by_name[name]['error']:.2%}", f"{by_name[name]['drift']:.2%}")
             for name in report["worst"]
         ],
         "nothing is quantized",
