@@ -307,13 +307,15 @@ def quantize_rows(
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     value = tl.load(x + row * K + k, mask=k < K, other=0).to(tl.float32)
+    # NaN and infinity make the scale NaN, as int8 cannot hold them and a clamp would take them for the largest value.
+    not_finite = tl.sum(value * 0, 0)
     if scale is None:
         of_row = tl.maximum(tl.max(tl.abs(value), 0) / MOST, 1e-12)
         value = value / of_row
     else:
         of_row = scale
         value = tl.minimum(tl.maximum(value / of_row, -MOST), MOST)
-    tl.store(scale_out + row, of_row)
+    tl.store(scale_out + row, of_row + not_finite)
     if out.dtype.element_ty == tl.int8:
         value = (
             value + 12582912.0

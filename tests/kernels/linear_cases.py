@@ -277,15 +277,18 @@ def check_dense(run: Run, arch: Arch, shape: LinearShape, device: str = "cpu") -
 def check_quantized_rows(
     run: Run, arch: Arch, columns: int, static_scale: float | None = None, device: str = "cpu"
 ) -> None:
-    """Int8 rows are those of the formula, code for code; a row of zeros stays one."""
+    """Int8 rows are the formula's, code for code; a row of zeros stays one, and what is not finite is not lost."""
     torch.manual_seed(columns)
-    x = torch.randn(5, columns, device=device).half()
+    x = torch.randn(7, columns, device=device).half()
     x[3] = 0
-    codes = torch.empty(5, columns, dtype=torch.int8, device=device)
-    scale = torch.empty(5, device=device)
+    x[5, 7], x[6, 0] = torch.nan, -torch.inf
+    codes = torch.empty(7, columns, dtype=torch.int8, device=device)
+    scale = torch.empty(7, device=device)
     variant = quantized_rows(columns, "fp16", "i8", arch, is_static=static_scale is not None)
     operands: Operands = {"x": x, "out": codes, "scale_out": scale, "scale": static_scale or 0.0}
-    run(variant, (5, 1, 1), operands)
+    run(variant, (7, 1, 1), operands)
+    assert scale[5:].isnan().all()
+    x, codes, scale = x[:5], codes[:5], scale[:5]
     want, want_scale = int8_tokens(x.float())
     if static_scale is not None:
         want_scale = torch.full_like(want_scale, static_scale)
