@@ -65,13 +65,16 @@ class Roofline:
     def add(self, step: SchedulerOutput) -> None:
         """One launched step."""
         s = self.sizes
-        in_layer = s.hidden * ((2 * s.heads + 2 * s.kv_heads) * s.head_dim + 3 * s.ffn)
+        after_attention = s.hidden * (s.heads * s.head_dim + 3 * s.ffn)
+        in_layer = after_attention + s.hidden * (s.heads + 2 * s.kv_heads) * s.head_dim
         moved, operations = float(self.weight_bytes), 0.0
         for part in step.scheduled:
             n = part.num_tokens
             pairs = n * part.start + n * (n + 1) // 2  # of a query and a key that it sees
             attention = 4 * s.heads * s.head_dim * pairs
             operations += s.layers * (2 * n * in_layer + attention)
+            # Behind the last attention only rows that are drawn from are needed.
+            operations -= 2 * after_attention * (n - part.is_sampled)
             operations += 2 * s.vocab * s.hidden if part.is_sampled else 0
             moved += (part.start + 2 * n) * self.kv_bytes
         self.bytes_moved += moved
