@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from contextvars import Context
 from typing import Any, Literal
 
 import structlog
@@ -71,6 +72,35 @@ def configure_logging(level: str, log_format: LogFormat, component: str) -> None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+
+
+class Tally:
+    """An event that comes by the thousand when there is too much to do: a line a second says how often, not one each.
+
+    Needs a running event loop. The context of whoever comes first is not that of the others, and is left out.
+    """
+
+    def __init__(self, event: str, period_s: float = 1.0, **fields: object) -> None:
+        self._event, self._period_s, self._fields = event, period_s, fields
+        self._count = 0
+        self._pause: asyncio.TimerHandle | None = None
+
+    def add(self) -> None:
+        """It came once more. The first time is told at once, what comes after it when the period is over."""
+        self._count += 1
+        if self._pause is None:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._pause = None
+        if not self._count:
+            return
+        nobodys = Context()
+        log = structlog.get_logger()
+        nobodys.run(log.info, self._event, count=self._count, **self._fields)
+        self._count = 0
+        loop = asyncio.get_running_loop()
+        self._pause = loop.call_later(self._period_s, self._tell, context=nobodys)
 
 
 @contextmanager

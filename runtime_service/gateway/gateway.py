@@ -32,6 +32,7 @@ from shared.errors import (
     NoEngine,
     QueueFull,
 )
+from shared.log import Tally
 from shared.quotas import GenerationQuota
 from shared.tracing import start_span, trace_fields
 
@@ -67,6 +68,7 @@ class Gateway:
         self._waiting: dict[Run, asyncio.TimerHandle] = {}
         self._waiting_tokens = 0
         self._on_trial: RunOwner | None = None
+        self._refused = Tally("starts_refused", reason=QueueFull.reason)
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
@@ -207,7 +209,10 @@ class Gateway:
             self._on_trial = None
         if not self._running:
             self._idle.set()
-        generation.context.run(_tell_end, generation, reason)
+        if isinstance(generation.error, QueueFull) and not generation.num_tokens:
+            self._refused.add()  # the fuller the fleet, the more of these: a line each would be most of their cost
+        else:
+            generation.context.run(_tell_end, generation, reason)
         generation.span.end(
             generation.error.reason if generation.error else "",
             {"millrace.end_reason": reason, "gen_ai.usage.output_tokens": generation.num_tokens},

@@ -1,8 +1,14 @@
 """Log lines are JSON where no terminal is, and never show local variables."""
 
+import asyncio
 import json
 import subprocess
 import sys
+
+import structlog
+from structlog.typing import EventDict
+
+from shared.log import Tally
 
 SCRIPT = """
 import logging
@@ -52,3 +58,23 @@ def test_traceback_hides_local_variables() -> None:
     lines, text = lines_of_script()
     assert "ValueError: broken" in str(lines[2]["exception"])
     assert "a secret prompt" not in text
+
+
+async def test_what_comes_by_the_thousand_is_counted_in_few_lines() -> None:
+    """The first is told at once, the others together; later ones in a line of their own; nobody's context is in it."""
+    told: asyncio.Queue[EventDict] = asyncio.Queue()
+
+    def tell(_: object, __: str, event: EventDict) -> EventDict:
+        told.put_nowait(dict(event))
+        return event
+
+    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars, tell]):
+        tally = Tally("starts_refused", 0.02, reason="QUEUE_FULL")
+        with structlog.contextvars.bound_contextvars(rpc="Generate"):
+            for _ in range(1000):
+                tally.add()
+        lines = [await told.get(), await told.get()]
+        tally.add()
+        lines.append(await told.get())
+    assert [line["count"] for line in lines] == [1, 999, 1]
+    assert all(line["event"] == "starts_refused" and "rpc" not in line for line in lines)
