@@ -37,7 +37,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Temporary:
-    """A value that the lowering added: one row a token. dtype is torch's name."""
+    """A value that the lowering added: a row for each token at most. dtype is torch's name."""
 
     name: str
     dtype: str

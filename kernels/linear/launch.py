@@ -14,8 +14,8 @@ from shared.arch import Arch
 
 MAX_BLOCK_M = 64
 
-# Steps of more tokens are faster through torch's products, by layout; measured on one H200. It has none of int8: there
-# more tokens take larger tiles of ours.
+# Steps of more tokens are faster through torch's products, by layout; measured on one H200. It has none of int8 with
+# int8: there more tokens take larger tiles of ours.
 MOST_FEW_TOKENS = {"plain": 64, "fp8_channel": 64, "int8_channel": 64, "int4_group": 64}
 # Those that torch's library multiplies for many tokens.
 LIBRARY_LAYOUTS = ("plain", "fp8_channel")

@@ -110,10 +110,10 @@ class Linears:
     ) -> Iterator[tuple[int, Launch]]:
         """Launches that multiply straight from codes, each with the most rows that it is for, ascending."""
         if shape.layout == "int8_channel":
-            yield launch_int8.MOST_FUSED_INT8_ROWS, self._fused_linear(node)
+            yield launch_int8.MOST_FUSED_INT8_ROWS, self._fused_linear(node, is_site=False)
             return
         if not launch_int4.takes_wgmma(shape, self.walk.arch):
-            yield launch_int4.MOST_FUSED_INT4_ROWS, self._fused_linear(node)
+            yield launch_int4.MOST_FUSED_INT4_ROWS, self._fused_linear(node, is_site=False)
             return
         name = node.weights["weight"]
         operands: list[Operand] = [
@@ -154,9 +154,19 @@ class Linears:
         )
 
     def _fused_linear(
-        self, node: Node, quantized: Temporary | None = None, x_scale: Temporary | None = None
+        self,
+        node: Node,
+        quantized: Temporary | None = None,
+        x_scale: Temporary | None = None,
+        *,
+        is_site: bool = True,
     ) -> Launch:
-        """The linear with all that rides on it; `quantized` and its scales take the place of its input."""
+        """The linear with all that rides on it; `quantized` and its scales take the place of its input.
+
+        Args:
+            is_site: its tiles can be chosen; not where it runs in some of a regime's steps alone, which tuning may
+                not time.
+        """
         weight = self.walk.graph.weights[node.weights["weight"]]
         follower = self.walk.riding.follower(node)
         x = self.walk.riding.source(node)
@@ -213,15 +223,17 @@ class Linears:
             )
         if rope is not None:
             operands += rope_operands(integer(rope.attrs["layer"]), self.walk.kv_format)
-        return self._linear_launch(shape, operands, x_scale, self._size(node))
+        return self._linear_launch(shape, operands, x_scale, self._size(node), is_site)
 
     def _size(self, node: Node) -> str:
         return self.walk.size_of(node.inputs[0])
 
-    def _tiles(self, shape: linear.LinearShape) -> tuple[linear.Tiles, int]:
+    def _tiles(self, shape: linear.LinearShape, is_site: bool = True) -> tuple[linear.Tiles, int]:
         """How the work is cut, and the tokens of a tile; 1 is the kernel for one token."""
         site = linear_candidates.site(shape, self.walk.max_tokens)
         ways = linear_candidates.candidates(shape, self.walk.arch, self.walk.max_tokens)
+        if not is_site:
+            return next(iter(ways.values()))
         return self.walk.choices.of(site, ways)
 
     def _linear_launch(
@@ -230,9 +242,10 @@ class Linears:
         operands: list[Operand],
         x_scale: Temporary | None,
         field: str,
+        is_site: bool,
     ) -> Launch:
-        tiles, block_m = self._tiles(shape)
-        site = linear_candidates.site(shape, self.walk.max_tokens)
+        tiles, block_m = self._tiles(shape, is_site)
+        site = linear_candidates.site(shape, self.walk.max_tokens) if is_site else None
         if block_m == 1:
             programs = linear.num_programs(shape, tiles)
             variant = linear.one_token(shape, self.walk.arch, tiles)

@@ -158,6 +158,9 @@ def test_int8_weights_are_widened_once_for_many_rows() -> None:
             assert launched.index("dense_int8") < launched.index("qkv_rope_write")
     for product in products.values():
         assert product.dense is not None
+    # Tuning times a site's launches in one step, in which these need not run.
+    chosen = [s.site for s in steps if isinstance(s, Launch) and s.site]
+    assert [site.n for site in chosen if site.op == "linear"] == [head.shape[0]]
 
 
 def test_norms_and_silu_leave_e4m3_where_only_fp8_products_read_them() -> None:
