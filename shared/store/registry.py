@@ -191,10 +191,10 @@ class RegistryStore:
         """
         there = self._tagged(engine.key.digest)
         if there is None or there.manifest == engine.manifest:
+            # Also where what has the tag makes no sense: this mends it. What gets it while blobs are sent stays.
+            tagged = self.registry.manifest(engine.key.digest) if there is None else None
             self._push_blobs(local, engine, report)
             text = local.read_all(engine.manifest.digest)
-            # Also where what has the tag makes no sense: this mends it.
-            tagged = self.registry.manifest(engine.key.digest) if there is None else None
             replaced = there.manifest.digest if there else tagged[0].digest if tagged else None
             with contextlib.suppress(TagMoved):  # somebody was first
                 self.registry.put_manifest(

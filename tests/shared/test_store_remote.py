@@ -136,6 +136,22 @@ def test_first_push_of_a_key_wins(
     assert opened(url).list() == (first,)
 
 
+def test_engine_that_is_pushed_while_blobs_of_another_are_sent_stays(
+    remote: RegistryStore, url: str, local: LocalStore, other: LocalStore
+) -> None:
+    first = publish_engine(local, weights=weight_bytes(100, seed=1))
+    second = publish_engine(other, weights=weight_bytes(100, seed=2))
+    pushed = []
+
+    def push_the_first(_: int, __: int) -> None:
+        if not pushed:
+            pushed.append(opened(url).push(local, first))
+
+    assert remote.push(other, second, push_the_first).manifest == first.manifest
+    assert pushed
+    assert opened(url).list() == (first,)
+
+
 def test_engine_that_lost_a_blob_is_repaired_by_a_push(
     s3_url: str, local: LocalStore, other: LocalStore
 ) -> None:
