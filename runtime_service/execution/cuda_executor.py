@@ -161,8 +161,9 @@ class CudaExecutor:
         for step in self._plans[regime]:
             if isinstance(step, MatMul):
                 weight = self._graph.weights[step.weight]
-                forms = step.size, step.bias is None, step.adds is None, step.x_scale is None
-                kinds[weight.shape, weight.layout, *forms] = step
+                forms = step.bias is None, step.adds is None, step.x_scale is None
+                is_logits = step.out.name in self._graph.outputs
+                kinds[weight.shape, weight.layout, step.size, is_logits, *forms] = step
         for step in kinds.values():
             for count in tokens if step.size == "tokens" else rows:
                 self._matmul(step, self._buffers[regime], Sizes(count, count, count))

@@ -121,7 +121,8 @@ class CudaGraphExecutor:
     def load_products(self) -> None:
         """Loads what the library multiplies with in steps that are launched: `CudaExecutor.load_products`."""
         tokens = launched_buckets(self._executor.max_sizes.tokens)
-        self._executor.load_products(self._ragged[-1], tokens, self._launched_sequences)
+        most = min(self._max_sequences, self._executor.max_sizes.rows)
+        self._executor.load_products(self._ragged[-1], tokens, launched_buckets(most))
 
     def run(self, step: SentStep) -> torch.Tensor:
         """Launches the step that was sent last and does not wait.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.launch import Grid, Sizes
+from kernels.launch import Grid, MatMul, Sizes
 from kernels.regimes import REGIMES, Regime
 from kernels.variant import KernelVariant
 from runtime_service.execution.cuda_engine import assemble
@@ -145,6 +145,27 @@ def test_logits_are_copied_beside_themselves_into_memory_that_is_there(
     assert copy_RV.untyped_storage().data_ptr() == executor._arena.data_ptr()
     logits_RV.fill_(-1.0)
     assert torch.equal(copy_RV, before)
+
+
+def test_every_product_is_tried_in_each_size_that_fits_its_memory(model: Model) -> None:
+    """One of a kind: that of the head, those of a layer for all tokens, and those for rows whose logits are wanted."""
+    tried: dict[str, list[int]] = {}
+
+    class Recording(CudaExecutor):
+        def _matmul(self, step: MatMul, buffers: dict[str, torch.Tensor], sizes: Sizes) -> None:
+            count = int(getattr(sizes, step.size))
+            assert count <= len(buffers[step.x.name])
+            assert count <= len(buffers[step.out.name])
+            tried.setdefault(step.weight, []).append(count)
+
+    library: Any = _Library()
+    executor = Recording(model.graph, library, model.weights, _SIZES)
+    executor.prepare(REGIMES)
+    executor.load_products(REGIMES[-1], [16, 64, 96], [16, 24])
+    of_tokens = {name for name, counts in tried.items() if counts == [16, 64, 96]}
+    assert {name for name, counts in tried.items() if counts == [16, 24]} == set(tried) - of_tokens
+    assert len(of_tokens) == 1
+    assert set(tried) == {n.weights["weight"] for n in model.graph.nodes if n.op == "linear"}
 
 
 def test_engine_goes_on_with_the_graphs_that_fit(model: Model) -> None:
