@@ -1,6 +1,7 @@
 """The asyncio client: as `Client`, with `await`."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import count
 from typing import Self, TypeVar, Unpack
@@ -15,7 +16,7 @@ from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
 from millrace.errors import MillraceError, call_ended, from_rpc_error
 from millrace.generation import GenerateOptions, Prompt, start_generation
-from millrace.retries import Retries
+from millrace.retries import LASTING_WATCH_S, Retries
 from millrace.runtime.v1 import runtime_pb2, runtime_pb2_grpc
 from millrace.session import Session
 
@@ -89,6 +90,7 @@ class AsyncClient:
         request = compiler_pb2.WatchOperationRequest(name=name)
         attempt, known = 0, None
         while True:
+            began_s = time.monotonic()
             try:
                 async for response in self._compiler.WatchOperation(request):
                     if response.operation != known:  # a watch begins with what it told last
@@ -99,7 +101,8 @@ class AsyncClient:
                 error = call_ended(self._compiler_address)
             except grpc.RpcError as raised:
                 error = from_rpc_error(raised, self._compiler_address)
-            attempt += 1
+            # A watch that lasted was answered: what lies between may end calls on which nothing is said.
+            attempt = 1 if time.monotonic() - began_s > LASTING_WATCH_S else attempt + 1
             if ask_again is None or not self._retries.asks_again(error, attempt):
                 await self._wait_or_raise(error, attempt)
             else:

@@ -21,7 +21,7 @@ from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from millrace.engine.v1 import engine_pb2
 from millrace.errors import MillraceError, call_ended, corrupt_blob, from_rpc_error
 from millrace.generation import GenerateOptions, Prompt, start_generation
-from millrace.retries import Retries
+from millrace.retries import LASTING_WATCH_S, Retries
 from millrace.runtime.v1 import runtime_pb2, runtime_pb2_grpc
 from millrace.stream import Stream
 
@@ -135,6 +135,7 @@ class Client:
         request = compiler_pb2.WatchOperationRequest(name=name)
         attempt, known = 0, None
         while True:
+            began_s = time.monotonic()
             try:
                 for response in self._compiler.WatchOperation(request):
                     if response.operation != known:  # a watch begins with what it told last
@@ -145,7 +146,8 @@ class Client:
                 error = call_ended(self._compiler_address)
             except grpc.RpcError as raised:
                 error = from_rpc_error(raised, self._compiler_address)
-            attempt += 1
+            # A watch that lasted was answered: what lies between may end calls on which nothing is said.
+            attempt = 1 if time.monotonic() - began_s > LASTING_WATCH_S else attempt + 1
             if ask_again is None or not self._retries.asks_again(error, attempt):
                 self._wait_or_raise(error, attempt)
             else:

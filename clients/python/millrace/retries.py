@@ -11,6 +11,8 @@ from millrace.errors import MillraceError, is_lost_call
 
 # What a daemon says of a build that it has no record of.
 _FORGOTTEN = "BUILD_NOT_FOUND"
+# A watch that ends after so long is none that fails at once.
+LASTING_WATCH_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)

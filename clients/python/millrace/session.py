@@ -42,8 +42,8 @@ class Session:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._connection().close()
-        self._current = None
+        current, self._current = self._connection(), None
+        await current.close()
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `AsyncClient.generate`, on this session's call; the daemon alone keeps `timeout_s`."""
@@ -52,7 +52,9 @@ class Session:
         start.traceparent = current_traceparent()  # a call of its own has it in its metadata
 
         def open_call(command: runtime_pb2.GenerateStreamRequest, _: float | None) -> _SharedCall:
-            if self._connection().failure is not None:
+            if self._current is None:
+                raise session_left(self._address)
+            if self._current.failure is not None:
                 self._current = _Connection(self._open_call(), self._address)
             return _SharedCall(self._connection(), _named(command, str(next(self._ids))))
 
