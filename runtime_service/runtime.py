@@ -131,8 +131,8 @@ class Runtime:
 
     async def close(self) -> None:
         """Ends the engine process and everything else that this runtime started."""
-        await self.keeper.close()
         await self._line.close()
+        await self.keeper.close()
 
     def _check_model(self, served: ServedEngine, model: str) -> None:
         """Raises ModelNotServed unless `model` names the engine that is served, or its deployment."""

@@ -324,7 +324,7 @@ class RuntimeLink:
 
     def _open_channel(self) -> None:
         options = self._options
-        self._tls_stamp = options.peers.tls.stamp()
+        stamp = options.peers.tls.stamp()
         self._channel = options.peers.aio_channel(
             self.address,
             [
@@ -338,6 +338,8 @@ class RuntimeLink:
         )
         self._stub: runtime_pb2_grpc.RuntimeServiceAsyncStub
         self._stub = runtime_pb2_grpc.RuntimeServiceStub(self._channel)
+        # Of files that could be read: others are tried again, even where only their mode changes.
+        self._tls_stamp = stamp
 
     async def _follow_certificates(self) -> None:
         """Reads them anew where they have changed: gRPC does so with a new channel alone."""

@@ -18,7 +18,9 @@ from shared.errors import InvalidField
 from shared.store import oci
 
 # What a parser raises that meets what it does not know.
-_SENSELESS = (LookupError, TypeError, ValueError, AttributeError, InvalidField)
+_SENSELESS = (
+    LookupError, TypeError, ValueError, AttributeError, InvalidField, ArithmeticError, RecursionError
+)  # fmt: skip
 
 Said = TypeVar("Said")
 

@@ -240,6 +240,10 @@ async def body_of(request: web.Request) -> bytes:
     except TimeoutError:
         problem = f"did not come within {BODY_TIMEOUT_S:.0f} s"
         raise InvalidField(field="body", problem=problem) from None
+    except (
+        web.RequestPayloadError
+    ) as error:  # of a malformed chunk, where aiohttp's parser is Python's
+        raise InvalidField(field="body", problem=str(error)) from None
     if coding == _PLAIN:
         return body
     return await asyncio.to_thread(_unzipped, body, request.client_max_size)
