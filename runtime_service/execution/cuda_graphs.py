@@ -133,8 +133,8 @@ class CudaGraphExecutor:
         buckets = self._captured_buckets[step.is_decode]
         index = bisect.bisect_left(buckets, step.num_tokens)
         if index == len(buckets):
-            sequences = next(b for b in self._launched_sequences if b >= step.num_sequences)
-            sequences = min(sequences, step.num_tokens)
+            most = self._launched_sequences
+            sequences = min(most[bisect.bisect_left(most, step.num_sequences)], step.num_tokens)
             sizes = Sizes(step.num_tokens, sequences, sequences)
             logits_RV = self._executor.run(
                 self._ragged_regime(sizes.tokens), self._inputs.launch(sizes)
