@@ -4,7 +4,7 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -473,8 +473,8 @@ def test_stream_that_is_closed_while_its_call_opens_is_cancelled() -> None:
     assert cancelled.is_set()
 
 
-def test_closing_ends_the_wait_for_another_try() -> None:
-    refused = threading.Event()
+def refusing(refused: threading.Event | asyncio.Event) -> Callable[..., Any]:
+    """Opens no call: it is to be tried again much later. `refused` is set once it was asked for."""
 
     def refuse(request: runtime_pb2.GenerateStreamRequest, timeout_s: float | None) -> Any:
         refused.set()
@@ -482,8 +482,13 @@ def test_closing_ends_the_wait_for_another_try() -> None:
             "Busy.", "QUEUE_FULL", grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_s=90.0
         )
 
+    return refuse
+
+
+def test_closing_ends_the_wait_for_another_try() -> None:
+    refused = threading.Event()
     command = runtime_pb2.GenerateStreamRequest(start=start_generation("hello"))
-    stream = Stream(refuse, command, "127.0.0.1:1", Retries(max_delay_s=90.0))
+    stream = Stream(refusing(refused), command, "127.0.0.1:1", Retries(max_delay_s=90.0))
     reading = threading.Thread(target=lambda: list(stream), daemon=True)
     reading.start()
     assert refused.wait(60)
@@ -494,15 +499,8 @@ def test_closing_ends_the_wait_for_another_try() -> None:
 
 async def test_closing_ends_an_async_streams_wait_for_another_try() -> None:
     refused = asyncio.Event()
-
-    def refuse(request: runtime_pb2.GenerateStreamRequest, timeout_s: float | None) -> Any:
-        refused.set()
-        raise millrace.MillraceError(
-            "Busy.", "QUEUE_FULL", grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_s=90.0
-        )
-
     command = runtime_pb2.GenerateStreamRequest(start=start_generation("hello"))
-    stream = AsyncStream(refuse, command, "127.0.0.1:1", Retries(max_delay_s=90.0))
+    stream = AsyncStream(refusing(refused), command, "127.0.0.1:1", Retries(max_delay_s=90.0))
     reading = asyncio.ensure_future(anext(aiter(stream), None))
     await refused.wait()
     await stream.close()

@@ -340,14 +340,20 @@ async def test_build_registered_anew_is_recovered_when_its_worker_dies(redis_url
         assert recovered.number == 2
 
 
+async def running_and_asked_for_again(queue: BuildQueue, redis_url: str) -> Attempt:
+    """JOB runs; Redis has lost that, and has been asked for it anew."""
+    await queue.enqueue([JOB])
+    _, attempt = await take(queue, "a")
+    connect_sync(redis_url).flushall()
+    await queue.enqueue([JOB])
+    return attempt
+
+
 async def test_running_build_is_adopted_when_it_was_asked_for_again_after_a_loss(
     redis_url: str,
 ) -> None:
     async with open_queue(redis_url) as queue:
-        await queue.enqueue([JOB])
-        _, attempt = await take(queue, "a")
-        connect_sync(redis_url).flushall()
-        await queue.enqueue([JOB])
+        attempt = await running_and_asked_for_again(queue, redis_url)
         assert not await queue.beat("a", attempt)
         assert await state_of(queue) == RUNNING
         assert await queue.finish("a", attempt, SUCCEEDED)
@@ -378,10 +384,7 @@ async def test_build_that_ends_after_a_loss_is_not_made_again_for_who_asked_mean
     redis_url: str,
 ) -> None:
     async with open_queue(redis_url) as queue:
-        await queue.enqueue([JOB])
-        _, attempt = await take(queue, "a")
-        connect_sync(redis_url).flushall()
-        await queue.enqueue([JOB])
+        attempt = await running_and_asked_for_again(queue, redis_url)
         assert await queue.finish("a", attempt, SUCCEEDED)
         assert await state_of(queue) == SUCCEEDED
         lease = await queue.lease("b")
