@@ -6,7 +6,7 @@ from kernels.variant import KernelVariant, pointer
 from shared.arch import Arch
 
 # Rows of x from which it takes less time to widen the weight once, for the library to multiply, than to widen it for
-# every tile of them.
+# every tile of them: reckoned from steps of 256 sequences on one H100 and the bytes of widening, not swept.
 MOST_FUSED_INT8_ROWS = 128
 
 _BLOCK = 2048
