@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bench.gpu_kernels import (
@@ -21,7 +22,16 @@ from bench.gpu_kernels import (
 )  # fmt: skip
 from bench.gpu_models import MODELS
 from bench.gpu_timing import captured, median_ms
-from kernels.attention.launch import NEW, AttentionShape, AttentionTiles, grid, scratch, variant
+from kernels.attention.launch import (
+    NEW,
+    AttentionShape,
+    AttentionTiles,
+    grid,
+    scratch,
+    tile_queries,
+    variant,
+)
+from kernels.attention.shares import Shares
 from kernels.kv_cache import write
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
@@ -65,6 +75,7 @@ def launcher(
         "q": q, "out": torch.empty_like(q), "block_tables": tables,
         "seq_lens": torch.tensor([length for _, length in step], **ints),
         "query_start": torch.tensor(starts, **ints),
+        "part_start": _part_start(shape, tiles, step),
     }  # fmt: skip
     for name in NEW:
         width = shape.num_kv_heads * shape.head_dim
@@ -88,6 +99,13 @@ def launcher(
             kernel(grid(shape, tiles, sizes), *(here[name] for name in names))
 
     return run
+
+
+def _part_start(shape: AttentionShape, tiles: AttentionTiles, step: Step) -> torch.Tensor:
+    """Where each sequence's further parts begin."""
+    counts, ends = np.array(step, np.int32).T
+    shares = Shares(max(tiles.extra, 1), tile_queries(shape))
+    return torch.tensor([0, *shares.further_parts(counts, ends).cumsum()]).int().cuda()
 
 
 def _cache(shape: AttentionShape, num_blocks: int) -> tuple[torch.Tensor, ...]:
@@ -120,11 +138,12 @@ def _decode(library: KernelLibrary, model: str) -> None:
             shape = attention_shape(MODELS[model], kv_dtype)
             head_bytes = shape.head_dim * value_bytes + scale_bytes
             moved = 2 * num_sequences * length * shape.num_kv_heads * head_bytes
-            candidates = list(decode_attention_candidates(num_sequences))
+            candidates = list(decode_attention_candidates(shape, num_sequences))
             layers = max(1, min(32, (2 << 30) // moved))
             seen = _ranked(library, shape, candidates, [(1, length)] * num_sequences, layers)
             best = " | ".join(
-                f"{ms * 1e3:.1f} us {moved / ms / 1e9:.2f} TB/s n{t.block_n} x{t.splits} w{t.num_warps} s{t.stages}"
+                f"{ms * 1e3:.1f} us {moved / ms / 1e9:.2f} TB/s n{t.block_n} w{t.num_warps} s{t.stages}"
+                f"{' early' if t.is_early else ''}"
                 for ms, t in seen[:3]
             )
             print(f"{model} decode S={num_sequences} len={length} {kv_dtype}: {best}", flush=True)

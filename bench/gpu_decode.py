@@ -9,6 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bench.gpu_kernels import read
@@ -23,6 +24,7 @@ from bench.gpu_models import (
     weight_bytes,
 )  # fmt: skip
 from bench.gpu_timing import captured, median_ms, read_limit_tb_s
+from kernels.attention.launch import shares_of
 from kernels.batch import StepBatch
 from kernels.kv_cache import by_layer, kv_format
 from kernels.launch import Sizes
@@ -62,12 +64,14 @@ class DecodeLoop:
                 logit_rows_R=torch.arange(num_sequences, **ints),
                 kv_caches=by_layer(parts),
             ),
+            part_start_S1=torch.zeros(num_sequences + 1, **ints),
             rope=rope_table(inv_freq(sizes), 1.0, max_tokens),
         )
         self.history = torch.zeros(num_sequences, max_tokens, **ints)
         self.best = torch.zeros(num_sequences, dtype=torch.int64, device="cuda")
         self.counters = torch.zeros(num_sequences, **ints)
         self.regime = regime
+        self._shares = shares_of(graph)
         self.executor = executor
         executor.prepare([self.regime])
         self._sample = library.kernel(greedy_variant(sizes.vocab, _BLOCK_TOKENS, library.arch))
@@ -76,6 +80,11 @@ class DecodeLoop:
     def start_at(self, token_ids: torch.Tensor, position: int) -> None:
         """The next step computes `token_ids` at `position`; what lies before is taken as cached."""
         step = self.batch.step
+        # Those that begin with as many tokens; more keys make longer parts.
+        count = len(self.history)
+        ones, ends = np.ones(count, np.int32), np.full(count, position + 1, np.int32)
+        parts = self._shares.further_parts(ones, ends).cumsum()
+        self.batch.part_start_S1[1:].copy_(torch.from_numpy(parts))
         self.batch.token_ids_T.copy_(token_ids)
         self.history[:, position] = token_ids
         step.positions_T.fill_(position)

@@ -101,19 +101,24 @@ def attention_shape(sizes: LlamaSizes, kv_dtype: str = "bf16") -> AttentionShape
     )
 
 
-def decode_attention_candidates(num_sequences: int) -> Iterator[AttentionTiles]:
-    """Tiles worth timing where each sequence has one query."""
-    if num_sequences > 16:
-        for block_n, warps, stages in ((64, 2, 2), (64, 2, 3), (32, 1, 3), (32, 1, 4), (64, 4, 4)):
-            yield AttentionTiles(1, block_n, 1, warps, stages, is_decode=True)
+def decode_attention_candidates(
+    shape: AttentionShape, num_sequences: int
+) -> Iterator[AttentionTiles]:
+    """Tiles worth timing where each sequence has one query; as many programs for further parts as engines have."""
+    if num_sequences == 1:
+        for block_n, warps in ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8)):
+            for extra in (15, 31):
+                yield AttentionTiles(
+                    1, block_n, extra, warps, min_part=block_n, is_decode=True, is_lone=True,
+                    is_early=True,
+                )  # fmt: skip
         return
-    for splits in (8, 16, 32, 64) if num_sequences < 8 else (1, 4, 8):
-        for block_n, warps, stages in ((64, 4, 2), (64, 2, 3), (128, 4, 2), (32, 2, 3)):
-            for least in (64, 128):
-                if least >= block_n:
-                    yield AttentionTiles(
-                        1, block_n, splits, warps, stages, is_decode=True, min_split=least
-                    )
+    for block_n, warps, stages in ((64, 2, 3), (64, 2, 4), (32, 1, 4), (64, 4, 2), (128, 4, 2)):
+        for is_early in (False, True):
+            extra = attention.further_programs(shape)
+            yield AttentionTiles(
+                1, block_n, extra, warps, stages, is_decode=True, is_early=is_early
+            )
 
 
 def prefill_attention_candidates(shape: AttentionShape) -> Iterator[AttentionTiles]:
@@ -128,7 +133,7 @@ def prefill_attention_candidates(shape: AttentionShape) -> Iterator[AttentionTil
         (128, 64, 4, 3),
         (128, 32, 4, 3),
     ):
-        tiles = AttentionTiles(rows // shape.group, block_n, 1, warps, stages)
+        tiles = AttentionTiles(rows // shape.group, block_n, 0, warps, stages)
         yield replace(tiles, takes="several", reads_new=True) if shape.is_scaled else tiles
 
 
@@ -138,7 +143,7 @@ def attention_variants(arch: Arch) -> Iterator[KernelVariant]:
         for kv_dtype in KV_BYTES:
             shape = attention_shape(MODELS[name], kv_dtype)
             for num_sequences in (1, 16, 256):
-                for tiles in decode_attention_candidates(num_sequences):
+                for tiles in decode_attention_candidates(shape, num_sequences):
                     yield attention.variant(shape, arch, tiles)
             for tiles in prefill_attention_candidates(shape):
                 yield attention.variant(shape, arch, tiles)

@@ -120,7 +120,7 @@ def llama_graph(
             "num_kv_heads": s.kv_heads,
             "head_dim": s.head_dim,
             "vocab_size": s.vocab,
-            "max_position_embeddings": 8192,
+            "max_position_embeddings": 131_072,
             **({"kv_cache": kv_cache} if kv_cache else {}),
         },
     )

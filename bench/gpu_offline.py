@@ -1,6 +1,6 @@
 """Offline throughput of the whole engine: the real scheduler, overlap, and the GPU's model runner, in one process.
 
-python -m bench.gpu_offline .gpu --model llama-3.1-8b --quant bf16 --cases b1,t1,t2,t3,itl
+python -m bench.gpu_offline .gpu --model llama-3.1-8b --quant bf16 --cases b1,t1,t2,t3,itl,long
 Random weights, random prompts (no prefix hits), greedy, end tokens ignored; `.gpu` is what `bench.gpu_kernels` made.
 Choices are those of the shipped tuning table, as in a runtime, where `.gpu` holds their kernels (`--candidates`).
 Prints one JSON line a case: output tokens per second from the first request to the last token, after a warm-up, the
@@ -44,6 +44,7 @@ CASES = {
     "128/128": (1024, 128, 128), "1000/1000": (256, 1000, 1000), "2048/128": (256, 2048, 128),
 }  # fmt: skip
 _ITL_STREAMS, _ITL_PROMPT_TOKENS, _ITL_PERIOD_S = 32, 2000, 1.0
+_SHORT_STREAMS, _SHORT_TOKENS, _LONG_TOKENS = 63, 512, 65_536
 
 
 def throughput(
@@ -134,6 +135,43 @@ def latency(engine: CudaEngine, vocab_size: int, seconds: float) -> dict[str, ob
     return result
 
 
+def beside_long(engine: CudaEngine, vocab_size: int) -> dict[str, object]:
+    """Gaps between tokens of 63 short streams, beside another short one and beside one with a long context: of steps
+    that decode alone, and of those with a chunk of a new prompt."""
+    result: dict[str, object] = {}
+    for name, tokens in (("short", _SHORT_TOKENS), ("long", _LONG_TOKENS)):
+        loop = Loop(engine.runner, engine.limits)
+        streams = {n: request(n, _SHORT_TOKENS, 2000, vocab_size) for n in range(_SHORT_STREAMS)}
+        streams[-1] = request(-1, tokens, 2000, vocab_size)
+        for stream in streams.values():
+            loop.scheduler.add(stream)
+        while len(loop.timings.gained_s) < len(streams):
+            loop.step()
+        decode_began = time.perf_counter()
+        for _ in range(100):
+            loop.step()
+        prompts_began = time.perf_counter()
+        for number in range(20):
+            loop.scheduler.add(request(1000 + number, _SHORT_TOKENS, 1, vocab_size))
+            while 1000 + number not in loop.timings.gained_s:
+                loop.step()
+        ended = time.perf_counter()
+        for stream in streams:
+            loop.scheduler.abort(stream)
+        loop.drain()
+        for kind, start, end in (
+            ("decode_ms", decode_began, prompts_began),
+            ("with_chunk_ms", prompts_began, ended),
+        ):
+            gaps = [
+                later - sooner
+                for sooner, later in itertools.pairwise(loop.timings.gained_s[0])
+                if start <= sooner and later <= end
+            ]
+            result[f"{name}_{kind}"] = round(statistics.median(gaps) * 1e3, 3)
+    return result
+
+
 def sanity(
     engine: CudaEngine, graph: object, packed: dict[str, dict[str, torch.Tensor]], sizes: LlamaSizes
 ) -> dict[str, object]:
@@ -180,7 +218,9 @@ def main() -> None:
     torch.cuda.synchronize()
     made = time.perf_counter()
     limits = RunnerOptions(
-        max_step_tokens=options.step_tokens, kv_bytes=int(options.kv_gib * (1 << 30))
+        max_step_tokens=options.step_tokens,
+        kv_bytes=int(options.kv_gib * (1 << 30)),
+        max_sequence_tokens=131_072 if "long" in options.cases.split(",") else 8192,
     )
     if options.requests:
         CASES.update({name: (options.requests, *case[1:]) for name, case in CASES.items()})
@@ -224,6 +264,7 @@ def main() -> None:
         name: partial(median_round, partial(case_of, name), options.rounds) for name in CASES
     }
     cases["itl"] = lambda: latency(engine, sizes.vocab, options.itl_seconds)
+    cases["long"] = lambda: beside_long(engine, sizes.vocab)
     cases["sanity"] = lambda: sanity(engine, graph, packed, sizes)
     for name in ("sanity", *options.cases.split(",")):
         if time.perf_counter() - began > options.deadline_s:

@@ -54,7 +54,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A tensor of the step's batch: a field of `StepBatch`, `token_ids_T`, or `rope`."""
+    """A tensor of the step's batch: a field of `StepBatch`, `token_ids_T`, `part_start_S1`, or `rope`."""
 
     field: str
 

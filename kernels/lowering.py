@@ -218,17 +218,7 @@ class _Lowering:
         return [Temporary(f"{effect}.{name}", dtype, width) for name in attention.NEW]
 
     def _attention(self, node: Node) -> Iterator[Step]:
-        shape = attention.AttentionShape(
-            num_heads=integer(node.attrs["num_heads"]),
-            num_kv_heads=integer(node.attrs["num_kv_heads"]),
-            head_dim=integer(node.attrs["head_dim"]),
-            scale=number(node.attrs["scale"]),
-            window=integer(node.attrs["window"]),
-            soft_cap=number(node.attrs["soft_cap"]),
-            dtype=self.walk.dtype,
-            kv_dtype=TRITON_DTYPES[self.walk.kv_format.dtype],
-            block_tokens=self.walk.regime.block_tokens,
-        )
+        shape = attention.shape_of(node, self.walk.graph, self.walk.regime.block_tokens)
         sequences = self.walk.regime.max_sequences
         site = attention_candidates.site(shape, self.walk.regime.max_tokens, sequences)
         ways = attention_candidates.candidates(
@@ -253,6 +243,8 @@ class _Lowering:
         ]
         if tiles.reads_query_start:
             operands.append(Batch("query_start_S1"))
+        if tiles.reads_part_start:
+            operands.append(Batch("part_start_S1"))
         operands.append(Value(node.outputs[0]))
         operands += attention.scratch(shape, tiles)
         operands += [Size("sequences"), Size("table_stride")]

@@ -1,8 +1,8 @@
 """The ways in which attention's work can be cut, by name, the built-in choice first: what tuning chooses from.
 
 They are few, as every engine holds them: what was near the best on an H100 for one head size or batch
-(docs/BENCHMARKS.md). None splits a sequence's keys into fewer parts than the built-in choice: that would be faster at
-the length that is measured and slow at long ones. None takes more rows of a prompt at once: such tiles win on prompts
+(docs/BENCHMARKS.md). None shares keys out in another way: that would be faster at the lengths that are measured and
+slow at others. None takes more rows of a prompt at once: such tiles win on prompts
 alone and lose where decode rides along. Pure data.
 """
 
@@ -55,24 +55,24 @@ def site(shape: AttentionShape, max_tokens: int, max_sequences: int) -> Site:
 
 def _for_decode(shape: AttentionShape, first: AttentionTiles) -> list[AttentionTiles]:
     if shape.is_scaled:
-        stages = 5 - first.stages if first.splits == 1 else 3
+        stages = 3 if first.is_early else 5 - first.stages
         return [replace(first, block_n=64, num_warps=2, stages=stages)]
-    if first.splits == 1:
+    if not first.is_early:
         return [
             replace(first, block_n=32, num_warps=1, stages=4),
             replace(first, block_n=64, num_warps=2, stages=2),
             replace(first, block_n=64, num_warps=2, stages=4),
         ]
-    small = replace(first, block_n=64, num_warps=2, min_split=64)
+    small = replace(first, block_n=64, num_warps=2, min_part=64)
     return [
         replace(small, stages=5 - first.stages if first.block_n == 64 else 2),
-        replace(small, block_n=32, num_warps=1, splits=max(16, 2 * first.splits), stages=3),
+        replace(small, block_n=32, num_warps=1, stages=3),
     ]
 
 
 def _name(tiles: AttentionTiles) -> str:
-    """As docs/BENCHMARKS.md writes tiles: query tokens, keys, warps, stages, splits."""
-    return f"q{tiles.block_q} n{tiles.block_n} w{tiles.num_warps} s{tiles.stages} x{tiles.splits}"
+    """As docs/BENCHMARKS.md writes tiles: query tokens, keys, warps, stages."""
+    return f"q{tiles.block_q} n{tiles.block_n} w{tiles.num_warps} s{tiles.stages}"
 
 
 def _fits(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> bool:

@@ -3,11 +3,18 @@
 from dataclasses import dataclass, replace
 from functools import cache
 
+from kernels.attention.shares import Shares
+from kernels.kv_cache import kv_format
 from kernels.launch import Grid, Scratch, Sizes
-from kernels.variant import Argument, Constant, KernelVariant, integer, pointer
+from kernels.operands import TRITON_DTYPES, integer, number
+from kernels.regimes import BLOCK_TOKENS
+from kernels.variant import Argument, Constant, KernelVariant, pointer
+from kernels.variant import integer as integer_argument
 from shared.arch import Arch
+from shared.ir import Graph, Node
 
 _MIN_DOT_ROWS = 16
+_PROMPT_ROWS = 64
 # Arguments that hold the step's own keys and values.
 NEW = ("k_new", "v_new")
 
@@ -37,22 +44,42 @@ class AttentionShape:
         return self.num_heads // self.num_kv_heads
 
 
+def shape_of(node: Node, graph: Graph, block_tokens: int = BLOCK_TOKENS) -> AttentionShape:
+    """What a graph's attention asks for."""
+    return AttentionShape(
+        num_heads=integer(node.attrs["num_heads"]),
+        num_kv_heads=integer(node.attrs["num_kv_heads"]),
+        head_dim=integer(node.attrs["head_dim"]),
+        scale=number(node.attrs["scale"]),
+        window=integer(node.attrs["window"]),
+        soft_cap=number(node.attrs["soft_cap"]),
+        dtype=TRITON_DTYPES[str(graph.config["dtype"])],
+        kv_dtype=TRITON_DTYPES[kv_format(graph).dtype],
+        block_tokens=block_tokens,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionTiles:
-    """How the work is cut: query tokens and keys of a tile, parts that a sequence's keys are cut into.
+    """How the work is cut: query tokens and keys of a tile, and what takes further parts of a tile's keys.
 
-    `is_decode`: a tile is a sequence with one query token. `min_split`: fewest keys worth a split. `takes`: which
-    sequences are attended to, "all", those with "one" query token, or those with "several". `reads_new`: keys and
-    values of the step's own tokens are read as values, not as codes.
+    `extra`: programs of each kv head for further parts, which `further_parts` (shares.py) deals out to the step's
+    sequences, unless it `is_lone`: the step has one sequence with one query token, and all parts are its. `min_part`:
+    fewest keys of a part. `is_decode`: a tile is a sequence with one query token. `is_early`: the first keys are on
+    their way before the kernel before has ended. `takes`: which sequences are attended to, "all", those with "one"
+    query token, or those with "several". `reads_new`: keys and values of the step's own tokens are read as values,
+    not as codes.
     """
 
     block_q: int
     block_n: int
-    splits: int
+    extra: int = 0
     num_warps: int = 4
     stages: int = 2
+    min_part: int = 64
     is_decode: bool = False
-    min_split: int = 128
+    is_lone: bool = False
+    is_early: bool = False
     takes: str = "all"
     reads_new: bool = False
 
@@ -60,6 +87,11 @@ class AttentionTiles:
     def reads_query_start(self) -> bool:
         """Claims that a sequence's queries must be looked up."""
         return not self.is_decode or self.takes == "one"
+
+    @property
+    def reads_part_start(self) -> bool:
+        """Claims that further parts are dealt out."""
+        return self.extra > 0 and not self.is_lone
 
 
 def decode_tiles(shape: AttentionShape, arch: Arch, max_sequences: int) -> AttentionTiles:
@@ -74,29 +106,48 @@ def decode_tiles(shape: AttentionShape, arch: Arch, max_sequences: int) -> Atten
 
 
 def _measured_decode_tiles(shape: AttentionShape, max_sequences: int) -> AttentionTiles:
-    """Few sequences are split so that they still fill a device of about 132 SMs; many need no split. Codes take time to
-    widen: more programs, or more of their warps, share it.
-    """
-    most, programs = (32, 1024) if shape.is_scaled else (16, 256)
-    splits = 1
-    while splits < most and splits * max_sequences * shape.num_kv_heads < programs:
-        splits *= 2
-    if splits == 1 and not shape.is_scaled:
-        if max_sequences <= 64 and shape.head_dim <= 64:
-            return AttentionTiles(1, 64, 1, num_warps=2, stages=4, is_decode=True)
-        # One warp each keeps most loads in flight.
-        return AttentionTiles(1, 32, 1, num_warps=1, stages=4, is_decode=True)
-    if splits >= 16 and shape.is_scaled and shape.head_dim <= 128:
-        return AttentionTiles(1, 128, splits, num_warps=4, stages=2, is_decode=True, min_split=64)
-    if max_sequences == 1 and not shape.is_scaled and shape.head_dim <= 128:
-        # The first tile is loaded before the wait, so that a large one costs little, and every part less shortens
-        # what comes after it.
-        block_n = 256 if shape.head_dim <= 64 else 128
-        return AttentionTiles(1, block_n, splits, 8, stages=2, is_decode=True, min_split=block_n)
-    # One sequence leaves most of a device to the next linear's programs, which load their weights meanwhile: a third
-    # stage's shared memory keeps them out, and costs 5 us a layer.
-    stages = 2 if max_sequences == 1 else 3
-    return AttentionTiles(1, 64, splits, num_warps=2, stages=stages, is_decode=True, min_split=64)
+    """Codes take time to widen: more programs, or more of their warps, share it."""
+    if max_sequences == 1:
+        return _lone_tiles(shape)
+    first_parts = max_sequences * shape.num_kv_heads
+    tiles = AttentionTiles(1, 64, further_programs(shape), 2, stages=3, is_decode=True)
+    if shape.is_scaled:
+        if first_parts <= 64 and shape.head_dim <= 128:
+            return replace(tiles, block_n=128, num_warps=4, stages=2, is_early=True)
+        return replace(tiles, is_early=first_parts <= 512)
+    if first_parts < 256:
+        return replace(tiles, is_early=True)
+    if max_sequences <= 64 and shape.head_dim <= 64:
+        return replace(tiles, stages=4)
+    # One warp each keeps most loads in flight.
+    return replace(tiles, block_n=32, num_warps=1, stages=4)
+
+
+def _lone_tiles(shape: AttentionShape) -> AttentionTiles:
+    """One sequence leaves most of a device to the next linear's programs, which load their weights meanwhile: a third
+    stage's shared memory keeps them out, and costs 5 us a layer."""
+    tiles = AttentionTiles(1, 64, 15, 2, is_decode=True, is_lone=True, is_early=True)
+    if shape.is_scaled:
+        tiles = replace(tiles, extra=31)
+        return replace(tiles, block_n=128, num_warps=4) if shape.head_dim <= 128 else tiles
+    if shape.head_dim > 128:
+        return tiles
+    # The first tile is loaded before the wait, so that a large one costs little, and every part less shortens
+    # what comes after it.
+    block_n = 256 if shape.head_dim <= 64 else 128
+    return replace(tiles, block_n=block_n, num_warps=8, min_part=block_n)
+
+
+def further_programs(shape: AttentionShape) -> int:
+    """Programs of each kv head for further parts: with one sequence they are what fills a device of about 132 SMs, with
+    hundreds they cost a microsecond a layer."""
+    return -(-(512 if shape.is_scaled else 256) // shape.num_kv_heads)
+
+
+def shares_of(graph: Graph) -> Shares:
+    """What the kernels of all of a graph's attentions take."""
+    shapes = [shape_of(node, graph) for node in graph.nodes if node.op == "attention"]
+    return Shares(min(map(further_programs, shapes)), min(map(tile_queries, shapes)))
 
 
 def _decode_bytes(shape: AttentionShape, tiles: AttentionTiles) -> int:
@@ -109,16 +160,17 @@ def _decode_bytes(shape: AttentionShape, tiles: AttentionTiles) -> int:
 
 
 def prefill_tiles(shape: AttentionShape, arch: Arch) -> AttentionTiles:
-    """Tiles of 64 rows, no splits: one warp group each, so that a neighbour's products fill the time of a softmax.
+    """Tiles of 64 rows: one warp group each, so that a neighbour's products fill the time of a softmax.
 
     Three stages where shared memory holds the queries and three tiles of keys and values; of codes two, as they are
     widened into shared memory besides.
     """
-    rows, block_n = 64, 64 if shape.head_dim <= 128 else 32
+    rows, block_n = _PROMPT_ROWS, 64 if shape.head_dim <= 128 else 32
     row_bytes = 2 * block_d(shape)
     fits = (rows + 3 * 2 * block_n) * row_bytes <= arch.max_shared_bytes
     stages = 3 if fits and not shape.is_scaled else 2
-    return AttentionTiles(max(1, rows // shape.group), block_n, 1, stages=stages)
+    extra = further_programs(shape)
+    return AttentionTiles(tile_queries(shape), block_n, extra, stages=stages, min_part=256)
 
 
 def apart_tiles(shape: AttentionShape, arch: Arch) -> AttentionTiles:
@@ -128,15 +180,20 @@ def apart_tiles(shape: AttentionShape, arch: Arch) -> AttentionTiles:
     """
     rows, block_n = 128, 64
     if (rows + 3 * 2 * block_n) * 2 * block_d(shape) <= arch.max_shared_bytes:
-        tiles = AttentionTiles(max(1, rows // shape.group), block_n, 1, num_warps=8, stages=3)
+        tiles = AttentionTiles(max(1, rows // shape.group), block_n, num_warps=8, stages=3)
     else:
         tiles = prefill_tiles(shape, arch)
-    return replace(tiles, takes="several", reads_new=True)
+    return replace(tiles, extra=0, takes="several", reads_new=True)
+
+
+def tile_queries(shape: AttentionShape) -> int:
+    """Query tokens of a tile of a prompt."""
+    return max(1, _PROMPT_ROWS // shape.group)
 
 
 @cache  # layers have equal shapes
 def variant(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> KernelVariant:
-    """The compiled specialization; without splits the scratch pointers are gone."""
+    """The compiled specialization; without further parts the scratch pointers are gone."""
     constants: dict[str, Constant] = {
         "SCALE": shape.scale,
         "NUM_HEADS": shape.num_heads,
@@ -149,11 +206,14 @@ def variant(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> KernelV
         "ROWS": _rows(shape, tiles),
         "BLOCK_D": block_d(shape),
         "BLOCK_N": tiles.block_n,
-        "SPLITS": tiles.splits,
-        "MIN_SPLIT": tiles.min_split,
+        "EXTRA": tiles.extra,
+        "MIN_PART": tiles.min_part,
+        "COMBINED": _combined(shape, tiles),
+        "COLUMNS": _combined_columns(shape, tiles),
         "CODES": _codes(shape, arch),
         "STAGES": tiles.stages,
         "TAKES": tiles.takes,
+        "IS_EARLY": tiles.is_early,
         "PDL": arch.has_pdl,
     }
     arguments = [
@@ -163,21 +223,24 @@ def variant(shape: AttentionShape, arch: Arch, tiles: AttentionTiles) -> KernelV
         pointer("block_tables", "i32"),
         pointer("seq_lens", "i32"),
         *((pointer("query_start", "i32"),) if tiles.reads_query_start else ()),
+        *((pointer("part_start", "i32"),) if tiles.reads_part_start else ()),
         pointer("out", shape.dtype),
     ]
     if not tiles.reads_query_start:
         constants |= {"query_start": None}
+    if not tiles.reads_part_start:
+        constants |= {"part_start": None}
     if not tiles.reads_new:
         constants |= dict.fromkeys(NEW)
     if not shape.is_scaled:
         constants |= {"k_scale": None, "v_scale": None}
     scratch = (("partial", "fp32"), ("partial_max", "fp32"), ("partial_sum", "fp32"),
                ("counters", "i32"))  # fmt: skip
-    if tiles.splits > 1:
+    if tiles.extra:
         arguments += [pointer(name, dtype) for name, dtype in scratch]
     else:
         constants |= {name: None for name, _ in scratch}
-    arguments += [integer("num_sequences"), integer("table_stride")]
+    arguments += [integer_argument("num_sequences"), integer_argument("table_stride")]
     return KernelVariant(
         op="attention",
         kernel="attention",
@@ -197,32 +260,40 @@ def num_tiles(tiles: AttentionTiles, sizes: Sizes) -> int:
 
 
 def grid(shape: AttentionShape, tiles: AttentionTiles, sizes: Sizes) -> Grid:
-    """Programs: query tiles, kv heads, splits; kv heads first where each query tile is one query."""
-    count = num_tiles(tiles, sizes)
-    if tiles.is_decode:
-        return shape.num_kv_heads, count, tiles.splits
-    return count, shape.num_kv_heads, tiles.splits
+    """Programs: query tiles and further parts, kv heads; kv heads first where each query tile is one query."""
+    count = num_tiles(tiles, sizes) + tiles.extra
+    return (shape.num_kv_heads, count, 1) if tiles.is_decode else (count, shape.num_kv_heads, 1)
 
 
 def scratch(shape: AttentionShape, tiles: AttentionTiles) -> tuple[Scratch, ...]:
-    """Memory for partial results: sums, maxima, weights and counters, in the kernel's order."""
-    if tiles.splits == 1:
+    """Memory for parts' results: sums, maxima, weights and counters, in the kernel's order.
+
+    A tile with further parts has a first one besides: twice as many hold all.
+    """
+    if not tiles.extra:
         return ()
-    rows = _power_of_two(tiles.block_q * shape.group)
-    columns = block_d(shape)
-
-    def programs(sizes: Sizes) -> int:
-        return num_tiles(tiles, sizes) * shape.num_kv_heads
-
-    def per_row(sizes: Sizes) -> int:
-        return programs(sizes) * tiles.splits * rows * 4
-
+    tiles_bytes = 4 * shape.num_kv_heads * tiles.extra
+    rows_bytes = 2 * tiles_bytes * _part_rows(shape, tiles)
     return (
-        Scratch("attention_partial", lambda sizes: per_row(sizes) * columns),
-        Scratch("attention_max", per_row),
-        Scratch("attention_sum", per_row),
-        Scratch("attention_counters", lambda sizes: programs(sizes) * 4),
+        Scratch("attention_partial", lambda _: rows_bytes * block_d(shape)),
+        Scratch("attention_max", lambda _: rows_bytes),
+        Scratch("attention_sum", lambda _: rows_bytes),
+        Scratch("attention_counters", lambda _: tiles_bytes),
     )
+
+
+def _combined(shape: AttentionShape, tiles: AttentionTiles) -> int:
+    """Parts whose results fit into registers at a time; where few sequences are waited for, many are free."""
+    values = (128 if tiles.is_early else 32) * 32 * tiles.num_warps
+    return min(32, max(1, values // (_part_rows(shape, tiles) * _combined_columns(shape, tiles))))
+
+
+def _combined_columns(shape: AttentionShape, tiles: AttentionTiles) -> int:
+    return block_d(shape) if _part_rows(shape, tiles) <= 16 else 32
+
+
+def _part_rows(shape: AttentionShape, tiles: AttentionTiles) -> int:
+    return _power_of_two(tiles.block_q * shape.group)
 
 
 def _cache_arguments(shape: AttentionShape) -> list[Argument]:

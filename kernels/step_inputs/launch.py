@@ -39,7 +39,7 @@ def step_inputs_variant(block_tokens: int) -> KernelVariant:
     """Makes the packed inputs of a step from its entries and the tables."""
     pointers = (
         "message", "tokens", "blocks", "token_ids", "positions", "slots", "seq_lens",
-        "query_start", "logit_rows", "block_tables",
+        "query_start", "part_start", "logit_rows", "block_tables",
     )  # fmt: skip
     integers = ("max_sequences", "tokens_stride", "blocks_stride", "num_tokens", "num_sequences")
     return KernelVariant(

@@ -1,8 +1,8 @@
 """What the host sends for one step, and the tables on the device that it changes: places in 32-bit words.
 
-    message   header [16] | entries [5, S] | writes [3, W] | words that the writes copy
-    header    sequences of the step, tokens of the step; the rest is 0
-    entry     row, start, num_tokens, first packed token, is_drawn
+    message   header [16] | entries [6, S] | writes [3, W] | words that the writes copy
+    header    sequences of the step, tokens of the step, further parts of its attention; the rest is 0
+    entry     row, start, num_tokens, first packed token, is_drawn, first further part (kernels/attention/shares.py)
     write     first word in the tables, first word in the message, number of words
     tables    tokens [S, tokens_stride] | blocks [S, blocks_stride] | sampling [S, 16] | edits [S, EDIT_WORDS]
     sampling  0 temperature, 1 top_p and 2 log(min_p) as fp32 bits; 3 top_k, 0 = all; 4, 5 the seed's halves; 6 sample
@@ -17,7 +17,7 @@ S is the most sequences that the runtime takes at once. Both sides of the border
 from dataclasses import dataclass
 
 HEADER_WORDS = 16
-ENTRY_FIELDS = 5
+ENTRY_FIELDS = 6
 WRITE_FIELDS = 3
 SAMPLING_WORDS = 16
 MAX_ENDS = 256

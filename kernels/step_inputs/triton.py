@@ -35,8 +35,8 @@ def write_tables(
 
 @triton.jit
 def step_inputs(
-    message, tokens, blocks, token_ids, positions, slots, seq_lens, query_start, logit_rows,
-    block_tables, max_sequences, tokens_stride, blocks_stride, num_tokens, num_sequences,
+    message, tokens, blocks, token_ids, positions, slots, seq_lens, query_start, part_start,
+    logit_rows, block_tables, max_sequences, tokens_stride, blocks_stride, num_tokens, num_sequences,
     HEADER_WORDS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence (and part of its tokens), and a last one for the padding.
@@ -49,8 +49,10 @@ def step_inputs(
     parts = tl.num_programs(1)
     real_sequences = tl.load(message)
     real_tokens = tl.load(message + 1)
+    real_parts = tl.load(message + 2)
     if s == num_sequences:
         tl.store(query_start + s, real_tokens)
+        tl.store(part_start + s, real_parts)
         for first in range(real_tokens + part * BLOCK, num_tokens, parts * BLOCK):
             t = first + tl.arange(0, BLOCK)
             is_token = t < num_tokens
@@ -61,6 +63,7 @@ def step_inputs(
         return
     if s >= real_sequences:
         tl.store(query_start + s, real_tokens)
+        tl.store(part_start + s, real_parts)
         tl.store(seq_lens + s, 0)
         tl.store(logit_rows + s, 0)
         return
@@ -82,6 +85,7 @@ def step_inputs(
         tl.store(slots + packed + i, block * BLOCK_TOKENS + position % BLOCK_TOKENS, mask=is_token)
     if part == 0:
         tl.store(query_start + s, packed)
+        tl.store(part_start + s, tl.load(entry + 5 * max_sequences))
         tl.store(seq_lens + s, end)
         tl.store(logit_rows + s, packed + count - 1)
         num_blocks = tl.cdiv(end, BLOCK_TOKENS)

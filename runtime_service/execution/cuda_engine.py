@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from kernels.attention.launch import shares_of
 from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
 from kernels.regimes import REGIMES
@@ -65,7 +66,7 @@ def assemble(
         graph, free_bytes(), options, GPU_DEFAULTS, position_bytes,
         DeviceRows.most_positions(max_sequences, block_tokens),
     )  # fmt: skip
-    rows = DeviceRows(library, limits, vocab_size, stream)
+    rows = DeviceRows(library, limits, vocab_size, shares_of(graph), stream)
     graphs = CudaGraphExecutor(graph, executor, regimes, library, rows, limits, stream)
     sampler = DeviceSampler(library, rows, vocab_size, scratch, executor.copy_logits)
     runner = CudaModelRunner(graphs, rows, sampler, limits, vocab_size, stream)

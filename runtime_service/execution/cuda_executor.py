@@ -43,11 +43,13 @@ class DeviceBatch:
 
     Args:
         token_ids_T: int32, beside `step`'s tensors.
+        part_start_S1: int32; further parts of attention of the sequences before each, then of all (`Shares`).
         rope: fp32 [positions, head_dim]: cos of each angle, then sin.
     """
 
     token_ids_T: torch.Tensor
     step: StepBatch
+    part_start_S1: torch.Tensor
     rope: torch.Tensor
 
     @property
@@ -176,11 +178,8 @@ class CudaExecutor:
         if isinstance(operand, Weight):
             return self._weights[operand.name][operand.role].data_ptr()
         if isinstance(operand, Batch):
-            if operand.field == "token_ids_T":
-                return batch.token_ids_T.data_ptr()
-            if operand.field == "rope":
-                return batch.rope.data_ptr()
-            return int(getattr(batch.step, operand.field).data_ptr())
+            holder = batch if hasattr(batch, operand.field) else batch.step
+            return int(getattr(holder, operand.field).data_ptr())
         if isinstance(operand, KvCache):
             return batch.step.kv_caches[operand.layer][operand.part].data_ptr()
         if isinstance(operand, Scratch):

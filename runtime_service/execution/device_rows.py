@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.attention.shares import Shares
 from kernels.launcher import KernelLibrary
 from kernels.step_inputs.launch import write_tables_variant
 from kernels.step_inputs.layout import (
@@ -66,10 +67,19 @@ class SentStep:
 
 
 class DeviceRows:
-    """Rows 0 to max_sequences - 1."""
+    """Rows 0 to max_sequences - 1.
+
+    Args:
+        shares: how the engine's kernels share out the keys of a step.
+    """
 
     def __init__(
-        self, library: KernelLibrary, limits: RuntimeLimits, vocab_size: int, stream: DeviceStream
+        self,
+        library: KernelLibrary,
+        limits: RuntimeLimits,
+        vocab_size: int,
+        shares: Shares,
+        stream: DeviceStream,
     ) -> None:
         rows = limits.max_sequences
         max_blocks = -(-limits.max_sequence_tokens // limits.block_tokens)
@@ -78,6 +88,7 @@ class DeviceRows:
         assert self.layout.num_words <= _TABLE_WORDS, "writes cannot name every place in the tables"
         self._messages = MessageLayout(rows, 4 * rows, _MESSAGE_WORDS)
         self._stream = stream
+        self._shares = shares
         self._vocab_size = vocab_size
         self._tables = _words(self.layout.num_words, stream)
         self.message = _words(self._messages.num_words, stream)
@@ -158,11 +169,14 @@ class DeviceRows:
         needs_S = self._needs[rows] * is_drawn
         needs = int(np.bitwise_or.reduce(needs_S))
         reporting = np.flatnonzero(needs_S & REPORTS).tolist() if needs & REPORTS else ()
+        ends = starts + counts
+        further_parts = self._shares.further_parts(counts, ends)
+        part_ends = further_parts.cumsum()
+        entries[5] = part_ends - further_parts
         num_tokens = int(packed_ends[-1]) if count else 0
-        image.words[0], image.words[1] = count, num_tokens
+        image.words[:3] = count, num_tokens, part_ends[-1] if count else 0
         self._send(image)
-        is_decode = num_tokens == count
-        return SentStep(num_tokens, count, is_decode, starts + counts, needs, reporting)
+        return SentStep(num_tokens, count, num_tokens == count, ends, needs, reporting)
 
     def send_nothing(self) -> None:
         """A message of no sequence: all of a step is padding then."""
@@ -226,7 +240,7 @@ class DeviceRows:
             written = image.write(at, words)
             at, words = at + written, words[written:]
             if len(words):  # it is full: this part of the step goes ahead
-                image.words[:2] = 0
+                image.words[:3] = 0
                 self._send(image)
 
     def _image(self) -> "_Image":

@@ -42,6 +42,7 @@ class StepInputs:
             "slots": max_sizes.tokens,
             "seq_lens": max_sizes.sequences,
             "query_start": max_sizes.sequences + 1,
+            "part_start": max_sizes.sequences + 1,
             "logit_rows": max_sizes.rows,
             "block_tables": max_sizes.sequences * layout.blocks_stride,
         }
@@ -83,4 +84,5 @@ class StepInputs:
             logit_rows_R=at["logit_rows"][: sizes.rows],
             kv_caches=self._kv_caches,
         )
-        return DeviceBatch(at["token_ids"][: sizes.tokens], step, self._rope)
+        part_start_S1 = at["part_start"][: sizes.sequences + 1]
+        return DeviceBatch(at["token_ids"][: sizes.tokens], step, part_start_S1, self._rope)

@@ -8,8 +8,10 @@ sequences that it takes, each with `context_tokens` in the cache; or a chunk of 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from kernels.attention.launch import shares_of
 from kernels.batch import StepBatch
 from kernels.kv_cache import by_layer, kv_format
 from kernels.launch import Launch, Sizes
@@ -84,6 +86,7 @@ class StepTimer:
         steps: TimedSteps,
     ) -> None:
         self._steps, self._stream, self._clock = steps, stream, clock
+        self._shares = shares_of(graph)
         most = max(steps.sequences, steps.prompt_tokens)
         sizes = Sizes(most, steps.sequences, steps.sequences)
         self._executor = CudaExecutor(graph, library, weights, sizes)
@@ -137,8 +140,16 @@ class StepTimer:
                 logit_rows_R=(starts[1:] - 1).contiguous(),
                 kv_caches=self._caches,
             ),
+            part_start_S1=self._part_start(count, queries, length),
             rope=self._rope,
         )
+
+    def _part_start(self, count: int, queries: int, length: int) -> torch.Tensor:
+        parts = self._shares.further_parts(
+            np.full(count, queries, np.int32), np.full(count, length, np.int32)
+        )
+        starts = np.concatenate(([0], parts.cumsum()), dtype=np.int32)
+        return torch.from_numpy(starts).to(self._stream.device)
 
     def _small_values(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         made = torch.empty(shape, dtype=dtype, device=self._stream.device)

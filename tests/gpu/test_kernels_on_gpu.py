@@ -135,31 +135,38 @@ def _cases() -> dict[str, Case]:
                 cases[f"rows-{scale}"] = _quantized_rows(scale)
         for window, soft_cap in ((0, 0.0), (37, 0.0), (0, 2.5), (37, 2.5)):
             options: dict[str, object] = {"window": window, "soft_cap": soft_cap, "dtype": dtype}
-            for splits in (1, 4):
-                tiles = AttentionTiles(1, 16, splits, is_decode=True)
+            for extra in (0, 6, 40):
+                tiles = AttentionTiles(
+                    1, 16, extra, min_part=32, is_decode=True, is_early=extra > 6
+                )
                 case = _attention(tiles, DECODE_LENGTHS, **options)
-                cases[f"decode-{dtype}-{window}-{soft_cap}-{splits}"] = case
-            case = _attention(AttentionTiles(4, 16, 1), RAGGED_LENGTHS, **options)
-            cases[f"ragged-{dtype}-{window}-{soft_cap}"] = case
+                cases[f"decode-{dtype}-{window}-{soft_cap}-{extra}"] = case
+                case = _attention(
+                    AttentionTiles(4, 16, extra, min_part=32), RAGGED_LENGTHS, **options
+                )
+                cases[f"ragged-{dtype}-{window}-{soft_cap}-{extra}"] = case
         real = attention_shape(heads=8, head_dim=128, dtype=dtype)
         sizes: dict[str, object] = {"heads": 8, "head_dim": 128, "dtype": dtype}
         lengths = [(1, 1), (1, 4097), (1, 513)]
-        few, many = (decode_tiles(real, ARCHES["sm_80"], most) for most in (3, 512))
-        cases[f"decode-shipped-{dtype}"] = _attention(few, lengths, **sizes)
-        cases[f"decode-shipped-many-{dtype}"] = _attention(many, lengths, **sizes)
+        long = [*lengths, (1, 40000), (1, 90)]
+        lone, few, many = (decode_tiles(real, ARCHES["sm_80"], most) for most in (1, 3, 512))
+        cases[f"decode-shipped-lone-{dtype}"] = _attention(lone, [(1, 4097)], **sizes)
+        cases[f"decode-shipped-{dtype}"] = _attention(few, long, **sizes)
+        cases[f"decode-shipped-many-{dtype}"] = _attention(many, long, **sizes)
         prefill = prefill_tiles(real, ARCHES["sm_80"])
-        ragged = [(1, 700), (513, 513), (130, 1100), (1, 1)]
+        ragged = [(1, 700), (513, 513), (130, 1100), (1, 1), (1, 40000), (7, 9000)]
         cases[f"prefill-shipped-{dtype}"] = _attention(prefill, ragged, **sizes)
         for kv_dtype in ("fp8e4nv", "i8"):
             kept = {**sizes, "kv_dtype": kv_dtype}
             cases[f"decode-{kv_dtype}-{dtype}"] = _attention(few, [*lengths, (1, 32768)], **kept)
-            cases[f"decode-many-{kv_dtype}-{dtype}"] = _attention(many, lengths, **kept)
+            cases[f"decode-many-{kv_dtype}-{dtype}"] = _attention(many, long, **kept)
+            cases[f"decode-lone-{kv_dtype}-{dtype}"] = _attention(lone, [(1, 4097)], **kept)
             cases[f"prefill-{kv_dtype}-{dtype}"] = _attention(prefill, ragged, **kept)
             odd: dict[str, object] = {"window": 37, "soft_cap": 2.5, "dtype": dtype}
             odd["kv_dtype"] = kv_dtype
-            tiles = AttentionTiles(4, 16, 1)
+            tiles = AttentionTiles(4, 16)
             cases[f"ragged-{kv_dtype}-{dtype}"] = _attention(tiles, RAGGED_LENGTHS, **odd)
-            alone = AttentionTiles(1, 16, 1, is_decode=True, takes="one")
+            alone = AttentionTiles(1, 16, 6, min_part=32, is_decode=True, takes="one")
             case = _attention(
                 alone, RAGGED_LENGTHS, (replace(tiles, takes="several", reads_new=True),), **odd
             )

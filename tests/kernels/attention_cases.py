@@ -1,9 +1,11 @@
 """Attention launches over random paged caches, compared with the formula: on the CPU through the interpreter, on a
 GPU from machine code."""
 
+import numpy as np
 import torch
 
 from kernels.attention.launch import AttentionShape, AttentionTiles, grid, scratch, variant
+from kernels.attention.shares import Shares
 from kernels.kv_cache import read, write
 from kernels.launch import Sizes
 from shared.arch import Arch
@@ -72,6 +74,7 @@ def _launch_and_compare(
         "q": q, "out": out, "block_tables": tables,
         "seq_lens": torch.tensor([n for _, n in lengths]).int(),
         "query_start": torch.tensor(starts).int(),
+        "part_start": part_start(launches, lengths),
         "num_sequences": num_sequences, "table_stride": blocks,
     }  # fmt: skip
     kept = [part.view(torch.uint16) if shape.is_scaled else part for part in parts[:2]]
@@ -108,6 +111,16 @@ def _launch_and_compare(
         counters = operands["counters"]
         assert isinstance(counters, torch.Tensor)
         assert not counters.any(), "counters are left at 0"
+
+
+def part_start(
+    launches: tuple[AttentionTiles, ...], lengths: list[tuple[int, int]]
+) -> torch.Tensor:
+    """Where each sequence's further parts begin, dealt out as `DeviceRows` does."""
+    counts, ends = np.array(lengths, np.int32).T
+    first = launches[0]
+    parts = Shares(max(first.extra, 1), first.block_q).further_parts(counts, ends)
+    return torch.tensor([0, *parts.cumsum()]).int()
 
 
 def attention_shape(

@@ -15,7 +15,7 @@ from shared.ir import Graph
 
 _CHOSEN = (
     "BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K", "PREFETCH", "STAGES", "VECTOR",
-    "BLOCK_Q", "ROWS", "SPLITS", "MIN_SPLIT",
+    "BLOCK_Q", "ROWS", "EXTRA", "MIN_PART",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.attention.shares import Shares
 from kernels.launch import Grid, Sizes
 from kernels.step_inputs.launch import step_inputs_grid, step_inputs_variant, write_tables_variant
 from kernels.step_inputs.layout import HEADER_WORDS, MessageLayout, TableLayout
@@ -82,7 +83,7 @@ class Rows:
     def __init__(self, device: Device, ways: list[Way], vocab_size: int, seed: int) -> None:
         self.ways, self.vocab_size, count = ways, vocab_size, len(ways)
         limits = RuntimeLimits(_MAX_TOKENS, count, 64, 16, 64, "float32", 0, "")
-        self.rows = DeviceRows(device.library, limits, vocab_size, device.stream)
+        self.rows = DeviceRows(device.library, limits, vocab_size, Shares(1, 1), device.stream)
         scratch = sampler_scratch(count, vocab_size, device.stream.device)
         self.sampler = DeviceSampler(device.library, self.rows, vocab_size, scratch, torch.clone)
         self._stream = device.stream
@@ -253,11 +254,11 @@ def check_inputs(run: Run, device: str, parts: int) -> None:
     steps = [(4, 0, 600), (1, 33, 1), (5, 15, 17), (0, 699, 1)]
     message_layout = MessageLayout(6, 2, 64)
     message = np.zeros(message_layout.num_words, np.int32)
-    entries = message[HEADER_WORDS : HEADER_WORDS + 30].reshape(5, 6)
+    entries = message[HEADER_WORDS : HEADER_WORDS + 36].reshape(6, 6)
     starts = np.cumsum([0, *(n for _, _, n in steps)])
     for i, (row, start, count) in enumerate(steps):
-        entries[:, i] = row, start, count, starts[i], 1
-    message[:2] = len(steps), starts[-1]
+        entries[:, i] = row, start, count, starts[i], 1, 3 * i
+    message[:3] = len(steps), starts[-1], 11
     # One new token and a new block table come with the step.
     new = np.array([801, *range(50, 94)], np.int32)
     at = message_layout.words_at
@@ -275,7 +276,7 @@ def check_inputs(run: Run, device: str, parts: int) -> None:
     sizes = Sizes(630, 6, 6)
     lengths = {
         "token_ids": 630, "positions": 630, "slots": 630, "seq_lens": 6, "query_start": 7,
-        "logit_rows": 6, "block_tables": 6 * 44,
+        "part_start": 7, "logit_rows": 6, "block_tables": 6 * 44,
     }  # fmt: skip
     out = {
         name: torch.full((n + 5,), -9, dtype=torch.int32, device=device)
@@ -298,6 +299,7 @@ def check_inputs(run: Run, device: str, parts: int) -> None:
     assert found["slots"].tolist() == [*slots, *[-1] * padding, *[-9] * 5]
     ends = [s + n for _, s, n in steps]
     assert found["seq_lens"].tolist() == [*ends, 0, 0, *[-9] * 5]
+    assert found["part_start"].tolist() == [0, 3, 6, 9, 11, 11, 11, *[-9] * 5]
     assert found["query_start"].tolist() == [*starts, starts[-1], starts[-1], *[-9] * 5]
     assert found["logit_rows"].tolist() == [*(starts[1:] - 1), 0, 0, *[-9] * 5]
     gathered = found["block_tables"][: 6 * 44].reshape(6, 44)

@@ -2,7 +2,15 @@
 
 import pytest
 
-from kernels.attention.launch import AttentionShape, apart_tiles, decode_tiles, prefill_tiles
+from kernels.attention.candidates import candidates
+from kernels.attention.launch import (
+    AttentionShape,
+    apart_tiles,
+    decode_tiles,
+    further_programs,
+    prefill_tiles,
+)
+from kernels.regimes import REGIMES
 from shared.arch import ARCHES, Arch
 
 
@@ -47,6 +55,20 @@ def test_decode_is_cut_smaller_only_where_shared_memory_is_scarce(most: int, kv_
     little, much = ARCHES["sm_86"], ARCHES["sm_90"]
     assert decode_tiles(usual, little, most) == decode_tiles(usual, much, most)
     tiles = decode_tiles(wide, little, most)
-    assert tiles.splits == decode_tiles(wide, much, most).splits
+    assert tiles.extra == decode_tiles(wide, much, most).extra
     loaded = 2 * (tiles.stages - 1) * tiles.block_n * 256 * (1 if wide.is_scaled else 2)
     assert 2 * 16 * 256 + loaded <= little.max_shared_bytes
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "i8"])
+@pytest.mark.parametrize("kv_heads", [1, 3, 8])
+def test_every_way_has_a_program_for_each_part_that_is_dealt_out(
+    kv_heads: int, kv_dtype: str
+) -> None:
+    """But for one sequence alone, to which nothing is dealt out."""
+    shape = AttentionShape(24, kv_heads, 64, 0.1, 0, 0.0, "bf16", kv_dtype, 16)
+    most = further_programs(shape)
+    for regime in REGIMES:
+        for tiles in candidates(shape, ARCHES["sm_90"], regime.max_sequences).values():
+            assert tiles.is_lone == (regime.max_sequences == 1)
+            assert tiles.is_lone or tiles.extra == most

@@ -18,46 +18,57 @@ def _check(
     check_attention(run, INTERPRETER, shape, tiles, lengths, seed)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("extra", [0, 6, 40])
 @pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (37, 0.0), (0, 2.5)])
-def test_decode_equals_formula(splits: int, window: int, soft_cap: float) -> None:
+def test_decode_equals_formula(extra: int, window: int, soft_cap: float) -> None:
     """A sequence of length 0 is padding and is left alone."""
-    tiles = AttentionTiles(1, 16, splits, is_decode=True)
-    _check(attention_shape(window, soft_cap), tiles, DECODE_LENGTHS, seed=splits)
+    tiles = AttentionTiles(1, 16, extra, min_part=32, is_decode=True, is_early=extra == 40)
+    _check(attention_shape(window, soft_cap), tiles, DECODE_LENGTHS, seed=extra)
 
 
-def test_few_parts_are_combined_as_many_are() -> None:
+@pytest.mark.parametrize("length", [1, 32, 33, 128, 129, 700])
+def test_parts_of_a_lone_sequence_are_combined_few_or_many(length: int) -> None:
     """One part, one of a newest key alone, up to four of sixteen, and more."""
-    tiles = AttentionTiles(1, 16, 16, is_decode=True, min_split=32)
-    _check(attention_shape(), tiles, [(1, 32), (1, 33), (1, 128), (1, 129), (1, 700)], seed=5)
+    tiles = AttentionTiles(1, 16, 15, min_part=32, is_decode=True, is_lone=True, is_early=True)
+    _check(attention_shape(), tiles, [(1, length)], seed=5)
+
+
+def test_long_sequences_among_short_ones_take_the_further_parts() -> None:
+    """More parts than are combined at a time, and a sequence of none between those that have them."""
+    lengths = [(1, 90), (1, 1900), (1, 0), (1, 30), (1, 2600), (1, 64)]
+    tiles = AttentionTiles(1, 16, 40, num_warps=1, is_decode=True)
+    _check(attention_shape(head_dim=64), tiles, lengths, seed=6)
 
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (9, 0.0), (0, 2.5)])
 def test_ragged_step_equals_formula(window: int, soft_cap: float) -> None:
     """Prompt chunks, whole prompts and single tokens share a step."""
-    _check(attention_shape(window, soft_cap), AttentionTiles(4, 16, 1), RAGGED_LENGTHS, seed=window)
+    _check(attention_shape(window, soft_cap), AttentionTiles(4, 16), RAGGED_LENGTHS, seed=window)
 
 
-def test_splits_of_ragged_step_equal_formula() -> None:
-    tiles = AttentionTiles(2, 16, 4)
-    _check(attention_shape(), tiles, [(3, 290), (1, 5), (7, 400)], seed=1)
+@pytest.mark.parametrize("extra", [3, 16, 90])
+@pytest.mark.parametrize("window", [0, 150])
+def test_parts_of_ragged_step_equal_formula(extra: int, window: int) -> None:
+    """Tiles of one sequence have as many parts each; a lone query's and a chunk's tiles are cut alike."""
+    lengths = [(3, 290), (1, 5), (7, 400), (1, 900), (2, 2), (20, 20)]
+    _check(attention_shape(window), AttentionTiles(2, 16, extra, min_part=32), lengths, seed=1)
 
 
 def test_one_query_head_per_kv_head() -> None:
     shape = attention_shape(heads=2, head_dim=16)
-    _check(shape, AttentionTiles(8, 16, 1), [(11, 11), (1, 30)], seed=2)
+    _check(shape, AttentionTiles(8, 16), [(11, 11), (1, 30)], seed=2)
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp8e4nv", "i8"])
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("extra", [0, 6, 40])
 @pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (37, 0.0), (0, 2.5)])
 def test_decode_over_eight_bit_cache_equals_formula(
-    kv_dtype: str, splits: int, window: int, soft_cap: float
+    kv_dtype: str, extra: int, window: int, soft_cap: float
 ) -> None:
     """The formula reads the same codes: what is left is rounding inside the kernel."""
-    tiles = AttentionTiles(1, 16, splits, is_decode=True)
+    tiles = AttentionTiles(1, 16, extra, min_part=32, is_decode=True, is_early=extra == 40)
     shape = attention_shape(window, soft_cap, kv_dtype=kv_dtype)
-    _check(shape, tiles, DECODE_LENGTHS, seed=splits)
+    _check(shape, tiles, DECODE_LENGTHS, seed=extra)
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp8e4nv", "i8"])
@@ -66,7 +77,7 @@ def test_ragged_step_over_eight_bit_cache_equals_formula(
     kv_dtype: str, window: int, soft_cap: float
 ) -> None:
     shape = attention_shape(window, soft_cap, kv_dtype=kv_dtype)
-    _check(shape, AttentionTiles(4, 16, 1), RAGGED_LENGTHS, seed=window)
+    _check(shape, AttentionTiles(4, 16), RAGGED_LENGTHS, seed=window)
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp16", "fp8e4nv"])
@@ -74,8 +85,8 @@ def test_ragged_step_over_eight_bit_cache_equals_formula(
 def test_step_in_two_launches_equals_formula(kv_dtype: str, lengths: list[tuple[int, int]]) -> None:
     """Sequences with one query and those with several, each by a kernel of its own: no query is left out."""
     shape = attention_shape(kv_dtype=kv_dtype)
-    decode = AttentionTiles(1, 16, 2, is_decode=True, takes="one")
-    prompts = AttentionTiles(4, 16, 1, takes="several")
+    decode = AttentionTiles(1, 16, 8, min_part=16, is_decode=True, takes="one")
+    prompts = AttentionTiles(4, 16, takes="several")
     check_attention(run, INTERPRETER, shape, decode, lengths, seed=4, others=(prompts,))
 
 
@@ -86,7 +97,7 @@ def test_own_tokens_read_as_values_equal_formula(
 ) -> None:
     """Whole prompts, and chunks whose earlier tokens are codes: beyond the window, in it, and a part of a tile."""
     shape = attention_shape(window, soft_cap, kv_dtype=kv_dtype)
-    tiles = AttentionTiles(4, 16, 1, reads_new=True)
+    tiles = AttentionTiles(4, 16, reads_new=True)
     lengths = [*RAGGED_LENGTHS, (40, 40), (20, 52), (3, 100)]
     _check(shape, tiles, lengths, seed=window)
 

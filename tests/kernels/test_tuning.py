@@ -116,17 +116,6 @@ def test_candidates_are_few() -> None:
         assert len(all_of_them) <= 2 * len(built_in)
 
 
-def test_attention_is_never_split_into_fewer_parts() -> None:
-    """A tile that wins at the measured length must not be slow at a long one."""
-    for model in ("llama-3.1-8b", "llama-3.2-1b"):
-        graph = quantized_graph(MODELS[model], "bf16", 2)
-        for regime in REGIMES:
-            for site, names in sites(graph, _ARCH, regime).items():
-                if site.op == "attention":
-                    splits = [int(name.rpartition("x")[2]) for name in names]
-                    assert min(splits) == splits[0]
-
-
 def test_sites_tell_apart_what_is_measured_apart() -> None:
     """Every shape of an 8B model has its own, and layers share theirs."""
     graph = quantized_graph(MODELS["llama-3.1-8b"], "bf16", 4)

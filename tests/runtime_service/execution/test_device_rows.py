@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from kernels.attention.shares import Shares
 from kernels.step_inputs.layout import (
     EDIT_WORDS,
     HEADER_WORDS,
@@ -79,7 +80,7 @@ def stream() -> _Stream:
 @pytest.fixture
 def rows(stream: _Stream) -> DeviceRows:
     library: Any = _Library()
-    return DeviceRows(library, _LIMITS, 1000, stream)
+    return DeviceRows(library, _LIMITS, 1000, Shares(40, 16), stream)
 
 
 def _new(row: int, tokens: list[int], blocks: list[int], **sampling: Any) -> NewSequence:
@@ -99,9 +100,19 @@ def test_prompts_longer_than_a_message_arrive_whole(rows: DeviceRows) -> None:
         assert found == list(range(row, 5_700))
     assert (sent.num_tokens, sent.num_sequences, sent.is_decode) == (8, 2, False)
     assert sent.ends.tolist() == [7, 6]
-    entries = rows.message[HEADER_WORDS : HEADER_WORDS + 15].view(5, 3)[:, :2]
-    assert entries.tolist() == [[2, 0], [0, 5], [7, 1], [0, 7], [1, 1]]
-    assert rows.message[:2].tolist() == [2, 8]
+    entries = rows.message[HEADER_WORDS : HEADER_WORDS + 18].view(6, 3)[:, :2]
+    assert entries.tolist() == [[2, 0], [0, 5], [7, 1], [0, 7], [1, 1], [0, 0]]
+    assert rows.message[:3].tolist() == [2, 8, 0]
+
+
+def test_a_message_deals_out_the_further_parts_of_long_sequences(rows: DeviceRows) -> None:
+    rows.send(
+        [ScheduledSequence(0, 999, 1), ScheduledSequence(1, 39, 1), ScheduledSequence(2, 399, 1)]
+    )
+    entries = rows.message[HEADER_WORDS : HEADER_WORDS + 18].view(6, 3)
+    # Parts of 64 keys at least: 16, one and seven.
+    assert entries[5].tolist() == [0, 15, 15]
+    assert rows.message[:3].tolist() == [3, 3, 21]
 
 
 def test_memory_of_a_message_is_used_again_only_behind_its_mark(
