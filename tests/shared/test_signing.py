@@ -35,12 +35,6 @@ def key_file(path: Path, *keys: Ed25519PrivateKey | ec.EllipticCurvePrivateKey) 
     return path
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    """A store of a test's own."""
-    return LocalStore(tmp_path / "store")
-
-
 def test_engine_is_trusted_where_one_of_its_signers_is(store: LocalStore, tmp_path: Path) -> None:
     engine, another = publish_echo(store), publish_echo(store, "another")
     trusted = TrustedKeys.load(key_file(tmp_path / "keys", KEY))

@@ -25,11 +25,6 @@ from tests.shared.remote_stores import BUCKET, RecordingRegistry, opened
 ALIAS = "known-as"
 
 
-@pytest.fixture
-def local(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path / "local")
-
-
 def entries(url: str) -> set[str]:
     """The engines that the index of the alias lists."""
     found = opened(url).registry.manifest(oci.index_ref(ALIAS, INT8))

@@ -35,12 +35,6 @@ _RECORDS = st.builds(
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    """A store of a test's own."""
-    return LocalStore(tmp_path / "store")
-
-
-@pytest.fixture
 def engine(store: LocalStore) -> EngineManifest:
     """An engine in it."""
     return publish_engine(store, engine_key("sm_90"))
