@@ -1,6 +1,7 @@
 """One clear line for everything that can be wrong with a checkpoint."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.planning import plan
 from compiler_service.resolve import resolve
 from compiler_service.weight_table import require_tied_head
+from shared.arch import ARCHES
 from shared.engine import EngineKey, QuantConfig
 from shared.errors import InvalidModel, MillraceError, ModelNotFound, UnsupportedModel
 from shared.store.local import LocalStore
@@ -207,3 +209,17 @@ def test_tied_head_that_is_stored_with_other_values_is_refused(row: int, tmp_pat
     with pytest.raises(InvalidModel, match=r"lm_head.weight differs .* tie_word_embeddings to fal"):
         build(request, store, lambda progress: None)
     assert not list(store.list())
+
+
+@pytest.mark.parametrize("arch", [arch.name for arch in ARCHES.values() if arch.is_gpu])
+def test_heads_wider_than_a_gpus_attention_takes_are_refused_there_alone(
+    arch: str, tmp_path: Path
+) -> None:
+    key = replace(KEY, arch=arch)
+    plan(open_checkpoint(str(write_checkpoint(tmp_path / "wide", head_dim=256))), key, "wide")
+    wider = open_checkpoint(str(write_checkpoint(tmp_path / "wider", head_dim=258)))
+    with pytest.raises(UnsupportedModel) as refused:
+        plan(wider, key, "wider")
+    assert f"head_dim 258 on {arch}" in str(refused.value)
+    assert "at most 256 on a GPU, any on cpu" in str(refused.value)
+    plan(wider, KEY, "wider")
