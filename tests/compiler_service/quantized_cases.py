@@ -22,6 +22,8 @@ from tests.compiler_service.quantized_folders import (
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 QUANT = QuantConfig(AS_IS)
+# Takes what the checkpoint has.
+UNSET_QUANT = QuantConfig("")
 UP = "model.layers.1.mlp.up_proj"
 
 # How it is written; the layout that holds it and its group size, "" where none does.

@@ -15,7 +15,7 @@ from compiler_service.checkpoints.quantized_linear import int4_roles
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.planning import plan
 from compiler_service.quantization.as_is import notes_of
-from compiler_service.resolve import UNSET_QUANT, resolve
+from compiler_service.resolve import resolve
 from kernels.cpu_form import CpuTarget
 from kernels.linear.layouts import LAYOUTS
 from kernels.reference import dense, prompt_batch
@@ -26,7 +26,14 @@ from shared.ir import Graph
 from shared.store.local import LocalStore
 from shared.store.weights import WeightReader
 from tests.checkpoints import edit_tensors, write_checkpoint
-from tests.compiler_service.quantized_cases import CASES, QUANT, UP, build_folder, write_case
+from tests.compiler_service.quantized_cases import (
+    CASES,
+    QUANT,
+    UNSET_QUANT,
+    UP,
+    build_folder,
+    write_case,
+)
 from tests.compiler_service.quantized_folders import (
     awq,
     compressed_packed,
