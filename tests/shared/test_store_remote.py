@@ -11,7 +11,14 @@ import structlog
 from shared.engine import EngineSelector, QuantConfig, Signature, canonical_json
 from shared.errors import BlobNotFound, DigestMismatch, EngineNotFound
 from shared.store import LocalStore, oci, pull
-from shared.store.registry import RegistryStore
+from shared.store.referrers import (
+    EMPTY,
+    EMPTY_CONTENT,
+    SIGNATURE_TYPE,
+    TUNING_ARTIFACT_TYPE,
+    referrers_ref,
+)
+from shared.store.registry_store import RegistryStore
 from shared.store.s3 import S3Registry
 from tests.shared.engines import INT8, engine_key, publish_engine, weight_bytes
 from tests.shared.remote_stores import RecordingRegistry, opened
@@ -177,13 +184,13 @@ def test_what_other_tools_say_of_an_engine_stays_and_nonsense_hides_nothing(
 ) -> None:
     """The referrers tag belongs to whoever refers to the engine: an SBOM, another tool's signature."""
     engine = remote.push(local, publish_engine(local))
-    registry, tag = remote.registry, oci.referrers_ref(engine.manifest)
-    empty = oci.descriptor(oci.EMPTY)
-    registry.upload(oci.EMPTY, oci.EMPTY_CONTENT)
+    registry, tag = remote.registry, referrers_ref(engine.manifest)
+    empty = oci.descriptor(EMPTY)
+    registry.upload(EMPTY, EMPTY_CONTENT)
     manifest = {"schemaVersion": 2, "mediaType": oci.MANIFEST_TYPE, "config": empty, "layers": []}
     artifact = registry.put_manifest(canonical_json(manifest), oci.MANIFEST_TYPE)
     theirs = {**oci.descriptor(artifact), "artifactType": "application/spdx+json"}
-    kinds = (oci.SIGNATURE_TYPE, oci.TUNING_ARTIFACT_TYPE)
+    kinds = (SIGNATURE_TYPE, TUNING_ARTIFACT_TYPE)
     nonsense = [{**oci.descriptor(artifact), "artifactType": kind} for kind in kinds]
     index = {"schemaVersion": 2, "mediaType": oci.INDEX_TYPE, "manifests": [theirs, *nonsense]}
     registry.put_manifest(canonical_json(index), oci.INDEX_TYPE, tag)
@@ -202,8 +209,8 @@ def test_image_that_has_an_engines_tag_hides_no_other_and_a_push_mends_it(
     """Whoever may push may push anything under any tag."""
     good = remote.push(local, publish_engine(local, engine_key(builder="good")))
     bad = publish_engine(local, engine_key(builder="bad"))
-    remote.registry.upload(oci.EMPTY, oci.EMPTY_CONTENT)
-    empty = oci.descriptor(oci.EMPTY)
+    remote.registry.upload(EMPTY, EMPTY_CONTENT)
+    empty = oci.descriptor(EMPTY)
     image = {"schemaVersion": 2, "mediaType": oci.MANIFEST_TYPE, "config": empty, "layers": []}
     remote.registry.put_manifest(canonical_json(image), oci.MANIFEST_TYPE, bad.key.digest)
     fresh = opened(url)
