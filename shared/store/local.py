@@ -81,7 +81,7 @@ class LocalStore:
         return str(self.root)
 
     def check(self) -> None:
-        """Returns: a folder that could be made is there."""
+        """Returns at once: a folder that could be made is there."""
 
     # Reading: `ArtifactStore`.
 
