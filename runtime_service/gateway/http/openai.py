@@ -117,9 +117,7 @@ class OpenAiApi:
                 answer.take(some)
         return _json(answer.body())
 
-    async def _go_on(
-        self, request: web.Request, shape: Shape
-    ) -> web.StreamResponse:
+    async def _go_on(self, request: web.Request, shape: Shape) -> web.StreamResponse:
         """The rest of a stream, after the event that the client had last."""
         last_id = request.headers.get(LAST_EVENT_ID, "")
         if not last_id:
