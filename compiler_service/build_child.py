@@ -114,7 +114,7 @@ def _built(
     if isinstance(store, LocalStore):
         return build(request, store, report, is_cancelled)
     from compiler_service.remote_build import build_into
-    from shared.store.registry import RegistryStore
+    from shared.store.registry_store import RegistryStore
 
     assert isinstance(store, RegistryStore), "a compile daemon writes to its store"
     cache = EngineCache(LocalStore(job["local"]), job["local_bytes"])

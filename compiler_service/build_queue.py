@@ -17,19 +17,26 @@ waiting builds are asked for again, running ones are registered anew by their wo
 
 import base64
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import redis.exceptions
 import structlog
-from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 from redis.asyncio import Redis
 
 from compiler_service import build_scripts
+from compiler_service.build_record import (
+    BuildJob,
+    BuildRecord,
+    events_key,
+    progress_fields,
+    read_record,
+    record_key,
+)
+from compiler_service.event_tail import EventTail
 from compiler_service.progress import BuildProgress
-from shared.engine import EngineKey
 from shared.errors import (
     BuildNotFound,
     BuildQueueFull,
@@ -43,77 +50,9 @@ KEPT_S = 7 * 24 * 3600
 KEPT = "7 days"
 MAX_ATTEMPTS = 3
 
-QUEUED, RUNNING = "QUEUED", "RUNNING"
-SUCCEEDED, FAILED, CANCELLED = "SUCCEEDED", "FAILED", "CANCELLED"
 _FORGOTTEN_WORKER_MS = 3_600_000
 
 _log = structlog.get_logger()
-
-
-def record_key(digest: str) -> str:
-    """Where the record of a build is."""
-    return f"build:{digest}"
-
-
-def events_key(digest: str) -> str:
-    """Where the changes of a build are told."""
-    return f"build:{digest}:events"
-
-
-@dataclass(frozen=True, slots=True)
-class BuildJob:
-    """What to build, from where.
-
-    Args:
-        calibration_uri: empty for the text that the daemon brings.
-        traceparent: of the call that first asked for it, where that is traced.
-    """
-
-    model_uri: str
-    model: str
-    key: EngineKey
-    calibration_uri: str = ""
-    traceparent: str = ""
-
-    def to_json(self) -> str:
-        """As it is kept."""
-        return json.dumps(
-            {
-                "model_uri": self.model_uri,
-                "model": self.model,
-                "key": self.key.to_dict(),
-                "calibration_uri": self.calibration_uri,
-                "traceparent": self.traceparent,
-            }
-        )
-
-    @staticmethod
-    def from_json(text: str) -> "BuildJob":
-        """The job that `to_json` wrote."""
-        raw = json.loads(text)
-        key = EngineKey.from_dict(raw["key"])
-        more = (raw.get(name, "") for name in ("calibration_uri", "traceparent"))
-        return BuildJob(raw["model_uri"], raw["model"], key, *more)
-
-
-@dataclass(frozen=True, slots=True)
-class BuildRecord:
-    """A build as it stands. Times are Unix seconds, None where the moment has not come."""
-
-    job: BuildJob
-    state: str
-    attempt: int
-    create_s: float
-    start_s: float | None
-    end_s: float | None
-    progress: BuildProgress | None
-    error: status_pb2.Status | None
-    stage_timings: tuple[tuple[str, float], ...]
-
-    @property
-    def is_ended(self) -> bool:
-        """Claims that nothing will change any more, unless the build is asked for again."""
-        return self.state in (SUCCEEDED, FAILED, CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +94,7 @@ class BuildQueue:
     def __init__(self, client: Redis, url: str, lease_s: float, max_queued: int) -> None:
         # redis-py's types cannot say that replies are decoded.
         self._redis: Any = client
-        self._records = Records(client, _record)
+        self._records = Records(client, read_record)
         self._url = url
         self.lease_s = lease_s
         self._max_queued = max_queued
@@ -205,7 +144,7 @@ class BuildQueue:
                 return
             await tail.wait()
 
-    def tail(self, keys: Sequence[str]) -> "EventTail":
+    def tail(self, keys: Sequence[str]) -> EventTail:
         """What will be new in the event streams at `keys`."""
         return EventTail(self._redis, self._url, keys)
 
@@ -312,7 +251,7 @@ class BuildQueue:
         Raises:
             Fenced: the attempt is over, whatever it has done.
         """
-        reply = await self._say("BEAT", owner, attempt, _progress_fields(progress))
+        reply = await self._say("BEAT", owner, attempt, progress_fields(progress))
         if reply == "refused":
             raise Fenced
         return bool(reply == "cancel")
@@ -385,77 +324,3 @@ class BuildQueue:
     async def _run(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         async with reachable(self._url):
             return await self._script[script](keys=list(keys), args=list(args))
-
-
-class EventTail:
-    """What is new in some event streams, from the moment of `start` on."""
-
-    def __init__(self, client: Redis, url: str, keys: Sequence[str]) -> None:
-        self._redis: Any = client
-        self._url = url
-        self._seen = dict.fromkeys(keys, "0-0")
-
-    async def start(self) -> None:
-        """Takes everything so far as known; read the state after it, and no change is missed."""
-        async with reachable(self._url):
-            for key in self._seen:
-                for entry, _ in await self._redis.xrevrange(key, count=1):
-                    self._seen[key] = entry
-
-    async def wait(self, limit_s: float = MAX_BLOCK_S) -> None:
-        """Returns after the next change, or after `limit_s` without one."""
-        block = round(min(limit_s, MAX_BLOCK_S) * 1000)
-        async with reachable(self._url):
-            streams = await self._redis.xread(self._seen, block=block)
-        for key, entries in streams:
-            self._seen[key] = entries[-1][0]
-
-
-def _progress_fields(progress: BuildProgress | None) -> list[object]:
-    if progress is None:
-        return []
-    return [
-        "stage", progress.stage,
-        "fraction", progress.fraction,
-        "done_bytes", progress.done_bytes,
-        "total_bytes", progress.total_bytes,
-        "eta_s", "" if progress.eta_s is None else progress.eta_s,
-    ]  # fmt: skip
-
-
-def _record(_: str, raw: Mapping[str, str]) -> BuildRecord:
-    progress = None
-    if raw["state"] == RUNNING and "stage" in raw:
-        progress = BuildProgress(
-            raw["stage"],
-            float(raw["fraction"]),
-            int(raw["done_bytes"]),
-            int(raw["total_bytes"]),
-            float(raw["eta_s"]) if raw["eta_s"] else None,
-        )
-    error = None
-    if "error" in raw:
-        error = _status(raw["error"])
-    timings = json.loads(raw.get("stage_timings", "[]"))
-    return BuildRecord(
-        job=BuildJob.from_json(raw["job"]),
-        state=raw["state"],
-        attempt=int(raw["attempt"]),
-        create_s=int(raw["create_ms"]) / 1000,
-        start_s=_seconds(raw.get("start_ms")),
-        end_s=_seconds(raw.get("end_ms")),
-        progress=progress,
-        error=error,
-        stage_timings=tuple((stage, seconds) for stage, seconds in timings),
-    )
-
-
-def _status(text: str) -> status_pb2.Status:
-    try:
-        return status_pb2.Status.FromString(base64.b64decode(text))
-    except DecodeError as error:
-        raise ValueError("its error is no status") from error
-
-
-def _seconds(milliseconds: str | None) -> float | None:
-    return None if milliseconds is None else int(milliseconds) / 1000

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from google.protobuf.timestamp_pb2 import Timestamp
 from millrace.compiler.v1 import compiler_pb2
 
-from compiler_service.build_queue import BuildRecord
+from compiler_service.build_record import BuildRecord
 from compiler_service.operations import OperationRecord
 from compiler_service.progress import BuildProgress
 from shared.engine import EngineKey, EngineManifest

@@ -15,12 +15,9 @@ from typing import TYPE_CHECKING
 import structlog
 from millrace.compiler.v1 import compiler_pb2
 
-from compiler_service.build_queue import (
-    KEPT,
-    BuildJob,
-    BuildQueue,
-)
-from compiler_service.build_queue import events_key as build_events_key
+from compiler_service.build_queue import KEPT, BuildQueue
+from compiler_service.build_record import BuildJob
+from compiler_service.build_record import events_key as build_events_key
 from compiler_service.build_wire import BuildView
 from compiler_service.metrics import CompilerMetrics
 from compiler_service.operations import (

@@ -18,11 +18,14 @@ from kernels.linear.launch import LAYOUTS as GPU_LAYOUTS
 from kernels.ops import OPS
 from shared.arch import arch_named
 from shared.engine import EngineKey, QuantConfig
-from shared.errors import UnsupportedQuant
+from shared.errors import UnsupportedModel, UnsupportedQuant
 from shared.ir import Graph
 
 # What the embedding kernel reads.
 _GPU_TABLES = ("plain", "int8_channel")
+# Attention's tiles of wider heads want 132 KiB of shared memory, more than sm_86, sm_89 and sm_120 have; where they
+# fit, none was compared with its reference.
+_WIDEST_GPU_HEAD = 256
 # So many bytes of activations a build may hold while it calibrates.
 _MOST_CALIBRATION_BYTES = 8 << 30
 
@@ -46,6 +49,7 @@ def plan(
     scheme.require_arch(key.quant, arch_named(key.arch))
     source = lower_model(checkpoint.config, scheme.activation_dtype)
     require_tensors(source, checkpoint.tensors)
+    _require_heads(source, key)
     files = engine_files(checkpoint)
     on_pass()
     graph = engine_graph(source, checkpoint.tensors, key.quant, OPS)
@@ -87,6 +91,18 @@ def _require_room(graph: Graph, quant: QuantConfig) -> None:
             f"take {_MOST_CALIBRATION_BYTES >> 30} GiB, not {quant.calibration_tokens}"
         )
         raise UnsupportedQuant(quant=str(quant), problem=problem)
+
+
+def _require_heads(graph: Graph, key: EngineKey) -> None:
+    """Checks that the arch's attention takes heads as wide as the model's.
+
+    Raises:
+        UnsupportedModel: it does not; says how wide they may be.
+    """
+    head_dim = int(str(graph.config["head_dim"]))
+    if arch_named(key.arch).is_gpu and head_dim > _WIDEST_GPU_HEAD:
+        known = f"at most {_WIDEST_GPU_HEAD} on a GPU, any on cpu"
+        raise UnsupportedModel(architecture=f"head_dim {head_dim} on {key.arch}", known=known)
 
 
 def _require_layouts(graph: Graph, key: EngineKey) -> None:

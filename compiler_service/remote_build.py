@@ -18,7 +18,7 @@ from compiler_service.progress import BuildProgress
 from shared.engine import EngineKey, EngineManifest
 from shared.store.cache import EngineCache
 from shared.store.pull import pull
-from shared.store.registry import RegistryStore
+from shared.store.registry_store import RegistryStore
 
 PUSH = "push"
 

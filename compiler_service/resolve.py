@@ -16,8 +16,6 @@ from shared.arch import arch_named
 from shared.engine import EngineKey, QuantConfig
 from shared.errors import InvalidField
 
-UNSET_QUANT = QuantConfig("")
-
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:

@@ -15,16 +15,8 @@ import structlog
 from google.rpc import status_pb2
 
 from compiler_service.build_process import BuildProcess
-from compiler_service.build_queue import (
-    CANCELLED,
-    FAILED,
-    MAX_ATTEMPTS,
-    SUCCEEDED,
-    Attempt,
-    BuildQueue,
-    Fenced,
-    Lease,
-)
+from compiler_service.build_queue import MAX_ATTEMPTS, Attempt, BuildQueue, Fenced, Lease
+from compiler_service.build_record import CANCELLED, FAILED, SUCCEEDED
 from compiler_service.metrics import CompilerMetrics
 from compiler_service.progress import BuildProgress
 from shared.errors import Internal, RedisUnreachable, WorkerLost, reason_of, to_status

@@ -29,9 +29,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class KvFormat:
-    """Args:
-    dtype: torch's name.
-    largest: the code that a head's largest magnitude becomes; 0: values are kept as they are.
+    """How a cache holds keys and values.
+
+    Args:
+        dtype: torch's name.
+        largest: the code that a head's largest magnitude becomes; 0: values are kept as they are.
     """
 
     dtype: str

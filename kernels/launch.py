@@ -146,3 +146,8 @@ def between(
         return grid(sizes) if rows >= least and (most is None or rows <= most) else (0, 0, 0)
 
     return within
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is at least `number`: Triton's ranges have no other lengths."""
+    return 1 << (number - 1).bit_length()

@@ -1,17 +1,21 @@
 """Tiny random checkpoints in Hugging Face form, real enough for transformers to load."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from compiler_service.checkpoints.byte_tokenizer import (
     END_OF_TEXT_ID,
     IM_END_ID,
     byte_tokenizer_files,
 )
+
+# A matrix that a checkpoint of any family has.
+DOWN = "model.layers.1.mlp.down_proj.weight"
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -61,6 +65,20 @@ def write_checkpoint(
         (folder / name).write_bytes(content)
     _save(folder, tensors, num_shards)
     return folder
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Does `edit` to the folder's tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    """Sets fields of config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def tiny_config(family: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> dict[str, Any]:

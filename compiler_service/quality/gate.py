@@ -28,7 +28,7 @@ def exceeded(measurement: Measurement, quant: QuantConfig) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Weights that stay in bf16, and what was measured with them; None where nothing passes."""
+    """Weights that stay in bf16, and what was measured with them."""
 
     weights: frozenset[str]
     measurement: Measurement
@@ -47,24 +47,20 @@ def fewest_kept(
     pass.
     """
     measure = functools.cache(measure)
-    failed, best = 0, None
-    size = 1
+    size, failed = 1, 0
+    best = None
     while best is None and failed < len(ranked):
         size = min(size, len(ranked))
-        kept = frozenset(ranked[:size])
-        measurement = measure(kept)
-        if passes(measurement):
-            best = Kept(kept, measurement)
-        else:
+        best = _passing(frozenset(ranked[:size]), measure, passes)
+        if best is None:
             failed, size = size, 2 * size
     while best is not None and len(best.weights) - failed > 1:
         size = (failed + len(best.weights)) // 2
-        kept = frozenset(ranked[:size])
-        measurement = measure(kept)
-        if passes(measurement):
-            best = Kept(kept, measurement)
-        else:
+        smaller = _passing(frozenset(ranked[:size]), measure, passes)
+        if smaller is None:
             failed = size
+        else:
+            best = smaller
     if best is None:
         return None
     # Without its last one, and with none at all, it was measured and failed.
@@ -87,14 +83,23 @@ def _less_needless(
     needed = [last]
     while untried and len(best.weights) > 1:
         name = untried.pop()
-        kept = best.weights - {name}
-        measurement = measure(kept)
-        if passes(measurement):
-            best = Kept(kept, measurement)
-            untried, needed = [*needed, *untried], []
-        else:
+        smaller = _passing(best.weights - {name}, measure, passes)
+        if smaller is None:
             needed.append(name)
+        else:
+            best = smaller
+            untried, needed = [*needed, *untried], []
     return best
+
+
+def _passing(
+    weights: frozenset[str],
+    measure: Callable[[frozenset[str]], Measurement],
+    passes: Callable[[Measurement], bool],
+) -> Kept | None:
+    """These weights kept, if that passes."""
+    measurement = measure(weights)
+    return Kept(weights, measurement) if passes(measurement) else None
 
 
 def gate_error(

@@ -9,13 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 
-from kernels.linear.launch import (
-    LinearShape,
-    Tiles,
-    built_in_tiles,
-    few_tokens_tiles,
-    num_programs,
-)
+from kernels.linear.launch import LinearShape, Tiles, num_programs
+from kernels.linear.tiles import built_in_tiles, few_tokens_tiles
 from kernels.tuning import Site
 from shared.arch import Arch
 

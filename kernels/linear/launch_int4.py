@@ -9,15 +9,13 @@ from dataclasses import replace
 from kernels.launch import Grid, Sizes
 from kernels.linear.gpu import INT4_PARTS
 from kernels.linear.launch import LinearShape, Tiles, int4_format, num_programs
+from kernels.linear.tiles import MEASURED_SMS
 from kernels.variant import Constant, KernelVariant, integer, pointer
 from shared.arch import Arch
 
 # int4 steps of more rows are faster widened once and multiplied by the library.
 MOST_FUSED_INT4_ROWS = 256
 MOST_WGMMA_INT4_ROWS = 1024
-
-# Of the device that tiles were measured on.
-_SMS = 132
 
 # Columns of a group that a step of `many_int4` multiplies.
 _MANY_INT4_PART = 32
@@ -82,8 +80,8 @@ def many_int4_tiles(shape: LinearShape) -> Iterator[tuple[int, Tiles, int]]:
 
 
 def _many_int4_tiles(shape: LinearShape, tokens: int) -> tuple[Tiles, int]:
-    """Of 256 rows, of 256 tokens, which widen half as much, or half as large: whichever end soonest on a device of
-    about 132 SMs. K is split where they would leave half of it idle."""
+    """Of 256 rows, of 256 tokens, which widen half as much, or half as large: whichever end soonest on the
+    device that was measured on. K is split where they would leave half of it idle."""
     block_k = INT4_PARTS * _MANY_INT4_PART
     most_rows = Tiles(256, block_k, 8, stages=4), 128
     most_tokens = Tiles(128, block_k, 8, stages=3), 256
@@ -94,13 +92,13 @@ def _many_int4_tiles(shape: LinearShape, tokens: int) -> tuple[Tiles, int]:
 
     # A tile's time beside the others'.
     times = {half_size: 12, most_tokens: 19, most_rows: 20}
-    best = min(times, key=lambda way: times[way] * -(-num_tiles(way) // _SMS))
+    best = min(times, key=lambda way: times[way] * -(-num_tiles(way) // MEASURED_SMS))
     if best != half_size:
         return best
     steps = -(-shape.k // (INT4_PARTS * shape.group_size)) * shape.group_size // _MANY_INT4_PART
     split_k = 1
     while (
-        2 * num_tiles(best) * split_k <= _SMS
+        2 * num_tiles(best) * split_k <= MEASURED_SMS
         and steps % (2 * split_k) == 0
         and steps // split_k >= 32
     ):

@@ -1,6 +1,6 @@
 """The variants and grids of what changes logits and what reports them. Pure data."""
 
-from kernels.launch import Grid
+from kernels.launch import Grid, power_of_two
 from kernels.step_inputs.layout import HEADER_WORDS, MAX_BIASES, MAX_ENDS, SAMPLING_WORDS
 from kernels.variant import KernelVariant, integer, pointer
 
@@ -61,7 +61,7 @@ def report_variant(vocab_size: int) -> KernelVariant:
             ("V", vocab_size),
             ("BLOCK", _CHUNK),
             ("NUM_CHUNKS", chunks),
-            ("PARTS", 1 << (chunks - 1).bit_length()),
+            ("PARTS", power_of_two(chunks)),
             ("MAX_TOP", MAX_TOP),
             ("TOP_BLOCK", TOP_BLOCK),
             ("REPORT_WORDS", REPORT_WORDS),

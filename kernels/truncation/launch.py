@@ -1,6 +1,6 @@
 """The variants and grids of truncated draws. Pure data."""
 
-from kernels.launch import Grid
+from kernels.launch import Grid, power_of_two
 from kernels.step_inputs.layout import HEADER_WORDS, SAMPLING_WORDS, TRUNCATED
 from kernels.variant import Argument, Constant, KernelVariant, integer, pointer
 
@@ -50,7 +50,7 @@ def narrow_variants(vocab_size: int) -> tuple[KernelVariant, ...]:
             "narrow", pointers, ("max_sequences",),
             {
                 "V": vocab_size, "CHUNK": _CHUNK, "NUM_CHUNKS": chunks,
-                "PARTS": 1 << (chunks - 1).bit_length(), "BLOCK": _BLOCK,
+                "PARTS": power_of_two(chunks), "BLOCK": _BLOCK,
                 "DIGIT_BITS": DIGIT_BITS, "SHIFT": CODE_BITS - (number + 1) * DIGIT_BITS,
             },
         )

@@ -36,7 +36,7 @@ def _grpc(url: str, peers: "PeerSecurity | None") -> ArtifactStore:
 
 
 def _s3(url: str, _: "PeerSecurity | None") -> ArtifactStore:
-    from shared.store.registry import RegistryStore
+    from shared.store.registry_store import RegistryStore
     from shared.store.s3 import S3Registry
 
     return RegistryStore(S3Registry.from_url(url))
@@ -44,7 +44,7 @@ def _s3(url: str, _: "PeerSecurity | None") -> ArtifactStore:
 
 def _oci(url: str, _: "PeerSecurity | None") -> ArtifactStore:
     from shared.store.oci_registry import OciRegistry
-    from shared.store.registry import RegistryStore
+    from shared.store.registry_store import RegistryStore
 
     return RegistryStore(OciRegistry.from_url(url))
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from shared.engine import Blob, is_digest
 from shared.errors import BlobNotFound, DigestMismatch, DiskFull, InvalidField
 from shared.store.blob_writer import CHUNK_BYTES, BlobWriter, Bytes
+from shared.store.durable import sync_folder
 from shared.store.locks import FileLock, try_lock
 from shared.store.pins import Pin, pinned_digests
 
@@ -335,15 +336,6 @@ class BlobFolder:
             # A reader that may not write refuses the blob all the same; its owner sets it aside.
             if error.errno not in (errno.EROFS, errno.EACCES):
                 raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` survive a loss of power."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _chunks(file: FileIO, offset: int) -> Iterator[bytes]:

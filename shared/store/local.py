@@ -8,25 +8,20 @@ else (`index.json`, the selectors) follows from the names.
     blobs/ and others               blobs.py
     engines/<key digest>            the engine's manifest descriptor and its time of publication
     selectors/<selector digest>/    a name `<key digest>` for every engine that was named so
-    signatures/<key digest>/        descriptors of the artifacts that sign the engine
-    tunings/<key digest>/<GPU>      descriptor of the artifact that holds what was measured on a GPU of this name
+    signatures/, tunings/           local_referrers.py
     locks/names                     held while names and index.json change
 """
 
 import contextlib
 import hashlib
 import os
-import re
-import shutil
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from shared.engine import (
-    TUNING_TYPE,
     Blob,
     EngineDraft,
     EngineKey,
@@ -38,12 +33,14 @@ from shared.engine import (
 from shared.errors import BlobNotFound, DigestMismatch, EngineNotFound, InvalidField
 from shared.store import oci
 from shared.store.blob_writer import BlobWriter, Bytes
-from shared.store.blobs import BlobFolder, Sweep, sync_folder
+from shared.store.blobs import BlobFolder, Sweep
+from shared.store.durable import sync_folder, written_file
+from shared.store.local_referrers import LocalReferrers
 from shared.store.locks import FileLock
 from shared.store.pins import Pin
-from shared.store.records import EngineRecord, Records
+from shared.store.records import EngineRecord, Records, full_digest
+from shared.store.referrers import Referrers, referrers_json, referrers_ref
 
-MIN_PREFIX_CHARACTERS = 6
 DEFAULT_GRACE_S = 24 * 3600.0
 
 
@@ -57,11 +54,10 @@ class LocalStore:
         self.root = Path(root).absolute()
         self._engines = self.root / "engines"
         self._selectors = self.root / "selectors"
-        self._signatures = self.root / "signatures"
-        self._tunings = self.root / "tunings"
         self.blobs = BlobFolder(self.root)
         self._records = Records()
-        for folder in (self._engines, self._selectors, self._signatures, self._tunings):
+        self._referrers = LocalReferrers(self.root, self.blobs, self._records)
+        for folder in (self._engines, self._selectors):
             folder.mkdir(exist_ok=True)
         if not (self.root / "oci-layout").exists():
             sync_folder(self.root / "blobs")
@@ -85,7 +81,7 @@ class LocalStore:
         return str(self.root)
 
     def check(self) -> None:
-        """Returns: a folder that could be made is there."""
+        """Returns at once: a folder that could be made is there."""
 
     # Reading: `ArtifactStore`.
 
@@ -100,14 +96,14 @@ class LocalStore:
 
     def get(self, name: str) -> EngineManifest:
         """The engine of that name; see `ArtifactStore`."""
-        engine = self._load(self._resolve(name))
+        engine = self._load(full_digest(name, self._key_digests))
         if engine is None:
             raise EngineNotFound(engine=name)
         return engine
 
     def list(self) -> tuple[EngineManifest, ...]:
         """All engines, newest first."""
-        return self._newest_first(path.name for path in self._engines.iterdir())
+        return self._newest_first(self._key_digests())
 
     def read(self, digest: str, offset: int = 0) -> Iterator[bytes]:
         """A blob's bytes, verified before the first one is given; see `ArtifactStore`."""
@@ -218,14 +214,7 @@ class LocalStore:
             engine = self.get(engine.name)
             if signature in engine.signatures:
                 return engine
-            self.blobs.write([oci.EMPTY_CONTENT], oci.EMPTY.media_type)
-            content = oci.signature_json(signature, engine.manifest)
-            manifest = self.blobs.write([content], oci.MANIFEST_TYPE)
-            folder = self._signatures / engine.key.digest
-            folder.mkdir(exist_ok=True)
-            record = self._write_beside(canonical_json(oci.descriptor(manifest)))
-            os.replace(record, folder / manifest.digest.removeprefix("sha256:"))
-            sync_folder(folder)
+            self._referrers.add_signature(engine, signature)
             self._write_index()
             return self.get(engine.name)
 
@@ -233,15 +222,7 @@ class LocalStore:
         """Keeps a GPU's tuning record with the engine, in the place of an older one; see `EngineStore`."""
         with self.pin(), self._naming():
             engine = self.get(engine.name)
-            self.blobs.write([oci.EMPTY_CONTENT], oci.EMPTY.media_type)
-            blob = self.blobs.write([record], TUNING_TYPE, gpu)
-            content = oci.tuning_json(blob, engine.manifest)
-            manifest = self.blobs.write([content], oci.MANIFEST_TYPE)
-            folder = self._tunings / engine.key.digest
-            folder.mkdir(exist_ok=True)
-            descriptor = self._write_beside(canonical_json(oci.descriptor(manifest)))
-            os.replace(descriptor, folder / hashlib.sha256(gpu.encode()).hexdigest())
-            sync_folder(folder)
+            self._referrers.add_tuning(engine, gpu, record)
             self._write_index()
             return self.get(engine.name)
 
@@ -293,8 +274,7 @@ class LocalStore:
         (self._engines / engine.key.digest).unlink(missing_ok=True)
         for path in self._selectors.glob(f"*/{engine.key.digest}"):
             path.unlink()
-        for kept in (self._signatures, self._tunings):
-            shutil.rmtree(kept / engine.key.digest, ignore_errors=True)
+        self._referrers.remove(engine.key.digest)
         self._write_index()
 
     def sweep(self, grace_s: float = DEFAULT_GRACE_S) -> Sweep:
@@ -315,16 +295,8 @@ class LocalStore:
         ):
             yield
 
-    def _resolve(self, name: str) -> str:
-        prefix = name.removeprefix("engines/")
-        if not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX_CHARACTERS},64}}", prefix):
-            raise EngineNotFound(engine=name)
-        if len(prefix) == 64:
-            return prefix
-        fits = [path.name for path in self._engines.iterdir() if path.name.startswith(prefix)]
-        if len(fits) != 1:
-            raise EngineNotFound(engine=name)
-        return fits[0]
+    def _key_digests(self) -> Iterator[str]:
+        return (path.name for path in self._engines.iterdir())
 
     def _newest_first(self, names: Iterable[str]) -> tuple[EngineManifest, ...]:
         engines = [engine for name in names if (engine := self._load(name)) is not None]
@@ -339,7 +311,9 @@ class LocalStore:
                 return None
             engine = self._require(record.manifest, record.created_s)
             return replace(
-                engine, signatures=self._signatures_of(name), tunings=self._tunings_of(name)
+                engine,
+                signatures=self._referrers.signatures_of(name),
+                tunings=self._referrers.tunings_of(name),
             )
         except InvalidField as error:
             self._records.pass_over(str(path), error)
@@ -356,39 +330,6 @@ class LocalStore:
                 raise BlobNotFound(digest=blob.digest)
         return engine
 
-    def _referrers(self, name: str) -> oci.Referrers:
-        signatures, tunings = (
-            tuple(
-                blob
-                for path in (sorted(folder.iterdir()) if folder.exists() else ())
-                if (blob := self._records.read(path, oci.descriptor_in)) is not None
-            )
-            for folder in (self._signatures / name, self._tunings / name)
-        )
-        return oci.Referrers(signatures, tunings)
-
-    def _signatures_of(self, name: str) -> tuple[Signature, ...]:
-        found = []
-        for blob in self._referrers(name).signatures:
-            try:
-                signature = oci.signature_of(self.blobs.read_all(blob.digest))
-            except (BlobNotFound, DigestMismatch):  # one that is lost signs nothing
-                continue
-            if signature is not None:
-                found.append(signature)
-        return tuple(found)
-
-    def _tunings_of(self, name: str) -> tuple[Blob, ...]:
-        found = []
-        for blob in self._referrers(name).tunings:
-            try:
-                record = oci.tuning_of(self.blobs.read_all(blob.digest))
-            except (BlobNotFound, DigestMismatch):  # one that is lost tells nothing
-                continue
-            if record is not None and self.blobs.has(record):
-                found.append(record)
-        return tuple(sorted(found, key=lambda record: record.title))
-
     def _selector_folder(self, selector: EngineSelector) -> Path:
         quant = selector.quant.resolved
         parts = [selector.model, selector.arch, quant.scheme, quant.group_size]
@@ -404,7 +345,7 @@ class LocalStore:
         sync_folder(self._selectors)
 
     def _name(self, name: str, record: bytes) -> None:
-        path, new = self._engines / name, self._write_beside(record)
+        path, new = self._engines / name, written_file(self.blobs.partial, record)
         try:
             os.link(new, path)
         except FileExistsError:
@@ -422,10 +363,10 @@ class LocalStore:
             refs.append((ref, self.blobs.write([oci.index_json(group)], oci.INDEX_TYPE)))
         refs += [(engine.key.digest, engine.manifest) for engine in engines]
         for engine in engines:
-            referrers = self._referrers(engine.key.digest)
-            if referrers != oci.Referrers():
-                index = self.blobs.write([oci.referrers_json(referrers)], oci.INDEX_TYPE)
-                refs.append((oci.referrers_ref(engine.manifest), index))
+            referrers = self._referrers.of(engine.key.digest)
+            if referrers != Referrers():
+                index = self.blobs.write([referrers_json(referrers)], oci.INDEX_TYPE)
+                refs.append((referrers_ref(engine.manifest), index))
         self._replace(self.root / "index.json", oci.layout_index_json(refs))
 
     def _referenced(self) -> set[str]:
@@ -446,29 +387,12 @@ class LocalStore:
             config, layers = oci.config_of(text), oci.layers_of(text)
         except (BlobNotFound, DigestMismatch, InvalidField):  # it does not say what it names
             return set()
-        referrers = self._referrers(record.name)
-        kept = {blob.digest for blob in (*referrers.signatures, *referrers.tunings)}
-        for blob in referrers.tunings:
-            with contextlib.suppress(
-                BlobNotFound, DigestMismatch
-            ):  # it no longer says what it names
-                measured = oci.tuning_of(self.blobs.read_in_sweep(blob.digest))
-                kept |= set() if measured is None else {measured.digest}
-        if kept:
-            kept.add(oci.EMPTY.digest)
+        kept = self._referrers.digests_in_sweep(record.name)
         return {manifest.digest, config.digest, *(blob.digest for blob in layers), *kept}
-
-    def _write_beside(self, content: bytes) -> Path:
-        path = self.blobs.partial / f"{os.getpid()}-{uuid.uuid4().hex}"
-        with open(path, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        return path
 
     def _replace(self, path: Path, content: bytes) -> None:
         with self.blobs.adding():
-            os.replace(self._write_beside(content), path)
+            os.replace(written_file(self.blobs.partial, content), path)
         sync_folder(path.parent)
 
 

@@ -4,11 +4,9 @@ An engine is a valid OCI image manifest, so that any registry and tool can carry
 configuration is an image configuration whose labels hold our data; the kind is in `artifactType`.
 Nothing here knows a clock or a path: equal drafts give equal bytes.
 
-Source: OCI image-spec 1.1: manifest.md, config.md, image-index.md, annotations.md;
-distribution-spec 1.1, "Referrers Tag Schema".
+Source: OCI image-spec 1.1: manifest.md, config.md, image-index.md, annotations.md.
 """
 
-import base64
 import hashlib
 import json
 import re
@@ -24,7 +22,6 @@ from shared.engine import (
     EngineKey,
     EngineManifest,
     QuantConfig,
-    Signature,
     canonical_json,
     is_digest,
 )
@@ -33,16 +30,6 @@ from shared.errors import InvalidField
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
-SIGNATURE_TYPE = "application/vnd.millrace.signature.v1"
-TUNING_ARTIFACT_TYPE = "application/vnd.millrace.tuning.v1"
-EMPTY_CONTENT = b"{}"
-EMPTY = Blob(
-    "application/vnd.oci.empty.v1+json",
-    f"sha256:{hashlib.sha256(EMPTY_CONTENT).hexdigest()}",
-    len(EMPTY_CONTENT),
-)
-PUBLIC_KEY = "vnd.millrace.signature.public-key"
-SIGNATURE = "vnd.millrace.signature.ed25519"
 CREATED = "org.opencontainers.image.created"
 LAYOUT = {"imageLayoutVersion": "1.0.0"}
 
@@ -106,94 +93,6 @@ def manifest_json(draft: EngineDraft, config: Blob) -> bytes:
             "layers": [descriptor(blob) for blob in draft.layers],
         }
     )
-
-
-def signature_json(signature: Signature, subject: Blob) -> bytes:
-    """The manifest of a signature's artifact, which refers to the manifest that is signed."""
-    encoded = {
-        PUBLIC_KEY: base64.b64encode(signature.public_key).decode(),
-        SIGNATURE: base64.b64encode(signature.signature).decode(),
-    }
-    return _referrer_json(SIGNATURE_TYPE, EMPTY, subject, {"annotations": encoded})
-
-
-def tuning_json(record: Blob, subject: Blob) -> bytes:
-    """The manifest of a tuning record's artifact, which refers to the manifest of the engine that was measured."""
-    return _referrer_json(TUNING_ARTIFACT_TYPE, record, subject, {})
-
-
-def _referrer_json(
-    artifact_type: str, layer: Blob, subject: Blob, more: dict[str, dict[str, str]]
-) -> bytes:
-    return canonical_json(
-        {
-            "schemaVersion": 2,
-            "mediaType": MANIFEST_TYPE,
-            "artifactType": artifact_type,
-            "config": descriptor(EMPTY),
-            "layers": [descriptor(layer)],
-            "subject": descriptor(subject),
-            **more,
-        }
-    )
-
-
-def signature_of(manifest_text: bytes) -> Signature | None:
-    """The signature in an artifact that `signature_json` wrote; None where there is no sense in it."""
-    try:
-        annotations = json.loads(manifest_text)["annotations"]
-        key, signature = (base64.b64decode(annotations[name]) for name in (PUBLIC_KEY, SIGNATURE))
-    except (ValueError, KeyError, TypeError):  # whoever may write to the store may write this
-        return None
-    return Signature(key, signature)
-
-
-def tuning_of(manifest_text: bytes) -> Blob | None:
-    """The record in an artifact that `tuning_json` wrote; None where there is no sense in it."""
-    try:
-        return blob_of(json.loads(manifest_text)["layers"][0])
-    except (ValueError, LookupError, TypeError, AttributeError, InvalidField):
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Referrers:
-    """Manifests of the artifacts that refer to one engine.
-
-    Args:
-        others: rows of an index that other tools wrote, JSON each: theirs to keep.
-    """
-
-    signatures: tuple[Blob, ...] = ()
-    tunings: tuple[Blob, ...] = ()
-    others: tuple[bytes, ...] = ()
-
-
-def referrers_json(referrers: Referrers) -> bytes:
-    """Their index, as registries without a referrers API keep it."""
-    kinds = {SIGNATURE_TYPE: referrers.signatures, TUNING_ARTIFACT_TYPE: referrers.tunings}
-    ours = [
-        {**descriptor(blob), "artifactType": kind}
-        for kind, blobs in kinds.items()
-        for blob in blobs
-    ]
-    return _index([*ours, *map(json.loads, referrers.others)])
-
-
-def referrers_of(index_text: bytes) -> Referrers:
-    """What an index lists that `referrers_json` wrote, or another tool; artifacts of other kinds are others'."""
-    rows: dict[str, list[dict[str, Any]]] = {SIGNATURE_TYPE: [], TUNING_ARTIFACT_TYPE: [], "": []}
-    for raw in json.loads(index_text)["manifests"]:
-        rows[raw.get("artifactType", "") if raw.get("artifactType") in rows else ""].append(raw)
-    signatures, tunings = (
-        tuple(map(blob_of, rows[kind])) for kind in (SIGNATURE_TYPE, TUNING_ARTIFACT_TYPE)
-    )
-    return Referrers(signatures, tunings, tuple(map(canonical_json, rows[""])))
-
-
-def referrers_ref(subject: Blob) -> str:
-    """Under which reference that index is found: the digest, as a tag."""
-    return subject.digest.replace(":", "-")
 
 
 def descriptor(blob: Blob) -> dict[str, Any]:
@@ -269,7 +168,7 @@ def engine_of(
 
 def index_json(engines: Iterable[EngineManifest]) -> bytes:
     """The image index of one model's engines over several archs."""
-    return _index(
+    return image_index(
         {**descriptor(engine.manifest), "platform": platform_of(engine.key.arch)}
         for engine in sorted(engines, key=lambda engine: engine.key.arch)
     )
@@ -278,7 +177,7 @@ def index_json(engines: Iterable[EngineManifest]) -> bytes:
 def named_index_json(entries: Iterable[IndexEntry]) -> bytes:
     """The image index of all engines of one model name and quantization, newest first."""
     ordered = sorted(entries, key=lambda e: (e.created_s, e.manifest.digest), reverse=True)
-    return _index(
+    return image_index(
         {
             **descriptor(entry.manifest),
             "platform": platform_of(entry.arch),
@@ -340,7 +239,7 @@ def _unix_s(text: str) -> float:
 
 def layout_index_json(refs: Iterable[tuple[str, Blob]]) -> bytes:
     """The `index.json` of an image layout: every reference and what it names."""
-    return _index({**descriptor(blob), "annotations": {REF_NAME: name}} for name, blob in refs)
+    return image_index({**descriptor(blob), "annotations": {REF_NAME: name}} for name, blob in refs)
 
 
 def digests_in_index(text: bytes) -> set[str]:
@@ -348,7 +247,8 @@ def digests_in_index(text: bytes) -> set[str]:
     return {blob_of(raw).digest for raw in json.loads(text)["manifests"]}
 
 
-def _index(manifests: Iterable[dict[str, Any]]) -> bytes:
+def image_index(manifests: Iterable[dict[str, Any]]) -> bytes:
+    """An image index of these rows, content descriptors with what is said of each."""
     return canonical_json(
         {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": list(manifests)}
     )

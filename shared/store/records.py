@@ -6,7 +6,8 @@ hides no other, and whoever publishes, pulls or pushes what it was of makes it a
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,8 +15,10 @@ from typing import TypeVar
 import structlog
 
 from shared.engine import Blob, canonical_json
-from shared.errors import InvalidField
+from shared.errors import EngineNotFound, InvalidField
 from shared.store import oci
+
+_MIN_PREFIX_CHARACTERS = 6
 
 # What a parser raises that meets what it does not know.
 _SENSELESS = (
@@ -47,6 +50,25 @@ class EngineRecord:
         if not math.isfinite(created_s):
             raise ValueError(f"{created_s} is no time")
         return EngineRecord(oci.blob_of(raw["manifest"]), created_s)
+
+
+def full_digest(name: str, key_digests: Callable[[], Iterable[str]]) -> str:
+    """The digest of the key of the engine that `name` means: `engines/<digest>`, or its first digits.
+
+    Args:
+        key_digests: gives those that there are; asked only where the name is not whole.
+    Raises:
+        EngineNotFound: it is no such name, or fits none, or several.
+    """
+    prefix = name.removeprefix("engines/")
+    if not re.fullmatch(rf"[0-9a-f]{{{_MIN_PREFIX_CHARACTERS},64}}", prefix):
+        raise EngineNotFound(engine=name)
+    if len(prefix) == 64:
+        return prefix
+    fits = [digest for digest in key_digests() if digest.startswith(prefix)]
+    if len(fits) != 1:
+        raise EngineNotFound(engine=name)
+    return fits[0]
 
 
 class Records:

@@ -23,7 +23,7 @@ def sweep(url: str) -> Sweep:
         StoreUnreachable, StoreRefused, StoreNotFound: it cannot be done.
     """
     # Not at the head: of a folder's sweep it is not needed.
-    from shared.store.registry import RegistryStore
+    from shared.store.registry_store import RegistryStore
 
     path = url.removeprefix("file://")
     if "://" not in path and not (Path(path).expanduser() / "oci-layout").exists():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import millrace
 import pytest
 
 from tests.clients.scripted_daemon import Script, ScriptedDaemon
@@ -18,3 +19,9 @@ def daemon(script: Script) -> Iterator[ScriptedDaemon]:
     """Both daemons, scripted, at one address."""
     with ScriptedDaemon(script) as server:
         yield server
+
+
+@pytest.fixture
+def client(daemon: ScriptedDaemon) -> millrace.Client:
+    """A client of both."""
+    return millrace.Client(daemon.address, daemon.address)

@@ -23,6 +23,7 @@ from shared.errors import BuildNotFound, EngineNotFound, InvalidField, MillraceE
 
 DIGEST = "ab" * 32
 WORDS = ("Once", " upon", " a", " time", " ☃")
+TEXT = "".join(WORDS)
 
 
 @dataclass

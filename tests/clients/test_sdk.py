@@ -1,11 +1,10 @@
-"""The SDK against a scripted daemon: blocking, async, and many on one call."""
+"""The SDK against a scripted daemon: streams, retries, prompts and options."""
 
 import asyncio
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 import grpc
@@ -13,32 +12,16 @@ import millrace
 import pytest
 from millrace.async_stream import AsyncStream
 from millrace.channels import is_serving
-from millrace.compiler.v1 import compiler_pb2
 from millrace.errors import UNREACHABLE, from_status
 from millrace.generation import start_generation
 from millrace.retries import Retries
 from millrace.runtime.v1 import runtime_pb2
 from millrace.stream import Stream
 
-from shared.errors import ERRORS, EngineLost, InvalidModel, PromptTooLong, QueueFull, to_status
-from tests.clients.scripted_daemon import (
-    WORDS,
-    Script,
-    ScriptedDaemon,
-    a_build,
-    an_engine,
-    an_operation,
-    running,
-    succeeded,
-)
+from shared.errors import ERRORS, PromptTooLong, QueueFull, to_status
+from tests.clients.scripted_daemon import TEXT, WORDS, Script, ScriptedDaemon
 
-TEXT = "".join(WORDS)
 BUSY = {"waiting_tokens": 9, "max_waiting_tokens": 8}
-
-
-@pytest.fixture
-def client(daemon: ScriptedDaemon) -> millrace.Client:
-    return millrace.Client(daemon.address, daemon.address)
 
 
 def test_importing_the_sdk_imports_neither_torch_nor_the_daemons_code() -> None:
@@ -202,255 +185,6 @@ def test_token_ids_out_of_range_are_refused_without_all_of_them() -> None:
     assert str(raised.value) == "ids: out of range, found [1, 1, 1, 1, 1, 1, ...]."
 
 
-def test_build_is_watched_to_its_end(client: millrace.Client, script: Script) -> None:
-    script.changes = [running(0.1, "import"), running(0.6, "quantize"), succeeded()]
-    seen: list[float] = []
-    operation = client.build(
-        "sample:tiny", ["cpu"], "int8",
-        on_change=lambda change: seen.append(round(change.builds[0].progress.fraction, 3)),
-    )  # fmt: skip
-    assert seen == [0.1, 0.6, 0.0]
-    assert operation.builds[0].state == compiler_pb2.BUILD_STATE_SUCCEEDED
-    assert script.asked[0].quant.scheme == "int8"
-
-
-def test_broken_watch_is_taken_up_again(client: millrace.Client, script: Script) -> None:
-    script.changes = [running(0.1, "import"), running(0.6, "quantize"), succeeded()]
-    script.breaks = [1]
-    states = [operation.builds[0].state for operation in client.watch_operation("operations/1")]
-    assert states[-1] == compiler_pb2.BUILD_STATE_SUCCEEDED
-    assert len(script.asked) == 2
-
-
-def test_build_that_nobody_knows_any_more_is_asked_for_again(
-    client: millrace.Client, script: Script
-) -> None:
-    """Redis came back empty. Who only has the operation's name is told so."""
-    script.changes = [running(0.1, "import"), succeeded()]
-    script.forgets = 2
-    assert client.build("sample:tiny").builds[0].state == compiler_pb2.BUILD_STATE_SUCCEEDED
-    kinds = [type(request).__name__ for request in script.asked]
-    assert kinds == ["BuildEngineRequest", "WatchOperationRequest"] * 3
-    script.forgets = 1
-    with pytest.raises(millrace.MillraceError, match="ask for it again") as caught:
-        list(client.watch_operation("operations/1"))
-    assert caught.value.reason == "BUILD_NOT_FOUND"
-
-
-def test_build_that_is_forgotten_again_and_again_is_an_error(
-    client: millrace.Client, script: Script
-) -> None:
-    script.forgets = 100
-    with pytest.raises(millrace.MillraceError) as caught:
-        client.build("sample:tiny")
-    assert caught.value.reason == "BUILD_NOT_FOUND"
-    assert script.forgets == 100 - Retries().max_attempts
-
-
-async def test_async_build_that_nobody_knows_any_more_is_asked_for_again(script: Script) -> None:
-    script.forgets = 1
-    with ScriptedDaemon(script) as daemon:
-        async with millrace.AsyncClient(compiler=daemon.address) as client:
-            operation = await client.build("sample:tiny")
-    assert operation.builds[0].state == compiler_pb2.BUILD_STATE_SUCCEEDED
-    assert len(script.asked) == 4
-
-
-def test_failed_build_is_raised(client: millrace.Client, script: Script) -> None:
-    error = to_status(InvalidModel(problem="a shard is missing"))
-    script.changes = [an_operation(a_build(compiler_pb2.BUILD_STATE_FAILED, error=error))]
-    with pytest.raises(millrace.MillraceError, match="a shard is missing") as caught:
-        client.build("sample:tiny")
-    assert caught.value.reason == "INVALID_MODEL"
-
-
-def test_cancelled_build_is_raised(client: millrace.Client, script: Script) -> None:
-    script.changes = [an_operation(a_build(compiler_pb2.BUILD_STATE_CANCELLED))]
-    with pytest.raises(millrace.MillraceError, match="was cancelled"):
-        client.build("sample:tiny")
-
-
-def test_lists_turn_every_page(client: millrace.Client, script: Script) -> None:
-    script.builds = [a_build(compiler_pb2.BUILD_STATE_QUEUED, attempt=i) for i in range(5)]
-    assert [build.attempt for build in client.list_builds()] == [0, 1, 2, 3, 4]
-
-
-def test_build_is_read_by_its_name(client: millrace.Client, script: Script) -> None:
-    script.builds = [a_build(compiler_pb2.BUILD_STATE_RUNNING)]
-    assert client.get_build(script.builds[0].name) == script.builds[0]
-    with pytest.raises(millrace.MillraceError) as caught:
-        client.get_build("builds/none")
-    assert caught.value.reason == "BUILD_NOT_FOUND"
-
-
-def test_engines_are_deleted_and_unloaded(client: millrace.Client, script: Script) -> None:
-    client.delete_engine("engines/old")
-    client.unload_engine()
-    deleted, unloaded = script.asked
-    assert deleted == compiler_pb2.DeleteEngineRequest(name="engines/old")
-    assert unloaded == runtime_pb2.UnloadEngineRequest()
-
-
-def test_blob_is_verified(client: millrace.Client, script: Script) -> None:
-    engine = an_engine(script.blobs, {"graph.json": {"nodes": ["x"] * 100}})
-    digest = engine.layers[0].digest
-    assert len(client.read_blob(digest)) == engine.layers[0].size_bytes
-    script.blobs[digest] += b" "
-    with pytest.raises(millrace.MillraceError) as caught:
-        client.read_blob(digest)
-    assert caught.value.reason == "DIGEST_MISMATCH"
-
-
-async def test_async_stream_gives_the_same(daemon: ScriptedDaemon) -> None:
-    async with millrace.AsyncClient(runtime=daemon.address) as client:
-        async with client.generate("hello") as stream:
-            texts = [chunk.text async for chunk in stream]
-        assert texts == list(WORDS)
-        assert stream.result.text == TEXT
-
-
-async def test_leaving_an_async_block_cancels(daemon: ScriptedDaemon, script: Script) -> None:
-    script.blocks_after = 1
-    async with millrace.AsyncClient(runtime=daemon.address) as client:
-        async with client.generate("hello") as stream:
-            async for chunk in stream:
-                assert chunk.text == "Once"
-                break
-        assert await asyncio.to_thread(script.cancelled.wait, 60)
-
-
-async def test_cancelled_task_cancels_its_generation(
-    daemon: ScriptedDaemon, script: Script
-) -> None:
-    script.blocks_after = 1
-    async with millrace.AsyncClient(runtime=daemon.address) as client:
-        stream = client.generate("hello")
-        arrived = asyncio.Event()
-
-        async def read() -> None:
-            async for _ in stream:
-                arrived.set()
-
-        task = asyncio.create_task(read())
-        await asyncio.wait_for(arrived.wait(), 60)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert await asyncio.to_thread(script.cancelled.wait, 60)
-
-
-async def test_session_carries_many_generations_on_one_call(daemon: ScriptedDaemon) -> None:
-    async with (
-        millrace.AsyncClient(runtime=daemon.address) as client,
-        client.session() as session,
-    ):
-        results = await asyncio.gather(
-            *(session.generate("hello", seed=1 + i).wait() for i in range(20))
-        )
-    assert [result.seed for result in results] == list(range(1, 21))
-    assert {result.text for result in results} == {TEXT}
-
-
-async def test_failing_generation_leaves_the_others_of_its_session(
-    daemon: ScriptedDaemon, script: Script
-) -> None:
-    script.failures = [PromptTooLong(prompt_tokens=9, max_sequence_tokens=8)]
-    async with (
-        millrace.AsyncClient(runtime=daemon.address) as client,
-        client.session() as session,
-    ):
-        results = await asyncio.gather(
-            *(session.generate("hello").wait() for _ in range(3)), return_exceptions=True
-        )
-    failed = [result for result in results if isinstance(result, millrace.MillraceError)]
-    assert [error.reason for error in failed] == ["PROMPT_TOO_LONG"]
-    assert sum(isinstance(result, millrace.Generation) for result in results) == 2
-
-
-async def test_session_start_is_tried_again_when_nothing_arrived(
-    daemon: ScriptedDaemon, script: Script
-) -> None:
-    script.failures = [EngineLost(problem="killed", retry_after_s=0.02)]
-    async with (
-        millrace.AsyncClient(runtime=daemon.address) as client,
-        client.session() as session,
-    ):
-        assert (await session.generate("hello").wait()).text == TEXT
-    assert [request.start.request_id for request in script.asked[:2]] == ["1", "2"]
-
-
-async def test_closing_a_session_stream_cancels_that_generation_alone(
-    daemon: ScriptedDaemon, script: Script
-) -> None:
-    script.blocks_after = 1
-    async with (
-        millrace.AsyncClient(runtime=daemon.address) as client,
-        client.session() as session,
-    ):
-        async with session.generate("hello") as stream:
-            async for _ in stream:
-                break
-        assert await asyncio.to_thread(script.cancelled.wait, 60)
-        assert script.asked[-1].cancel.request_id == "1"
-        script.blocks_after = None
-        assert (await session.generate("hello").wait()).text == TEXT
-
-
-async def test_broken_call_ends_every_stream_of_its_session(script: Script) -> None:
-    script.blocks_after = 1
-    with ScriptedDaemon(script) as daemon:
-        client = millrace.AsyncClient(runtime=daemon.address, retries=Retries(max_attempts=1))
-        async with client, client.session() as session:
-            streams = [session.generate("hello") for _ in range(3)]
-            first = [await anext(aiter(stream)) for stream in streams]
-            assert [chunk.text for chunk in first] == ["Once"] * 3
-            await asyncio.to_thread(daemon.__exit__)
-            ended = await asyncio.gather(
-                *(stream.wait() for stream in streams), return_exceptions=True
-            )
-    assert all(isinstance(end, millrace.MillraceError) for end in ended)
-
-
-async def test_closing_a_session_stream_ends_who_reads_it(
-    daemon: ScriptedDaemon, script: Script
-) -> None:
-    """Its events have no place to arrive any more, so nobody may go on waiting for them."""
-    script.blocks_after = 1
-    async with (
-        millrace.AsyncClient(runtime=daemon.address) as client,
-        client.session() as session,
-    ):
-        stream = session.generate("hello")
-        chunks = aiter(stream)
-        assert (await anext(chunks)).text == "Once"
-        waiting = asyncio.ensure_future(anext(chunks, None))
-        await asyncio.sleep(0)
-        await stream.close()
-        assert await asyncio.wait({waiting}, timeout=30) == ({waiting}, set())
-        assert waiting.result() is None
-
-
-@pytest.mark.parametrize("closed", ["session", "client"])
-async def test_leaving_a_session_ends_every_stream_of_it(
-    daemon: ScriptedDaemon, script: Script, closed: str
-) -> None:
-    """As cancelled: they neither wait for ever nor go on over a call that nobody would close."""
-    script.blocks_after = 1
-    async with millrace.AsyncClient(runtime=daemon.address) as client:
-        async with client.session() as session:
-            chunks = [aiter(session.generate("hello")) for _ in range(3)]
-            for one in chunks:
-                assert (await anext(one)).text == "Once"
-            waiting = [asyncio.ensure_future(anext(one, None)) for one in chunks]
-            await asyncio.sleep(0)
-            if closed == "client":
-                await client.close()
-        ended = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
-    reasons = [end.reason for end in ended if isinstance(end, millrace.MillraceError)]
-    assert reasons == ["CANCELLED"] * 3
-    assert len(script.asked) == 3
-
-
 def test_stream_that_is_closed_while_its_call_opens_is_cancelled() -> None:
     """Another thread may close it just then: the call that it cannot see yet is cancelled too."""
     cancelled = threading.Event()
@@ -530,13 +264,3 @@ def test_timeout_that_no_clock_can_keep_is_refused(timeout_s: float) -> None:
     with pytest.raises(millrace.MillraceError, match="timeout_s: ") as caught:
         start_generation("hello", timeout_s=timeout_s)
     assert caught.value.reason == "INVALID_FIELD"
-
-
-def test_watch_that_ends_early_is_not_begun_again_for_ever(
-    daemon: ScriptedDaemon, script: Script
-) -> None:
-    script.changes = [running(0.1, "import")]
-    client = millrace.Client(daemon.address, retries=Retries(max_attempts=3, first_delay_s=0.001))
-    with pytest.raises(millrace.MillraceError) as caught:
-        list(islice(client.watch_operation("operations/0001"), 30))
-    assert caught.value.reason == "CALL_ENDED"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from compiler_service.build_queue import BuildJob, BuildQueue
+from compiler_service.build_queue import Attempt, BuildQueue, Fenced, Lease
+from compiler_service.build_record import BuildJob
 from compiler_service.metrics import CompilerMetrics
 from compiler_service.worker import BuildStore, Worker
 from shared.engine import EngineKey, QuantConfig
@@ -25,6 +26,10 @@ def job(behaviour: str = "ok", arch: str = "cpu") -> BuildJob:
     return BuildJob(f"fake:{behaviour}", "tiny", key)
 
 
+JOB = job()
+DIGEST = JOB.key.digest
+
+
 @asynccontextmanager
 async def open_queue(
     url: str, lease_s: float = LEASE_S, max_queued: int = 100
@@ -33,6 +38,28 @@ async def open_queue(
     client = connect(url)
     yield BuildQueue(client, url, lease_s, max_queued)
     await client.aclose()
+
+
+async def take(queue: BuildQueue, owner: str) -> tuple[Lease, Attempt]:
+    """Leases and starts the next build, waiting for leases to run out where it must."""
+    async with asyncio.timeout(60):
+        while True:
+            lease = await queue.lease(owner)
+            if lease is None:
+                continue
+            try:
+                attempt = await queue.start(owner, lease, lease.digests[0])
+            except Fenced:  # its worker started late: the lease goes back to it, and runs out again
+                continue
+            assert attempt is not None
+            return lease, attempt
+
+
+async def state_of(queue: BuildQueue, digest: str = DIGEST) -> str:
+    """What the record of a build says."""
+    record = await queue.record(digest)
+    assert record is not None
+    return record.state
 
 
 class Folders:

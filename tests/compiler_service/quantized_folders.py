@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import edit_config, write_checkpoint
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -224,21 +224,15 @@ def compressed_bytes(
     return compressed_settings(form, 8, type=kind, strategy=strategy), one
 
 
-def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Does `edit` to the folder's tensors."""
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors")
-
-
-def edit_config(folder: Path, **fields: Any) -> None:
-    """Sets fields of config.json."""
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
 def edit_settings(folder: Path, **fields: Any) -> None:
     """Sets fields of config.json's quantization_config."""
     config = json.loads((folder / "config.json").read_text())
     edit_config(folder, quantization_config={**config["quantization_config"], **fields})
+
+
+def to_floats(tensors: dict[str, torch.Tensor], stem: str, one: Quantize) -> None:
+    """Stores what `one` quantized under `stem` as floats, all zero."""
+    shape = (tensors[f"{stem}.scales"].shape[1], tensors[f"{stem}.qweight"].shape[0])
+    for role in one(torch.ones(8, 32))[0]:
+        del tensors[f"{stem}.{role}"]
+    tensors[f"{stem}.weight"] = torch.zeros(shape, dtype=torch.float16)

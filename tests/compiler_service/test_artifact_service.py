@@ -27,7 +27,7 @@ from shared.errors import (
 from shared.server import DaemonServer
 from shared.store import LocalStore, open_store, pull
 from shared.store.remote import GrpcStore
-from tests.shared.engines import INT8, engine_key, publish_engine, weight_bytes
+from tests.shared.engines import INT8, corrupt, engine_key, publish_engine, weight_bytes
 
 BIG_BYTES = 5 << 20
 
@@ -118,12 +118,6 @@ def remote(server: RunningServer) -> Iterator[GrpcStore]:
 @pytest.fixture
 def engine(served: LocalStore) -> EngineManifest:
     return publish_engine(served, weights=weight_bytes(BIG_BYTES))
-
-
-def flip_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def test_remote_store_answers_as_the_local_one(served: LocalStore, remote: GrpcStore) -> None:
@@ -315,7 +309,7 @@ def test_corrupt_blob_in_the_served_store_is_refused(
     remote: GrpcStore, served: LocalStore, local: LocalStore, engine: EngineManifest
 ) -> None:
     """Law 7: never served."""
-    flip_a_byte(served.blob_path(engine.layers[1].digest))
+    corrupt(served, engine.layers[1])
     with pytest.raises(DigestMismatch):
         pull(remote, engine, local)
     with pytest.raises(EngineNotFound):
@@ -328,7 +322,7 @@ def test_corrupt_local_blob_is_fetched_again(
     remote: GrpcStore, local: LocalStore, engine: EngineManifest
 ) -> None:
     pull(remote, engine, local)
-    flip_a_byte(local.blob_path(engine.layers[1].digest))
+    corrupt(local, engine.layers[1])
     recording = RecordingStore(remote)
     assert pull(recording, engine, local) == engine
     assert recording.reads == [(engine.layers[1].digest, 0)]

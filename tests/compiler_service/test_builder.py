@@ -21,7 +21,7 @@ from compiler_service.builder import (
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.planning import plan
 from compiler_service.progress import BuildProgress
-from compiler_service.resolve import UNSET_QUANT, resolve, resolve_cached
+from compiler_service.resolve import resolve, resolve_cached
 from compiler_service.weight_table import pack_weight, read_parts
 from kernels.linear.layouts import LAYOUTS
 from kernels.reference import dense, prompt_batch, run
@@ -40,6 +40,7 @@ from shared.store.local import LocalStore
 from shared.store.weights import WeightReader
 from tests.checkpoints import write_checkpoint
 from tests.compiler_service.gguf_files import write_gguf
+from tests.compiler_service.quantized_cases import UNSET_QUANT
 
 # Tiny random models suffer more than any limit that a real one should have.
 INT4 = QuantConfig("int4", max_kl=9.0, max_perplexity_increase=9.0)

@@ -14,7 +14,7 @@ from compiler_service.builder import BuildRequest, build
 from compiler_service.checkpoints.gguf_blocks import BLOCK_FORMS
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.quantization.as_is import AS_IS, notes_of
-from compiler_service.resolve import UNSET_QUANT, resolve
+from compiler_service.resolve import resolve
 from kernels.linear.layouts import LAYOUTS
 from kernels.reference import dense
 from shared.engine import QuantConfig
@@ -23,6 +23,7 @@ from shared.store.local import LocalStore
 from shared.store.weights import WeightReader
 from tests.checkpoints import write_checkpoint
 from tests.compiler_service.gguf_files import random_blocks, write_gguf
+from tests.compiler_service.quantized_cases import UNSET_QUANT
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 

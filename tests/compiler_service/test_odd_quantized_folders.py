@@ -17,17 +17,16 @@ from compiler_service.weight_table import import_weight
 from kernels.linear.layouts import LAYOUTS
 from shared.engine import EngineKey, QuantConfig
 from shared.errors import InvalidModel, UnsupportedModel
+from tests.checkpoints import edit_tensors
+from tests.compiler_service.quantized_cases import UP
 from tests.compiler_service.quantized_folders import (
     awq,
     compressed_bytes,
     compressed_packed,
     edit_settings,
-    edit_tensors,
     gptq,
     write_quantized,
 )
-
-UP = "model.layers.1.mlp.up_proj"
 
 
 def _plan(folder: Path) -> BuildPlan:

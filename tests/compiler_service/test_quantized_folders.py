@@ -1,9 +1,7 @@
 """Ready-made quantized checkpoints: values are those of the format's definition, kept as they are."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import structlog
@@ -12,88 +10,41 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from compiler_service.builder import BuildRequest, build
 from compiler_service.checkpoints.digest import FileHashes, model_digest
 from compiler_service.checkpoints.quantized_linear import int4_roles
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.planning import plan
-from compiler_service.quantization.as_is import AS_IS, notes_of
-from compiler_service.resolve import UNSET_QUANT, resolve
+from compiler_service.quantization.as_is import notes_of
+from compiler_service.resolve import resolve
 from kernels.cpu_form import CpuTarget
 from kernels.linear.layouts import LAYOUTS
 from kernels.reference import dense, prompt_batch
 from runtime_service.execution.cpu_executor import CpuExecutor
 from shared.engine import EngineKey, EngineManifest, QuantConfig
-from shared.errors import InvalidModel, MillraceError, UnsupportedModel, UnsupportedQuant
+from shared.errors import InvalidModel, UnsupportedQuant
 from shared.ir import Graph
 from shared.store.local import LocalStore
 from shared.store.weights import WeightReader
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import edit_tensors, write_checkpoint
+from tests.compiler_service.quantized_cases import (
+    CASES,
+    QUANT,
+    UNSET_QUANT,
+    UP,
+    build_folder,
+    write_case,
+)
 from tests.compiler_service.quantized_folders import (
-    Quantize,
     awq,
-    compressed_bytes,
     compressed_packed,
-    edit_config,
     edit_settings,
-    edit_tensors,
     gptq,
+    to_floats,
     write_quantized,
 )
 
 FP32 = CpuTarget(torch.float32, torch.float32, False, bool(torch._C._has_mkldnn), "")
-FP8, INT8 = torch.float8_e4m3fn, torch.int8
-QUANT = QuantConfig(AS_IS)
-UP = "model.layers.1.mlp.up_proj"
-
-# How it is written; the layout that holds it and its group size, "" where none does.
-CASES: dict[str, tuple[tuple[dict[str, Any], Quantize], str, int]] = {
-    "AWQ": (awq(), "int4_group", 32),
-    "AWQ, groups of 64": (awq(64), "int4_group", 64),
-    "AWQ, whole rows": (awq(-1), "int4_group", 64),
-    "AWQ, groups of 16": (awq(16), "", 0),
-    "GPTQ": (gptq(), "int4_group", 32),
-    "GPTQ with zero points": (gptq(symmetric=False), "int4_group", 32),
-    "GPTQ v2 with zero points": (gptq(symmetric=False, is_v2=True), "int4_group", 32),
-    "GPTQ, whole rows": (gptq(group_size=-1), "int4_group", 64),
-    "GPTQ 8-bit": (gptq(8), "int8_group", 32),
-    "GPTQ 8-bit with zero points": (gptq(8, symmetric=False), "", 0),
-    "GPTQ with act-order": (gptq(act_order_seed=3), "", 0),
-    "compressed 4-bit": (compressed_packed(), "int4_group", 32),
-    "compressed 4-bit with zero points": (compressed_packed(symmetric=False), "int4_group", 32),
-    "compressed 4-bit, channels": (compressed_packed(group_size=-1), "int4_group", 64),
-    "compressed 4-bit, fp16 scales": (
-        compressed_packed(scale_dtype=torch.float16, symmetric=False), "int4_group", 32
-    ),
-    "compressed 4-bit with act-order": (compressed_packed(act_order_seed=4), "", 0),
-    "compressed 8-bit, groups": (compressed_packed(8), "int8_group", 32),
-    "compressed FP8, channels": (compressed_bytes(FP8), "fp8_channel", 0),
-    "compressed FP8, tensors": (compressed_bytes(FP8, per_tensor=True), "fp8_channel", 0),
-    "compressed FP8, static": (
-        compressed_bytes(FP8, per_tensor=True, is_static=True), "fp8_channel", 0
-    ),
-    "compressed FP8, fp32 scales": (
-        compressed_bytes(FP8, scale_dtype=torch.float32), "fp8_channel", 0
-    ),
-    "compressed INT8": (compressed_bytes(INT8), "int8_channel", 0),
-}  # fmt: skip
 EXACT = [case for case, (_, layout, _) in CASES.items() if layout]
-
-
-def _write(case: str, folder: Path, **sizes: Any) -> dict[str, torch.Tensor]:
-    (settings, quantize_one), _, _ = CASES[case]
-    return write_quantized(folder, settings, quantize_one, **sizes)
-
-
-def _build(
-    folder: Path, tmp_path: Path, quant: QuantConfig = QUANT
-) -> tuple[LocalStore, EngineManifest, Graph]:
-    resolved = resolve(str(folder), ["cpu"], quant, "", tmp_path)
-    store = LocalStore(tmp_path / "store")
-    request = BuildRequest(str(folder), resolved.keys["cpu"], "tiny", tmp_path)
-    engine = build(request, store, lambda progress: None)
-    graph = Graph.from_json(store.read_all(engine.layer("graph.json").digest).decode())
-    return store, engine, graph
 
 
 def _stored(store: LocalStore, engine: EngineManifest, graph: Graph) -> dict[str, torch.Tensor]:
@@ -104,7 +55,7 @@ def _stored(store: LocalStore, engine: EngineManifest, graph: Graph) -> dict[str
 @pytest.mark.parametrize("case", CASES)
 def test_values_are_those_of_the_definition(case: str, tmp_path: Path) -> None:
     """Bit for bit, dequantized and in our layout alike."""
-    values = _write(case, tmp_path / "m")
+    values = write_case(case, tmp_path / "m")
     _, layout, group_size = CASES[case]
     checkpoint = open_checkpoint(str(tmp_path / "m"))
     assert len(values) == 14
@@ -128,8 +79,8 @@ def test_values_are_those_of_the_definition(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", EXACT)
 def test_engine_keeps_what_the_checkpoint_has(case: str, tmp_path: Path) -> None:
     """Joined weights too: nothing is quantized again, whatever the scales are."""
-    values = _write(case, tmp_path / "m", family="qwen3")
-    store, engine, graph = _build(tmp_path / "m", tmp_path)
+    values = write_case(case, tmp_path / "m", family="qwen3")
+    store, engine, graph = build_folder(tmp_path / "m", tmp_path)
     stored = _stored(store, engine, graph)
     checkpoint = open_checkpoint(str(tmp_path / "m"))
     for name, weight in graph.weights.items():
@@ -147,8 +98,8 @@ def test_engine_keeps_what_the_checkpoint_has(case: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in EXACT])
 def test_engine_says_what_it_dequantized(case: str, tmp_path: Path) -> None:
-    values = _write(case, tmp_path / "m")
-    store, engine, graph = _build(tmp_path / "m", tmp_path)
+    values = write_case(case, tmp_path / "m")
+    store, engine, graph = build_folder(tmp_path / "m", tmp_path)
     stored = _stored(store, engine, graph)
     assert {weight.layout for weight in graph.weights.values()} == {"plain"}
     down = "model.layers.0.mlp.down_proj.weight"
@@ -159,7 +110,7 @@ def test_engine_says_what_it_dequantized(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["AWQ", "GPTQ with act-order", "compressed FP8, tensors"])
 def test_greedy_tokens_equal_those_of_the_dequantized_model(case: str, tmp_path: Path) -> None:
     """The built engine on the CPU executor, in fp32, against one of an unquantized folder."""
-    values = _write(case, tmp_path / "m")
+    values = write_case(case, tmp_path / "m")
     folder = tmp_path / "dense"
     write_checkpoint(folder, dtype=torch.float16, seed=5)
     tensors = load_file(folder / "model.safetensors")
@@ -173,7 +124,7 @@ def test_greedy_tokens_equal_those_of_the_dequantized_model(case: str, tmp_path:
     save_file(tensors, folder / "model.safetensors")
     greedy = []
     for source, quant in ((tmp_path / "m", QUANT), (folder, QuantConfig("fp32"))):
-        store, engine, graph = _build(source, tmp_path / source.name, quant)
+        store, engine, graph = build_folder(source, tmp_path / source.name, quant)
         with WeightReader(store, engine) as reader:
             executor = CpuExecutor(graph, reader.roles, FP32, num_blocks=2, block_tokens=16)
             tokens = [5, 9, 200]
@@ -242,7 +193,7 @@ def test_layers_in_two_formats_are_each_kept(tmp_path: Path) -> None:
     settings = four[0]
     settings["config_groups"]["group_1"] = eight[0]["config_groups"]["group_0"]
     write_quantized(tmp_path / "m", settings, lambda w: (eight if w.shape[0] <= 64 else four)[1](w))
-    store, engine, graph = _build(tmp_path / "m", tmp_path)
+    store, engine, graph = build_folder(tmp_path / "m", tmp_path)
     layouts = {name.split(".")[-1]: weight.layout for name, weight in graph.weights.items()}
     assert layouts["qkv"] == layouts["o"] == layouts["down"] == "int8_group"
     assert layouts["gate_up"] == "int4_group"
@@ -254,8 +205,8 @@ def test_parts_that_share_no_layout_are_dequantized_together(tmp_path: Path) -> 
     settings, one = awq()
     write_quantized(tmp_path / "m", settings, one)
     # v alone is stored as floats, as some recipes leave it.
-    edit_tensors(tmp_path / "m", lambda t: _to_floats(t, "model.layers.0.self_attn.v_proj", one))
-    _, _, graph = _build(tmp_path / "m", tmp_path)
+    edit_tensors(tmp_path / "m", lambda t: to_floats(t, "model.layers.0.self_attn.v_proj", one))
+    _, _, graph = build_folder(tmp_path / "m", tmp_path)
     assert graph.weights["layers.0.qkv"].layout == "plain"
     assert graph.weights["layers.1.qkv"].layout == "int4_group"
     assert any(
@@ -266,8 +217,8 @@ def test_parts_that_share_no_layout_are_dequantized_together(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("quant", [QuantConfig("int8"), QuantConfig("bf16")], ids=str)
 def test_other_scheme_quantizes_again_and_says_so(quant: QuantConfig, tmp_path: Path) -> None:
-    values = _write("AWQ", tmp_path / "m")
-    store, engine, graph = _build(tmp_path / "m", tmp_path, quant)
+    values = write_case("AWQ", tmp_path / "m")
+    store, engine, graph = build_folder(tmp_path / "m", tmp_path, quant)
     stored = _stored(store, engine, graph)["layers.0.down"]
     original = values["model.layers.0.mlp.down_proj.weight"]
     assert float((stored - original).norm() / original.norm()) <= 0.012
@@ -278,10 +229,10 @@ def test_other_scheme_quantizes_again_and_says_so(quant: QuantConfig, tmp_path: 
 
 def test_build_logs_what_became_of_a_quantized_checkpoint(tmp_path: Path) -> None:
     """A fact where it is kept, a warning where it is quantized again."""
-    _write("AWQ", tmp_path / "m")
+    write_case("AWQ", tmp_path / "m")
     for quant, level in ((QUANT, "info"), (QuantConfig("int8"), "warning")):
         with structlog.testing.capture_logs() as lines:
-            _, engine, graph = _build(tmp_path / "m", tmp_path / level, quant)
+            _, engine, graph = build_folder(tmp_path / "m", tmp_path / level, quant)
         (line,) = [line for line in lines if line["event"] == "checkpoint_was_quantized"]
         assert line["log_level"] == level
         assert line["engine"] == engine.key.digest
@@ -289,7 +240,7 @@ def test_build_logs_what_became_of_a_quantized_checkpoint(tmp_path: Path) -> Non
 
 
 def test_unset_quant_keeps_a_quantized_checkpoint_as_it_is(tmp_path: Path) -> None:
-    _write("GPTQ", tmp_path / "m")
+    write_case("GPTQ", tmp_path / "m")
     assert resolve(str(tmp_path / "m"), ["cpu"], UNSET_QUANT, "", tmp_path).quant == QUANT
 
 
@@ -300,7 +251,7 @@ def test_as_is_is_refused_when_the_checkpoint_is_not_quantized(tmp_path: Path) -
 
 
 def test_as_is_is_refused_where_an_arch_lacks_the_layout(tmp_path: Path) -> None:
-    _write("GPTQ 8-bit", tmp_path / "m")
+    write_case("GPTQ 8-bit", tmp_path / "m")
     with pytest.raises(UnsupportedQuant, match=r"sm_90 has no kernel for int8_group.*GPTQ 8-bit"):
         resolve(str(tmp_path / "m"), ["sm_90"], QUANT, "", tmp_path)
 
@@ -308,13 +259,13 @@ def test_as_is_is_refused_where_an_arch_lacks_the_layout(tmp_path: Path) -> None
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
 def test_fp8_checkpoint_is_refused_where_a_gpu_has_no_fp8(arch: str, tmp_path: Path) -> None:
     """While planning, with what to do; not when a kernel is compiled."""
-    _write("compressed FP8, channels", tmp_path / "m")
+    write_case("compressed FP8, channels", tmp_path / "m")
     with pytest.raises(UnsupportedQuant, match=f"{arch} has no kernel for fp8_channel.*or int8"):
         resolve(str(tmp_path / "m"), [arch], QUANT, "", tmp_path)
 
 
 def test_fp8_checkpoint_is_kept_for_a_gpu(tmp_path: Path) -> None:
-    _write("compressed FP8, channels", tmp_path / "m")
+    write_case("compressed FP8, channels", tmp_path / "m")
     assert set(resolve(str(tmp_path / "m"), ["sm_90", "cpu"], QUANT, "", tmp_path).keys) == {
         "sm_90",
         "cpu",
@@ -339,7 +290,7 @@ def test_old_folders_keep_their_settings_in_files_of_their_own(tmp_path: Path) -
 
 
 def test_key_changes_when_the_quantization_config_does(tmp_path: Path) -> None:
-    _write("GPTQ", tmp_path / "m")
+    write_case("GPTQ", tmp_path / "m")
     before = resolve(str(tmp_path / "m"), ["cpu"], QUANT, "", tmp_path).keys["cpu"]
     edit_settings(tmp_path / "m", checkpoint_format="gptq_v2")
     after = resolve(str(tmp_path / "m"), ["cpu"], QUANT, "", tmp_path).keys["cpu"]
@@ -347,7 +298,7 @@ def test_key_changes_when_the_quantization_config_does(tmp_path: Path) -> None:
 
 
 def test_biases_of_zeros_that_tools_add_are_left_out(tmp_path: Path) -> None:
-    _write("GPTQ", tmp_path / "m")
+    write_case("GPTQ", tmp_path / "m")
     bias = {f"{UP}.bias": torch.zeros(128, dtype=torch.float16)}
     edit_tensors(tmp_path / "m", lambda t: t.update(bias))
     plan(open_checkpoint(str(tmp_path / "m")), _key(), "tiny")
@@ -357,142 +308,10 @@ def test_biases_of_zeros_that_tools_add_are_left_out(tmp_path: Path) -> None:
 
 
 def test_biases_of_the_model_are_kept(tmp_path: Path) -> None:
-    _write("GPTQ", tmp_path / "m", family="qwen2")
+    write_case("GPTQ", tmp_path / "m", family="qwen2")
     graph = plan(open_checkpoint(str(tmp_path / "m")), _key(), "tiny").graph
     assert graph.weights["layers.0.qkv.bias"].layout == "plain"
     assert graph.weights["layers.0.qkv"].layout == "int4_group"
-
-
-# What is done to a good checkpoint of a case, the error, and what its line says.
-Break = Callable[[Path], object]
-BROKEN: dict[str, tuple[str, Break, type[MillraceError], str]] = {
-    "method": (
-        "AWQ", lambda f: edit_settings(f, quant_method="bitsandbytes"), UnsupportedModel,
-        "quantized by bitsandbytes",
-    ),
-    "AWQ packing": (
-        "AWQ", lambda f: edit_settings(f, version="gemv"), UnsupportedModel, "AWQ version gemv",
-    ),
-    "AWQ bits": ("AWQ", lambda f: edit_settings(f, bits=3), UnsupportedModel, "AWQ with 3 bits"),
-    "GPTQ bits": ("GPTQ", lambda f: edit_settings(f, bits=3), UnsupportedModel, "with 3 bits"),
-    "GPTQ packing": (
-        "GPTQ", lambda f: edit_settings(f, checkpoint_format="marlin"), UnsupportedModel, "marlin",
-    ),
-    "GPTQ group size": (
-        "GPTQ", lambda f: edit_settings(f, group_size=64), InvalidModel,
-        "scales has groups of 32 columns and the configuration says 64",
-    ),
-    "GPTQ that is not symmetric": (
-        "GPTQ 8-bit", lambda f: edit_tensors(f, lambda t: t[f"{UP}.qzeros"].add_(1)), InvalidModel,
-        f"{UP}.qzeros is not symmetric",
-    ),
-    "GPTQ groups beyond the last": (
-        "GPTQ", lambda f: edit_tensors(f, lambda t: t[f"{UP}.g_idx"].fill_(9)), InvalidModel,
-        f"{UP}.g_idx names groups other than 0 to 1",
-    ),
-    "scales missing": (
-        "GPTQ", lambda f: edit_tensors(f, lambda t: t.pop(f"{UP}.scales")), InvalidModel,
-        f"{UP}.scales is missing",
-    ),
-    "zero points missing": (
-        "AWQ", lambda f: edit_tensors(f, lambda t: t.pop(f"{UP}.qzeros")), InvalidModel,
-        f"{UP}.qzeros is missing",
-    ),
-    "scales of another shape": (
-        "AWQ", lambda f: edit_tensors(f, lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"][:, :8]})),
-        InvalidModel, f"{UP}.scales has shape [2, 8], its weight implies [2, 128]",
-    ),
-    "scales of integers": (
-        "AWQ", lambda f: edit_tensors(f, lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"].int()})),
-        InvalidModel, f"{UP}.scales has dtype I32",
-    ),
-    "scale that is not finite": (
-        "AWQ", lambda f: edit_tensors(f, lambda t: t[f"{UP}.scales"].fill_(float("nan"))), InvalidModel,
-        f"{UP}.weight holds NaN",
-    ),
-    "quantized twice": (
-        "AWQ", lambda f: edit_tensors(f, lambda t: t.update({f"{UP}.weight": torch.ones(128, 64)})),
-        InvalidModel, f"{UP}.weight is there both quantized and as floats",
-    ),
-    "nothing quantized": (
-        "AWQ", lambda f: edit_tensors(f, lambda t: [_to_floats(t, s, awq()[1]) for s in _stems(t)]),
-        InvalidModel, "awq quantized it and no tensor is",
-    ),
-    "config of another size": (
-        "AWQ", lambda f: edit_config(f, intermediate_size=192), InvalidModel,
-        "has shape [128, 64] and config.json implies [192, 64]",
-    ),
-    "settings no object": (
-        "AWQ", lambda f: edit_config(f, quantization_config="awq"), InvalidModel, "is no object",
-    ),
-    "compression": (
-        "compressed 4-bit", lambda f: edit_settings(f, format="nvfp4-pack-quantized"),
-        UnsupportedModel, "format nvfp4-pack-quantized",
-    ),
-    "sparsity": (
-        "compressed 4-bit",
-        lambda f: edit_settings(f, sparsity_config={"format": "sparse-24-bitmask"}),
-        UnsupportedModel, "sparsity sparse-24-bitmask",
-    ),
-    "no groups of layers": (
-        "compressed 4-bit", lambda f: edit_settings(f, config_groups={}), InvalidModel,
-        "no config_groups",
-    ),
-    "asymmetric without zero points": (
-        "compressed 4-bit with zero points",
-        lambda f: edit_tensors(f, lambda t: t.pop(f"{UP}.weight_zero_point")), InvalidModel,
-        f"{UP}.weight_zero_point is missing",
-    ),
-    "compressed group size": (
-        "compressed 4-bit",
-        lambda f: edit_settings(f, **compressed_packed(group_size=64)[0]), InvalidModel,
-        "weight_scale has groups of 32 columns and the configuration says 64",
-    ),
-    "packed shape": (
-        "compressed 4-bit", lambda f: edit_tensors(f, lambda t: t[f"{UP}.weight_shape"].fill_(96)),
-        InvalidModel, f"{UP}.weight_packed has shape [128, 8]",
-    ),
-    "packed bits": (
-        "compressed 4-bit",
-        lambda f: edit_tensors(f, lambda t: t.update({f"{UP}.weight_shape": torch.tensor([128, 128])})),
-        UnsupportedModel, f"packed in 2 bits, {UP}.weight",
-    ),
-    "FP8 without a scale": (
-        "compressed FP8, channels", lambda f: edit_tensors(f, lambda t: t.pop(f"{UP}.weight_scale")),
-        InvalidModel, f"{UP}.weight has dtype F8_E4M3",
-    ),
-    "FP8 with a scale per block": (
-        "compressed FP8, channels",
-        lambda f: edit_tensors(f, lambda t: t.update({f"{UP}.weight_scale": torch.ones(2, 2)})),
-        UnsupportedModel, f"[2, 2] scale, {UP}.weight",
-    ),
-    "FP8 that is NaN": (
-        "compressed FP8, channels", lambda f: edit_tensors(f, lambda t: t.update(
-            {f"{UP}.weight": torch.full((128, 64), 127, dtype=torch.uint8).view(FP8)})),
-        InvalidModel, f"{UP}.weight holds NaN",
-    ),
-    "scale of a float weight": (
-        "compressed FP8, channels",
-        lambda f: edit_tensors(f, lambda t: t.update({f"{UP}.weight": torch.ones(128, 64)})),
-        InvalidModel, f"{UP}.weight has a weight_scale and dtype F32",
-    ),
-    "scale of nothing": (
-        "compressed FP8, channels", lambda f: edit_tensors(f, lambda t: t.pop(f"{UP}.weight")),
-        InvalidModel, f"{UP}.weight_scale has no matrix",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_checkpoint_is_refused_with_one_clear_line(case: str, tmp_path: Path) -> None:
-    kind, break_it, error, what = BROKEN[case]
-    _write(kind, tmp_path / "m")
-    _build(tmp_path / "m", tmp_path)
-    break_it(tmp_path / "m")
-    with pytest.raises(error) as refused:
-        _build(tmp_path / "m", tmp_path)
-    assert what in str(refused.value)
-    assert "\n" not in str(refused.value)
 
 
 def _told(graph: Graph, fate: str) -> int:
@@ -502,14 +321,3 @@ def _told(graph: Graph, fate: str) -> int:
 
 def _key() -> EngineKey:
     return EngineKey("0" * 64, "cpu", QUANT, "1-test")
-
-
-def _stems(tensors: dict[str, torch.Tensor]) -> list[str]:
-    return [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-
-
-def _to_floats(tensors: dict[str, torch.Tensor], stem: str, one: Quantize) -> None:
-    shape = (tensors[f"{stem}.scales"].shape[1], tensors[f"{stem}.qweight"].shape[0])
-    for role in one(torch.ones(8, 32))[0]:
-        del tensors[f"{stem}.{role}"]
-    tensors[f"{stem}.weight"] = torch.zeros(shape, dtype=torch.float16)

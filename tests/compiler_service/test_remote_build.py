@@ -13,7 +13,7 @@ from compiler_service.remote_build import build_into
 from shared.engine import EngineKey, EngineSelector, QuantConfig
 from shared.store import LocalStore
 from shared.store.cache import EngineCache
-from shared.store.registry import RegistryStore
+from shared.store.registry_store import RegistryStore
 from tests.checkpoints import write_checkpoint
 from tests.shared.remote_stores import RecordingRegistry
 

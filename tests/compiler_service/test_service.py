@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry
 
 # It imports torch, for seconds: a first request would be answered before it is resolved.
 import compiler_service.resolve  # noqa: F401
-from compiler_service.build_queue import SUCCEEDED, BuildQueue
+from compiler_service.build_queue import BuildQueue
+from compiler_service.build_record import SUCCEEDED
 from compiler_service.compiler import Compiler
 from compiler_service.metrics import CompilerMetrics
 from compiler_service.operations import (

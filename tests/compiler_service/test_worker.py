@@ -13,16 +13,8 @@ from pathlib import Path
 import pytest
 import structlog
 
-from compiler_service.build_queue import (
-    CANCELLED,
-    FAILED,
-    MAX_ATTEMPTS,
-    QUEUED,
-    RUNNING,
-    SUCCEEDED,
-    BuildQueue,
-    BuildRecord,
-)
+from compiler_service.build_queue import MAX_ATTEMPTS, BuildQueue
+from compiler_service.build_record import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, BuildRecord
 from shared.errors import reason_of
 from shared.redis import EmbeddedRedis, connect_sync
 from tests.compiler_service.build_helpers import (

@@ -11,8 +11,9 @@ import pytest
 from bench.gpu_models import MODELS, llama_graph
 from kernels.aot import CompiledKernel, compile_variants, pack_kernels
 from kernels.cubin import parameter_sizes
-from kernels.linear.launch import LinearShape, Tiles, built_in_tiles, few_tokens, one_token
+from kernels.linear.launch import LinearShape, Tiles, few_tokens, one_token
 from kernels.linear.launch_int4 import dense_int4, many_int4, many_int4_tiles, takes_wgmma
+from kernels.linear.tiles import built_in_tiles
 from kernels.lowering import variants
 from kernels.regimes import Regime
 from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant

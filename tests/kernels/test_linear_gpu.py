@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.linear.gpu import INT4_PARTS, arranged, stored
-from kernels.linear.launch import LinearShape, one_token_tiles
+from kernels.linear.launch import LinearShape
 from kernels.linear.launch_int4 import MOST_WGMMA_INT4_ROWS, many_int4_tiles
 from kernels.linear.layouts import INT4_GROUPS, LAYOUTS, pack_int4_levels
+from kernels.linear.tiles import one_token_tiles
 from shared.ir import WeightSpec
 
 

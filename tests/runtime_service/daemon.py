@@ -311,3 +311,11 @@ async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(HANG_S):
         while not condition():  # noqa: ASYNC110 - see above
             await asyncio.sleep(0.001)
+
+
+async def still_works(daemon: Daemon) -> None:
+    """A new call gets its tokens."""
+    call = daemon.call()
+    await call.start("after", [40, 41], max_new_tokens=4)
+    seen = await call.finish()
+    assert seen["after"].token_ids[0] == [40, 41, 40, 41]

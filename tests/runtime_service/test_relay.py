@@ -31,8 +31,7 @@ from tests.runtime_service.daemon import (
     until,
 )
 from tests.runtime_service.echo_engine import VOCAB_SIZE
-from tests.runtime_service.gateway.running_gateway import kill, running_fleet
-from tests.runtime_service.gateway.test_gateway import Unsendable
+from tests.runtime_service.gateway.running_gateway import Unsendable, kill, running_fleet
 
 OWN_STREAM = "/millrace.runtime.v1.RuntimeService/GenerateStream"
 

@@ -1,10 +1,12 @@
 """Small engines for tests of the store: real blobs, real manifests, no model."""
 
 import hashlib
+from pathlib import Path
 
 from shared.engine import (
     GRAPH_TYPE,
     WEIGHTS_TYPE,
+    Blob,
     EngineDraft,
     EngineKey,
     EngineManifest,
@@ -12,6 +14,8 @@ from shared.engine import (
 )
 from shared.store import LocalStore
 
+# Where a process of a test runs, to import what the test imports.
+REPOSITORY = Path(__file__).parents[2]
 INT8 = QuantConfig("int8")
 
 
@@ -53,3 +57,16 @@ def publish_engine(
 ) -> EngineManifest:
     """A published engine."""
     return store.publish(draft_engine(store, key, model, graph, weights, format_version))
+
+
+def blob_files(store: LocalStore) -> set[str]:
+    """Digests of the blobs that are there."""
+    return {f"sha256:{path.name}" for path in (store.root / "blobs" / "sha256").iterdir()}
+
+
+def corrupt(store: LocalStore, blob: Blob) -> None:
+    """Flips a bit in the middle of a blob."""
+    path = store.blob_path(blob.digest)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

@@ -17,6 +17,7 @@ from shared.errors import EngineNotTrusted
 from shared.settings import SettingsError
 from shared.signing import TrustedKeys, is_signature_of, signed_bytes
 from shared.store import LocalStore, oci, pull
+from shared.store.referrers import referrers_ref
 from tests.runtime_service.daemon import publish_echo
 
 KEY, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))
@@ -33,12 +34,6 @@ def key_file(path: Path, *keys: Ed25519PrivateKey | ec.EllipticCurvePrivateKey) 
     pem, form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     path.write_bytes(b"".join(key.public_key().public_bytes(pem, form) for key in keys))
     return path
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    """A store of a test's own."""
-    return LocalStore(tmp_path / "store")
 
 
 def test_engine_is_trusted_where_one_of_its_signers_is(store: LocalStore, tmp_path: Path) -> None:
@@ -135,7 +130,7 @@ def test_pull_brings_signatures_along(store: LocalStore, tmp_path: Path) -> None
 def test_skopeo_copies_engines_and_signatures(store: LocalStore, tmp_path: Path) -> None:
     engine = publish_echo(store)
     store.add_signature(engine, signature(KEY, engine))
-    for ref in (engine.key.digest, oci.referrers_ref(engine.manifest)):
+    for ref in (engine.key.digest, referrers_ref(engine.manifest)):
         done = subprocess.run(
             ["skopeo", "--insecure-policy", "copy", "--all", f"oci:{store.root}:{ref}",
              f"oci:{tmp_path / 'copy'}:{ref}"],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import obstore
 import pytest
+from shared.store.registry_store import RegistryStore
 
 from shared.engine import EngineSelector
 from shared.errors import (
@@ -23,7 +24,6 @@ from shared.errors import (
 )
 from shared.store import LocalStore, open_store, pull
 from shared.store.oci_registry import OciRegistry
-from shared.store.registry import RegistryStore
 from shared.store.registry_auth import Credentials, challenge_of, credentials_for
 from shared.store.s3 import S3Registry
 from tests.shared.engines import INT8, engine_key, publish_engine, weight_bytes

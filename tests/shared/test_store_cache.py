@@ -13,9 +13,8 @@ from shared.engine import EngineManifest
 from shared.errors import BlobNotFound, CacheTooSmall, EngineNotFound
 from shared.store import LocalStore
 from shared.store.cache import EngineCache
-from tests.shared.engines import engine_key, publish_engine, weight_bytes
+from tests.shared.engines import REPOSITORY, engine_key, publish_engine, weight_bytes
 
-REPOSITORY = Path(__file__).parents[2]
 WEIGHTS = 100_000
 # An engine of these weights, and what goes with it.
 ENGINE = WEIGHTS + 5_000

@@ -37,11 +37,6 @@ def refs(store: LocalStore) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path / "store")
-
-
-@pytest.fixture
 def engines(store: LocalStore) -> list[EngineManifest]:
     archs = ("cpu", "sm_80", "sm_90")
     return [publish_engine(store, engine_key(arch), graph=arch.encode()) for arch in archs]

@@ -17,9 +17,7 @@ from shared.engine import EngineManifest, EngineSelector
 from shared.errors import EngineNotFound
 from shared.store import LocalStore, pull
 from shared.store.pins import Pin, pinned_digests
-from tests.shared.engines import INT8, engine_key, publish_engine, weight_bytes
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.shared.engines import INT8, REPOSITORY, engine_key, publish_engine, weight_bytes
 
 # Publishes engines of few models and layers, deletes and sweeps without grace, as fast as it can.
 STORM = """

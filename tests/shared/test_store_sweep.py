@@ -12,22 +12,18 @@ from typing import Any
 
 import obstore
 import pytest
+from shared.store.registry_store import RegistryStore
 
 from shared.engine import Blob, EngineSelector, Signature
 from shared.errors import InvalidField
 from shared.store import LocalStore, oci, pull
 from shared.store.oci_registry import OciRegistry
-from shared.store.registry import RegistryStore, TagMoved
+from shared.store.registry import TagMoved
 from shared.store.s3 import S3Registry
 from tests.shared.engines import INT8, engine_key, publish_engine, weight_bytes
 from tests.shared.remote_stores import BUCKET, RecordingRegistry, opened
 
 ALIAS = "known-as"
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path / "local")
 
 
 def entries(url: str) -> set[str]:

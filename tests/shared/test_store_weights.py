@@ -59,11 +59,6 @@ def engine_of(store: LocalStore, layers: tuple[Blob, ...]) -> EngineManifest:
     return store.publish(EngineDraft(engine_key(), "tiny", layers))
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path / "store")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_survives(store: LocalStore, dtype: torch.dtype) -> None:
     weights = {

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from shared.engine import EngineManifest
 from shared.errors import TuningRefused
 from shared.store import LocalStore, oci, pull
+from shared.store.referrers import referrers_ref
 from shared.tuning import (
     MAX_TUNING_BYTES,
     TunedSite,
@@ -32,12 +33,6 @@ _RECORDS = st.builds(
     TuningRecord, gpu=_TEXT, arch=_TEXT, engine=_TEXT, builder=_TEXT, measured_at=_TEXT,
     measured_by=_TEXT, sites=st.lists(_SITES, max_size=5).map(tuple),
 )  # fmt: skip
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    """A store of a test's own."""
-    return LocalStore(tmp_path / "store")
 
 
 @pytest.fixture
@@ -98,7 +93,7 @@ def test_record_is_an_artifact_that_refers_to_its_engine(
         row["annotations"][oci.REF_NAME]: row["digest"]
         for row in json.loads((store.root / "index.json").read_bytes())["manifests"]
     }
-    referrers = json.loads(store.read_all(refs[oci.referrers_ref(engine.manifest)]))
+    referrers = json.loads(store.read_all(refs[referrers_ref(engine.manifest)]))
     (row,) = referrers["manifests"]
     assert row["artifactType"] == "application/vnd.millrace.tuning.v1"
     manifest = json.loads(store.read_all(row["digest"]))

@@ -19,13 +19,7 @@ from runtime_service.gateway.http.event_stream import (
     parse_event_id,
 )
 from runtime_service.gateway.http.failures import error_body
-from runtime_service.gateway.http.openai_answers import (
-    Answer,
-    ChatShape,
-    CompletionShape,
-    Json,
-    Usage,
-)
+from runtime_service.gateway.http.openai_answers import Answer, Usage
 from runtime_service.gateway.http.openai_requests import (
     ChatRequest,
     CompletionRequest,
@@ -33,6 +27,7 @@ from runtime_service.gateway.http.openai_requests import (
     starts_of_chat,
     starts_of_completion,
 )
+from runtime_service.gateway.http.openai_shapes import ChatShape, CompletionShape, Json, Shape
 from runtime_service.gateway.http.server import STREAM_ERROR, Route, body_of, open_stream
 from runtime_service.gateway.kept import Kept
 from runtime_service.gateway.routed_generation import RoutedGeneration
@@ -104,7 +99,7 @@ class OpenAiApi:
         request: web.Request,
         asked: ChatRequest | CompletionRequest,
         starts: Sequence[pb.StartGeneration],
-        shape: ChatShape | CompletionShape,
+        shape: Shape,
     ) -> web.StreamResponse:
         self._fleet.check_model(asked.model)
         options = asked.stream_options
@@ -122,9 +117,7 @@ class OpenAiApi:
                 answer.take(some)
         return _json(answer.body())
 
-    async def _go_on(
-        self, request: web.Request, shape: ChatShape | CompletionShape
-    ) -> web.StreamResponse:
+    async def _go_on(self, request: web.Request, shape: Shape) -> web.StreamResponse:
         """The rest of a stream, after the event that the client had last."""
         last_id = request.headers.get(LAST_EVENT_ID, "")
         if not last_id:

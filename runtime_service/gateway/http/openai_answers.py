@@ -1,8 +1,6 @@
 """Events of generations as OpenAI's clients read them: one body, or chunks of a stream.
 
-The two endpoints differ in how a choice looks, and in nothing else: a `Shape` each.
-Source: OpenAI API reference, "The chat completion object", "The chat completion chunk object",
-"The completion object".
+How a choice looks is its endpoint's `Shape` (openai_shapes.py).
 """
 
 import codecs
@@ -12,100 +10,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from millrace.runtime.v1 import runtime_pb2 as pb
 
-Json = dict[str, Any]
+from runtime_service.gateway.http.openai_shapes import Json, Shape
 
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
-# JSON has no infinity; OpenAI writes this for what cannot be.
-LEAST_LOGPROB = -9999.0
-
 _REASONS = {
     pb.FINISH_REASON_STOP_TOKEN: "stop",
     pb.FINISH_REASON_STOP_STRING: "stop",
     pb.FINISH_REASON_LENGTH: "length",
     pb.FINISH_REASON_CANCELLED: "stop",
 }
-
-
-class Shape(Protocol):
-    """How one endpoint writes choices."""
-
-    id_prefix: str
-    object: str
-    chunk_object: str
-
-    def first(self) -> Json | None:
-        """What a streamed choice begins with, if anything."""
-
-    def delta(self, text: str) -> Json:
-        """More of a streamed choice."""
-
-    def whole(self, text: str) -> Json:
-        """All of a choice."""
-
-    def logprobs(self, rows: Sequence[pb.TokenLogprob], offsets: Sequence[int]) -> Json:
-        """Log probabilities; `offsets` say where in the choice's text each token begins."""
-
-
-class ChatShape:
-    """/v1/chat/completions."""
-
-    id_prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-
-    def first(self) -> Json | None:
-        """Who speaks."""
-        return {"delta": {"role": "assistant", "content": ""}}
-
-    def delta(self, text: str) -> Json:
-        """More of what is said."""
-        return {"delta": {"content": text} if text else {}}
-
-    def whole(self, text: str) -> Json:
-        """The model's turn."""
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def logprobs(self, rows: Sequence[pb.TokenLogprob], offsets: Sequence[int]) -> Json:
-        """An object a token."""
-        content = [
-            {**_token(row), "top_logprobs": [_token(candidate) for candidate in row.top]}
-            for row in rows
-        ]
-        return {"content": content, "refusal": None}
-
-
-class CompletionShape:
-    """/v1/completions."""
-
-    id_prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
-
-    def first(self) -> Json | None:
-        """Nothing."""
-        return None
-
-    def delta(self, text: str) -> Json:
-        """More of the text."""
-        return {"text": text}
-
-    def whole(self, text: str) -> Json:
-        """The text."""
-        return {"text": text}
-
-    def logprobs(self, rows: Sequence[pb.TokenLogprob], offsets: Sequence[int]) -> Json:
-        """A list each for what a token has."""
-        return {
-            "tokens": [_text(row.token) for row in rows],
-            "token_logprobs": [_finite(row.logprob) for row in rows],
-            # The token itself is among them, also where it is none of the likeliest.
-            "top_logprobs": [
-                {_text(top.token): _finite(top.logprob) for top in row.top}
-                | {_text(row.token): _finite(row.logprob)}
-                for row in rows
-            ],
-            "text_offset": list(offsets),
-        }
 
 
 class Usage(Enum):
@@ -346,23 +263,3 @@ def _tokens_used(num_prompt_tokens: int, num_tokens: int) -> Json:
 
 def _choice(index: int, content: Json, logprobs: Json | None, reason: str | None) -> Json:
     return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
-
-
-def _token(row: pb.TokenLogprob | pb.TopLogprob) -> Json:
-    return {
-        "token": _text(row.token),
-        "logprob": _finite(row.logprob),
-        "bytes": list(row.token),
-    }
-
-
-def _text(token: bytes) -> str:
-    """The token's text; of a part of a character its bytes, spelled as OpenAI spells them."""
-    try:
-        return token.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, LEAST_LOGPROB)

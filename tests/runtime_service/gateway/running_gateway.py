@@ -1,5 +1,6 @@
 """A gateway inside the test's own loop, in front of runtime daemons that echo: real gRPC."""
 
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import grpc
 from millrace.fleet.v1 import fleet_pb2_grpc
+from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
@@ -26,9 +28,11 @@ from runtime_service.relay.relays import Relays
 from shared.channels import PeerSecurity
 from shared.security import ServerSecurity
 from shared.server import OPEN, DaemonServer
-from tests.runtime_service.daemon import HANG_S, Call, Daemon, running_daemon, until
+from tests.runtime_service.daemon import HANG_S, Call, Daemon, Seen, running_daemon, until
 
 PLAIN = PeerSecurity()
+# Characters of one to four bytes, and what may become a stop string.
+TEXT = "Zwölf Boxkämpfer 🙂 jagen STO Viktor; "
 
 
 @dataclass
@@ -151,3 +155,25 @@ async def running_fleet(
 async def kill(daemon: Daemon) -> None:
     """Breaks every call of a runtime off, as the death of its process does."""
     await daemon.server.grpc.stop(0)
+
+
+def is_whole(seen: Seen, prompt: list[int], num_tokens: int) -> None:
+    """Asserts that nothing is missing and nothing came twice."""
+    assert seen.finished is not None, seen.error
+    expected = (prompt * (num_tokens // len(prompt) + 1))[:num_tokens]
+    assert seen.token_ids[0] == expected
+    assert seen.finished.usage.generated_tokens == num_tokens
+    assert seen.finished.usage.prompt_tokens == seen.prompt_tokens == len(prompt)
+
+
+class Unsendable(deque[pb.GenerateRequest]):
+    """What cannot be sent, for a reason that nobody thought of."""
+
+    def popleft(self) -> pb.GenerateRequest:
+        raise RuntimeError("nobody thought of this")
+
+
+def generation_id_of(call: Call) -> str:
+    """By which the first generation of a call is resumed."""
+    events = [event for message in call.messages for event in message.events]
+    return next(event.started.generation_id for event in events if event.HasField("started"))

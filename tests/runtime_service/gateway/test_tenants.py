@@ -31,11 +31,11 @@ from tests.integration.test_command import COMMAND, ENVIRON
 from tests.runtime_service.daemon import HANG_S, Call, start_of, until
 from tests.runtime_service.gateway.running_gateway import (
     RunningGateway,
+    generation_id_of,
     kill,
     running_fleet,
     running_gateway,
 )
-from tests.runtime_service.gateway.test_gateway import generation_id_of
 from tests.runtime_service.test_tenants import PROMPT, shown
 from tests.shared.key_files import new_key
 
