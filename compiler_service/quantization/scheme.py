@@ -98,9 +98,9 @@ class QualityLimits:
     max_perplexity_increase: float
 
 
-# What a scheme may cost by default: 1.3 to 5 times what those of its kind that pass cost SmolLM2-135M, whose small
-# layers suffer more than those of larger models (docs/QUANTIZATION.md). Over 512 tokens a perplexity's increase
-# has a standard error of about sqrt(2 KL / 512), so limits closer to it would be decided by chance.
+# What a scheme may cost by default: 1.3 to 5 times what those of its kind that pass cost SmolLM2-135M, but for an int8
+# cache (docs/QUANTIZATION.md), whose small layers suffer more than those of larger models. Over 512 tokens a
+# perplexity's increase has a standard error of about sqrt(2 KL / 512): limits closer to it would be decided by chance.
 EIGHT_BITS = QualityLimits(max_kl=0.05, max_perplexity_increase=0.05)
 EIGHT_BIT_INPUTS = QualityLimits(max_kl=0.1, max_perplexity_increase=0.1)
 # e4m3 has 4 significant bits, where an integer has 7 beside its sign.
