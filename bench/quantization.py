@@ -29,7 +29,7 @@ from shared.store.local import LocalStore
 BASE = "bf16"
 QUANTS = (
     "bf16,fp8,fp8-static,int8,w8a8-int8,int4-rtn,int4-awq,int4-gptq,"
-    "bf16-kv-fp8,bf16-kv-int8,int8-kv-fp8,int8-kv-int8,fp8-kv-fp8"
+    "bf16-kv-fp8,bf16-kv-int8,int8-kv-fp8,int8-kv-int8,fp8-kv-fp8,int4-rtn-kv-fp8"
 )
 NO_LIMIT = 1000.0
 # What quantizes for GPUs alone is built for this one; its report needs none.

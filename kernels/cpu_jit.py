@@ -141,8 +141,12 @@ def kernel(function: _Function) -> Kernel:
 
 
 def device(function: _Function) -> _Function:
-    """Compiles a function that kernels call."""
-    return _compiled(function)
+    """Compiles a function that kernels call: into each of them, so that how it sums is settled when they are compiled.
+
+    A call would reach whichever copy this process loaded first, a kernel's or one compiled alone, and copies are
+    optimized apart: a process that compiles a kernel would have other last bits than one that finds it kept.
+    """
+    return _compiled(function, forceinline=True)
 
 
 def _compiled(function: _Function, **options: bool) -> _Function:

@@ -98,10 +98,13 @@ class QualityLimits:
     max_perplexity_increase: float
 
 
-# What a scheme may cost by default: about twice what the good ones cost SmolLM2-135M, whose small layers
-# suffer more than those of larger models (docs/QUANTIZATION.md). Over 512 tokens a perplexity's increase
-# has a standard error of about sqrt(2 KL / 512), so limits closer to it would be decided by chance.
-EIGHT_BITS = QualityLimits(max_kl=0.2, max_perplexity_increase=0.1)
+# What a scheme may cost by default: 1.3 to 5 times what those of its kind that pass cost SmolLM2-135M, but for an int8
+# cache (docs/QUANTIZATION.md), whose small layers suffer more than those of larger models. Over 512 tokens a
+# perplexity's increase has a standard error of about sqrt(2 KL / 512): limits closer to it would be decided by chance.
+EIGHT_BITS = QualityLimits(max_kl=0.05, max_perplexity_increase=0.05)
+EIGHT_BIT_INPUTS = QualityLimits(max_kl=0.1, max_perplexity_increase=0.1)
+# e4m3 has 4 significant bits, where an integer has 7 beside its sign.
+E4M3_INPUTS = QualityLimits(max_kl=0.2, max_perplexity_increase=0.1)
 FOUR_BITS = QualityLimits(max_kl=0.5, max_perplexity_increase=0.5)
 
 
@@ -115,7 +118,7 @@ class QuantScheme:
         embedding_layout: of the token embedding, also where it is the LM head as well.
         head_layout: of an LM head of its own.
         runs_on: claims that kernels for this scheme exist on an arch.
-        limits: of the quality gate; None where no weight is quantized.
+        limits: of the quality gate; None where no weight is quantized (an 8-bit cache has EIGHT_BITS).
         group_sizes: values per scale that may be asked for, the default first; empty = no groups.
         calibrate: adjusts weights before any is packed.
         prepare_pack: chooses the values of linears inside the layers; None = each to its nearest.

@@ -17,7 +17,7 @@ import torch
 
 from compiler_service.quantization.int8 import INT8
 from compiler_service.quantization.rescale import ScaleSource, choose_scales, exact_for_gain
-from compiler_service.quantization.scheme import InputScale
+from compiler_service.quantization.scheme import EIGHT_BIT_INPUTS, InputScale
 from compiler_service.streaming import RowsOf, row_chunks
 from shared.ir import WeightSpec
 
@@ -46,6 +46,7 @@ def choose_scale(
 W8A8_INT8 = replace(
     INT8,
     name="w8a8-int8",
+    limits=EIGHT_BIT_INPUTS,
     calibrate=choose_scales(choose_scale),
     activations="int8",
 )
