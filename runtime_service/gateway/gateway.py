@@ -297,7 +297,7 @@ class Gateway:
         generation, refusal, now_s = run.generation, run.refusal, time.monotonic()
         is_new = generation.started is None
         model = generation.start.model
-        if is_new and isinstance(refusal, QueueFull | None):
+        if is_new and (refusal is None or isinstance(refusal, QueueFull)):
             full = [link for link in self._serving(model) if link.is_full]
             if full:
                 raise _turned_down(full, run.num_waiting_tokens)
