@@ -29,13 +29,13 @@ from runtime_service.engine_messages import (
 from runtime_service.engine_process import EngineProcess, EngineSpec, start_engine_process
 from runtime_service.engine_transport import PeerGone
 from runtime_service.generation import Generation
+from runtime_service.line_outside import LineOutside
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.sample_text import SampleText
 from runtime_service.scheduling.request import Request
 from shared.background import Background
 from shared.errors import EngineLost, MillraceError, QueueFull, from_status
 
-_LEAST_RETRY_S, _MOST_RETRY_S = 0.1, 30.0
 _SHUTDOWN_S = 5.0
 
 _log = structlog.get_logger()
@@ -45,7 +45,8 @@ class EngineClient:
     """Speaks with one engine process; made by `start`.
 
     Args:
-        max_waiting_tokens: of prompts that wait for their first step; 0 = four times the KV cache.
+        max_waiting_tokens: of prompts that wait for their first step, from which on none joins them; 0 = four times
+            the KV cache.
         step_timeout_s: a step that takes longer means that the process hangs.
         on_lost: called once when the process is lost, after everything on it has ended.
     """
@@ -71,6 +72,7 @@ class EngineClient:
         self._generations: dict[int, Generation] = {}
         self._waiting: dict[int, int] = {}
         self._waiting_tokens = 0
+        self._line = LineOutside()
         self._num_requests = 0
         self._outbox: list[Command] = []
         self._idle = asyncio.Event()
@@ -78,7 +80,6 @@ class EngineClient:
         self._is_over = False
         self._num_sent = self._num_obeyed = 0
         self._last_sign_s = time.monotonic()
-        self._tokens_per_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._background = Background()
         self._tasks = tuple(
@@ -131,6 +132,19 @@ class EngineClient:
         """Tokens of prompts that wait for their first step."""
         return self._waiting_tokens
 
+    def check_room(self, num_tokens: int) -> None:
+        """Claims that a prompt of so many tokens may wait; however long it is: short ones have no easier way in.
+
+        Raises:
+            QueueFull: too many tokens wait already.
+        """
+        if self._waiting_tokens >= self.max_waiting_tokens:
+            raise QueueFull(
+                waiting_tokens=self._waiting_tokens,
+                max_waiting_tokens=self.max_waiting_tokens,
+                retry_after_s=self._line.join(num_tokens, self._waiting_tokens),
+            )
+
     def new_request_id(self) -> int:
         """A name for a request that this process has not seen."""
         self._num_requests += 1
@@ -152,13 +166,7 @@ class EngineClient:
         if self._is_over:
             raise EngineLost(problem="it has just ended")
         num_tokens = len(request.prompt_token_ids) + len(request.resumed_token_ids)
-        # Alone in the queue, any prompt that the engine takes may wait.
-        if self._waiting and self._waiting_tokens + num_tokens > self.max_waiting_tokens:
-            raise QueueFull(
-                waiting_tokens=self._waiting_tokens,
-                max_waiting_tokens=self.max_waiting_tokens,
-                retry_after_s=self._retry_after_s(),
-            )
+        self.check_room(num_tokens)
         self._generations[request.request_id] = generation
         self._waiting[request.request_id] = num_tokens
         self._waiting_tokens += num_tokens
@@ -207,7 +215,9 @@ class EngineClient:
             self._num_sent += len(commands)
 
     def _left_queue(self, request_id: int) -> None:
-        self._waiting_tokens -= self._waiting.pop(request_id, 0)
+        num_tokens = self._waiting.pop(request_id, 0)
+        self._waiting_tokens -= num_tokens
+        self._line.left_queue(num_tokens)
 
     async def _receive(self) -> None:
         while True:
@@ -234,10 +244,6 @@ class EngineClient:
                 generation.on_output(output, now_s)
         self.stats = step.stats
         self._metrics.stepped(step.stats)
-        took_s = max(now_s - self._last_sign_s, 1e-4)
-        rate = step.stats.step_tokens / took_s
-        self._tokens_per_s = self._tokens_per_s or rate
-        self._tokens_per_s += 0.1 * (rate - self._tokens_per_s)
         self._last_sign_s = now_s
         self._num_obeyed = step.num_commands
 
@@ -282,11 +288,6 @@ class EngineClient:
                 task.cancel()
         self.fail_all(error)
         self._metrics.engine_ended()
-
-    def _retry_after_s(self) -> float:
-        if not self._tokens_per_s:
-            return 1.0
-        return min(max(self._waiting_tokens / self._tokens_per_s, _LEAST_RETRY_S), _MOST_RETRY_S)
 
 
 def without_standstill(last_sign_s: float, due_s: float, now_s: float) -> float:

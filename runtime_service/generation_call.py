@@ -25,6 +25,8 @@ MAX_UNREAD_TOKENS = 1 << 16
 END_TOKENS = 32
 _EVENT_TOKENS = 4
 _TOKEN_BYTES = 16
+# Refusals wait so long for each other: a message for each is what a flood of them costs most.
+GATHERING_S = 0.01
 
 
 class CallMember(Protocol):
@@ -63,6 +65,13 @@ OnMember = Callable[[CallMember], None]
 
 class Starter(Protocol[Member]):
     """Where generations are started."""
+
+    def check_room(self, start: pb.StartGeneration) -> None:
+        """Refuses `start` before it has cost anything, where it is known to be refused.
+
+        Raises:
+            QueueFull: there is no room for it.
+        """
 
     def new_generation(
         self, request_id: str, on_news: OnMember, on_end: OnMember, quota: GenerationQuota
@@ -105,6 +114,7 @@ class GenerationCall(Generic[Member]):
         self._news = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
+        self._gathering: asyncio.TimerHandle | None = None
         self._takes_commands = True
         self._is_draining = False
 
@@ -136,6 +146,8 @@ class GenerationCall(Generic[Member]):
         """Ends every generation without a word: nobody reads any more."""
         for generation in list(self._running.values()):
             generation.abandon()
+        if self._gathering is not None:
+            self._gathering.cancel()
         unread, self._unread = self._unread, {}
         for one in unread:
             one.abandon()
@@ -189,9 +201,11 @@ class GenerationCall(Generic[Member]):
         Raises:
             InvalidField: the timeout makes no sense.
             QuotaExceeded: the tenant has too many requests in this second, or running.
+            QueueFull: too many wait already.
         """
         timeout_s = validation.timeout_of(start)
         self._quota.count_request()
+        self._starter.check_room(start)
         generation = self._open(start.request_id)
         if timeout_s is not None:
             generation.deadline = asyncio.get_running_loop().call_later(
@@ -216,6 +230,9 @@ class GenerationCall(Generic[Member]):
     def refuse(self, request_id: str, error: MillraceError) -> None:
         """Tells of a command that no generation of its own stands for."""
         self._owe(_Refusal(request_id, error), len(str(error)) // _TOKEN_BYTES)
+        if self._gathering is None:
+            loop = asyncio.get_running_loop()
+            self._gathering = loop.call_later(GATHERING_S, self._gathered)
 
     def _open(self, request_id: str, before: GenerationQuota | None = None) -> Member:
         quota = self._quota.open_generation(in_place_of=before)
@@ -248,6 +265,7 @@ class GenerationCall(Generic[Member]):
     def _on_end(self, generation: CallMember) -> None:
         del self._running[generation.request_id]
         self._owe(generation, generation.num_unread_tokens)
+        self._news.set()
 
     def _owe(self, ended: "CallMember | _Refusal", num_tokens: int) -> None:
         """Counts what waits to be read of something that nothing but its reader bounds any more."""
@@ -256,6 +274,9 @@ class GenerationCall(Generic[Member]):
         self._num_owed_tokens += num_tokens
         if self._num_owed_tokens > MAX_UNREAD_TOKENS:
             self._room.clear()
+
+    def _gathered(self) -> None:
+        self._gathering = None
         self._news.set()
 
     def _take(self) -> Iterator[list[pb.Event]]:

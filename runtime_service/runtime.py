@@ -10,6 +10,7 @@ from collections.abc import Callable
 import structlog
 from millrace.runtime.v1 import runtime_pb2 as pb
 
+from runtime_service import validation
 from runtime_service.engine_keeper import EngineKeeper
 from runtime_service.engine_source import EngineSource
 from runtime_service.engine_starter import EngineStarter, StartClient
@@ -21,7 +22,8 @@ from runtime_service.start_line import StartLine
 from runtime_service.startup import Startup
 from shared.auth import ANYBODY, Principal
 from shared.engine import EngineManifest, EngineSelector
-from shared.errors import Draining, GenerationNotFound, ModelNotServed
+from shared.errors import Draining, GenerationNotFound, ModelNotServed, QueueFull
+from shared.log import Tally
 from shared.quotas import GenerationQuota
 
 _log = structlog.get_logger()
@@ -53,6 +55,7 @@ class Runtime:
         self.keeper = EngineKeeper(arch, starter, metrics, on_change, exchange_s)
         self._line = StartLine(self.keeper, self._check_model)
         self._calls: set[GenerationCall[Generation]] = set()
+        self._refused = Tally("starts_refused", reason=QueueFull.reason)
 
     @property
     def served(self) -> ServedEngine | None:
@@ -86,6 +89,25 @@ class Runtime:
         """Ends what still runs on `call`: nobody reads it."""
         self._calls.discard(call)
         call.close()
+
+    def check_room(self, start: pb.StartGeneration) -> None:
+        """Refuses `start` where the engine that would take it has no room.
+
+        Raises:
+            QueueFull: so it is.
+        """
+        served = self.served
+        if served is None or not self.keeper.has(served) or self.keeper.is_draining:
+            return
+        # What is resumed may have nothing left to wait for.
+        if start.resumed_token_ids or not served.answers_to(start.model, self.deployment):
+            return
+        try:
+            served.client.check_room(validation.num_prompt_tokens_of(start))
+        except QueueFull as error:
+            self.metrics.ended(error.reason, 0.0)
+            self._refused.add()
+            raise
 
     def new_generation(
         self, request_id: str, on_news: OnMember, on_end: OnMember, quota: GenerationQuota

@@ -57,7 +57,9 @@ class RuntimeSettings(Settings):
     max_step_tokens: int = Field(0, ge=0, description="tokens in one step; 0: chosen at start")
     kv_bytes: int = Field(0, ge=0, description="bytes of the KV cache; 0: from free memory")
     max_waiting_tokens: int = Field(
-        0, ge=0, description="prompt tokens that may wait; 0: four times the KV cache"
+        0,
+        ge=0,
+        description="prompt tokens that wait when starts are refused; 0: four times the KV cache",
     )
     overlap: bool = Field(True, description="schedule a step while the one before runs")
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: one a core")

@@ -26,6 +26,8 @@ MAX_SAMPLES = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
 MAX_PRIORITY = 100
+# Bytes of text in a token at least, on average, for an estimate of what a prompt costs.
+_TOKEN_BYTES = 4
 MAX_CREDIT = 2**31 - 1
 # Logits that are divided by less may become infinite, which no engine survives.
 REPETITION_PENALTIES = 0.01, 100.0
@@ -60,6 +62,13 @@ def check_request_id(request_id: str, field: str = "start.request_id") -> None:
     """Raises InvalidField unless `request_id` may name a generation of a call."""
     size = len(request_id.encode())
     _check(0 < size <= MAX_REQUEST_ID_BYTES, field, size, "must have 1 to 256 bytes")
+
+
+def num_prompt_tokens_of(start: pb.StartGeneration) -> int:
+    """How long a prompt is about, before anybody has tokenized it."""
+    if start.WhichOneof("prompt") == "token_ids":
+        return len(start.token_ids.ids)
+    return start.ByteSize() // _TOKEN_BYTES
 
 
 def timeout_of(start: pb.StartGeneration) -> float | None:

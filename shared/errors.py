@@ -35,6 +35,7 @@ class MillraceError(Exception):
         self.retry_after_s = self.default_retry_after_s if retry_after_s is None else retry_after_s
         retry_s = "" if self.retry_after_s is None else _seconds_text(self.retry_after_s)
         super().__init__(self.template.format(**{"retry_s": retry_s, **self.fields}))
+        self._status: status_pb2.Status | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders (build child, engine process) by pickle.
@@ -413,7 +414,16 @@ ERRORS: dict[str, type[MillraceError]] = {
 
 
 def to_status(error: MillraceError) -> status_pb2.Status:
-    """`error` as it crosses the wire: code, sentence, ErrorInfo, and RetryInfo or BadRequest."""
+    """`error` as it crosses the wire: code, sentence, ErrorInfo, and RetryInfo or BadRequest.
+
+    It is made once, for one error may be told to many; not to be changed.
+    """
+    if error._status is None:
+        error._status = _new_status(error)
+    return error._status
+
+
+def _new_status(error: MillraceError) -> status_pb2.Status:
     status = status_pb2.Status(code=error.code.value[0], message=str(error))
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.fields)
     details: list[

@@ -17,9 +17,10 @@ from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.routed_generation import RoutedGeneration
 from runtime_service.gateway.routing import choose, prefix_of
-from runtime_service.gateway.run import Run, RunOwner, num_prompt_tokens_of
+from runtime_service.gateway.run import Run, RunOwner
 from runtime_service.gateway.runtime_link import KEY_REFUSALS, RuntimeLink
 from runtime_service.generation_call import GenerationCall, OnMember
+from runtime_service.validation import num_prompt_tokens_of
 from shared.auth import ANYBODY, Principal
 from shared.errors import (
     DeadlineExceeded,
@@ -97,6 +98,17 @@ class Gateway:
         """Ends what still runs on `call`: nobody reads it. It can be resumed."""
         self._calls.discard(call)
         call.close()
+
+    def check_room(self, start: pb.StartGeneration) -> None:
+        """Refuses `start` where every runtime that serves what it wants is known to be full.
+
+        Raises:
+            QueueFull: so it is.
+        """
+        links = self._serving(start.model)
+        if links and all(link.is_full for link in links) and not self._is_draining:
+            self._count_refused()
+            raise _turned_down(links, num_prompt_tokens_of(start))
 
     def new_generation(
         self, request_id: str, on_news: OnMember, on_end: OnMember, quota: GenerationQuota
@@ -200,7 +212,12 @@ class Gateway:
         """Takes note of the end of a generation."""
         self._running.discard(generation)
         self._metrics.running.dec()
-        self._metrics.ended.labels(reason).inc()
+        is_refused = isinstance(generation.error, QueueFull) and not generation.num_tokens
+        if is_refused:
+            self._count_refused()
+        else:
+            self._metrics.ended.labels(reason).inc()
+            generation.context.run(_tell_end, generation, reason)
         if reason == "cancelled":
             self._kept.forget(generation)
         elif generation.generation_id:
@@ -209,10 +226,6 @@ class Gateway:
             self._on_trial = None
         if not self._running:
             self._idle.set()
-        if isinstance(generation.error, QueueFull) and not generation.num_tokens:
-            self._refused.add()  # the fuller the fleet, the more of these: a line each would be most of their cost
-        else:
-            generation.context.run(_tell_end, generation, reason)
         generation.span.end(
             generation.error.reason if generation.error else "",
             {"millrace.end_reason": reason, "gen_ai.usage.output_tokens": generation.num_tokens},
@@ -227,6 +240,11 @@ class Gateway:
     def first_token(self, seconds: float) -> None:
         """Takes note of how long a generation waited for its first token."""
         self._metrics.first_token_seconds.observe(seconds)
+
+    def _count_refused(self) -> None:
+        # The fuller the fleet, the more of these: a log line each would be most of their cost.
+        self._metrics.ended.labels(QueueFull.reason).inc()
+        self._refused.add()
 
     def _most_tokens(self, start: pb.StartGeneration) -> int:
         """What a generation may use at most, where engines are as long as the longest here."""
@@ -251,7 +269,7 @@ class Gateway:
     # Placing.
 
     def _choose(self, run: Run) -> RuntimeLink | None:
-        links = {link.address: link for link in self._able(run) if link.refusal(run) is None}
+        links = {link.address: link for link in self._able(run) if not link.is_full}
         if not links:
             return None
         prefix = prefix_of(run.generation.start, run.generation.cache_salt)
@@ -261,15 +279,10 @@ class Gateway:
         """Runtimes that serve what `run` wants, and have not refused it."""
         started = run.generation.started
         model = run.generation.start.model if started is None else started.engine
-        return [
-            link
-            for link in self._fleet
-            if link.is_usable and link.address not in run.avoids and link.serves(model)
-        ]
+        return [link for link in self._serving(model) if link.address not in run.avoids]
 
-    def _refusal(self, run: Run) -> MillraceError | None:
-        """What the last runtime that was asked has said, or one that need not be asked would say."""
-        return run.refusal or next((link.refusal(run) for link in self._able(run)), None)
+    def _serving(self, model: str) -> list[RuntimeLink]:
+        return [link for link in self._fleet if link.is_usable and link.serves(model)]
 
     def _wait(self, run: Run) -> None:
         """Has `run` wait for a runtime.
@@ -277,15 +290,19 @@ class Gateway:
         Raises:
             ModelNotServed: others are served, and what it wants is not, nor about to be.
             NoEngine: nothing is served, or about to be; or it has waited long enough.
-            QueueFull: it is new, and every runtime has more than enough to do.
+            QueueFull: it is new, and every runtime has more than enough to do; or too many tokens wait here.
             EngineLost: it has run before, and has waited long enough to go on.
             GatewayRefused: runtimes refuse the gateway's key, which waiting does not change.
         """
-        generation, refusal, now_s = run.generation, self._refusal(run), time.monotonic()
+        generation, refusal, now_s = run.generation, run.refusal, time.monotonic()
         is_new = generation.started is None
         model = generation.start.model
-        if is_new and isinstance(refusal, QueueFull):
-            raise refusal
+        if is_new and (refusal is None or isinstance(refusal, QueueFull)):
+            full = [link for link in self._serving(model) if link.is_full]
+            if full:
+                raise _turned_down(full, run.num_waiting_tokens)
+            if refusal is not None:
+                raise refusal
         if is_new and isinstance(refusal, KEY_REFUSALS):
             raise GatewayRefused()
         if is_new and not any(link.serves(model) for link in self._fleet):
@@ -332,6 +349,13 @@ class Gateway:
         self._metrics.waiting.set(len(self._waiting))
         if not run.is_over:
             self.place(run)
+
+
+def _turned_down(links: list[RuntimeLink], num_tokens: int) -> QueueFull:
+    """What a start of so many tokens is told that these have no room for."""
+    link = min(links, key=lambda link: link.room_in_s)
+    # Many are told the same object: what raised it for others is no part of it.
+    return link.turn_down(num_tokens).with_traceback(None)
 
 
 def _tell_end(generation: RoutedGeneration, reason: str) -> None:

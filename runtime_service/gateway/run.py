@@ -9,7 +9,7 @@ from typing import Protocol
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.gateway.runtime_link import RuntimeLink
-from runtime_service.validation import MAX_CREDIT
+from runtime_service.validation import MAX_CREDIT, num_prompt_tokens_of
 from shared.errors import (
     Draining,
     EngineLost,
@@ -20,9 +20,6 @@ from shared.errors import (
     from_status,
 )
 from shared.tracing import NO_SPAN, Span, start_span
-
-# Bytes of text in a token at least, on average, for an estimate of what a prompt costs.
-_TOKEN_BYTES = 4
 
 
 class RunOwner(Protocol):
@@ -94,7 +91,7 @@ class Run:
         self.avoids: set[str] = before.avoids if before else set()
         self.refusal: MillraceError | None = before.refusal if before else None
         self.gives_up_s: float = before.gives_up_s if before else 0.0
-        self.is_started = self._is_over = False
+        self.is_started = self._is_over = self._is_queued = False
         self._span = NO_SPAN
         self._link: RuntimeLink | None = None
         self._name = ""
@@ -144,7 +141,7 @@ class Run:
         if self._span.traceparent:
             start.traceparent = self._span.traceparent
         self._name = link.submit(self, start)
-        self._link = link
+        self._link, self._is_queued = link, True
 
     # What its generation says.
 
@@ -160,6 +157,7 @@ class Run:
         """Ends it; nothing more is wanted of it."""
         self.over()
         if self._link is not None:
+            self._left_queue()
             self._link.forget(self._name)
 
     def withdraw(self) -> None:
@@ -192,8 +190,7 @@ class Run:
         """Takes an event of it."""
         kind = event.WhichOneof("event")
         if kind == "tokens":
-            if not self._num_tokens and self._link is not None:
-                self._link.has_room()
+            self._left_queue()
             self._num_tokens += len(event.tokens.token_ids)
             self.generation.run_gained(self, event)
         elif kind == "started":
@@ -202,6 +199,7 @@ class Run:
             self.avoids, self.refusal, self.gives_up_s = set(), None, 0.0
             self.generation.run_started(self, event.started)
         elif kind == "finished":
+            self._left_queue()
             self.over()
             self.generation.run_finished(self, event.finished)
         else:
@@ -220,6 +218,7 @@ class Run:
             self._leave(error)
             self.generation.run_moved(self)
         else:
+            self._left_queue()
             self.over(error.reason)
             self.generation.fail(error)
 
@@ -234,20 +233,20 @@ class Run:
         """Gives its runtime up, which it will not try again soon."""
         assert self._link is not None, "a run that was not placed has no runtime to leave"
         self.over(error.reason)
-        self.refusal = error
+        self.refusal, self._is_queued = error, False
         self.avoids.add(self._link.address)
         if isinstance(error, QueueFull):
-            self._link.is_full(error, self.num_waiting_tokens)
+            self._link.says_full(error)
         else:
             self._link.turn_away(error)
+
+    def _left_queue(self) -> None:
+        """Its runtime's queue has room again for as much, unless that is known already."""
+        if self._is_queued:
+            assert self._link is not None, "a run that was not placed is in no queue"
+            self._is_queued = False
+            self._link.left_queue(self.num_waiting_tokens)
 
     def _send(self, **command: object) -> None:
         assert self._link is not None, "commands are for a run that was placed"
         self._link.send(self, pb.GenerateRequest(**command))  # type: ignore[arg-type]
-
-
-def num_prompt_tokens_of(start: pb.StartGeneration) -> int:
-    """How long a prompt is about, before anybody has tokenized it."""
-    if start.WhichOneof("prompt") == "token_ids":
-        return len(start.token_ids.ids)
-    return start.ByteSize() // _TOKEN_BYTES

@@ -19,6 +19,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
 from runtime_service.gateway.routing import RUNNING_TOKENS, Candidate
+from runtime_service.line_outside import LineOutside
 from shared.auth import TENANT_METADATA
 from shared.background import Background
 from shared.channels import PeerSecurity, error_of
@@ -122,8 +123,10 @@ class RuntimeLink:
         self._num_runs = 0
         # Tokens of prompts that were sent after the last status, which does not know them.
         self._sent_tokens = 0
-        # What its queue had no room for, and what it said then; see `refusal`.
-        self._full_tokens, self._full = 0, QueueFull(waiting_tokens=0, max_waiting_tokens=0)
+        # What it last said of its full queue, and how much must leave that before it takes more.
+        self._full: QueueFull | None = None
+        self._excess_tokens = 0
+        self._line = LineOutside()
         self._calls: dict[str, _TenantCall] = {}
         self._background = Background()
         self._answers = self._is_draining = self._is_refused = False
@@ -180,24 +183,40 @@ class RuntimeLink:
         names = (self.status.deployment, engine.model, engine.name, engine.key.model_digest)
         return model in names
 
-    def refusal(self, run: UpstreamRun) -> QueueFull | None:
-        """What it would say to `run` as far as is known; None where it must be asked.
+    @property
+    def is_full(self) -> bool:
+        """Claims that its queue has no room, as far as is known: a start need not be sent to hear so.
 
-        What its queue had no room for it has none for until something leaves it: the first tokens of
-        a run, or a run that ends. What others sent leaves unseen, so each look at it asks again.
+        It has room once as much has left it as was too much in it. What others sent leaves it
+        unseen, so after each look at it the next start is sent.
         """
-        if not self._full_tokens or run.num_waiting_tokens < self._full_tokens:
-            return None
-        return QueueFull(retry_after_s=self._full.retry_after_s, **self._full.fields)
+        return self._full is not None and self._excess_tokens >= 0
 
-    def is_full(self, error: QueueFull, num_tokens: int) -> None:
-        """It has said so, to a prompt of about `num_tokens`."""
-        self._full_tokens = min(self._full_tokens or num_tokens, num_tokens)
-        self._full = error
+    @property
+    def room_in_s(self) -> float:
+        """When all that were turned away have found room, if they come back."""
+        return self._line.wait_s
 
-    def has_room(self) -> None:
-        """Something has left its queue."""
-        self._full_tokens = 0
+    def says_full(self, error: QueueFull) -> None:
+        """It has refused a start."""
+        waiting, most = (
+            int(error.fields.get(name, 0)) for name in ("waiting_tokens", "max_waiting_tokens")
+        )
+        self._full, self._excess_tokens = error, max(waiting - most, 0)
+
+    def left_queue(self, num_tokens: int) -> None:
+        """A run of so many tokens waits there no more: it has a token, or has ended."""
+        self._excess_tokens -= num_tokens
+        self._line.left_queue(num_tokens)
+
+    def turn_down(self, num_tokens: int) -> QueueFull:
+        """What a start of so many tokens is told while it is full; many in a row are told the same object."""
+        assert self._full is not None, "a runtime that has room turns nobody down"
+        fields = self._full.fields
+        retry_after_s = self._line.join(num_tokens, int(fields.get("waiting_tokens", 0)))
+        if retry_after_s != self._full.retry_after_s:
+            self._full = QueueFull(retry_after_s=retry_after_s, **fields)
+        return self._full
 
     def candidate(self) -> Candidate:
         """As routing sees it."""
@@ -220,6 +239,7 @@ class RuntimeLink:
         name = start.request_id = str(self._num_runs)
         self._runs[name] = run
         self._sent_tokens += run.num_waiting_tokens
+        self._excess_tokens += run.num_waiting_tokens
         if run.tenant not in self._calls:
             self._open_call(run.tenant)
         self.send(run, pb.GenerateRequest(start=start))
@@ -236,7 +256,6 @@ class RuntimeLink:
         """Ends a run of which nothing more is wanted; a no-op on one that has ended."""
         run = self._runs.pop(name, None)
         if run is not None:
-            self.has_room()
             self.send(run, pb.GenerateRequest(cancel=pb.CancelGeneration(request_id=name)))
 
     def turn_away(self, error: MillraceError) -> None:
@@ -399,7 +418,7 @@ class RuntimeLink:
             self.tokens_per_s = 0.0
         self._last_sign_s = self._last_status_s = now_s
         self.status, was_answering, self._answers = status, self._answers, True
-        self.has_room()
+        self._full = None
         self._is_draining = self._is_refused = False
         return (
             not was_answering

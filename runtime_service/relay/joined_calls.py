@@ -95,6 +95,9 @@ class JoinedCall:
         """Ends what still runs on `call`: nobody reads it."""
         call.close()
 
+    def check_room(self, start: pb.StartGeneration) -> None:
+        """Refuses nothing: the daemon does."""
+
     def new_generation(
         self, request_id: str, on_news: OnMember, on_end: OnMember, quota: GenerationQuota
     ) -> "RelayedGeneration":

@@ -105,11 +105,44 @@ async def test_full_runtime_is_not_asked_again_until_something_leaves_its_queue(
         assert {error.reason for error in errors} == {"QUEUE_FULL"}
         assert all(error.retry_after_s for error in errors)
         assert metrics.num_ended("QUEUE_FULL") == 1
+        # None of them became a generation, and all of them count.
+        assert fleet.sample("generations_total", reason="QUEUE_FULL") == 51
+        assert fleet.sample("running_generations") == 3
+        await call.send(cancel=pb.CancelGeneration(request_id="waiting"))
+        await call.read_to_end("waiting")
+        await call.start("asks", [40, 41, 42, 43], max_new_tokens=8)
+        await call.start("too many", [40], max_new_tokens=8)
+        await call.read_to_end("too many")
+        assert metrics.num_ended("QUEUE_FULL") == 1, "what leaves and what comes is known here"
         await call.send(cancel=pb.CancelGeneration(request_id="running"))
-        await call.read_until(lambda: call.num_tokens("waiting") > 0)
+        await call.read_until(lambda: call.num_tokens("next") > 0)
         await call.start("after", [40, 41], max_new_tokens=2)
         seen = await call.finish()
+    is_whole(seen["asks"], [40, 41, 42, 43], 8)
     is_whole(seen["after"], [40, 41], 2)
+
+
+async def test_refused_starts_come_back_spread_over_the_time_that_they_take(tmp_path: Path) -> None:
+    """The gateway knows of all of them, of which the runtime was asked about one."""
+    options = {"max_waiting_tokens": 8, "max_sequences": 1, "step_s": 0.002, **ENDLESS}
+    async with running_fleet(tmp_path, 1, poll_s=HANG_S, **options) as fleet:  # type: ignore[arg-type]
+        call = fleet.call()
+        await call.start("running", [40, 41], max_new_tokens=ENDLESS_TOKENS)
+        await call.read_until(lambda: call.num_tokens("running") > 0)
+        names = [str(number) for number in range(200)]
+        for name in names:
+            await call.start(name, [40, 41, 42, 43], credit_tokens=0)
+        await call.read_until(lambda: sum(one.num_terminal for one in call.seen.values()) > 190)
+        delays = [
+            from_status(one.error).retry_after_s or 0.0
+            for one in (call.seen.get(name, Seen()) for name in names)
+            if one.error is not None
+        ]
+        assert len(set(delays)) > len(delays) / 4
+        assert max(delays) > 20 * min(delays)
+        call.raw.cancel()
+        most_at_once = max(delays.count(delay_s) for delay_s in set(delays))
+        assert most_at_once < 10
 
 
 async def test_draining_runtime_gets_nothing_new_and_finishes_what_it_has(tmp_path: Path) -> None:

@@ -254,6 +254,26 @@ async def test_generations_at_once_are_limited_over_the_whole_fleet(
         assert (await again.finish())["a"].reason == "LENGTH"
 
 
+async def test_tenant_that_floods_leaves_others_the_room_that_its_limit_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], new: NewKey
+) -> None:
+    """The other one's start is taken at once, and its tokens come before the flood has ended."""
+    flooding, other = new("acme", concurrent=4), new("globex")
+    options = {"num_runtimes": 1, "max_sequences": 8, "max_waiting_tokens": 16 * len(PROMPT)}
+    async with secured(tmp_path, capsys, "generate", "delegate", **options) as fleet:
+        flood = call_of(fleet, flooding)
+        others = call_of(fleet, other)
+        for number in range(500):
+            await flood.start(str(number), PROMPT, max_new_tokens=2000, credit_tokens=4)
+            if number % 50 == 0:
+                await others.start(str(number), PROMPT, max_new_tokens=2)
+        seen = await others.finish()
+        assert {one.reason for one in seen.values()} == {"LENGTH"}
+        await flood.read_until(lambda: sum(s.num_terminal for s in flood.seen.values()) == 496)
+        errors = [from_status(one.error) for one in flood.seen.values() if one.error is not None]
+        assert {error.fields.get("limit") for error in errors} == {"concurrent"}
+
+
 async def test_tokens_are_counted_once_and_as_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], new: NewKey
 ) -> None:
