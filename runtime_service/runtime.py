@@ -10,6 +10,7 @@ from collections.abc import Callable
 import structlog
 from millrace.runtime.v1 import runtime_pb2 as pb
 
+from runtime_service.deployments import DeploymentProblem
 from runtime_service.engine_keeper import EngineKeeper
 from runtime_service.engine_source import EngineSource
 from runtime_service.engine_starter import EngineStarter, StartClient
@@ -49,6 +50,8 @@ class Runtime:
         self.metrics = metrics
         # The deployment that it belongs to, and the version of it that it serves.
         self.deployment, self.deployment_version = "", 0
+        # Why it does not serve what a deployment had it try last.
+        self.deployment_problem: DeploymentProblem | None = None
         starter = EngineStarter(source, read_text, start_client)
         self.keeper = EngineKeeper(arch, starter, metrics, on_change, exchange_s)
         self._line = StartLine(self.keeper, self._check_model)
