@@ -17,6 +17,7 @@ from google.rpc import status_pb2
 from runtime_service.engine_core import OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_messages import (
+    AddCredit,
     AddRequest,
     Command,
     EngineStats,
@@ -45,7 +46,8 @@ class EngineClient:
     """Speaks with one engine process; made by `start`.
 
     Args:
-        max_waiting_tokens: of prompts that wait for their first step; 0 = four times the KV cache.
+        max_waiting_tokens: of prompts that wait for their first step, and as many of those that have no credit for it;
+            0 = four times the KV cache.
         step_timeout_s: a step that takes longer means that the process hangs.
         on_lost: called once when the process is lost, after everything on it has ended.
     """
@@ -69,8 +71,8 @@ class EngineClient:
         self._step_timeout_s = step_timeout_s
         self._on_lost = on_lost
         self._generations: dict[int, Generation] = {}
-        self._waiting: dict[int, int] = {}
-        self._waiting_tokens = 0
+        # Those that wait for credit wait for their client: they must not keep out those that wait for the engine.
+        self._waiting, self._without_credit = _Prompts(), _Prompts()
         self._num_requests = 0
         self._outbox: list[Command] = []
         self._idle = asyncio.Event()
@@ -128,8 +130,8 @@ class EngineClient:
 
     @property
     def waiting_tokens(self) -> int:
-        """Tokens of prompts that wait for their first step."""
-        return self._waiting_tokens
+        """Tokens of prompts that wait for their first step, and may take it."""
+        return self._waiting.num_tokens
 
     def new_request_id(self) -> int:
         """A name for a request that this process has not seen."""
@@ -152,16 +154,15 @@ class EngineClient:
         if self._is_over:
             raise EngineLost(problem="it has just ended")
         num_tokens = len(request.prompt_token_ids) + len(request.resumed_token_ids)
-        # Alone in the queue, any prompt that the engine takes may wait.
-        if self._waiting and self._waiting_tokens + num_tokens > self.max_waiting_tokens:
+        prompts = self._without_credit if request.credit_tokens == 0 else self._waiting
+        if not prompts.have_room(num_tokens, self.max_waiting_tokens):
             raise QueueFull(
-                waiting_tokens=self._waiting_tokens,
+                waiting_tokens=prompts.num_tokens,
                 max_waiting_tokens=self.max_waiting_tokens,
-                retry_after_s=self._retry_after_s(),
+                retry_after_s=self._retry_after_s(prompts.num_tokens),
             )
         self._generations[request.request_id] = generation
-        self._waiting[request.request_id] = num_tokens
-        self._waiting_tokens += num_tokens
+        prompts.add(request.request_id, num_tokens)
         self._metrics.prompt_tokens += len(request.prompt_token_ids)
         self._idle.clear()
         self.send(AddRequest(request))
@@ -169,6 +170,8 @@ class EngineClient:
 
     def send(self, command: Command) -> None:
         """Passes `command` on with everything else that this turn of the event loop brings."""
+        if isinstance(command, AddCredit) and (n := self._without_credit.take(command.request_id)):
+            self._waiting.add(command.request_id, n)
         if not self._outbox:
             self._loop.call_soon(self._flush)
         self._outbox.append(command)
@@ -207,7 +210,8 @@ class EngineClient:
             self._num_sent += len(commands)
 
     def _left_queue(self, request_id: int) -> None:
-        self._waiting_tokens -= self._waiting.pop(request_id, 0)
+        self._waiting.take(request_id)
+        self._without_credit.take(request_id)
 
     async def _receive(self) -> None:
         while True:
@@ -283,10 +287,33 @@ class EngineClient:
         self.fail_all(error)
         self._metrics.engine_ended()
 
-    def _retry_after_s(self) -> float:
+    def _retry_after_s(self, num_tokens: int) -> float:
         if not self._tokens_per_s:
             return 1.0
-        return min(max(self._waiting_tokens / self._tokens_per_s, _LEAST_RETRY_S), _MOST_RETRY_S)
+        return min(max(num_tokens / self._tokens_per_s, _LEAST_RETRY_S), _MOST_RETRY_S)
+
+
+class _Prompts:
+    """Prompts that wait, by request."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._num_tokens_of: dict[int, int] = {}
+
+    def have_room(self, num_tokens: int, max_tokens: int) -> bool:
+        """Claims that so many tokens may wait too; alone, any prompt that the engine takes may."""
+        return not self._num_tokens_of or self.num_tokens + num_tokens <= max_tokens
+
+    def add(self, request_id: int, num_tokens: int) -> None:
+        """Has a prompt wait."""
+        self._num_tokens_of[request_id] = num_tokens
+        self.num_tokens += num_tokens
+
+    def take(self, request_id: int) -> int:
+        """Its tokens, which wait no more; 0 where it does not wait."""
+        num_tokens = self._num_tokens_of.pop(request_id, 0)
+        self.num_tokens -= num_tokens
+        return num_tokens
 
 
 def without_standstill(last_sign_s: float, due_s: float, now_s: float) -> float:

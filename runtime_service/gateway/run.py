@@ -237,7 +237,9 @@ class Run:
         self.refusal = error
         self.avoids.add(self._link.address)
         if isinstance(error, QueueFull):
-            self._link.is_full(error, self.num_waiting_tokens)
+            # Runtimes count those without credit apart: that those are too many says nothing of others.
+            if self.credit_left != 0:
+                self._link.is_full(error, self.num_waiting_tokens)
         else:
             self._link.turn_away(error)
 

@@ -348,6 +348,22 @@ async def test_what_every_runtime_refuses_is_refused_with_a_delay(tmp_path: Path
         assert all(error.retry_after_s for error in errors)
 
 
+async def test_starts_without_credit_that_are_too_many_keep_nobody_else_out(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, 1, poll_s=HANG_S, max_waiting_tokens=8) as fleet:
+        call = fleet.call()
+        for name in ("held", "too", "many"):
+            await call.start(name, [40, 41, 42, 43], max_new_tokens=2, credit_tokens=0)
+        await call.read_to_end("many")
+        await call.start("after", [40, 41, 42, 43], max_new_tokens=2)
+        await call.read_to_end("after")
+        for name in ("held", "too"):
+            await call.let_go_on(name)
+        seen = await call.finish()
+    assert from_status(seen["many"].error).reason == "QUEUE_FULL"
+    for name in ("held", "too", "after"):
+        is_whole(seen[name], [40, 41, 42, 43], 2)
+
+
 async def test_full_runtime_is_not_asked_again_until_something_leaves_its_queue(
     tmp_path: Path,
 ) -> None:
