@@ -16,7 +16,7 @@ from runtime_service.gateway.fleet import Fleet
 from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.routed_generation import RoutedGeneration
-from runtime_service.gateway.routing import choose, prefix_of
+from runtime_service.gateway.routing import KnownPrefixes, choose, prefix_of
 from runtime_service.gateway.run import Run, RunOwner, num_prompt_tokens_of
 from runtime_service.gateway.runtime_link import KEY_REFUSALS, RuntimeLink
 from runtime_service.generation_call import GenerationCall, OnMember
@@ -67,6 +67,7 @@ class Gateway:
         # In the order of their coming.
         self._waiting: dict[Run, asyncio.TimerHandle] = {}
         self._waiting_tokens = 0
+        self._known_prefixes = KnownPrefixes()
         self._on_trial: RunOwner | None = None
         self._refused = Tally("starts_refused", reason=QueueFull.reason)
         self._idle = asyncio.Event()
@@ -192,6 +193,7 @@ class Gateway:
             if run.generation.is_suspect:
                 self._on_trial = run.generation
             run.place(link)
+            self._known_prefixes.add(_prefix(run))
         except MillraceError as error:
             run.over(error.reason)
             run.generation.fail(error)
@@ -254,8 +256,9 @@ class Gateway:
         links = {link.address: link for link in self._able(run) if link.refusal(run) is None}
         if not links:
             return None
-        prefix = prefix_of(run.generation.start, run.generation.cache_salt)
-        return links[choose([link.candidate() for link in links.values()], prefix)]
+        prefix, known = _prefix(run), self._known_prefixes
+        candidates = [link.candidate() for link in links.values()]
+        return links[choose(candidates, prefix, is_known=prefix in known)]
 
     def _able(self, run: Run) -> list[RuntimeLink]:
         """Runtimes that serve what `run` wants, and have not refused it."""
@@ -332,6 +335,10 @@ class Gateway:
         self._metrics.waiting.set(len(self._waiting))
         if not run.is_over:
             self.place(run)
+
+
+def _prefix(run: Run) -> bytes:
+    return prefix_of(run.generation.start, run.generation.cache_salt)
 
 
 def _tell_end(generation: RoutedGeneration, reason: str) -> None:

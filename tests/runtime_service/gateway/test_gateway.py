@@ -87,6 +87,19 @@ class Unsendable(deque[pb.GenerateRequest]):
         raise RuntimeError("nobody thought of this")
 
 
+async def test_streams_that_begin_differently_are_shared_out_evenly(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, 3) as fleet:
+        call, names = fleet.call(), [str(number) for number in range(9)]
+        for number, name in enumerate(names):
+            await call.start(name, [40, number + 41], max_new_tokens=20, credit_tokens=1)
+        await call.read_until(lambda: all(call.num_tokens(name) for name in names))
+        assert [fleet.runs_on(daemon) for daemon in fleet.daemons] == [3, 3, 3]
+        for name in names:
+            await call.let_go_on(name)
+        seen = await call.finish()
+    assert {one.reason for one in seen.values()} == {"LENGTH"}
+
+
 async def test_streams_survive_a_command_that_cannot_be_sent(tmp_path: Path) -> None:
     """Whoever writes to a runtime fails, and no command would reach it any more: what ran there goes on elsewhere."""
     async with running_fleet(tmp_path, step_s=0.004) as fleet:
