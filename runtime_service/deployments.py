@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 
 from runtime_service.settings import quant_named
 from shared.engine import QuantConfig
+from shared.errors import MillraceError
 from shared.redis import Records
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -76,6 +77,14 @@ class Deployment:
     model_uri: str
     replicas: int
     version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentProblem:
+    """Why a runtime does not serve `deployment`, as that version has it."""
+
+    deployment: Deployment
+    error: MillraceError
 
 
 def is_deployment_name(name: str) -> bool:

@@ -17,6 +17,7 @@ from google.rpc import status_pb2
 from runtime_service.engine_core import OnPhase
 from runtime_service.engine_interpreter import EngineInterpreter
 from runtime_service.engine_messages import (
+    AddCredit,
     AddRequest,
     Command,
     EngineStats,
@@ -45,8 +46,8 @@ class EngineClient:
     """Speaks with one engine process; made by `start`.
 
     Args:
-        max_waiting_tokens: of prompts that wait for their first step, from which on none joins them; 0 = four times
-            the KV cache.
+        max_waiting_tokens: of prompts that wait for their first step, from which on none joins them, and as many of
+            those that have no credit for it; 0 = four times the KV cache.
         step_timeout_s: a step that takes longer means that the process hangs.
         on_lost: called once when the process is lost, after everything on it has ended.
     """
@@ -70,9 +71,9 @@ class EngineClient:
         self._step_timeout_s = step_timeout_s
         self._on_lost = on_lost
         self._generations: dict[int, Generation] = {}
-        self._waiting: dict[int, int] = {}
-        self._waiting_tokens = 0
-        self._line = LineOutside()
+        # Those that wait for credit wait for their client: they must not keep out those that wait for the engine.
+        self._waiting = _Queue(self.max_waiting_tokens)
+        self._without_credit = _Queue(self.max_waiting_tokens)
         self._num_requests = 0
         self._outbox: list[Command] = []
         self._idle = asyncio.Event()
@@ -129,8 +130,8 @@ class EngineClient:
 
     @property
     def waiting_tokens(self) -> int:
-        """Tokens of prompts that wait for their first step."""
-        return self._waiting_tokens
+        """Tokens of prompts that wait for their first step, and may take it."""
+        return self._waiting.num_tokens
 
     def check_room(self, num_tokens: int) -> None:
         """Claims that a prompt of so many tokens may wait; however long it is: short ones have no easier way in.
@@ -138,12 +139,7 @@ class EngineClient:
         Raises:
             QueueFull: too many tokens wait already.
         """
-        if self._waiting_tokens >= self.max_waiting_tokens:
-            raise QueueFull(
-                waiting_tokens=self._waiting_tokens,
-                max_waiting_tokens=self.max_waiting_tokens,
-                retry_after_s=self._line.join(num_tokens, self._waiting_tokens),
-            )
+        self._waiting.check_room(num_tokens)
 
     def new_request_id(self) -> int:
         """A name for a request that this process has not seen."""
@@ -166,10 +162,10 @@ class EngineClient:
         if self._is_over:
             raise EngineLost(problem="it has just ended")
         num_tokens = len(request.prompt_token_ids) + len(request.resumed_token_ids)
-        self.check_room(num_tokens)
+        queue = self._without_credit if request.credit_tokens == 0 else self._waiting
+        queue.check_room(num_tokens)
         self._generations[request.request_id] = generation
-        self._waiting[request.request_id] = num_tokens
-        self._waiting_tokens += num_tokens
+        queue.add(request.request_id, num_tokens)
         self._metrics.prompt_tokens += len(request.prompt_token_ids)
         self._idle.clear()
         self.send(AddRequest(request))
@@ -177,6 +173,8 @@ class EngineClient:
 
     def send(self, command: Command) -> None:
         """Passes `command` on with everything else that this turn of the event loop brings."""
+        if isinstance(command, AddCredit) and (n := self._without_credit.take(command.request_id)):
+            self._waiting.add(command.request_id, n)
         if not self._outbox:
             self._loop.call_soon(self._flush)
         self._outbox.append(command)
@@ -215,9 +213,8 @@ class EngineClient:
             self._num_sent += len(commands)
 
     def _left_queue(self, request_id: int) -> None:
-        num_tokens = self._waiting.pop(request_id, 0)
-        self._waiting_tokens -= num_tokens
-        self._line.left_queue(num_tokens)
+        self._waiting.take(request_id)
+        self._without_credit.take(request_id)
 
     async def _receive(self) -> None:
         while True:
@@ -288,6 +285,37 @@ class EngineClient:
                 task.cancel()
         self.fail_all(error)
         self._metrics.engine_ended()
+
+
+class _Queue:
+    """Prompts that wait, by request, and the line of those that found no room."""
+
+    def __init__(self, most_tokens: int) -> None:
+        self.num_tokens = 0
+        self._most_tokens = most_tokens
+        self._num_tokens_of: dict[int, int] = {}
+        self._line = LineOutside()
+
+    def check_room(self, num_tokens: int) -> None:
+        """As `EngineClient.check_room`."""
+        if self.num_tokens >= self._most_tokens:
+            raise QueueFull(
+                waiting_tokens=self.num_tokens,
+                max_waiting_tokens=self._most_tokens,
+                retry_after_s=self._line.join(num_tokens, self.num_tokens),
+            )
+
+    def add(self, request_id: int, num_tokens: int) -> None:
+        """Has a prompt wait."""
+        self._num_tokens_of[request_id] = num_tokens
+        self.num_tokens += num_tokens
+
+    def take(self, request_id: int) -> int:
+        """Its tokens, which wait no more; 0 where it does not wait."""
+        num_tokens = self._num_tokens_of.pop(request_id, 0)
+        self.num_tokens -= num_tokens
+        self._line.left_queue(num_tokens)
+        return num_tokens
 
 
 def without_standstill(last_sign_s: float, due_s: float, now_s: float) -> float:

@@ -13,7 +13,7 @@ import structlog
 from millrace.runtime.v1 import runtime_pb2 as pb
 from redis.exceptions import RedisError
 
-from runtime_service.deployments import Deployment, Deployments
+from runtime_service.deployments import Deployment, DeploymentProblem, Deployments
 from runtime_service.runtime import Runtime
 from shared.background import Background
 from shared.engine import EngineSelector
@@ -67,10 +67,8 @@ class Reconciler:
         self._background = Background()
         self._attempt: _Attempt | None = None
         self._unloading: asyncio.Task[None] | None = None
-        # Versions that an idle runtime could not serve, until when; the one that a member could not
-        # serve at last, and when it tries again.
+        # Versions that an idle runtime could not serve, until when; and when a member tries again what it could not.
         self._unfit: dict[Deployment, float] = {}
-        self._failed: Deployment | None = None
         self._retry_at_s = 0.0
         self._retry_s = _FIRST_RETRY_S
 
@@ -111,7 +109,9 @@ class Reconciler:
         wanted = await self._wanted()
         if wanted is None:
             return
+        self._forget_problem_unless_of(wanted)
         if not await self._deployments.hold_slot(wanted, self._id, self._ttl_s):
+            self._forget_problem_unless_of()
             await self._drop_out(wanted)
             return
         self._member_of = wanted
@@ -129,12 +129,15 @@ class Reconciler:
         if name:
             return await self._deployments.get(name)
         if self._runtime.state != pb.RUNTIME_STATE_IDLE:
+            self._forget_problem_unless_of()
             return None
         now_s = asyncio.get_running_loop().time()
         self._unfit = {
             version: until_s for version, until_s in self._unfit.items() if until_s > now_s
         }
-        for deployment in await self._deployments.list():
+        known = await self._deployments.list()
+        self._forget_problem_unless_of(*known)
+        for deployment in known:
             if deployment in self._unfit:
                 continue
             if await self._deployments.hold_slot(deployment, self._id, self._ttl_s):
@@ -143,8 +146,8 @@ class Reconciler:
 
     async def _begin(self, wanted: Deployment) -> None:
         now_s = asyncio.get_running_loop().time()
-        if self._failed == wanted and now_s < self._retry_at_s:
-            return
+        if self._runtime.deployment_problem is not None and now_s < self._retry_at_s:
+            return  # it is what `wanted` suffers from
         if self._runtime.served is not None and not await self._deployments.hold_roll(
             wanted.name, self._id, self._ttl_s
         ):
@@ -156,6 +159,7 @@ class Reconciler:
         selector = EngineSelector(wanted.model, self._runtime.arch, wanted.quant)
         await self._runtime.load(selector, wanted.model_uri, anew=False)
         self._runtime.deployment_version, self._followed = wanted.version, wanted
+        self._forget_problem_unless_of()
 
     async def _follow(self, attempt: _Attempt) -> None:
         """Keeps its turn while it loads; afterwards lets the next one."""
@@ -187,7 +191,7 @@ class Reconciler:
             reason=error.reason,
             problem=str(error),
         )
-        self._failed = wanted
+        self._runtime.deployment_problem = DeploymentProblem(wanted, error)
         self._retry_at_s = asyncio.get_running_loop().time() + self._retry_s
         self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
         has_hope = self._own_name or error.retry_after_s is not None
@@ -195,6 +199,11 @@ class Reconciler:
             return False
         self._unfit[wanted] = asyncio.get_running_loop().time() + self._unfit_s
         return True
+
+    def _forget_problem_unless_of(self, *wanted: Deployment) -> None:
+        problem = self._runtime.deployment_problem
+        if problem is not None and problem.deployment not in wanted:
+            self._runtime.deployment_problem = None
 
     async def _drop_out(self, deployment: Deployment) -> None:
         """Serves nothing: there are members enough, or it does not fit."""

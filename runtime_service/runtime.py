@@ -11,6 +11,7 @@ import structlog
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service import validation
+from runtime_service.deployments import DeploymentProblem
 from runtime_service.engine_keeper import EngineKeeper
 from runtime_service.engine_source import EngineSource
 from runtime_service.engine_starter import EngineStarter, StartClient
@@ -51,6 +52,8 @@ class Runtime:
         self.metrics = metrics
         # The deployment that it belongs to, and the version of it that it serves.
         self.deployment, self.deployment_version = "", 0
+        # Why it does not serve what a deployment had it try last.
+        self.deployment_problem: DeploymentProblem | None = None
         starter = EngineStarter(source, read_text, start_client)
         self.keeper = EngineKeeper(arch, starter, metrics, on_change, exchange_s)
         self._line = StartLine(self.keeper, self._check_model)
@@ -99,8 +102,9 @@ class Runtime:
         served = self.served
         if served is None or not self.keeper.has(served) or self.keeper.is_draining:
             return
-        # What is resumed may have nothing left to wait for.
-        if start.resumed_token_ids or not served.answers_to(start.model, self.deployment):
+        # What is resumed may have nothing left to wait for, and what waits for credit waits apart.
+        is_apart = bool(start.resumed_token_ids) or validation.waits_for_credit(start)
+        if is_apart or not served.answers_to(start.model, self.deployment):
             return
         try:
             served.client.check_room(validation.num_prompt_tokens_of(start))

@@ -10,12 +10,13 @@ from google.protobuf.duration_pb2 import Duration
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
+from runtime_service.deployments import DeploymentProblem
 from runtime_service.engine_client import EngineClient
 from runtime_service.generate_calls import generate, generate_stream
 from runtime_service.runtime import Runtime
 from shared import wire
 from shared.auth import caller
-from shared.errors import FollowsDeployment
+from shared.errors import FollowsDeployment, to_status
 
 
 class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
@@ -51,6 +52,8 @@ class RuntimeService(runtime_pb2_grpc.RuntimeServiceServicer):
                 for name, seconds in runtime.startup.phases
             ],
         )
+        if (problem := runtime.deployment_problem) is not None:
+            response.deployment_problem.CopyFrom(_problem(problem))
         response.start_time.FromMicroseconds(round(self._started_s * 1e6))
         if served is not None:
             response.engine.CopyFrom(wire.engine_to_proto(served.engine))
@@ -124,6 +127,14 @@ def _load(client: EngineClient) -> pb.RuntimeLoad:
         running_sequences=stats.num_running if stats else 0,
         free_blocks=stats.num_free_blocks if stats else client.limits.num_blocks,
         waiting_tokens=client.waiting_tokens,
+    )
+
+
+def _problem(problem: DeploymentProblem) -> pb.DeploymentProblem:
+    return pb.DeploymentProblem(
+        deployment=problem.deployment.name,
+        version=problem.deployment.version,
+        status=to_status(problem.error),
     )
 
 

@@ -95,6 +95,11 @@ def credit_of(command: pb.StartGeneration | pb.ResumeGeneration, field: str) -> 
     return credit
 
 
+def waits_for_credit(start: pb.StartGeneration) -> bool:
+    """Claims that it may not begin before its client gives it credit."""
+    return start.HasField("credit_tokens") and start.credit_tokens == 0
+
+
 def parse_start(
     start: pb.StartGeneration, vocab_size: int, model_end_token_ids: Iterable[int]
 ) -> Start:

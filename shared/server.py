@@ -201,7 +201,9 @@ def start_metrics(listen: str, registry: CollectorRegistry, security: ServerSecu
         )
     except OSError as error:
         raise SettingsError(f"cannot serve metrics on {listen}: {error}") from None
-    return f"{host}:{server.server_port}"
+    address = f"{host}:{server.server_port}"
+    structlog.get_logger().info("metrics_started", address=address, tls=tls.cert is not None)
+    return address
 
 
 def message_options(max_message_bytes: int) -> tuple[tuple[str, int], ...]:

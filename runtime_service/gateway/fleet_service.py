@@ -168,5 +168,7 @@ def _runtime(link: RuntimeLink) -> pb.Runtime:
         generations=link.num_runs,
         startup=status.startup,
     )
+    if status.HasField("deployment_problem"):
+        runtime.deployment_problem.CopyFrom(status.deployment_problem)
     runtime.silent_for.FromMilliseconds(round(link.silent_s * 1000))
     return runtime

@@ -16,7 +16,7 @@ from runtime_service.gateway.fleet import Fleet
 from runtime_service.gateway.kept import KeptGenerations
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.routed_generation import RoutedGeneration
-from runtime_service.gateway.routing import choose, prefix_of
+from runtime_service.gateway.routing import KnownPrefixes, choose, prefix_of
 from runtime_service.gateway.run import Run, RunOwner
 from runtime_service.gateway.runtime_link import KEY_REFUSALS, RuntimeLink
 from runtime_service.generation_call import GenerationCall, OnMember
@@ -68,6 +68,7 @@ class Gateway:
         # In the order of their coming.
         self._waiting: dict[Run, asyncio.TimerHandle] = {}
         self._waiting_tokens = 0
+        self._known_prefixes = KnownPrefixes()
         self._on_trial: RunOwner | None = None
         self._refused = Tally("starts_refused", reason=QueueFull.reason)
         self._idle = asyncio.Event()
@@ -106,7 +107,8 @@ class Gateway:
             QueueFull: so it is.
         """
         links = self._serving(start.model)
-        if links and all(link.is_full for link in links) and not self._is_draining:
+        is_full = links and all(link.is_full for link in links)
+        if is_full and not validation.waits_for_credit(start) and not self._is_draining:
             self._count_refused()
             raise _turned_down(links, num_prompt_tokens_of(start))
 
@@ -204,6 +206,7 @@ class Gateway:
             if run.generation.is_suspect:
                 self._on_trial = run.generation
             run.place(link)
+            self._known_prefixes.add(_prefix(run))
         except MillraceError as error:
             run.over(error.reason)
             run.generation.fail(error)
@@ -269,11 +272,12 @@ class Gateway:
     # Placing.
 
     def _choose(self, run: Run) -> RuntimeLink | None:
-        links = {link.address: link for link in self._able(run) if not link.is_full}
+        links = {link.address: link for link in self._able(run) if link.has_room_for(run)}
         if not links:
             return None
-        prefix = prefix_of(run.generation.start, run.generation.cache_salt)
-        return links[choose([link.candidate() for link in links.values()], prefix)]
+        prefix, known = _prefix(run), self._known_prefixes
+        candidates = [link.candidate() for link in links.values()]
+        return links[choose(candidates, prefix, is_known=prefix in known)]
 
     def _able(self, run: Run) -> list[RuntimeLink]:
         """Runtimes that serve what `run` wants, and have not refused it."""
@@ -298,7 +302,7 @@ class Gateway:
         is_new = generation.started is None
         model = generation.start.model
         if is_new and (refusal is None or isinstance(refusal, QueueFull)):
-            full = [link for link in self._serving(model) if link.is_full]
+            full = [link for link in self._serving(model) if not link.has_room_for(run)]
             if full:
                 raise _turned_down(full, run.num_waiting_tokens)
             if refusal is not None:
@@ -356,6 +360,10 @@ def _turned_down(links: list[RuntimeLink], num_tokens: int) -> QueueFull:
     link = min(links, key=lambda link: link.room_in_s)
     # Many are told the same object: what raised it for others is no part of it.
     return link.turn_down(num_tokens).with_traceback(None)
+
+
+def _prefix(run: Run) -> bytes:
+    return prefix_of(run.generation.start, run.generation.cache_salt)
 
 
 def _tell_end(generation: RoutedGeneration, reason: str) -> None:

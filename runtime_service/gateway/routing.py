@@ -1,11 +1,13 @@
 """Which runtime a generation goes to; pure.
 
 Prompts that begin alike go to one runtime, whose prefix cache then knows them; unless that one has
-clearly more to do than the others. Sources: Thaler and Ravishankar 1998, "Using name-based mappings
+clearly more to do than the others. A prompt that begins as none did before is in no cache, and goes to
+the runtime that has least to do. Sources: Thaler and Ravishankar 1998, "Using name-based mappings
 to increase hit rates" (rendezvous hashing); Mirrokni et al. 2018, "Consistent hashing with bounded
 loads".
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -20,6 +22,8 @@ PREFIX_CHARS = 256
 BOUND_RATIO = 1.25
 BOUND_TOKENS = 512
 RUNNING_TOKENS = 16
+# How many beginnings are remembered, which takes some 2 MB.
+KNOWN_PREFIXES = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +38,32 @@ class Candidate:
     load_tokens: float
 
 
-def choose(candidates: Sequence[Candidate], prefix: bytes) -> str:
-    """The address of the one to take; there is at least one candidate."""
-    average = sum(candidate.load_tokens for candidate in candidates) / len(candidates)
-    bound = average * BOUND_RATIO + BOUND_TOKENS
+class KnownPrefixes:
+    """How the last prompts began that this gateway has sent to runtimes."""
+
+    def __init__(self, most: int = KNOWN_PREFIXES) -> None:
+        self._most = most
+        self._hashes: OrderedDict[int, None] = OrderedDict()
+
+    def __contains__(self, prefix: bytes) -> bool:
+        return hash(prefix) in self._hashes
+
+    def add(self, prefix: bytes) -> None:
+        """A prompt that begins so was sent; what was not for longest is forgotten."""
+        self._hashes[hash(prefix)] = None
+        self._hashes.move_to_end(hash(prefix))
+        if len(self._hashes) > self._most:
+            self._hashes.popitem(last=False)
+
+
+def choose(candidates: Sequence[Candidate], prefix: bytes, *, is_known: bool) -> str:
+    """The address of the one to take; there is at least one candidate.
+
+    Args:
+        is_known: prompts that begin so have been sent before, and their runtime may know them.
+    """
+    loads = [candidate.load_tokens for candidate in candidates]
+    bound = sum(loads) / len(loads) * BOUND_RATIO + BOUND_TOKENS if is_known else min(loads)
     fitting = [candidate for candidate in candidates if candidate.load_tokens <= bound]
     return max(fitting, key=lambda candidate: _weight(candidate.address, prefix)).address
 

@@ -236,7 +236,9 @@ class Run:
         self.refusal, self._is_queued = error, False
         self.avoids.add(self._link.address)
         if isinstance(error, QueueFull):
-            self._link.says_full(error)
+            # Runtimes count those without credit apart: that those are too many says nothing of others.
+            if self.credit_left != 0:
+                self._link.says_full(error)
         else:
             self._link.turn_away(error)
 

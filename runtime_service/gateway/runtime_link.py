@@ -57,6 +57,10 @@ class UpstreamRun(Protocol):
     num_waiting_tokens: int
 
     @property
+    def credit_left(self) -> int | None:
+        """Tokens that it may still draw; None: no limit."""
+
+    @property
     def tenant(self) -> str: ...
 
     def on_event(self, event: pb.Event) -> None:
@@ -191,6 +195,10 @@ class RuntimeLink:
         unseen, so after each look at it the next start is sent.
         """
         return self._full is not None and self._excess_tokens >= 0
+
+    def has_room_for(self, run: UpstreamRun) -> bool:
+        """Claims that it may take `run`: runtimes count those that wait for credit apart."""
+        return not self.is_full or run.credit_left == 0
 
     @property
     def room_in_s(self) -> float:

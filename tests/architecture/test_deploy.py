@@ -83,6 +83,10 @@ def test_containers_are_given_settings_that_exist(name: str, services: dict[str,
     listen = str(getattr(settings, "listen", ""))
     assert listen.startswith("0.0.0.0:")
     ServerSecurity.load(settings).check_listen("0.0.0.0")
+    # Prometheus asks from a container of its own.
+    host, _, port = str(getattr(settings, "metrics_listen", "")).rpartition(":")
+    assert host == "0.0.0.0"
+    assert port in {str(published["target"]) for published in services[name]["ports"]}
 
 
 def runs(command: list[str]) -> None:

@@ -12,6 +12,7 @@ import promql_parser
 import pytest
 import yaml
 
+from shared.auth import RPC_SCOPES
 from shared.settings import Settings
 from tests.architecture.kustomize import Manifest, compose
 from tests.architecture.test_deploy import (
@@ -281,6 +282,17 @@ def test_the_gateway_shows_the_compile_daemons_builds_by_a_key_that_may() -> Non
     made = re.search(r"keys create gateway .*", OPERATIONS)
     assert made is not None
     assert "--scope build" in made[0]
+
+
+def test_the_manual_deploys_by_a_key_that_daemons_know_and_that_may() -> None:
+    """It is made before the Secret is, from the same file, with the scope of the call."""
+    made = OPERATIONS.index("keys create ops --file keys.json")
+    line = OPERATIONS[made:].partition("\n")[0]
+    assert f"--scope {RPC_SCOPES['/millrace.fleet.v1.FleetService/ApplyDeployment']} " in line
+    assert line.partition(" > ")[2].startswith("ops.key")
+    secret = OPERATIONS.index("create secret generic millrace-keys")
+    told = OPERATIONS.index("export MILLRACE_CLI_API_KEY=$(cat ops.key)", secret)
+    assert made < secret < told < OPERATIONS.index("\nmillrace deploy chat", told)
 
 
 def test_runtimes_scale_on_a_metric_that_they_export_and_the_adapter_gives() -> None:

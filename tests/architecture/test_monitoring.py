@@ -1,10 +1,12 @@
 """Dashboard, alerts and scrape configuration: every query is PromQL, of metrics that exist."""
 
+import ast
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import promql_parser
 import pytest
 import yaml
@@ -14,8 +16,9 @@ from compiler_service.metrics import CompilerMetrics
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.metrics import RuntimeMetrics
 from shared.edge import EdgeInterceptor
+from shared.errors import ERRORS
 from shared.server import daemon_registry
-from tests.architecture.test_imports import ROOT
+from tests.architecture.test_imports import PACKAGES, ROOT, sources
 
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/millrace.json").read_text())
 PROMETHEUS = ROOT / "deploy/prometheus"
@@ -93,6 +96,39 @@ def test_a_query_is_promql_of_series_and_labels_that_exist(expr: str) -> None:
         for label in labels.split(",")
     }
     assert grouped <= available
+
+
+def known_values() -> set[str]:
+    """What labels can say: reasons and codes, and what the daemons' sources write out."""
+    written = {
+        node.value
+        for folder in PACKAGES.values()
+        for path in sources(folder)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    return written | set(ERRORS) | {code.name for code in grpc.StatusCode}
+
+
+@pytest.mark.parametrize("expr", queries())
+def test_a_query_asks_for_values_of_labels_that_there_are(expr: str) -> None:
+    """What is renamed in the code would never be found again, and nothing would say so."""
+    for label, values in re.findall(r'(\w+)(?:=~|!~|!=|=)"(.*?)"', expr):
+        if label not in TARGET_LABELS:
+            assert set(values.split("|")) <= known_values(), label
+
+
+def refusing(metric: str) -> bool:
+    """Claims that an alert is about QUEUE_FULL in `metric`."""
+    rules = [rule for group in ALERTS["groups"] for rule in group["rules"]]
+    (refused,) = [rule for rule in rules if rule["alert"] == "MillraceRequestsRefused"]
+    return f'rate({metric}{{reason="QUEUE_FULL"}}' in refused["expr"]
+
+
+def test_an_alert_tells_of_refusals_wherever_clients_are_refused() -> None:
+    """A gateway does not ask runtimes that are full, which so count next to nothing of an overload."""
+    assert refusing("millrace_gateway_generations_total")
+    assert refusing("millrace_generations_total")
 
 
 def test_legends_name_labels_that_the_query_leaves() -> None:

@@ -51,6 +51,23 @@ def test_status_shows_every_runtime_and_deployment() -> None:
     assert as_json["runtimes"][0]["address"] == "10.0.0.1:7602"
 
 
+def test_why_a_deployment_is_not_served_is_said_by_whoever_shows_or_waits_for_it() -> None:
+    script = Script(fleet=a_fleet())
+    for runtime in script.fleet.runtimes[1:]:  # the first of them is silent
+        problem = runtime.deployment_problem
+        problem.deployment, problem.version = "chat", 7
+        problem.status.message = "No model at [/b] here."
+    line = "10.0.0.3:7602 does not serve chat v7: No model at [/b] here."
+    with ScriptedDaemon(script) as daemon:
+        shown = millrace(daemon, "status").stdout.splitlines()
+        assert [text for text in shown if "does not serve" in text] == [line]
+        assert "10.0.0.3:7602 does not serve" in on_a_terminal(daemon, "top", until="[/b] here")
+        waited = ("deploy", "chat", "--model", "tiny", "--replicas", "2", "--wait", "0.1")
+        assert millrace(daemon, *waited).stderr.endswith(f"idle: 1; {line}\n")
+        other = ("deploy", "other", "--model", "tiny", "--replicas", "2", "--wait", "0.1")
+        assert "`millrace status` shows them" in millrace(daemon, *other).stderr
+
+
 def test_status_says_that_redis_is_away() -> None:
     with ScriptedDaemon(Script()) as daemon:
         said = millrace(daemon, "status").stderr

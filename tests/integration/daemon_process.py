@@ -73,5 +73,6 @@ class DaemonProcess:
             with self._has_line:
                 self.lines.append(line)
                 self._has_line.notify_all()
+        self.process.wait()
         with self._has_line:
             self._has_line.notify_all()

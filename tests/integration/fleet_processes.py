@@ -56,7 +56,8 @@ class FleetProcesses:
         self.gateway = self._stack.enter_context(
             DaemonProcess(
                 "runtime_service.gateway",
-                "--listen", "127.0.0.1:0", "--metrics-listen", "", "--http-listen", "127.0.0.1:0",
+                "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0",
+                "--http-listen", "127.0.0.1:0",
                 "--redis-url", self.redis.url, "--poll-s", "0.3", "--silent-s", "60",
             )
         )  # fmt: skip
@@ -80,7 +81,7 @@ class FleetProcesses:
         return self._stack.enter_context(
             DaemonProcess(
                 "runtime_service",
-                "--listen", "127.0.0.1:0", "--metrics-listen", "", "--arch", "cpu",
+                "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--arch", "cpu",
                 "--redis-url", self.redis.url, "--store", str(self._root / "store"),
                 "--compiler", self.compilers[0].address, "--deployment", "chat",
                 "--heartbeat-s", "1", "--num-threads", "1",

@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 
 from runtime_service.deployments import Deployment, Deployments, is_deployment_name
 from runtime_service.reconciler import Reconciler
+from shared.errors import reason_of
 from shared.redis import connect
 from tests.runtime_service.daemon import FP32, HANG_S, Daemon, publish_echo, running_daemon
 
@@ -230,6 +231,33 @@ async def test_redis_that_came_back_empty_stops_nobody(
     await redis.flushall()
     await member.settle()
     assert member.serves == "echo"
+
+
+@pytest.mark.parametrize("name", ["chat", ""])
+async def test_status_says_why_a_deployed_version_is_not_served_until_it_is(
+    name: str, members: Members, deployments: Deployments
+) -> None:
+    """Of one that was started for it, and of an idle one, which leaves it to others."""
+    member = await members.new(name)
+
+    async def problem() -> pb.DeploymentProblem:
+        await member.settle()
+        status: pb.GetStatusResponse = await member.daemon.stub.GetStatus(pb.GetStatusRequest())
+        return status.deployment_problem
+
+    version = await deployments.apply(chat("nothing"))
+    told = await problem()
+    assert (told.deployment, told.version) == ("chat", version)
+    assert reason_of(told.status) == "ENGINE_NOT_FOUND"
+    assert "nothing" in told.status.message
+    assert await problem() == told, "it stays so as long as it is wanted"
+    await deployments.delete("chat")
+    assert await problem() == pb.DeploymentProblem()
+    await deployments.apply(chat("nothing"))
+    assert (await problem()).version > version
+    await deployments.apply(chat("second"))
+    assert await problem() == pb.DeploymentProblem()
+    assert member.serves == "second"
 
 
 async def test_deployment_after_a_redis_that_came_back_empty_is_followed(

@@ -66,6 +66,34 @@ async def test_full_queue_refuses_with_a_hint_when_to_come_back(tmp_path: Path) 
     assert (seen["waits"].reason, seen["runs"].reason) == ("LENGTH", "CANCELLED")
 
 
+async def test_starts_without_credit_keep_nobody_out_and_are_bounded_themselves(
+    tmp_path: Path,
+) -> None:
+    """They wait for their client and not for the engine; once they have credit they count like all others."""
+    async with running_daemon(
+        tmp_path, step_s=0.02, max_waiting_tokens=200, max_sequences=1, **ENDLESS
+    ) as daemon:
+        call = daemon.call()
+        await call.start("held", [41] * 200, max_new_tokens=1, credit_tokens=0)
+        await call.start("refused", [41] * 150, max_new_tokens=1, credit_tokens=0)
+        await call.read_to_end("refused")
+        assert daemon.client.waiting_tokens == 0
+        await call.start("runs", [40], max_new_tokens=ENDLESS_TOKENS)
+        await call.read_until(lambda: call.num_tokens("runs") > 0)
+        await call.start("waits", [42] * 40, max_new_tokens=1)
+        await until(lambda: daemon.client.waiting_tokens == 40)
+        await call.let_go_on("held")
+        await until(lambda: daemon.client.waiting_tokens == 240)
+        await call.start("late", [42] * 40, max_new_tokens=1)
+        await call.read_to_end("late")
+        await call.send(cancel=pb.CancelGeneration(request_id="runs"))
+        seen = await call.finish()
+        assert daemon.client.waiting_tokens == 0
+    assert (seen["held"].reason, seen["waits"].reason) == ("LENGTH", "LENGTH")
+    for name in ("refused", "late"):
+        assert from_status(seen[name].error).reason == "QUEUE_FULL"
+
+
 async def test_prompt_larger_than_the_queue_may_wait_alone(tmp_path: Path) -> None:
     async with running_daemon(tmp_path, max_waiting_tokens=10) as daemon:
         call = daemon.call()

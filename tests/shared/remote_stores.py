@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from shared.store.registry_store import RegistryStore
 
 from shared.engine import Blob
 from shared.store import open_store
 from shared.store.registry import Registry
+from shared.store.registry_store import RegistryStore
 from tests.shared.store_servers import S3Server, oci_registry, s3_server
 
 BUCKET = "engines"

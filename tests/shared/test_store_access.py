@@ -11,7 +11,6 @@ from pathlib import Path
 
 import obstore
 import pytest
-from shared.store.registry_store import RegistryStore
 
 from shared.engine import EngineSelector
 from shared.errors import (
@@ -25,6 +24,7 @@ from shared.errors import (
 from shared.store import LocalStore, open_store, pull
 from shared.store.oci_registry import OciRegistry
 from shared.store.registry_auth import Credentials, challenge_of, credentials_for
+from shared.store.registry_store import RegistryStore
 from shared.store.s3 import S3Registry
 from tests.shared.engines import INT8, engine_key, publish_engine, weight_bytes
 from tests.shared.remote_stores import opened

@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from shared.store.registry_store import RegistryStore
 
 from shared.engine import EngineManifest, EngineSelector
 from shared.errors import StoreUnreachable
 from shared.store import LocalStore, pull
+from shared.store.registry_store import RegistryStore
 from shared.store.s3 import S3Registry
 from tests.shared.engines import INT8, REPOSITORY, publish_engine, weight_bytes
 from tests.shared.remote_stores import BUCKET, RecordingRegistry, opened

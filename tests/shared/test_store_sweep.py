@@ -12,13 +12,13 @@ from typing import Any
 
 import obstore
 import pytest
-from shared.store.registry_store import RegistryStore
 
 from shared.engine import Blob, EngineSelector, Signature
 from shared.errors import InvalidField
 from shared.store import LocalStore, oci, pull
 from shared.store.oci_registry import OciRegistry
 from shared.store.registry import TagMoved
+from shared.store.registry_store import RegistryStore
 from shared.store.s3 import S3Registry
 from tests.shared.engines import INT8, engine_key, publish_engine, weight_bytes
 from tests.shared.remote_stores import BUCKET, RecordingRegistry, opened

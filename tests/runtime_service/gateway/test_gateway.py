@@ -35,6 +35,19 @@ async def test_generations_run_over_the_fleet_as_on_one_runtime(tmp_path: Path) 
         assert 0 < timings.queued.ToNanoseconds() <= first_ns <= timings.total.ToNanoseconds()
 
 
+async def test_streams_that_begin_differently_are_shared_out_evenly(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, 3) as fleet:
+        call, names = fleet.call(), [str(number) for number in range(9)]
+        for number, name in enumerate(names):
+            await call.start(name, [40, number + 41], max_new_tokens=20, credit_tokens=1)
+        await call.read_until(lambda: all(call.num_tokens(name) for name in names))
+        assert [fleet.runs_on(daemon) for daemon in fleet.daemons] == [3, 3, 3]
+        for name in names:
+            await call.let_go_on(name)
+        seen = await call.finish()
+    assert {one.reason for one in seen.values()} == {"LENGTH"}
+
+
 async def test_model_that_nobody_serves_is_refused_at_once(tmp_path: Path) -> None:
     async with running_fleet(tmp_path, num_runtimes=1) as fleet:
         call = fleet.call()
@@ -85,6 +98,22 @@ async def test_what_every_runtime_refuses_is_refused_with_a_delay(tmp_path: Path
         assert all(error.retry_after_s for error in errors)
 
 
+async def test_starts_without_credit_that_are_too_many_keep_nobody_else_out(tmp_path: Path) -> None:
+    async with running_fleet(tmp_path, 1, poll_s=HANG_S, max_waiting_tokens=8) as fleet:
+        call = fleet.call()
+        for name in ("held", "too", "many"):
+            await call.start(name, [40, 41, 42, 43], max_new_tokens=2, credit_tokens=0)
+        await call.read_to_end("many")
+        await call.start("after", [40, 41, 42, 43], max_new_tokens=2)
+        await call.read_to_end("after")
+        for name in ("held", "too"):
+            await call.let_go_on(name)
+        seen = await call.finish()
+    assert from_status(seen["many"].error).reason == "QUEUE_FULL"
+    for name in ("held", "too", "after"):
+        is_whole(seen[name], [40, 41, 42, 43], 2)
+
+
 async def test_full_runtime_is_not_asked_again_until_something_leaves_its_queue(
     tmp_path: Path,
 ) -> None:
@@ -131,7 +160,7 @@ async def test_refused_starts_come_back_spread_over_the_time_that_they_take(tmp_
         await call.read_until(lambda: call.num_tokens("running") > 0)
         names = [str(number) for number in range(200)]
         for name in names:
-            await call.start(name, [40, 41, 42, 43], credit_tokens=0)
+            await call.start(name, [40, 41, 42, 43])
         await call.read_until(lambda: sum(one.num_terminal for one in call.seen.values()) > 190)
         delays = [
             from_status(one.error).retry_after_s or 0.0

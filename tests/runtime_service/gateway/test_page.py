@@ -12,8 +12,12 @@ import pytest
 from millrace.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from playwright.async_api import Page, async_playwright, expect
 
+from runtime_service.deployments import Deployment, DeploymentProblem, Deployments
 from shared.auth import ApiKeys
+from shared.errors import EngineNotFound
+from shared.redis import connect
 from shared.security import ServerSecurity
+from tests.runtime_service.daemon import FP32
 from tests.runtime_service.gateway.running_gateway import RunningGateway, running_fleet
 from tests.shared.key_files import new_key
 
@@ -106,6 +110,24 @@ async def test_page_chats_and_shows_the_fleet_and_builds(tmp_path: Path) -> None
             await expect(page.locator(".turn")).to_have_count(0)
     finally:
         await compiler.stop(0)
+
+
+@pytest.mark.redis
+async def test_page_says_why_a_deployment_is_not_served(tmp_path: Path, redis_url: str) -> None:
+    redis = connect(redis_url)
+    try:
+        async with running_fleet(tmp_path, 1, redis=redis) as fleet, opened(fleet) as page:
+            chat = Deployment("chat", "nothing", FP32, "", 1)
+            await Deployments(redis).apply(chat)
+            error = EngineNotFound(engine="<b>nothing</b>")
+            fleet.daemons[0].runtime.deployment_problem = DeploymentProblem(chat, error)
+            row = page.locator("#deployments .row")
+            await expect(row).to_contain_text("0 of 1 ready")
+            await expect(row.locator(".problem")).to_have_text(str(error))
+            fleet.daemons[0].runtime.deployment_problem = None
+            await expect(row.locator(".problem")).to_have_count(0)
+    finally:
+        await redis.aclose()
 
 
 async def test_page_asks_for_a_key_and_uses_it(

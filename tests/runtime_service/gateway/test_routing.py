@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from millrace.runtime.v1 import runtime_pb2 as pb
 
-from runtime_service.gateway.routing import BOUND_TOKENS, Candidate, choose, prefix_of
+from runtime_service.gateway.routing import (
+    BOUND_TOKENS,
+    Candidate,
+    KnownPrefixes,
+    choose,
+    prefix_of,
+)
 
 ADDRESSES = [f"10.0.0.{number}:7602" for number in range(5)]
 
@@ -19,28 +25,46 @@ def candidates(*loads: float) -> list[Candidate]:
 def test_chosen_runtime_has_no_more_to_do_than_the_bound_allows(
     loads: list[int], prefix: bytes
 ) -> None:
-    address = choose(candidates(*loads), prefix)
+    address = choose(candidates(*loads), prefix, is_known=True)
     load = loads[ADDRESSES.index(address)]
     assert load <= 1.25 * sum(loads) / len(loads) + BOUND_TOKENS
 
 
 @given(st.binary(max_size=40), st.integers(0, 4))
 def test_loss_of_a_runtime_moves_only_the_prompts_that_went_there(prefix: bytes, lost: int) -> None:
-    before = choose(candidates(0, 0, 0, 0, 0), prefix)
+    before = choose(candidates(0, 0, 0, 0, 0), prefix, is_known=True)
     rest = [c for c in candidates(0, 0, 0, 0, 0) if c.address != ADDRESSES[lost]]
-    assert choose(rest, prefix) == before or before == ADDRESSES[lost]
+    assert choose(rest, prefix, is_known=True) == before or before == ADDRESSES[lost]
 
 
 def test_prompts_spread_over_idle_runtimes() -> None:
-    counts = Counter(choose(candidates(0, 0, 0), str(n).encode()) for n in range(300))
-    assert min(counts.values()) > 60
+    for is_known in (True, False):
+        counts = Counter(
+            choose(candidates(0, 0, 0), str(n).encode(), is_known=is_known) for n in range(300)
+        )
+        assert min(counts.values()) > 60
+
+
+@given(st.lists(st.integers(0, 100_000), min_size=1, max_size=5), st.binary(max_size=40))
+def test_prompt_that_no_cache_can_know_goes_where_least_is_to_do(
+    loads: list[int], prefix: bytes
+) -> None:
+    address = choose(candidates(*loads), prefix, is_known=False)
+    assert loads[ADDRESSES.index(address)] == min(loads)
+
+
+def test_prefixes_that_were_not_asked_for_longest_are_forgotten() -> None:
+    known = KnownPrefixes(most=2)
+    for prefix in (b"a", b"b", b"a", b"c"):
+        known.add(prefix)
+    assert [prefix in known for prefix in (b"a", b"b", b"c")] == [True, False, True]
 
 
 def test_prompts_spread_over_runtimes_whose_long_names_differ_at_their_ends() -> None:
     """As pods' do, whose namespace and service come first in some clusters."""
     host = "runtimes.a-namespace-with-a-long-name.a-cluster-with-a-long-name.example.org"
     runtimes = [Candidate(f"{host}:{port}", 0) for port in (7602, 7603, 7604)]
-    counts = Counter(choose(runtimes, str(n).encode()) for n in range(300))
+    counts = Counter(choose(runtimes, str(n).encode(), is_known=True) for n in range(300))
     assert len(counts) == 3
     assert min(counts.values()) > 60
 

@@ -49,6 +49,7 @@ def deploy(
     scheme, group_size, kv_cache = parse_quant(quant)
     deployment = fleet.deploy(name, model, scheme, group_size, model_uri, replicas, kv_cache)
     deadline, num_able = time.monotonic() + wait_s, 0
+    problems: list[str] = []
     with output.waiting(f"waiting for {replicas} to serve {name}"):
         while wait_s and deployment.ready_replicas < replicas:
             if time.monotonic() > deadline:
@@ -56,11 +57,12 @@ def deploy(
                 raise CommandFailed(
                     f"{deployment.ready_replicas} of {replicas} {are_ready.format(name)} ready after "
                     f"{output.duration_text(wait_s)}; runtimes that work for it or are idle: {num_able}; "
-                    "`millrace status` shows them"
+                    + ("".join(problems[:1]) or "`millrace status` shows them")
                 )
             time.sleep(_POLL_S / 4)
             seen = fleet.get_fleet()
             num_able = sum(_is_able(runtime, name) for runtime in seen.runtimes)
+            problems = _problems(seen, name)
             now = {d.name: d for d in seen.deployments}
             # Redis may be away for a moment.
             deployment = now.get(name, deployment)
@@ -104,7 +106,7 @@ def show_status(fleet: FleetClient, *, as_json: bool) -> None:
         "The gateway knows no runtime.",
         _LEAST_COLUMNS,
     )
-    for line in _starts(found):
+    for line in (*_starts(found), *_problems(found)):
         output.print_line(line)
     if found.deployments:
         output.print_line("")
@@ -151,6 +153,7 @@ def screen(fleet: FleetClient, compiler: Client) -> "RenderableType":
         # The phase that goes on is the last one: a narrow screen must not cut it off.
         width = output.console().width
         parts += [Text(output.indented(line, width), "dim") for line in _starts(found)]
+        parts += [Text(output.indented(line, width), "yellow") for line in _problems(found)]
         if found.deployments:
             rows = map(_deployment_row, found.deployments)
             parts += ["", output.table(_DEPLOYMENT_COLUMNS, rows)]
@@ -232,6 +235,17 @@ def _starts(found: fleet_pb2.GetFleetResponse) -> list[str]:
         + ", ".join(f"{name} {output.duration_text(s)}" for name, s in _phases(runtime))
         for runtime in found.runtimes
         if runtime.state in states and runtime.startup
+    ]
+
+
+def _problems(found: fleet_pb2.GetFleetResponse, deployment: str = "") -> list[str]:
+    """A line for each runtime that does not serve what a deployment, or that one, had it try."""
+    return [
+        f"{runtime.address} does not serve {problem.deployment} v{problem.version}: {problem.status.message}"
+        for runtime in found.runtimes
+        for problem in [runtime.deployment_problem]
+        if problem.deployment and deployment in ("", problem.deployment)
+        if not _is_silent(runtime)
     ]
 
 

@@ -27,7 +27,7 @@ from millrace.engine.v1 import engine_pb2 as millrace_dot_engine_dot_v1_dot_engi
 from millrace.runtime.v1 import runtime_pb2 as millrace_dot_runtime_dot_v1_dot_runtime__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmillrace/fleet/v1/fleet.proto\x12\x11millrace.fleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fmillrace/engine/v1/engine.proto\x1a!millrace/runtime/v1/runtime.proto\"\x11\n\x0fGetFleetRequest\"\x8b\x01\n\x10GetFleetResponse\x12,\n\x08runtimes\x18\x01 \x03(\x0b\x32\x1a.millrace.fleet.v1.Runtime\x12\x32\n\x0b\x64\x65ployments\x18\x02 \x03(\x0b\x32\x1d.millrace.fleet.v1.Deployment\x12\x15\n\rredis_answers\x18\x03 \x01(\x08\"\xbf\x03\n\x07Runtime\x12\x12\n\nruntime_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x30\n\x05state\x18\x03 \x01(\x0e\x32!.millrace.runtime.v1.RuntimeState\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12.\n\x05quant\x18\x06 \x01(\x0b\x32\x1f.millrace.engine.v1.QuantConfig\x12\x0c\n\x04\x61rch\x18\x07 \x01(\t\x12\x12\n\ndeployment\x18\x08 \x01(\t\x12\x1a\n\x12\x64\x65ployment_version\x18\t \x01(\x03\x12.\n\x04load\x18\n \x01(\x0b\x32 .millrace.runtime.v1.RuntimeLoad\x12\x12\n\nnum_blocks\x18\x0b \x01(\x05\x12\x14\n\x0ctokens_per_s\x18\x0c \x01(\x01\x12\x13\n\x0bgenerations\x18\r \x01(\x05\x12-\n\nsilent_for\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x07startup\x18\x0f \x03(\x0b\x32!.millrace.runtime.v1.StartupPhase\"\xa7\x01\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12.\n\x05quant\x18\x03 \x01(\x0b\x32\x1f.millrace.engine.v1.QuantConfig\x12\x11\n\tmodel_uri\x18\x04 \x01(\t\x12\x10\n\x08replicas\x18\x05 \x01(\x05\x12\x0f\n\x07version\x18\x06 \x01(\x03\x12\x16\n\x0eready_replicas\x18\x07 \x01(\x05\"K\n\x16\x41pplyDeploymentRequest\x12\x31\n\ndeployment\x18\x01 \x01(\x0b\x32\x1d.millrace.fleet.v1.Deployment\"L\n\x17\x41pplyDeploymentResponse\x12\x31\n\ndeployment\x18\x01 \x01(\x0b\x32\x1d.millrace.fleet.v1.Deployment\"\'\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteDeploymentResponse2\xba\x02\n\x0c\x46leetService\x12S\n\x08GetFleet\x12\".millrace.fleet.v1.GetFleetRequest\x1a#.millrace.fleet.v1.GetFleetResponse\x12h\n\x0f\x41pplyDeployment\x12).millrace.fleet.v1.ApplyDeploymentRequest\x1a*.millrace.fleet.v1.ApplyDeploymentResponse\x12k\n\x10\x44\x65leteDeployment\x12*.millrace.fleet.v1.DeleteDeploymentRequest\x1a+.millrace.fleet.v1.DeleteDeploymentResponseB%\n\x15\x64\x65v.millrace.fleet.v1B\nFleetProtoP\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmillrace/fleet/v1/fleet.proto\x12\x11millrace.fleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fmillrace/engine/v1/engine.proto\x1a!millrace/runtime/v1/runtime.proto\"\x11\n\x0fGetFleetRequest\"\x8b\x01\n\x10GetFleetResponse\x12,\n\x08runtimes\x18\x01 \x03(\x0b\x32\x1a.millrace.fleet.v1.Runtime\x12\x32\n\x0b\x64\x65ployments\x18\x02 \x03(\x0b\x32\x1d.millrace.fleet.v1.Deployment\x12\x15\n\rredis_answers\x18\x03 \x01(\x08\"\x83\x04\n\x07Runtime\x12\x12\n\nruntime_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x30\n\x05state\x18\x03 \x01(\x0e\x32!.millrace.runtime.v1.RuntimeState\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12.\n\x05quant\x18\x06 \x01(\x0b\x32\x1f.millrace.engine.v1.QuantConfig\x12\x0c\n\x04\x61rch\x18\x07 \x01(\t\x12\x12\n\ndeployment\x18\x08 \x01(\t\x12\x1a\n\x12\x64\x65ployment_version\x18\t \x01(\x03\x12.\n\x04load\x18\n \x01(\x0b\x32 .millrace.runtime.v1.RuntimeLoad\x12\x12\n\nnum_blocks\x18\x0b \x01(\x05\x12\x14\n\x0ctokens_per_s\x18\x0c \x01(\x01\x12\x13\n\x0bgenerations\x18\r \x01(\x05\x12-\n\nsilent_for\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x07startup\x18\x0f \x03(\x0b\x32!.millrace.runtime.v1.StartupPhase\x12\x42\n\x12\x64\x65ployment_problem\x18\x10 \x01(\x0b\x32&.millrace.runtime.v1.DeploymentProblem\"\xa7\x01\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12.\n\x05quant\x18\x03 \x01(\x0b\x32\x1f.millrace.engine.v1.QuantConfig\x12\x11\n\tmodel_uri\x18\x04 \x01(\t\x12\x10\n\x08replicas\x18\x05 \x01(\x05\x12\x0f\n\x07version\x18\x06 \x01(\x03\x12\x16\n\x0eready_replicas\x18\x07 \x01(\x05\"K\n\x16\x41pplyDeploymentRequest\x12\x31\n\ndeployment\x18\x01 \x01(\x0b\x32\x1d.millrace.fleet.v1.Deployment\"L\n\x17\x41pplyDeploymentResponse\x12\x31\n\ndeployment\x18\x01 \x01(\x0b\x32\x1d.millrace.fleet.v1.Deployment\"\'\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteDeploymentResponse2\xba\x02\n\x0c\x46leetService\x12S\n\x08GetFleet\x12\".millrace.fleet.v1.GetFleetRequest\x1a#.millrace.fleet.v1.GetFleetResponse\x12h\n\x0f\x41pplyDeployment\x12).millrace.fleet.v1.ApplyDeploymentRequest\x1a*.millrace.fleet.v1.ApplyDeploymentResponse\x12k\n\x10\x44\x65leteDeployment\x12*.millrace.fleet.v1.DeleteDeploymentRequest\x1a+.millrace.fleet.v1.DeleteDeploymentResponseB%\n\x15\x64\x65v.millrace.fleet.v1B\nFleetProtoP\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,17 +40,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETFLEETRESPONSE']._serialized_start=172
   _globals['_GETFLEETRESPONSE']._serialized_end=311
   _globals['_RUNTIME']._serialized_start=314
-  _globals['_RUNTIME']._serialized_end=761
-  _globals['_DEPLOYMENT']._serialized_start=764
-  _globals['_DEPLOYMENT']._serialized_end=931
-  _globals['_APPLYDEPLOYMENTREQUEST']._serialized_start=933
-  _globals['_APPLYDEPLOYMENTREQUEST']._serialized_end=1008
-  _globals['_APPLYDEPLOYMENTRESPONSE']._serialized_start=1010
-  _globals['_APPLYDEPLOYMENTRESPONSE']._serialized_end=1086
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=1088
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=1127
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=1129
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=1155
-  _globals['_FLEETSERVICE']._serialized_start=1158
-  _globals['_FLEETSERVICE']._serialized_end=1472
+  _globals['_RUNTIME']._serialized_end=829
+  _globals['_DEPLOYMENT']._serialized_start=832
+  _globals['_DEPLOYMENT']._serialized_end=999
+  _globals['_APPLYDEPLOYMENTREQUEST']._serialized_start=1001
+  _globals['_APPLYDEPLOYMENTREQUEST']._serialized_end=1076
+  _globals['_APPLYDEPLOYMENTRESPONSE']._serialized_start=1078
+  _globals['_APPLYDEPLOYMENTRESPONSE']._serialized_end=1154
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=1156
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=1195
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=1197
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=1223
+  _globals['_FLEETSERVICE']._serialized_start=1226
+  _globals['_FLEETSERVICE']._serialized_end=1540
 # @@protoc_insertion_point(module_scope)

@@ -93,6 +93,7 @@ class Runtime(_message.Message):
     GENERATIONS_FIELD_NUMBER: _builtins.int
     SILENT_FOR_FIELD_NUMBER: _builtins.int
     STARTUP_FIELD_NUMBER: _builtins.int
+    DEPLOYMENT_PROBLEM_FIELD_NUMBER: _builtins.int
     runtime_id: _builtins.str
     """Names it in Redis."""
     address: _builtins.str
@@ -133,6 +134,12 @@ class Runtime(_message.Message):
         far.
         """
 
+    @_builtins.property
+    def deployment_problem(self) -> _runtime_pb2.DeploymentProblem:
+        """As in `GetStatusResponse`: why it does not serve what a deployment had it try
+        last.
+        """
+
     def __init__(
         self,
         *,
@@ -151,10 +158,11 @@ class Runtime(_message.Message):
         generations: _builtins.int = ...,
         silent_for: _duration_pb2.Duration | None = ...,
         startup: _abc.Iterable[_runtime_pb2.StartupPhase] | None = ...,
+        deployment_problem: _runtime_pb2.DeploymentProblem | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "quant", b"quant", "silent_for", b"silent_for"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deployment_problem", b"deployment_problem", "load", b"load", "quant", b"quant", "silent_for", b"silent_for"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arch", b"arch", "deployment", b"deployment", "deployment_version", b"deployment_version", "engine", b"engine", "generations", b"generations", "load", b"load", "model", b"model", "num_blocks", b"num_blocks", "quant", b"quant", "runtime_id", b"runtime_id", "silent_for", b"silent_for", "startup", b"startup", "state", b"state", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "arch", b"arch", "deployment", b"deployment", "deployment_problem", b"deployment_problem", "deployment_version", b"deployment_version", "engine", b"engine", "generations", b"generations", "load", b"load", "model", b"model", "num_blocks", b"num_blocks", "quant", b"quant", "runtime_id", b"runtime_id", "silent_for", b"silent_for", "startup", b"startup", "state", b"state", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

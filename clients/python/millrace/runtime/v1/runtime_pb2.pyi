@@ -1069,6 +1069,7 @@ class GetStatusResponse(_message.Message):
     RUNTIME_ID_FIELD_NUMBER: _builtins.int
     DEPLOYMENT_FIELD_NUMBER: _builtins.int
     DEPLOYMENT_VERSION_FIELD_NUMBER: _builtins.int
+    DEPLOYMENT_PROBLEM_FIELD_NUMBER: _builtins.int
     state: Global___RuntimeState.ValueType
     """Where the daemon stands."""
     runtime_id: _builtins.str
@@ -1099,6 +1100,12 @@ class GetStatusResponse(_message.Message):
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When the daemon started."""
 
+    @_builtins.property
+    def deployment_problem(self) -> Global___DeploymentProblem:
+        """Why it does not serve what a deployment had it try last; unset once it does,
+        and once the deployment says something else.
+        """
+
     def __init__(
         self,
         *,
@@ -1111,14 +1118,47 @@ class GetStatusResponse(_message.Message):
         runtime_id: _builtins.str = ...,
         deployment: _builtins.str = ...,
         deployment_version: _builtins.int = ...,
+        deployment_problem: Global___DeploymentProblem | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "limits", b"limits", "load", b"load", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deployment_problem", b"deployment_problem", "engine", b"engine", "limits", b"limits", "load", b"load", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "deployment_version", b"deployment_version", "engine", b"engine", "limits", b"limits", "load", b"load", "runtime_id", b"runtime_id", "start_time", b"start_time", "startup", b"startup", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "deployment_problem", b"deployment_problem", "deployment_version", b"deployment_version", "engine", b"engine", "limits", b"limits", "load", b"load", "runtime_id", b"runtime_id", "start_time", b"start_time", "startup", b"startup", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class DeploymentProblem(_message.Message):
+    """Why a runtime does not serve a version of a deployment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    deployment: _builtins.str
+    """Name of the deployment. An idle runtime may belong to none, and has tried it."""
+    version: _builtins.int
+    """The version that it tried."""
+    @_builtins.property
+    def status(self) -> _status_pb2.Status:
+        """What went wrong: the engine was not found, built, pulled or loaded."""
+
+    def __init__(
+        self,
+        *,
+        deployment: _builtins.str = ...,
+        version: _builtins.int = ...,
+        status: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "status", b"status", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeploymentProblem: _TypeAlias = DeploymentProblem  # noqa: Y015
 
 @_typing.final
 class RuntimeLimits(_message.Message):
