@@ -29,6 +29,11 @@ WORKLOADS = {
     "16 streams 64/128": (16, 64, 128),
     "prompt 512": (1, 512, 1),
 }
+# What the peers are imported as, and installed by.
+PEERS = {
+    "torch": "torch==2.13.0", "transformers": "transformers==5.23.0", "accelerate": "accelerate",
+    "gguf": "gguf", "xllamacpp": "xllamacpp", "openvino_genai": "openvino-genai",
+}  # fmt: skip
 FIGURE = {
     "1 stream 64/128": "decode_tok_s",
     "16 streams 64/128": "total_tok_s",
@@ -44,6 +49,14 @@ TARGETS = (
     ("millrace best", "transformers bf16", "prompt 512", 1.5),
     ("millrace int8", "loop alone int8", "16 streams 64/128", 0.9),
 )
+
+
+def check_peers(python: str) -> None:
+    """Ends the benchmark where `python` lacks a peer."""
+    look = "import sys; from importlib.util import find_spec; print(*(p for p in sys.argv[1:] if not find_spec(p)))"
+    done = subprocess.run([python, "-c", look, *PEERS], capture_output=True, text=True)
+    if missing := ", ".join(done.stdout.split()) or done.stderr.strip():
+        raise SystemExit(f"{python} lacks {missing}: pip install {' '.join(PEERS.values())}")
 
 
 def sample_gguf() -> Path:
@@ -79,6 +92,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quants", default="int8,int4,bf16,fp32")
     arguments = parser.parse_args()
+    check_peers(arguments.peers_python)
     quants = arguments.quants.split(",")
     work = Path(tempfile.mkdtemp(prefix="millrace-peers-"))
     store = arguments.store or work / "store"

@@ -13,12 +13,15 @@ import argparse
 import json
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
-from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
+from bench.peer_libraries import peer_libraries
 from compiler_service.checkpoints.sources import open_checkpoint
 from compiler_service.quantization.int4_gptq import prepare_pack
 from kernels.linear.layouts import LAYOUTS, pack_int4
+
+with peer_libraries("llmcompressor==0.14.0.1"):
+    from compressed_tensors.quantization import QuantizationArgs
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
 GROUP, NUM_TOKENS = 64, 2048
 

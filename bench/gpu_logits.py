@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.gpu_kernels import read
 from bench.gpu_models import MODELS, LlamaSizes, llama_graph, random_weights
 from bench.gpu_timing import require_gpu
+from bench.peer_libraries import peer_libraries
 from kernels.launcher import KernelLibrary
 from runtime_service.execution.cuda_engine import CudaEngine, assemble
 from runtime_service.execution.device_stream import CudaStream
@@ -34,6 +34,9 @@ from runtime_service.scheduling.request import SamplingParams, StopParams
 from shared.ir import Graph
 from shared.store.local import LocalStore
 from shared.store.weights import WeightReader
+
+with peer_libraries("transformers==5.23.0"):
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 _TOKENS, _BLOCK_TOKENS, _PREFILLED = 512, 16, 384
 _TEXT = Path(__file__).parents[1] / "compiler_service/calibration/public_domain.txt"

@@ -10,11 +10,14 @@ import time
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from bench.gpu_models import MODELS, LlamaSizes
 from bench.gpu_offline import CASES
 from bench.gpu_timing import require_gpu
+from bench.peer_libraries import peer_libraries
+
+with peer_libraries("transformers==5.23.0"):
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 
 def model_of(sizes: LlamaSizes) -> Any:

@@ -18,21 +18,24 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
-from compressed_tensors.quantization.utils import calculate_qparams
-from torchao.quantization.quant_primitives import (
-    MappingType,
-    _choose_scale_float8,
-    _dequantize_affine_float8,
-    _quantize_affine_float8,
-    choose_qparams_affine,
-    dequantize_affine,
-    quantize_affine,
-)
 
+from bench.peer_libraries import peer_libraries
 from compiler_service.checkpoints.sources import open_checkpoint
 from kernels.linear.layouts import LAYOUTS
+
+with peer_libraries("torchao==0.18.0", "compressed-tensors==0.20.0"):
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+    from torchao.quantization.quant_primitives import (
+        MappingType,
+        _choose_scale_float8,
+        _dequantize_affine_float8,
+        _quantize_affine_float8,
+        choose_qparams_affine,
+        dequantize_affine,
+        quantize_affine,
+    )
 
 GROUP = 64
 Rounding = Callable[[torch.Tensor], torch.Tensor]

@@ -19,17 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.transform.awq import AWQModifier
-from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
-from llmcompressor.pipelines.cache import IntermediatesCache
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bench.peer_libraries import peer_libraries
 from bench.quantization import NO_LIMIT
 from compiler_service.builder import BuildRequest, build
 from compiler_service.calibration.text import DEFAULT_TEXT, read_calibration_text
@@ -44,6 +38,15 @@ from compiler_service.resolve import resolve
 from kernels.linear.layouts import LAYOUTS, pack_int4
 from shared.engine import QuantConfig
 from shared.store.local import LocalStore
+
+with peer_libraries("llmcompressor==0.14.0.1"):
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 GROUP = 64
 OURS = {

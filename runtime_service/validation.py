@@ -28,6 +28,8 @@ MAX_STOP_STRING_BYTES = 256
 MAX_PRIORITY = 100
 # Bytes of text in a token at least, on average, for an estimate of what a prompt costs.
 _TOKEN_BYTES = 4
+# Log probabilities of a prompt, candidates counted: they are kept until its first token, some 100 bytes each.
+MAX_PROMPT_LOGPROBS = 1 << 18
 MAX_CREDIT = 2**31 - 1
 # Logits that are divided by less may become infinite, which no engine survives.
 REPETITION_PENALTIES = 0.01, 100.0
@@ -190,7 +192,7 @@ def to_request(
     """`start` in the engine process's terms.
 
     Raises:
-        InvalidField: the prompt is empty.
+        InvalidField: the prompt is empty, or has more log probabilities than are kept.
         PromptTooLong: prompt and one new token exceed the engine's limit.
     """
     if not prompt_token_ids:
@@ -200,6 +202,11 @@ def to_request(
         raise PromptTooLong(
             prompt_tokens=len(prompt_token_ids), max_sequence_tokens=limits.max_sequence_tokens
         )
+    if start.sampling.prompt_logprobs:
+        most = MAX_PROMPT_LOGPROBS // (1 + (start.sampling.num_logprobs or 0))
+        found = f"{len(prompt_token_ids)} tokens"
+        rule = f"with so many top_logprobs, prompts have at most {most} tokens"
+        _check(len(prompt_token_ids) <= most, "start.sampling.prompt_logprobs", found, rule)
     return Request(
         request_id=request_id,
         prompt_token_ids=prompt_token_ids,

@@ -9,7 +9,7 @@ A step that scores prompt tokens runs in pieces whose logits are all read: it wa
 request is, nobody here knows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from runtime_service.execution.cuda_graphs import CudaGraphExecutor
 from runtime_service.execution.device_rows import DeviceRows
 from runtime_service.execution.device_sampler import DeviceSampler
 from runtime_service.execution.device_stream import DeviceStream, Mark
-from runtime_service.execution.host_draws import draw, num_scored, score
+from runtime_service.execution.host_draws import draw, num_scored, pieces, score
 from runtime_service.limits import RuntimeLimits
 from runtime_service.sampling.sampler import NonFiniteLogits
 from runtime_service.scheduling.output import (
@@ -169,7 +169,7 @@ class CudaModelRunner:
         """The step in pieces that are small enough for all logits of each."""
         sampled: list[SampledSequence] = []
         scores: dict[int, list[TokenLogprobs]] = {}
-        for piece in _pieces(step.scheduled, self._executor.max_logit_rows):
+        for piece in pieces(step.scheduled, self._executor.max_logit_rows):
             sent = self._rows.send(piece, draws=False)
             logits_TV = self._executor.run_for_all_logits(sent).cpu()
             ends = np.cumsum([s.num_tokens for s in piece]).tolist()
@@ -183,23 +183,3 @@ class CudaModelRunner:
             sampled += draw(self._rows, [s for s, _ in drawing], logits_RV)
         prompt_logprobs = {row: tuple(entries) for row, entries in scores.items()}
         return ReadStep(ModelRunnerOutput(step.step, tuple(sampled), prompt_logprobs))
-
-
-def _pieces(
-    scheduled: Sequence[ScheduledSequence], max_tokens: int
-) -> Iterator[list[ScheduledSequence]]:
-    """The same work in steps of at most `max_tokens`."""
-    piece: list[ScheduledSequence] = []
-    room = max_tokens
-    for s in scheduled:
-        start, end = s.start, s.start + s.num_tokens
-        while start < end:
-            count = min(room, end - start)
-            is_sampled = s.is_sampled and start + count == end
-            piece.append(ScheduledSequence(s.row, start, count, is_sampled=is_sampled))
-            start, room = start + count, room - count
-            if not room:
-                yield piece
-                piece, room = [], max_tokens
-    if piece:
-        yield piece

@@ -4,7 +4,7 @@ All that a CPU's steps draw; on a GPU, what steps that score prompts draw. Both 
 themselves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -69,3 +69,23 @@ def score(rows: HostRows, s: ScheduledSequence, logits_TV: torch.Tensor) -> list
     tokens = rows.read_tokens(s.row, s.start + 1 + count)[s.start + 1 :]
     num_top = rows.sampler(s.row).params.num_logprobs or 0
     return token_logprobs(logits_TV, torch.from_numpy(tokens), [num_top] * count)
+
+
+def pieces(
+    scheduled: Sequence[ScheduledSequence], max_tokens: int
+) -> Iterator[list[ScheduledSequence]]:
+    """The same work in steps of at most `max_tokens`: logits of all of them are held at once."""
+    piece: list[ScheduledSequence] = []
+    room = max_tokens
+    for s in scheduled:
+        start, end = s.start, s.start + s.num_tokens
+        while start < end:
+            count = min(room, end - start)
+            is_sampled = s.is_sampled and start + count == end
+            piece.append(ScheduledSequence(s.row, start, count, is_sampled=is_sampled))
+            start, room = start + count, room - count
+            if not room:
+                yield piece
+                piece, room = [], max_tokens
+    if piece:
+        yield piece

@@ -11,18 +11,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from runtime_service.execution.executor import Executor
-from runtime_service.execution.host_draws import draw, num_scored, score
+from runtime_service.execution.host_draws import draw, num_scored, pieces, score
 from runtime_service.execution.rows import RowTable
 from runtime_service.limits import RuntimeLimits
 from runtime_service.scheduling.output import (
     ModelRunnerOutput,
     NewSequence,
+    SampledSequence,
     ScheduledSequence,
     SchedulerOutput,
     TokenLogprobs,
 )
 from runtime_service.scheduling.request import SamplingParams, StopParams
 
+# With a vocabulary of 150,000 the logits of so many tokens take 150 MB.
+MAX_LOGIT_ROWS = 256
 # An engine that ran less is hardly in use: it takes no time of others for what may not come.
 MANY_STEPS = 16
 
@@ -33,6 +36,7 @@ class ModelRunner:
     Args:
         set_up_thread: called first on the thread that runs the steps.
         preparations: pieces of work that later steps are faster for, each for idle time.
+        max_logit_rows: a step that scores prompts runs in pieces of so many tokens, whose logits are all held.
     """
 
     def __init__(
@@ -42,9 +46,10 @@ class ModelRunner:
         vocab_size: int,
         set_up_thread: Callable[[], None] | None = None,
         preparations: Iterable[Callable[[], object]] = (),
+        max_logit_rows: int = MAX_LOGIT_ROWS,
     ) -> None:
         self._executor = executor
-        self._limits = limits
+        self._limits, self._max_logit_rows = limits, max_logit_rows
         self._rows = RowTable(limits, vocab_size)
         self._preparations = iter(preparations)
         self._num_steps = 0
@@ -85,19 +90,30 @@ class ModelRunner:
             self._rows.apply(step)
             if step.block_copies:
                 self._executor.copy_blocks(step.block_copies)
-            sampled, scored = self._wanted(step.scheduled)
-            logit_rows = [row for row, _ in sampled]
-            logit_rows += [row for rows, _ in scored for row in rows]
-            token_ids_T, batch = self._rows.pack(step.scheduled, logit_rows)
-            logits_RV = self._executor.forward(token_ids_T, batch)
-            drawn = draw(self._rows, [s for _, s in sampled], logits_RV[: len(sampled)])
-            scores: dict[int, tuple[TokenLogprobs, ...]] = {}
-            first = len(sampled)
-            for rows, sequence in scored:
-                logits_TV = logits_RV[first : first + len(rows)]
-                scores[sequence.row] = tuple(score(self._rows, sequence, logits_TV))
-                first += len(rows)
-        return ModelRunnerOutput(step.step, tuple(drawn), scores)
+            drawn: list[SampledSequence] = []
+            scores: dict[int, list[TokenLogprobs]] = {}
+            scores_prompts = any(num_scored(self._rows, s) for s in step.scheduled)
+            whole = [step.scheduled]
+            for piece in pieces(step.scheduled, self._max_logit_rows) if scores_prompts else whole:
+                drawn += self._run_piece(piece, scores)
+        prompt_logprobs = {row: tuple(entries) for row, entries in scores.items()}
+        return ModelRunnerOutput(step.step, tuple(drawn), prompt_logprobs)
+
+    def _run_piece(
+        self, scheduled: Sequence[ScheduledSequence], scores: dict[int, list[TokenLogprobs]]
+    ) -> list[SampledSequence]:
+        """What a part of the step draws; what its prompt tokens are worth is added to `scores`."""
+        sampled, scored = self._wanted(scheduled)
+        logit_rows = [row for row, _ in sampled]
+        logit_rows += [row for rows, _ in scored for row in rows]
+        token_ids_T, batch = self._rows.pack(scheduled, logit_rows)
+        logits_RV = self._executor.forward(token_ids_T, batch)
+        first = len(sampled)
+        for rows, sequence in scored:
+            logits_TV = logits_RV[first : first + len(rows)]
+            scores.setdefault(sequence.row, []).extend(score(self._rows, sequence, logits_TV))
+            first += len(rows)
+        return draw(self._rows, [s for _, s in sampled], logits_RV[: len(sampled)])
 
     def _wanted(
         self, scheduled: Sequence[ScheduledSequence]

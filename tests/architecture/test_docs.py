@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 import typer.main
+from google.protobuf import json_format, message_factory
+from millrace.artifact.v1 import artifact_pb2
 from millrace.cli.app import app
+from millrace.compiler.v1 import compiler_pb2
+from millrace.fleet.v1 import fleet_pb2
+from millrace.kserve.v2 import inference_pb2
+from millrace.runtime.v1 import runtime_pb2
 from prometheus_client import CollectorRegistry
 from typer.core import TyperGroup
 
@@ -188,6 +194,24 @@ def anchors(page: Path) -> set[str]:
     """What links to headings of the page are called, as GitHub has it."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_grpcurl_commands_ask_rpcs_that_exist_for_what_they_take() -> None:
+    """Each body is a message of its rpc: a field that is misspelled or of another type is none."""
+    shell = "\n".join(page.read_text().replace("\\\n", " ") for page in PAGES)
+    commands = [shlex.split(line) for line in re.findall(r"^grpcurl .*$", shell, re.M)]
+    methods = {
+        f"{service.full_name}/{method.name}": method.input_type
+        for module in (artifact_pb2, compiler_pb2, fleet_pb2, inference_pb2, runtime_pb2)
+        for service in module.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    }
+    asked = [words for words in commands if words[-1] != "list"]
+    assert len(asked) > 5, "the manual shows calls"
+    for words in asked:
+        kind = message_factory.GetMessageClass(methods[words[-1]])
+        body = words[words.index("-d") + 1] if "-d" in words else "{}"
+        json_format.Parse(body, kind())
 
 
 def test_python_examples_compile() -> None:

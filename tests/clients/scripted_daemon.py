@@ -24,6 +24,24 @@ from shared.errors import BuildNotFound, EngineNotFound, InvalidField, MillraceE
 DIGEST = "ab" * 32
 WORDS = ("Once", " upon", " a", " time", " ☃")
 TEXT = "".join(WORDS)
+# What a built engine runs, thirty layers of it.
+GRAPH = {
+    "inputs": {"token_ids": {"dims": ["T"], "dtype": "int32"}},
+    "nodes": [
+        {"op": "embedding", "inputs": ["token_ids"], "outputs": ["x"], "weights": {"weight": "e"},
+         "attrs": {"dtype": "float32"}},
+        *(
+            {"op": op, "inputs": [f"{op}.{i}.in"], "outputs": [f"{op}.{i}"], "weights": {},
+             "attrs": {"layer": i}}
+            for i in range(30)
+            for op in ("rms_norm", "linear", "attention")
+        ),
+    ],
+    "outputs": ["logits"],
+    "weights": {"e": {"layout": "plain"}},
+    "config": {"family": "llama", "num_layers": 30,
+               "checkpoint_quantization": ["Q4_1: 210 tensors kept exactly as int4_group 32"]},
+}  # fmt: skip
 
 
 @dataclass

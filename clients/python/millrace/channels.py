@@ -60,12 +60,8 @@ class Security:
         if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_cert and not self.tls_ca):
             raise ValueError("tls_cert and tls_key go together, and with tls_ca")
         # gRPC itself would tell about a broken file in its log alone, at every call.
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
-            if self.tls_ca:
-                context.load_verify_locations(self.tls_ca)
-            if self.tls_cert:
-                context.load_cert_chain(self.tls_cert, self.tls_key)
+            self.context()
         except OSError as error:  # ssl.SSLError is one
             files = " or ".join(filter(None, (self.tls_ca, self.tls_cert, self.tls_key)))
             raise ValueError(f"TLS cannot use {files}: {error}") from None
@@ -74,6 +70,15 @@ class Security:
         """Raises ValueError where the key would cross a network in plaintext."""
         if self.api_key and not self.tls_ca and not is_local(address):
             raise ValueError(f"an API key is sent to {address} over TLS alone: give tls_ca")
+
+    def context(self) -> ssl.SSLContext | None:
+        """The TLS part as HTTP's libraries take it; None where the system's CAs are to do."""
+        if not self.tls_ca:
+            return None
+        context = ssl.create_default_context(cafile=self.tls_ca)
+        if self.tls_cert:
+            context.load_cert_chain(self.tls_cert, self.tls_key)
+        return context
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         """gRPC's form of the TLS part."""

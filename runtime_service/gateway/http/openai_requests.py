@@ -31,12 +31,15 @@ DEFAULT_COMPLETION_TOKENS = 16
 # About the caller, or the answer's place in a service that this is not: taken, and without effect.
 _IGNORED = (
     "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
-    "request_id", "rid", "safety_identifier", "service_tier", "user",
+    "request_id", "rid", "safety_identifier", "separate_reasoning", "service_tier",
+    "stream_reasoning", "user",
 )  # fmt: skip
 _NO_TOOLS = "tools cannot be called yet"
 _TEXT_ONLY = "answers can be text only"
 _NOT_ENFORCED = "answers cannot be made to follow it yet"
 _TEMPLATE = "messages go through the model's own template, as it is"
+_THINKING = "thinking is text like any other, and as the model's own template has it"
+_NO_LOOP = "repetition is not looked for; penalties make it unlikely"
 _HIDDEN = "special tokens are never part of the text"
 _OVER_GRPC = "is not told here; millrace.runtime.v1 has it"
 # What cannot be done, the values that do not ask for it, and what to say of all others.
@@ -51,7 +54,7 @@ _REFUSED: _Refusals = {
     "audio": ((), _TEXT_ONLY),
     "prediction": ((), "predicted outputs are not supported"),
     "reasoning_effort": ((), "is not supported; say it in the messages"),
-    "verbosity": ((), "is not supported; say it in the messages"),
+    "verbosity": (("medium",), "is not supported; say it in the messages"),
     "web_search_options": ((), "there is no web search"),
     "store": ((False,), "answers are not stored"),
     "best_of": ((1,), "all samples are returned; use n"),
@@ -65,7 +68,8 @@ _REFUSED: _Refusals = {
         ),
         ((), _NOT_ENFORCED),
     ),
-    **dict.fromkeys(("chat_template", "documents", "mm_processor_kwargs"), ((), _TEMPLATE)),
+    "chat_template": ((), _TEMPLATE),
+    **dict.fromkeys(("documents", "mm_processor_kwargs"), (([], {}), _TEMPLATE)),
     "chat_template_kwargs": (({},), _TEMPLATE),
     "add_generation_prompt": ((True,), _TEMPLATE),
     "continue_final_message": ((False,), _TEMPLATE),
@@ -86,7 +90,13 @@ _REFUSED: _Refusals = {
     "lora_path": ((), "adapters are not supported"),
     "logits_processors": (([],), "the engine runs no code of requests"),
     "custom_logit_processor": ((), "the engine runs no code of requests"),
-    "thinking_token_budget": ((), "thinking is text like any other"),
+    **dict.fromkeys(("thinking", "enable_thinking", "thinking_token_budget"), ((), _THINKING)),
+    "include_reasoning": ((True,), _THINKING),
+    "stop_regex": ((), "text ends at strings and tokens; use stop"),
+    **dict.fromkeys(
+        ("max_repetition_pattern_size", "min_repetition_pattern_size", "repetition_min_count"),
+        ((0,), _NO_LOOP),
+    ),
     "kv_transfer_params": ((), "prefill and decode are not apart here"),
     "vllm_xargs": (({},), "is not supported"),
 }  # fmt: skip
@@ -98,8 +108,14 @@ _REFUSED_IN_MESSAGES: _Refusals = {
     "tool_call_id": ((), _NO_TOOLS),
     "function_call": ((), _NO_TOOLS),
     "audio": ((), "messages can be text only"),
+    **dict.fromkeys(("prefix", "partial"), ((False,), _TEMPLATE)),
 }
-_IGNORED_IN_MESSAGES = ("annotations", "name", "refusal")
+# What other servers' answers have beside their text, and clients send back with it. Of what a model thought
+# in earlier turns its template shows nothing in later ones.
+_IGNORED_IN_MESSAGES = (
+    "annotations", "cache_control", "name", "provider_specific_fields", "reasoning",
+    "reasoning_content", "refusal", "thinking_blocks",
+)  # fmt: skip
 _TOOL_ROLES = ("tool", "function")
 
 
@@ -272,11 +288,13 @@ def _drop(
     ignored: tuple[str, ...],
     where: str,
 ) -> None:
-    """Takes out what means nothing here.
+    """Takes out what means nothing here, and null, by which clients write what is unset.
 
     Raises:
         InvalidField: what is left out would be missed.
     """
+    for name in [name for name, value in fields.items() if value is None]:
+        del fields[name]
     for name in ignored:
         fields.pop(name, None)
     for name, (neutral, problem) in refused.items():

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from ssl import SSLContext
 from typing import Any
 
 from aiohttp import web
@@ -15,6 +16,7 @@ class PacedOpenAi:
         refused: every so manieth request gets a 429; 0: none.
         breaks_off: answers end without their end.
         is_strict: fields that are not OpenAI's are refused.
+        tls: speaks https by it.
     """
 
     def __init__(
@@ -25,9 +27,10 @@ class PacedOpenAi:
         *,
         breaks_off: bool = False,
         is_strict: bool = False,
+        tls: SSLContext | None = None,
     ) -> None:
         self.first_s, self.token_s, self.refused = first_s, token_s, refused
-        self.breaks_off, self.is_strict = breaks_off, is_strict
+        self.breaks_off, self.is_strict, self._tls = breaks_off, is_strict, tls
         self.asked: list[dict[str, Any]] = []
         self.is_busy = asyncio.Event()  # set from the 50th request on
         self.keys: set[str] = set()
@@ -39,10 +42,10 @@ class PacedOpenAi:
 
     async def __aenter__(self) -> "PacedOpenAi":
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._tls)
         await site.start()
         host, port = self._runner.addresses[0][:2]
-        self.url = f"http://{host}:{port}/v1"
+        self.url = f"{'https' if self._tls else 'http'}://{host}:{port}/v1"
         return self
 
     async def __aexit__(self, *_: object) -> None:

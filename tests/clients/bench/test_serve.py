@@ -16,8 +16,10 @@ from millrace.cli.failures import CommandFailed
 from playwright.async_api import async_playwright
 
 from bench.paced_runtime import Pace, start_paced_runtime
+from shared.tls import server_context
 from tests.clients.bench.paced_openai import PacedOpenAi
 from tests.runtime_service.gateway.test_page import CHROMIUM
+from tests.shared.certificates import client_options, made_in, server_files
 
 FIRST_S, TOKEN_S = 0.05, 0.02
 HANG_S = 120.0
@@ -33,19 +35,19 @@ async def runtime() -> AsyncIterator[str]:
     await server.stop(0)
 
 
-async def start(*arguments: str) -> asyncio.subprocess.Process:
+async def start(*arguments: str, **variables: str) -> asyncio.subprocess.Process:
     """The command, running, with no terminal."""
     environ = {name: v for name, v in os.environ.items() if not name.startswith("MILLRACE_")}
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "millrace.cli", "bench", "serve", *arguments,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        env={**environ, "OPENAI_API_KEY": "secret"},
+        env={**environ, "OPENAI_API_KEY": "secret", **variables},
     )  # fmt: skip
 
 
-async def serve(*arguments: str) -> Done:
+async def serve(*arguments: str, **variables: str) -> Done:
     """Exit code, stdout and stderr of the command."""
-    process = await start(*arguments)
+    process = await start(*arguments, **variables)
     out, err = await asyncio.wait_for(process.communicate(), HANG_S)
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
@@ -110,6 +112,26 @@ async def test_an_openai_server_is_measured(tmp_path: Path) -> None:
     assert len(server.asked) == 22
     assert {len(body["prompt"]) for body in server.asked} == {3, 4, 5}
     assert server.keys == {"Bearer secret"}
+
+
+async def test_an_https_server_is_measured_by_the_ca_and_certificate_that_are_given(
+    tmp_path: Path,
+) -> None:
+    certs = made_in(tmp_path)
+    tls = server_context(server_files(certs, with_ca=True))
+    variables = {
+        f"MILLRACE_CLI_{name.upper()}": path
+        for name, path in client_options(certs, with_cert=True).items()
+    }
+    async with PacedOpenAi(0.0, 0.0, tls=tls) as server:
+        asked = ("--openai", server.url, "-r", "4", "--out", "2", "--warm-up", "0", "--json", "-")
+        code, out, err = await serve(*asked, **variables)
+        strange, _, problem = await serve(*asked)
+    assert code == 0, err
+    assert json.loads(out)["requests"]["finished"] == 4
+    assert (strange, problem.count("\n")) == (1, 1)
+    assert "certificate verify failed" in problem
+    assert len(server.asked) == 4
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")

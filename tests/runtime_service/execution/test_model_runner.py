@@ -1,7 +1,7 @@
 """The runner gives what the reference gives, however a sequence is cut, moved or entered again."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from kernels import reference
+from kernels.batch import StepBatch
 from runtime_service.execution.cpu_executor import MOST_PREPARED_FLOPS, CpuExecutor
+from runtime_service.execution.executor import Executor
 from runtime_service.execution.loading import LoadedEngine, load_runner, read_graph
 from runtime_service.execution.model_runner import MANY_STEPS, ModelRunner
 from runtime_service.execution.options import RunnerOptions
@@ -125,6 +127,37 @@ def test_chunks_of_a_prompt_give_what_the_whole_gives(loaded: LoadedEngine, chun
         for sampled in output.sampled:
             found += sampled.logprobs
     assert_same(found, expected)
+
+
+class CountedExecutor:
+    """Notes the logits that each forward pass is asked for."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.num_logit_rows: list[int] = []
+
+    def forward(self, token_ids_T: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        self.num_logit_rows.append(len(batch.logit_rows_R))
+        return self._executor.forward(token_ids_T, batch)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        self._executor.copy_blocks(copies)
+
+
+def test_scored_prompts_hold_the_logits_of_few_tokens_at_once(loaded: LoadedEngine) -> None:
+    """A prompt may be longer than memory has room for its logits."""
+    expected = whole(loaded, 1)[1]
+    assert isinstance(loaded.runner, ModelRunner)
+    counted = CountedExecutor(loaded.runner._executor)
+    runner = ModelRunner(counted, loaded.limits, 300, max_logit_rows=8)
+    new = [enter(r, PROMPT, [12 * (r + 1) + b for b in range(6)]) for r in range(2)]
+    both = tuple(ScheduledSequence(row, 0, len(PROMPT)) for row in range(2))
+    output = runner.execute(SchedulerOutput(0, (), tuple(new), (), both)).result()
+    runner.close()
+    assert counted.num_logit_rows == [8] * 9 + [2]
+    for row, sampled in enumerate(output.sampled):
+        assert sampled.row == row
+        assert_same([*output.prompt_logprobs[row], *sampled.logprobs], expected)
 
 
 def test_mixed_steps_give_each_row_what_it_has_alone(loaded: LoadedEngine) -> None:

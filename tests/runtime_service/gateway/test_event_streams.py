@@ -13,12 +13,12 @@ import pytest
 from shared.auth import ApiKeys
 from shared.security import ServerSecurity
 from tests.runtime_service.daemon import until
+from tests.runtime_service.gateway.openai_client import HELLO, TEXT, client_of
 from tests.runtime_service.gateway.running_gateway import (
     RunningGateway,
     running_fleet,
     running_gateway,
 )
-from tests.runtime_service.gateway.test_openai import HELLO, TEXT, client_of
 from tests.shared.key_files import new_key
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

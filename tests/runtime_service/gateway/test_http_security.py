@@ -1,4 +1,4 @@
-"""HTTP is as guarded as gRPC: certificates, where it listens, and whose tenant a client is."""
+"""HTTP is as guarded as gRPC: certificates, keys and quotas, where it listens, and whose tenant a client is."""
 
 import asyncio
 import ssl
@@ -11,16 +11,25 @@ import pytest
 from aiohttp import web
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
+from openai import (
+    AuthenticationError,
+    PermissionDeniedError,
+    RateLimitError,
+)
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from runtime_service.gateway.http.server import HttpServer, Route, open_stream
+from shared.auth import ApiKeys
 from shared.edge import EdgeInterceptor
 from shared.security import ServerSecurity
 from shared.settings import SettingsError
 from shared.tls import TlsFiles
+from tests.runtime_service.daemon import ENDLESS, ENDLESS_TOKENS
+from tests.runtime_service.gateway.openai_client import TEXT, client_of, serving
 from tests.runtime_service.gateway.running_gateway import RunningGateway, running_fleet
 from tests.shared.certificates import made_in, server_files
+from tests.shared.key_files import new_key
 
 PROMPT = list(range(40, 80))
 
@@ -162,3 +171,51 @@ async def _cached_over_grpc(fleet: RunningGateway, folder: Path) -> int:
                 if event.HasField("finished"):
                     return int(event.finished.usage.cached_prompt_tokens)
     raise AssertionError("it did not finish")
+
+
+async def test_keys_scopes_and_quotas_have_their_statuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "keys"
+    good = new_key(capsys, keys, "acme", concurrent=1)
+    poor = new_key(capsys, keys, "poor", tokens_per_min=6)
+    builder = new_key(capsys, keys, "builder", "build")
+    security = ServerSecurity(api_keys=ApiKeys(keys))
+    ask: Any = {"model": "echo", "prompt": TEXT, "max_tokens": 8}
+    options = {"gateway_security": security, "step_s": 0.01, **ENDLESS}
+    async with running_fleet(tmp_path, 1, **options) as fleet:
+        async with client_of(fleet, "mr_x_y") as client:
+            with pytest.raises(AuthenticationError) as wrong:
+                await client.models.list()
+        assert wrong.value.code == "invalid_api_key"
+        async with client_of(fleet, builder) as client:
+            with pytest.raises(PermissionDeniedError, match="'generate'"):
+                await client.completions.create(**ask)
+        async with client_of(fleet, poor) as client:
+            await client.completions.create(**ask)
+            with pytest.raises(RateLimitError) as too_many:
+                await client.completions.create(**ask)
+            seconds = int(too_many.value.response.headers["retry-after"])
+            # It has used more than a minute's, and asks for more than is left of the next ones.
+            assert 60 < seconds <= 1200
+        async with client_of(fleet, good) as client:
+            endless = {**ask, "max_tokens": ENDLESS_TOKENS, "stream": True}
+            stream = await client.completions.create(**endless)
+            with pytest.raises(RateLimitError) as busy:
+                await client.completions.create(**ask)
+            assert busy.value.code == "rate_limit_exceeded"
+            await stream.close()
+
+
+async def test_open_server_answers_no_page_of_another_name(tmp_path: Path) -> None:
+    """A site whose name is made to lead to 127.0.0.1 would else read what this machine says."""
+    async with serving(tmp_path, num_runtimes=1) as (fleet, _), aiohttp.ClientSession() as session:
+        port = fleet.http.address.rpartition(":")[2]
+        statuses = []
+        good, bad = ("localhost", "127.0.0.1", "[::1]"), ("evil.example", "", "[", "a b")
+        for host in (*good, *bad, "evil.example:80"):
+            name = f"{host}:{port}" if host and ":80" not in host else host
+            url = f"http://{fleet.http.address}/api/fleet"
+            async with session.get(url, headers={"Host": name}) as response:
+                statuses.append(response.status)
+    assert statuses == [200] * 3 + [400] * 5

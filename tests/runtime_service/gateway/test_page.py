@@ -99,13 +99,20 @@ async def test_page_chats_and_shows_the_fleet_and_builds(tmp_path: Path) -> None
             await page.click("#send:has-text('Stop')")
             await expect(answer.nth(1).locator("small")).to_contain_text("stopped")
 
+            await page.fill("#tokens", "1")
+            await page.fill("#prompt", "la ")
+            await page.press("#prompt", "Enter")
+            await expect(answer.nth(2).locator("small")).to_have_text(
+                re.compile(r"^1 token · first token .* · stopped at the limit$")
+            )
+
             # A question that nobody answers.
             await page.route("**/v1/completions", lambda route: None)
             await page.fill("#prompt", "la ")
             await page.press("#prompt", "Enter")
             await page.click("#send:has-text('Stop')")
-            await expect(answer.nth(2).locator("small")).to_have_text("stopped")
-            await expect(answer.nth(2).locator("p")).to_have_text("")
+            await expect(answer.nth(3).locator("small")).to_have_text("stopped")
+            await expect(answer.nth(3).locator("p")).to_have_text("")
             await page.click("#fresh")
             await expect(page.locator(".turn")).to_have_count(0)
     finally:

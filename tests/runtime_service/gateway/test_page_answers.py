@@ -148,3 +148,26 @@ async def test_builds_that_are_not_shown_are_told_of(tmp_path: Path) -> None:
             await expect(page.locator("#builds")).to_contain_text("Older ones: millrace builds")
     finally:
         await compiler.stop(0)
+
+
+STATES = ("2 runtimes serve", "the gateway does not answer")
+
+
+@pytest.mark.parametrize("width", [360, 400, 900, 1280])
+async def test_header_tells_the_fleets_state_in_full_on_any_screen(
+    tmp_path: Path, width: int
+) -> None:
+    viewport = {"width": width, "height": 800}
+    async with running_fleet(tmp_path, 2) as fleet, opened(fleet, viewport=viewport) as page:
+        for number, state in enumerate(STATES):
+            if number:
+                await page.route("**/api/fleet", lambda route: route.fulfill(body="no JSON"))
+            told = page.locator("#state span")
+            await expect(told).to_have_text(state)
+            assert await told.evaluate(
+                "s => s.scrollWidth <= s.clientWidth && s.scrollHeight <= s.clientHeight"
+            )
+        assert await page.evaluate("document.documentElement.scrollWidth") == width
+        for name in ("New chat", "API key"):
+            await expect(page.get_by_role("button", name=name)).to_be_visible()
+        await expect(page.locator("#send")).to_be_in_viewport(ratio=1)

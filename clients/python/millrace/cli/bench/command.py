@@ -18,6 +18,7 @@ from millrace.cli.bench.targets import grpc_target, openai_target
 from millrace.cli.bench.timeline import Slo
 from millrace.cli.bench.trace import TraceError, read_trace, trace_arrivals, trace_lengths
 from millrace.cli.bench.workload import Lengths, Planned, drawn_lengths, open_loop, plan
+from millrace.cli.connecting import security
 from millrace.cli.failures import FAILED, INTERRUPTED, OK, USAGE, CommandFailed
 
 _DEFAULT_REQUESTS = 100
@@ -69,7 +70,7 @@ class Where:
             return grpc_target(self.runtime, self.calls, self.model)
         environ = os.environ
         key = environ.get("OPENAI_API_KEY") or environ.get("MILLRACE_CLI_API_KEY", "")
-        return openai_target(self.openai_url, key, self.model)
+        return openai_target(self.openai_url, key, self.model, security().context())
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ from millrace.retries import Retries
 from millrace.session import Session
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from aiohttp import ClientResponse, ClientSession
 
 # Half of the longest line that can be read.
@@ -122,12 +124,17 @@ async def grpc_target(address: str, calls: int, model: str) -> AsyncIterator[tup
 
 @asynccontextmanager
 async def openai_target(
-    url: str, api_key: str, model: str, answer_s: float = _ANSWER_S
+    url: str,
+    api_key: str,
+    model: str,
+    tls: "SSLContext | None" = None,
+    answer_s: float = _ANSWER_S,
 ) -> AsyncIterator[tuple[Target, str]]:
     """The server whose API is at `url` (`http://host:port/v1`), and the model that is asked.
 
     Args:
         model: "": the first that it names.
+        tls: of an https server; None: one whose CA the system knows.
         answer_s: in which it is to be reached, and to name its models.
     Raises:
         CommandFailed: it does not answer by then, or names no model.
@@ -139,7 +146,7 @@ async def openai_target(
         raise CommandFailed(f"{url!r} is not of the form http://host:port/v1", USAGE)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     async with ClientSession(
-        connector=TCPConnector(limit=0),
+        connector=TCPConnector(limit=0, ssl=tls or True),
         timeout=ClientTimeout(total=None, sock_connect=answer_s),
         headers=headers,
         read_bufsize=_READ_BYTES,

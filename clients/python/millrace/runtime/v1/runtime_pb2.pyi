@@ -522,7 +522,8 @@ class SamplingParams(_message.Message):
     """Likeliest tokens to report beside each token; at most 20; implies `logprobs`."""
     prompt_logprobs: _builtins.bool
     """Reports the log probabilities of the prompt's tokens, with `top_logprobs`
-    candidates each.
+    candidates each: at most 262,144 in all, candidates counted. The prompt
+    is computed whole: no part of it is found in the prefix cache.
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:

@@ -931,7 +931,8 @@ type SamplingParams struct {
 	// Likeliest tokens to report beside each token; at most 20; implies `logprobs`.
 	TopLogprobs int32 `protobuf:"varint,12,opt,name=top_logprobs,json=topLogprobs,proto3" json:"top_logprobs,omitempty"`
 	// Reports the log probabilities of the prompt's tokens, with `top_logprobs`
-	// candidates each.
+	// candidates each: at most 262,144 in all, candidates counted. The prompt
+	// is computed whole: no part of it is found in the prefix cache.
 	PromptLogprobs bool `protobuf:"varint,13,opt,name=prompt_logprobs,json=promptLogprobs,proto3" json:"prompt_logprobs,omitempty"`
 }
 
