@@ -21,6 +21,7 @@ from kernels.launch import (
     Temporary,
     Value,
     Weight,
+    power_of_two,
 )  # fmt: skip
 from kernels.linear.lowering import Linears
 from kernels.operands import (
@@ -159,7 +160,7 @@ class _Lowering:
         else:
             absent |= {"gain": None, "normed": None, "squares_out": None}
         yield self._launch(
-            "embedding", arguments, {"M": rows, "BLOCK": _power_of_two(rows), **absent},
+            "embedding", arguments, {"M": rows, "BLOCK": power_of_two(rows), **absent},
             per_token, operands,
         )  # fmt: skip
 
@@ -167,7 +168,7 @@ class _Lowering:
         heads = integer(node.attrs["num_heads"])
         kv_heads = integer(node.attrs["num_kv_heads"])
         head_dim = integer(node.attrs["head_dim"])
-        block_d = _power_of_two(head_dim // 2)
+        block_d = power_of_two(head_dim // 2)
         block_h = max(1, 1024 // block_d)
         blocks = -(-(heads + 2 * kv_heads) // block_h)
         rope = rope_operands(integer(node.attrs["layer"]), self.walk.kv_format)
@@ -280,7 +281,7 @@ class _Lowering:
             operands.append(scale)
         else:
             constants |= {"scale_out": None}
-        constants |= {"M": row, "EPS": number(node.attrs["eps"]), "BLOCK": _power_of_two(row)}
+        constants |= {"M": row, "EPS": number(node.attrs["eps"]), "BLOCK": power_of_two(row)}
         yield self._launch(
             "rms_norm", arguments, constants, self.walk.per_row_of(node.inputs[0]), operands,
             num_warps=_row_warps(row),
@@ -296,7 +297,7 @@ class _Lowering:
         if scale is not None:  # a scale needs the whole row
             yield self._launch(
                 "silu_mul", [*arguments, pointer("scale_out", "fp32")],
-                {"F": width, "BLOCK": _power_of_two(width)}, rows, [*operands, scale],
+                {"F": width, "BLOCK": power_of_two(width)}, rows, [*operands, scale],
                 num_warps=_row_warps(width),
             )  # fmt: skip
             return
@@ -330,7 +331,7 @@ class _Lowering:
                 "normed": None,
                 "squares_out": None,
                 "M": width,
-                "BLOCK": _power_of_two(width),
+                "BLOCK": power_of_two(width),
             },
             per_row,
             [Batch("logit_rows_R"), Value(node.inputs[0]), Value(node.outputs[0])],
@@ -360,7 +361,3 @@ class _Lowering:
 
 def _row_warps(row: int) -> int:
     return 4 if row <= 2048 else 8 if row <= 8192 else 16
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

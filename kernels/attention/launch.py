@@ -5,7 +5,7 @@ from functools import cache
 
 from kernels.attention.shares import Shares
 from kernels.kv_cache import kv_format
-from kernels.launch import Grid, Scratch, Sizes
+from kernels.launch import Grid, Scratch, Sizes, power_of_two
 from kernels.operands import TRITON_DTYPES, integer, number
 from kernels.regimes import BLOCK_TOKENS
 from kernels.variant import Argument, Constant, KernelVariant, pointer
@@ -293,7 +293,7 @@ def _combined_columns(shape: AttentionShape, tiles: AttentionTiles) -> int:
 
 
 def _part_rows(shape: AttentionShape, tiles: AttentionTiles) -> int:
-    return _power_of_two(tiles.block_q * shape.group)
+    return power_of_two(tiles.block_q * shape.group)
 
 
 def _cache_arguments(shape: AttentionShape) -> list[Argument]:
@@ -316,13 +316,9 @@ def _codes(shape: AttentionShape, arch: Arch) -> str:
 
 def block_d(shape: AttentionShape) -> int:
     """Columns of a tile: tensor cores multiply no less than 16, and pairs have half of them."""
-    return max(32 if shape.is_scaled else 16, _power_of_two(shape.head_dim))
+    return max(32 if shape.is_scaled else 16, power_of_two(shape.head_dim))
 
 
 def _rows(shape: AttentionShape, tiles: AttentionTiles) -> int:
     rows = tiles.block_q * shape.group
-    return max(_MIN_DOT_ROWS, _power_of_two(rows))
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+    return max(_MIN_DOT_ROWS, power_of_two(rows))
