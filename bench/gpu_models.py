@@ -28,6 +28,8 @@ class LlamaSizes:
 MODELS = {
     "llama-3.1-8b": LlamaSizes(4096, 32, 32, 8, 128, 14336, 128256),
     "llama-3.2-1b": LlamaSizes(2048, 16, 32, 8, 64, 8192, 128256),
+    # Its sizes alone: the bias of its qkv is left out.
+    "qwen2.5-1.5b": LlamaSizes(1536, 28, 12, 2, 128, 8960, 151936),
     "tiny": LlamaSizes(256, 2, 8, 2, 32, 352, 1000),
 }
 

@@ -62,7 +62,14 @@ def one_token_tiles(shape: LinearShape) -> Tiles:
         wanted = Tiles(4, 2048, num_warps=8, prefetch=2, vector=8)
     else:
         wanted = Tiles(4, 512, num_warps=2, prefetch=2, vector=8)
-    return replace(wanted, block_k=_block_k(shape.k, wanted.block_k))
+    block_k = _block_k(shape.k, wanted.block_k)
+    if block_k < wanted.block_k and block_k < 1024 and wanted.block_n > 1:
+        # K is a small power of two times an odd number, as in Llama 2 and Qwen 2.5: in blocks that divide it threads
+        # would have a value or two of each row to load at a time.
+        if wanted.block_n == 4:
+            return replace(wanted, block_k=min(1024, power_of_two(shape.k)), num_warps=4)
+        return replace(wanted, block_k=max(512, block_k), num_warps=2)
+    return replace(wanted, block_k=block_k)
 
 
 def few_tokens_tiles(shape: LinearShape, arch: Arch, block_m: int) -> Tiles:
