@@ -133,7 +133,8 @@ def prefill_attention_candidates(shape: AttentionShape) -> Iterator[AttentionTil
         (128, 64, 4, 3),
         (128, 32, 4, 3),
     ):
-        tiles = AttentionTiles(rows // shape.group, block_n, 0, warps, stages)
+        extra = 0 if shape.is_scaled else attention.further_programs(shape)
+        tiles = AttentionTiles(rows // shape.group, block_n, extra, warps, stages, min_part=256)
         yield replace(tiles, takes="several", reads_new=True) if shape.is_scaled else tiles
 
 

@@ -16,6 +16,7 @@ import torch
 
 from bench.gpu_kernels import SAMPLING_VOCAB, read
 from bench.gpu_timing import captured, median_ms
+from kernels.attention.shares import Shares
 from kernels.launcher import KernelLibrary
 from runtime_service.execution.cuda_model_runner import Reading
 from runtime_service.execution.device_rows import DeviceRows
@@ -52,7 +53,7 @@ def sampler_of(
     """A sampler whose rows all draw in one way, with histories of 1000 tokens."""
     stream = CudaStream()
     limits = RuntimeLimits(2 * _HISTORY, num_rows, 8192, 16, 64, "bfloat16", 0, "")
-    rows = DeviceRows(library, limits, SAMPLING_VOCAB, stream)
+    rows = DeviceRows(library, limits, SAMPLING_VOCAB, Shares(1, 1), stream)
     torch.manual_seed(0)
     histories = torch.randint(0, SAMPLING_VOCAB, (num_rows, _HISTORY)).tolist()
     stop = StopParams(_HISTORY, min_new_tokens, (5, 6) if min_new_tokens else ())

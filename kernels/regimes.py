@@ -13,7 +13,8 @@ class Regime:
 
     Args:
         max_tokens: 1: one token; up to 64: few tokens in tiles of that many; 0: any number.
-        max_sequences: decode only, bounds how attention splits; 0 where sequences may have several query tokens.
+        max_sequences: decode only, at most so many: chooses attention's tiles; 0 where sequences may have several query
+            tokens.
         block_tokens: tokens of one KV block.
     """
 
@@ -36,3 +37,5 @@ DECODE_REGIMES = tuple(
     )
 )
 REGIMES = (*DECODE_REGIMES, Regime(16, 0), Regime(64, 0), Regime(0, 0))
+# Of a step whose linears work in tiles of that many.
+MOST_FEW_TOKENS = max(regime.max_tokens for regime in REGIMES)

@@ -34,7 +34,9 @@ class Walk:
         self._specs = graph.infer(OPS)
         self.riding = Riding(graph, arch, self.max_tokens)
         # Over codes a lone query waits for memory, several for what widens codes: no tile serves both.
-        is_any_step = not regime.max_tokens and not regime.max_sequences
+        is_any_step = (
+            not regime.max_tokens and not regime.max_sequences
+        )  # of more than MOST_FEW_TOKENS
         self.attends_apart = self.kv_format.is_scaled and is_any_step
 
     def _uses_library(self) -> bool:

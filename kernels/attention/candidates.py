@@ -63,7 +63,7 @@ def _for_decode(shape: AttentionShape, first: AttentionTiles) -> list[AttentionT
             replace(first, block_n=64, num_warps=2, stages=2),
             replace(first, block_n=64, num_warps=2, stages=4),
         ]
-    small = replace(first, block_n=64, num_warps=2, min_part=64)
+    small = replace(first, block_n=64, num_warps=2)
     return [
         replace(small, stages=5 - first.stages if first.block_n == 64 else 2),
         replace(small, block_n=32, num_warps=1, stages=3),

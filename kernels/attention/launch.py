@@ -7,7 +7,7 @@ from kernels.attention.shares import Shares
 from kernels.kv_cache import kv_format
 from kernels.launch import Grid, Scratch, Sizes, power_of_two
 from kernels.operands import TRITON_DTYPES, integer, number
-from kernels.regimes import BLOCK_TOKENS
+from kernels.regimes import BLOCK_TOKENS, MOST_FEW_TOKENS
 from kernels.variant import Argument, Constant, KernelVariant, pointer
 from kernels.variant import integer as integer_argument
 from shared.arch import Arch
@@ -126,9 +126,9 @@ def _measured_decode_tiles(shape: AttentionShape, max_sequences: int) -> Attenti
 def _lone_tiles(shape: AttentionShape) -> AttentionTiles:
     """One sequence leaves most of a device to the next linear's programs, which load their weights meanwhile: a third
     stage's shared memory keeps them out, and costs 5 us a layer."""
-    tiles = AttentionTiles(1, 64, 15, 2, is_decode=True, is_lone=True, is_early=True)
+    extra = max(1, (256 if shape.is_scaled else 128) // shape.num_kv_heads - 1)
+    tiles = AttentionTiles(1, 64, extra, 2, is_decode=True, is_lone=True, is_early=True)
     if shape.is_scaled:
-        tiles = replace(tiles, extra=31)
         return replace(tiles, block_n=128, num_warps=4) if shape.head_dim <= 128 else tiles
     if shape.head_dim > 128:
         return tiles
@@ -147,7 +147,13 @@ def further_programs(shape: AttentionShape) -> int:
 def shares_of(graph: Graph) -> Shares:
     """What the kernels of all of a graph's attentions take."""
     shapes = [shape_of(node, graph) for node in graph.nodes if node.op == "attention"]
-    return Shares(min(map(further_programs, shapes)), min(map(tile_queries, shapes)))
+    windows = [shape.window for shape in shapes]
+    return Shares(
+        min(map(further_programs, shapes)),
+        min(map(tile_queries, shapes)),
+        window=max(windows) if all(windows) else 0,
+        apart_beyond=MOST_FEW_TOKENS if any(shape.is_scaled for shape in shapes) else 0,
+    )
 
 
 def _decode_bytes(shape: AttentionShape, tiles: AttentionTiles) -> int:
@@ -289,7 +295,8 @@ def _combined(shape: AttentionShape, tiles: AttentionTiles) -> int:
 
 
 def _combined_columns(shape: AttentionShape, tiles: AttentionTiles) -> int:
-    return block_d(shape) if _part_rows(shape, tiles) <= 16 else 32
+    columns = block_d(shape)
+    return columns if _part_rows(shape, tiles) <= 16 else min(32, columns)
 
 
 def _part_rows(shape: AttentionShape, tiles: AttentionTiles) -> int:

@@ -23,10 +23,15 @@ class Shares:
     Args:
         most: further parts of a step, for each kv head.
         tile_queries: query tokens of a tile, where a sequence has several.
+        window: keys that a query sees at most, in all layers; 0: all before it.
+        apart_beyond: in steps of more tokens only sequences with one query token are cut, as those with several are
+            another launch's; 0: in none.
     """
 
     most: int
     tile_queries: int
+    window: int = 0
+    apart_beyond: int = 0
 
     def further_parts(
         self, counts_S: npt.NDArray[np.int32], ends_S: npt.NDArray[np.int32]
@@ -37,7 +42,15 @@ class Shares:
             counts_S: query tokens of each sequence.
             ends_S: its tokens after the step.
         """
-        tiles_S = -(-counts_S.astype(np.int64) // self.tile_queries)
-        least = _LEAST_KEYS if tiles_S.sum() == counts_S.sum() else _LEAST_KEYS_OF_SEVERAL
-        keys = max(least, -(-int(tiles_S @ ends_S) // self.most))
-        return tiles_S * np.maximum((ends_S - 1) // keys, 0)
+        num_tokens = int(counts_S.sum())
+        if self.apart_beyond and num_tokens > self.apart_beyond:
+            tiles_S = (counts_S == 1).astype(np.int64)
+            least = _LEAST_KEYS
+        else:
+            tiles_S = -(-counts_S.astype(np.int64) // self.tile_queries)
+            has_several = num_tokens > np.count_nonzero(counts_S)
+            least = _LEAST_KEYS_OF_SEVERAL if has_several else _LEAST_KEYS
+        keys_S = np.minimum(ends_S, counts_S + self.window) if self.window else ends_S
+        share = max(least, -(-int(tiles_S @ keys_S) // self.most))
+        parts_S: npt.NDArray[np.int64] = tiles_S * np.maximum((keys_S - 1) // share, 0)
+        return parts_S

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-_ROWS, _ROW_TOKENS, _ROW_BLOCKS = 12, 255, 16
+_ROWS, _ROW_TOKENS, _ROW_BLOCKS = 12, 1023, 64
 OPTIONS = RunnerOptions(
     max_sequence_tokens=_ROW_TOKENS, max_sequences=_ROWS, max_step_tokens=128, kv_bytes=1 << 24
 )
@@ -196,7 +196,7 @@ def _worst_error(
     cpu = {name: {role: t.cpu() for role, t in roles.items()} for name, roles in packed.items()}
     weights = reference.dense(graph, cpu)
     torch.manual_seed(1)
-    prompts = [torch.randint(0, 1000, (n,), dtype=torch.int32) for n in (97, 41, 5, 130, 64)]
+    prompts = [torch.randint(0, 1000, (n,), dtype=torch.int32) for n in (97, 41, 5, 130, 64, 700)]
     truth = [_truth(graph, weights, p) for p in prompts]
     _enter(engine, prompts)
     plan: list[list[tuple[int, int, int]]] = [
@@ -207,6 +207,13 @@ def _worst_error(
         [(4, 0, 7)],
         [(4, 7, 1)],
         [(1, 34, 1), (2, 3, 1), (0, 73, 1), (3, 90, 1), (4, 8, 1)],
+        # A long one: attended to in parts, beside short ones, with and without a chunk, and alone.
+        *([(5, start, 128)] for start in range(0, 640, 128)),
+        [(5, 640, 40), (1, 35, 1)],
+        [(4, 9, 40), (5, 680, 1)],
+        [(3, 91, 35), (5, 681, 1), (0, 74, 20), (4, 49, 13)],
+        [(2, 4, 1), (5, 682, 1)],
+        [(5, 683, 1)],
     ]
     worst = 0.0
     for number, steps in enumerate(_bounded(plan, most_tokens)):
@@ -228,12 +235,13 @@ def test_replayed_graph_gives_what_its_launches_give() -> None:
     """Bit by bit: nothing of a step is baked into a graph."""
     engines = [engine_of(), engine_of(stream=RelaunchedStream())]
     torch.manual_seed(2)
-    prompts = [torch.randint(0, 1000, (n,), dtype=torch.int32) for n in (50, 33, 9)]
+    prompts = [torch.randint(0, 1000, (n,), dtype=torch.int32) for n in (50, 33, 9, 300)]
     for engine in engines:
         _enter(engine, prompts)
     plan = [
         [(0, 0, 40), (1, 0, 5)], [(0, 40, 1), (1, 5, 20), (2, 0, 3)], [(2, 3, 1)],
         [(0, 41, 1), (1, 25, 1), (2, 4, 1)], [(1, 26, 1), (0, 42, 1)], [(0, 43, 7), (2, 5, 1)],
+        [(3, 0, 120)], [(3, 120, 120)], [(1, 27, 1), (3, 240, 1)], [(3, 241, 20), (2, 6, 1)], [(3, 261, 1)],
     ]  # fmt: skip
     for steps in plan:
         captured, launched = (_forward(engine, steps) for engine in engines)
@@ -257,7 +265,10 @@ def test_copied_block_holds_the_same_keys() -> None:
     tokens[16] = 7
     _enter(engine, [tokens, tokens])
     _forward(engine, [(0, 0, 16)])
-    engine.graphs.copy_blocks(((15, 31),))  # the first block of row 0 to that of row 1
+    last = _ROW_BLOCKS - 1
+    engine.graphs.copy_blocks(
+        ((last, last + _ROW_BLOCKS),)
+    )  # the first block of row 0 to that of row 1
     first = _forward(engine, [(0, 16, 1)])
     second = _forward(engine, [(1, 16, 1)])
     assert torch.equal(first, second)

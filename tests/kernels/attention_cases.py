@@ -36,20 +36,21 @@ def attend(
 def check_attention(
     run: Run, arch: Arch, shape: AttentionShape, tiles: AttentionTiles,
     lengths: list[tuple[int, int]], seed: int, device: str = "cpu",
-    others: tuple[AttentionTiles, ...] = (),
+    others: tuple[AttentionTiles, ...] = (), shares: Shares | None = None,
 ) -> None:  # fmt: skip
     """Runs one launch, and `others` for the sequences that it does not take, and compares every query. `lengths`:
-    (queries, tokens) of each sequence."""
+    (queries, tokens) of each sequence. `shares`: as parts are dealt out; else as many as the launch takes."""
     torch.set_default_device(device)
     try:
-        _launch_and_compare(run, arch, shape, (tiles, *others), lengths, seed)
+        dealt = shares or Shares(max(tiles.extra, 1), tiles.block_q)
+        _launch_and_compare(run, arch, shape, (tiles, *others), lengths, seed, dealt)
     finally:
         torch.set_default_device("cpu")
 
 
 def _launch_and_compare(
     run: Run, arch: Arch, shape: AttentionShape, launches: tuple[AttentionTiles, ...],
-    lengths: list[tuple[int, int]], seed: int,
+    lengths: list[tuple[int, int]], seed: int, shares: Shares,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     dtype = TORCH_DTYPES[shape.dtype]
@@ -74,7 +75,7 @@ def _launch_and_compare(
         "q": q, "out": out, "block_tables": tables,
         "seq_lens": torch.tensor([n for _, n in lengths]).int(),
         "query_start": torch.tensor(starts).int(),
-        "part_start": part_start(launches, lengths),
+        "part_start": _part_start(shares, lengths),
         "num_sequences": num_sequences, "table_stride": blocks,
     }  # fmt: skip
     kept = [part.view(torch.uint16) if shape.is_scaled else part for part in parts[:2]]
@@ -92,8 +93,12 @@ def _launch_and_compare(
     names = ("partial", "partial_max", "partial_sum", "counters")
     for tiles in launches:
         for name, request in zip(names, scratch(shape, tiles), strict=False):
-            kind = torch.int32 if name == "counters" else torch.float32
-            operands[name] = torch.zeros(request.num_bytes(sizes) // 4, dtype=kind)
+            count = request.num_bytes(sizes) // 4
+            operands[name] = (
+                torch.zeros(count, dtype=torch.int32)
+                if name == "counters"
+                else torch.full((count,), float("nan"))  # what others left there weighs nothing
+            )
         run(variant(shape, arch, tiles), grid(shape, tiles, sizes), operands)
     tolerance = 5e-3 if shape.dtype == "fp16" else 2e-2
     for i, (queries, length) in enumerate(lengths):
@@ -113,14 +118,10 @@ def _launch_and_compare(
         assert not counters.any(), "counters are left at 0"
 
 
-def part_start(
-    launches: tuple[AttentionTiles, ...], lengths: list[tuple[int, int]]
-) -> torch.Tensor:
-    """Where each sequence's further parts begin, dealt out as `DeviceRows` does."""
+def _part_start(shares: Shares, lengths: list[tuple[int, int]]) -> torch.Tensor:
+    """Where each sequence's further parts begin."""
     counts, ends = np.array(lengths, np.int32).T
-    first = launches[0]
-    parts = Shares(max(first.extra, 1), first.block_q).further_parts(counts, ends)
-    return torch.tensor([0, *parts.cumsum()]).int()
+    return torch.tensor([0, *shares.further_parts(counts, ends).cumsum()]).int()
 
 
 def attention_shape(

@@ -3,6 +3,7 @@
 import pytest
 
 from kernels.attention.launch import AttentionShape, AttentionTiles
+from kernels.attention.shares import Shares
 from tests.kernels.attention_cases import (
     DECODE_LENGTHS,
     RAGGED_LENGTHS,
@@ -52,6 +53,34 @@ def test_parts_of_ragged_step_equal_formula(extra: int, window: int) -> None:
     """Tiles of one sequence have as many parts each; a lone query's and a chunk's tiles are cut alike."""
     lengths = [(3, 290), (1, 5), (7, 400), (1, 900), (2, 2), (20, 20)]
     _check(attention_shape(window), AttentionTiles(2, 16, extra, min_part=32), lengths, seed=1)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 64])
+def test_parts_of_wide_tiles_are_combined_a_few_columns_at_a_time(head_dim: int) -> None:
+    """More rows than a lone query's, most of them filled by none, as in every engine's steps with prompts."""
+    lengths = [(9, 200), (1, 300), (20, 20)]
+    _check(
+        attention_shape(head_dim=head_dim), AttentionTiles(8, 16, 20, min_part=32), lengths, seed=3
+    )
+
+
+@pytest.mark.parametrize("shares", [Shares(9, 1), Shares(20, 16), Shares(3, 4)])
+def test_parts_may_be_dealt_out_for_other_tiles_and_fewer_programs(shares: Shares) -> None:
+    """Layers differ in heads: the host deals out what all of them take."""
+    lengths = [(3, 290), (1, 5), (7, 400), (1, 900), (20, 20)]
+    tiles = AttentionTiles(4, 16, 20, min_part=32)
+    check_attention(run, INTERPRETER, attention_shape(), tiles, lengths, seed=7, shares=shares)
+
+
+def test_lone_queries_beside_prompts_over_codes_begin_early() -> None:
+    """As where there is one kv head: a launch of its own, dealt out as if the others were not there."""
+    shape = attention_shape(kv_dtype="fp8e4nv")
+    alone = AttentionTiles(1, 16, 12, min_part=16, is_decode=True, takes="one", is_early=True)
+    prompts = AttentionTiles(4, 16, takes="several", reads_new=True)
+    check_attention(
+        run, INTERPRETER, shape, alone, [(1, 300), (13, 13), (1, 1), (5, 33)], seed=4,
+        others=(prompts,), shares=Shares(12, 4, apart_beyond=16),
+    )  # fmt: skip
 
 
 def test_one_query_head_per_kv_head() -> None:

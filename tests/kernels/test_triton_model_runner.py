@@ -133,6 +133,29 @@ def test_steps_of_fewer_tokens_than_sequences_give_the_same_tokens(
     )  # decode steps of 1 and 2 sequences, mixed ones of 2 tokens
 
 
+def test_long_sequences_are_attended_to_in_parts_beside_short_ones(tmp_path: Path) -> None:
+    """Lone and with others, in steps that decode and with chunks, by graphs that were captured when none was long."""
+    store, engine = build_tiny(tmp_path, "llama", num_hidden_layers=2, intermediate_size=64)
+    graph = graph_of(store, engine)
+    options = replace(_OPTIONS, max_sequence_tokens=320, max_step_tokens=60)
+    gpu = interpreted_device.interpreted_engine(graph, _weights(store, engine, graph), options)
+    gpu.graphs.capture_few()
+    cpu = load_runner(store, engine, options)
+    tokens = [(i * i * 7 + 3) % 300 for i in range(300)]
+    requests = [
+        Request(n, tokens[:count], SamplingParams(), StopParams(most))
+        for n, (count, most) in enumerate(((290, 6), (7, 3), (130, 2)))
+    ]
+    limits = replace(cpu.limits, num_blocks=80)
+    found, _ = serve(gpu.runner, limits, requests, 1)
+    wanted, _ = serve(cpu.runner, limits, requests, 1)
+    cpu.runner.close()
+    assert {k: tokens_of(v) for k, v in found.items()} == {
+        k: tokens_of(v) for k, v in wanted.items()
+    }
+    assert gpu.rows.message[2] == 4, "the last step of the long one had no further parts"
+
+
 def test_idle_time_captures_what_was_put_off(pair: Pair) -> None:
     """Decode steps of 1, 2 and 4 sequences and mixed ones of 16 and 20 tokens at first; later the one of 18."""
     assert pair.few_graphs == 5
