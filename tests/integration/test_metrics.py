@@ -5,7 +5,6 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -17,7 +16,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.architecture.test_imports import ROOT
 from tests.checkpoints import write_checkpoint
-from tests.integration.compiler_daemon import Client as CompilerClient
 from tests.integration.compiler_daemon import client_of
 from tests.integration.fleet_processes import HANG_S, FleetClient, FleetProcesses
 from tests.runtime_service.daemon import Call
@@ -72,21 +70,14 @@ async def test_every_metric_in_the_manual_moves(fleet: FleetProcesses, tmp_path:
         client_of(fleet.compilers[0]) as compiler,
     ):
         client = FleetClient(channel)
-        asking = [asyncio.create_task(ask_on(compiler, tmp_path, number)) for number in range(3)]
+        await compiler.ask(write_checkpoint(tmp_path / "other", seed=1), "cpu")
+        deploying = asyncio.create_task(client.deploy(fleet.checkpoint, 2))
         await metrics.wait_for("builds_running", "build_queue_length")
-        for task in asking:
-            task.cancel()
-        await client.deploy(fleet.checkpoint, 2)
+        await deploying
         await overload(client, metrics)
         await lose_engines(fleet, client, metrics)
         await lose_a_call(client, metrics)
     assert NAMED - metrics.moved == NEVER
-
-
-async def ask_on(compiler: CompilerClient, folder: Path, number: int) -> None:
-    """Asks for one build after the other: where three do so, one waits for the only worker at any time."""
-    for seed in count(number, 3):
-        await compiler.built(write_checkpoint(folder / f"asked-{seed}", seed=seed), "cpu")
 
 
 async def overload(client: FleetClient, metrics: Metrics) -> None:
