@@ -1,8 +1,8 @@
 """When those that a full queue turns away may come back.
 
 They are treated as a line outside the door: each is told when its turn would come, at the rate at
-which the queue was last seen to drain. So they come back spread out, as fast as there is room for
-them, and the later the more there are.
+which the queue was last seen to drain. So they are asked back spread out, as fast as there is room for
+them, and the later the more there are. The turns of those that do not come are not given to others.
 Source: the virtual scheduling of ITU-T I.371, whose theoretical arrival time is the last turn here.
 """
 

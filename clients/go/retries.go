@@ -12,7 +12,7 @@ type Retries struct {
 	MaxAttempts int
 	// FirstDelay doubles with each attempt, where the daemon does not name a delay; 100 ms.
 	FirstDelay time.Duration
-	// MaxDelay bounds a wait, 10 s by default: a daemon that asks for longer is not waited for.
+	// MaxDelay bounds a wait, 30 s by default: a daemon that asks for longer is not waited for.
 	MaxDelay time.Duration
 }
 
@@ -24,7 +24,7 @@ func (r Retries) withDefaults() Retries {
 		r.FirstDelay = 100 * time.Millisecond
 	}
 	if r.MaxDelay == 0 {
-		r.MaxDelay = 10 * time.Second
+		r.MaxDelay = 30 * time.Second
 	}
 	return r
 }

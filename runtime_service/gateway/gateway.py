@@ -198,6 +198,8 @@ class Gateway:
         """Starts `run` on a runtime, now or when there is one; or ends its generation."""
         if run.refusal is not None and not run.gives_up_s:
             self._metrics.moved.labels(run.refusal.reason).inc()
+        if run.avoids:
+            self._known_prefixes.refused(_prefix(run), run.avoids)
         link = self._choose(run) if self._may_run(run.generation) else None
         try:
             if link is None:
@@ -206,7 +208,7 @@ class Gateway:
             if run.generation.is_suspect:
                 self._on_trial = run.generation
             run.place(link)
-            self._known_prefixes.add(_prefix(run))
+            self._known_prefixes.sent(_prefix(run), link.address)
         except MillraceError as error:
             run.over(error.reason)
             run.generation.fail(error)
@@ -275,9 +277,9 @@ class Gateway:
         links = {link.address: link for link in self._able(run) if link.has_room_for(run)}
         if not links:
             return None
-        prefix, known = _prefix(run), self._known_prefixes
+        prefix = _prefix(run)
         candidates = [link.candidate() for link in links.values()]
-        return links[choose(candidates, prefix, is_known=prefix in known)]
+        return links[choose(candidates, prefix, self._known_prefixes.address_of(prefix))]
 
     def _able(self, run: Run) -> list[RuntimeLink]:
         """Runtimes that serve what `run` wants, and have not refused it."""

@@ -2,13 +2,14 @@
 
 Prompts that begin alike go to one runtime, whose prefix cache then knows them; unless that one has
 clearly more to do than the others. A prompt that begins as none did before is in no cache, and goes to
-the runtime that has least to do. Sources: Thaler and Ravishankar 1998, "Using name-based mappings
-to increase hit rates" (rendezvous hashing); Mirrokni et al. 2018, "Consistent hashing with bounded
-loads".
+the runtime that has least to do; those that begin like it follow it there. Each gateway knows what it
+sent itself; where it knows nothing the hash decides, which all agree on without a word. Sources: Thaler
+and Ravishankar 1998, "Using name-based mappings to increase hit rates" (rendezvous hashing); Mirrokni et
+al. 2018, "Consistent hashing with bounded loads".
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -39,33 +40,42 @@ class Candidate:
 
 
 class KnownPrefixes:
-    """How the last prompts began that this gateway has sent to runtimes."""
+    """How the last prompts began that this gateway has sent, and to which runtimes."""
 
     def __init__(self, most: int = KNOWN_PREFIXES) -> None:
         self._most = most
-        self._hashes: OrderedDict[int, None] = OrderedDict()
+        self._addresses: OrderedDict[int, str] = OrderedDict()
 
-    def __contains__(self, prefix: bytes) -> bool:
-        return hash(prefix) in self._hashes
+    def address_of(self, prefix: bytes) -> str | None:
+        """The runtime that the last prompt was sent to that begins so; None: there was none."""
+        return self._addresses.get(hash(prefix))
 
-    def add(self, prefix: bytes) -> None:
-        """A prompt that begins so was sent; what was not for longest is forgotten."""
-        self._hashes[hash(prefix)] = None
-        self._hashes.move_to_end(hash(prefix))
-        if len(self._hashes) > self._most:
-            self._hashes.popitem(last=False)
+    def sent(self, prefix: bytes, address: str) -> None:
+        """A prompt that begins so was sent there; what was not for longest is forgotten."""
+        self._addresses[hash(prefix)] = address
+        self._addresses.move_to_end(hash(prefix))
+        if len(self._addresses) > self._most:
+            self._addresses.popitem(last=False)
+
+    def refused(self, prefix: bytes, addresses: Container[str]) -> None:
+        """These did not take the prompt that begins so: no cache of theirs has it from there."""
+        if self.address_of(prefix) in addresses:
+            del self._addresses[hash(prefix)]
 
 
-def choose(candidates: Sequence[Candidate], prefix: bytes, *, is_known: bool) -> str:
+def choose(candidates: Sequence[Candidate], prefix: bytes, known_at: str | None) -> str:
     """The address of the one to take; there is at least one candidate.
 
     Args:
-        is_known: prompts that begin so have been sent before, and their runtime may know them.
+        known_at: the runtime that prompts that begin so were sent to last; None: they never were.
     """
     loads = [candidate.load_tokens for candidate in candidates]
+    is_known = known_at is not None
     bound = sum(loads) / len(loads) * BOUND_RATIO + BOUND_TOKENS if is_known else min(loads)
-    fitting = [candidate for candidate in candidates if candidate.load_tokens <= bound]
-    return max(fitting, key=lambda candidate: _weight(candidate.address, prefix)).address
+    fitting = [candidate.address for candidate in candidates if candidate.load_tokens <= bound]
+    if known_at in fitting:
+        return known_at
+    return max(fitting, key=lambda address: _weight(address, prefix))
 
 
 def prefix_of(start: pb.StartGeneration, cache_salt: str) -> bytes:

@@ -4,10 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+from grpc import StatusCode
+from millrace.errors import MillraceError as SdkError
+from millrace.retries import Retries
 
 from compiler_service.checkpoints.sample import SAMPLES
 from kernels.linear.layouts import LAYOUTS
 from kernels.ops import OPS
+from runtime_service import line_outside
 from shared.arch import ARCHES
 from shared.auth import RPC_SCOPES
 from shared.errors import ERRORS, MillraceError
@@ -87,3 +91,41 @@ def test_sample_pins_a_version_that_the_makefile_installs(name: str) -> None:
 @pytest.mark.parametrize("scheme", STORES)
 def test_store_scheme_is_in_the_manual(scheme: str) -> None:
     assert scheme in Path(ROOT / "docs/OPERATIONS.md").read_text()
+
+
+# Where a client that is not Python says how long a wait it takes by default, and how many of that are a second.
+MAX_DELAYS = {
+    "node/src/retries.ts": (r"maxDelayS = ([\d.]+)", 1),
+    "go/retries.go": (r"MaxDelay = (\d+) \* time\.Second", 1),
+    "java/src/main/java/dev/millrace/Retries.java": (
+        r"new Retries\(4, Duration\.ofMillis\(100\), Duration\.ofSeconds\((\d+)\)\)",
+        1,
+    ),
+    "cpp/include/millrace/retries.h": (r"milliseconds max_delay\{([\d']+)\}", 1000),
+}
+
+
+@pytest.mark.parametrize("source", MAX_DELAYS)
+def test_client_waits_for_as_long_as_a_full_queue_may_ask(source: str) -> None:
+    pattern, per_second = MAX_DELAYS[source]
+    (found,) = re.findall(pattern, (ROOT / "clients" / source).read_text())
+    assert float(found.replace("'", "")) / per_second == line_outside.MOST_S
+
+
+def test_python_waits_for_as_long_as_a_full_queue_may_ask() -> None:
+    longest = SdkError(
+        "Busy.",
+        "QUEUE_FULL",
+        StatusCode.RESOURCE_EXHAUSTED,
+        retry_after_s=line_outside.MOST_S,
+    )
+    assert Retries().max_delay_s == line_outside.MOST_S
+    assert Retries().delay_s(longest, attempt=1)
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [("API", "where that is at most {:g} s"), ("CLIENTS", "`max_delay_s` ({:g} s")],
+)
+def test_wait_that_clients_take_is_in_the_manual(page: str, said: str) -> None:
+    assert said.format(line_outside.MOST_S) in (ROOT / f"docs/{page}.md").read_text()

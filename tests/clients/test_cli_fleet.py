@@ -53,10 +53,9 @@ def test_status_shows_every_runtime_and_deployment() -> None:
 
 def test_why_a_deployment_is_not_served_is_said_by_whoever_shows_or_waits_for_it() -> None:
     script = Script(fleet=a_fleet())
+    script.fleet.deployments.add(name="chat", model="tiny", replicas=50, version=7)
     for runtime in script.fleet.runtimes[1:]:  # the first of them is silent
-        problem = runtime.deployment_problem
-        problem.deployment, problem.version = "chat", 7
-        problem.status.message = "No model at [/b] here."
+        has_problem(runtime, 7)
     line = "10.0.0.3:7602 does not serve chat v7: No model at [/b] here."
     with ScriptedDaemon(script) as daemon:
         shown = millrace(daemon, "status").stdout.splitlines()
@@ -66,6 +65,35 @@ def test_why_a_deployment_is_not_served_is_said_by_whoever_shows_or_waits_for_it
         assert millrace(daemon, *waited).stderr.endswith(f"idle: 1; {line}\n")
         other = ("deploy", "other", "--model", "tiny", "--replicas", "2", "--wait", "0.1")
         assert "`millrace status` shows them" in millrace(daemon, *other).stderr
+
+
+def test_why_a_deployment_was_not_served_is_not_said_once_it_is_or_has_changed() -> None:
+    script = Script(fleet=a_fleet())
+    served, changed = "No disk.", "No memory."
+    has_problem(script.fleet.runtimes[0], 7, served)
+    has_problem(script.fleet.runtimes[2], 7, changed, deployment="other")
+    fleet = script.fleet.deployments
+    fleet.add(name="chat", model="tiny", replicas=2, ready_replicas=2, version=7)
+    fleet.add(name="other", model="tiny", replicas=50, version=8)
+    with ScriptedDaemon(script) as daemon:
+        assert "does not serve" not in millrace(daemon, "status").stdout
+        # A replica more, and it lacks one.
+        fleet[0].replicas, fleet[1].version = 50, 7
+        shown = millrace(daemon, "status").stdout
+        assert f"does not serve chat v7: {served}" in shown
+        assert f"does not serve other v7: {changed}" in shown
+
+
+def has_problem(
+    runtime: fleet_pb2.Runtime,
+    version: int,
+    message: str = "No model at [/b] here.",
+    deployment: str = "chat",
+) -> None:
+    """It has tried that version in vain."""
+    problem = runtime.deployment_problem
+    problem.deployment, problem.version = deployment, version
+    problem.status.message = message
 
 
 def test_status_says_that_redis_is_away() -> None:

@@ -12,7 +12,7 @@ export class Retries {
   constructor(
     readonly maxAttempts = 4,
     readonly firstDelayS = 0.1,
-    readonly maxDelayS = 10,
+    readonly maxDelayS = 30,
   ) {}
 
   /**

@@ -27,7 +27,7 @@ class Retries:
 
     max_attempts: int = 4
     first_delay_s: float = 0.1
-    max_delay_s: float = 10.0
+    max_delay_s: float = 30.0
 
     def delay_s(self, error: MillraceError, attempt: int) -> float | None:
         """How long to wait before another try, or None where there is to be none.

@@ -243,6 +243,15 @@ async def test_a_server_that_is_not_there_is_one_line() -> None:
     assert (code, err.count("\n")) == (4, 1)
 
 
+async def test_tls_files_are_read_where_the_api_is_spoken_to_over_tls(tmp_path: Path) -> None:
+    """The variable may name the CA of other daemons, on a machine that has no such file."""
+    missing = {"MILLRACE_CLI_TLS_CA": str(tmp_path / "missing.crt")}
+    _, _, err = await serve("--openai", "http://127.0.0.1:1/v1", **missing)
+    assert "http://127.0.0.1:1/v1/models does not name a model" in err
+    _, _, err = await serve("--openai", "https://127.0.0.1:1/v1", **missing)
+    assert "missing.crt" in err
+
+
 async def test_a_server_that_says_nothing_is_not_waited_for_without_end() -> None:
     """It takes the connection, as one behind a dead proxy does."""
     heard = asyncio.Event()

@@ -48,6 +48,49 @@ async def test_streams_that_begin_differently_are_shared_out_evenly(tmp_path: Pa
     assert {one.reason for one in seen.values()} == {"LENGTH"}
 
 
+async def test_prompt_comes_again_to_the_runtime_that_it_first_went_to(tmp_path: Path) -> None:
+    """Whatever had least to do then, and though the hash may name another."""
+    async with running_fleet(tmp_path, 3) as fleet:
+        call = fleet.call()
+        await call.start("busy", [40], max_new_tokens=20, credit_tokens=1)
+        await call.read_until(lambda: call.num_tokens("busy") > 0)
+        for number in range(24):
+            homes = []
+            for name in (f"{number} first", f"{number} again"):
+                before = [daemon.runtime.metrics.generated_tokens for daemon in fleet.daemons]
+                await call.start(name, [40, number + 41], max_new_tokens=2)
+                await call.read_to_end(name)
+                after = [daemon.runtime.metrics.generated_tokens for daemon in fleet.daemons]
+                homes.append([now - then for now, then in zip(after, before, strict=True)])
+            assert homes[0] == homes[1]
+        await call.let_go_on("busy")
+        await call.finish()
+
+
+async def test_prompt_that_every_runtime_refused_is_known_at_none(tmp_path: Path) -> None:
+    """It goes where least is to do: which of them refused it says nothing of their caches."""
+    async with running_fleet(tmp_path, poll_s=HANG_S, max_waiting_tokens=8) as fleet:
+        call, names = fleet.call(), [str(number) for number in range(24)]
+        for number, name in enumerate(names):
+            prompt = [40, 41, 42, number + 43]
+            await call.start(name, prompt, max_new_tokens=2, credit_tokens=0)
+        await call.read_until(lambda: sum(one.num_terminal for one in call.seen.values()) >= 18)
+        refused = [name for name in names if call.seen.get(name, Seen()).num_terminal]
+        for name in set(names) - set(refused):
+            await call.send(cancel=pb.CancelGeneration(request_id=name))
+            await call.read_to_end(name)
+        await call.start("busy", [40] * 500, max_new_tokens=20, credit_tokens=1)
+        await call.read_until(lambda: call.num_tokens("busy") > 0)
+        busy = fleet.busiest().runtime.metrics
+        num_before = busy.generated_tokens
+        for name in refused:
+            await call.start(f"{name} again", [40, 41, 42, int(name) + 43], max_new_tokens=2)
+            await call.read_to_end(f"{name} again")
+        assert busy.generated_tokens == num_before
+        await call.let_go_on("busy")
+        await call.finish()
+
+
 async def test_model_that_nobody_serves_is_refused_at_once(tmp_path: Path) -> None:
     async with running_fleet(tmp_path, num_runtimes=1) as fleet:
         call = fleet.call()

@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +125,23 @@ async def test_page_says_why_a_deployment_is_not_served(tmp_path: Path, redis_ur
     redis = connect(redis_url)
     try:
         async with running_fleet(tmp_path, 1, redis=redis) as fleet, opened(fleet) as page:
-            chat = Deployment("chat", "nothing", FP32, "", 1)
+            chat, runtime = Deployment("chat", "nothing", FP32, "", 1), fleet.daemons[0].runtime
             await Deployments(redis).apply(chat)
+            (chat,) = await Deployments(redis).list()
             error = EngineNotFound(engine="<b>nothing</b>")
-            fleet.daemons[0].runtime.deployment_problem = DeploymentProblem(chat, error)
+            runtime.deployment_problem = DeploymentProblem(chat, error)
             row = page.locator("#deployments .row")
             await expect(row).to_contain_text("0 of 1 ready")
             await expect(row.locator(".problem")).to_have_text(str(error))
-            fleet.daemons[0].runtime.deployment_problem = None
+            # What was wrong with a version that is past, or that is served, is over.
+            await Deployments(redis).apply(replace(chat, model="something"))
+            await expect(row).to_contain_text("something")
+            await expect(row.locator(".problem")).to_have_count(0)
+            (chat,) = await Deployments(redis).list()
+            runtime.deployment_problem = DeploymentProblem(chat, error)
+            await expect(row.locator(".problem")).to_have_text(str(error))
+            runtime.deployment, runtime.deployment_version = chat.name, chat.version
+            await expect(row).to_contain_text("1 of 1 ready")
             await expect(row.locator(".problem")).to_have_count(0)
     finally:
         await redis.aclose()

@@ -15,7 +15,7 @@ struct Retries {
   /// Doubles with each attempt, where the daemon does not name a delay.
   std::chrono::milliseconds first_delay{100};
   /// A daemon that asks for a longer wait is not waited for.
-  std::chrono::milliseconds max_delay{10'000};
+  std::chrono::milliseconds max_delay{30'000};
 
   /// How long to wait before another try, after `attempt` calls (at least 1); nothing where there
   /// is to be none.

@@ -239,13 +239,20 @@ def _starts(found: fleet_pb2.GetFleetResponse) -> list[str]:
 
 
 def _problems(found: fleet_pb2.GetFleetResponse, deployment: str = "") -> list[str]:
-    """A line for each runtime that does not serve what a deployment, or that one, had it try."""
+    """A line for each runtime that does not serve what a deployment, or that one, had it try.
+
+    Others may serve it since, or it may have changed: then that is over.
+    """
+    lacking = {
+        (d.name, d.version)
+        for d in found.deployments
+        if d.ready_replicas < d.replicas and deployment in ("", d.name)
+    }
     return [
         f"{runtime.address} does not serve {problem.deployment} v{problem.version}: {problem.status.message}"
         for runtime in found.runtimes
         for problem in [runtime.deployment_problem]
-        if problem.deployment and deployment in ("", problem.deployment)
-        if not _is_silent(runtime)
+        if (problem.deployment, problem.version) in lacking and not _is_silent(runtime)
     ]
 
 

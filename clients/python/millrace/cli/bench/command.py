@@ -70,7 +70,10 @@ class Where:
             return grpc_target(self.runtime, self.calls, self.model)
         environ = os.environ
         key = environ.get("OPENAI_API_KEY") or environ.get("MILLRACE_CLI_API_KEY", "")
-        return openai_target(self.openai_url, key, self.model, security().context())
+        # The CA may be of other servers than one that is spoken to in plaintext.
+        is_https = self.openai_url.startswith("https://")
+        tls = security().context() if is_https else None
+        return openai_target(self.openai_url, key, self.model, tls)
 
 
 @dataclass(frozen=True, slots=True)

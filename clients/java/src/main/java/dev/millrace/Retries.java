@@ -12,9 +12,9 @@ import java.util.concurrent.ThreadLocalRandom;
  * @param maxDelay a daemon that asks for a longer wait is not waited for.
  */
 public record Retries(int maxAttempts, Duration firstDelay, Duration maxDelay) {
-  /** Four calls, first after 100 ms, and no wait over 10 s. */
+  /** Four calls, first after 100 ms, and no wait over 30 s. */
   public static final Retries DEFAULT =
-      new Retries(4, Duration.ofMillis(100), Duration.ofSeconds(10));
+      new Retries(4, Duration.ofMillis(100), Duration.ofSeconds(30));
 
   /** One call. */
   public static final Retries NONE = DEFAULT.withMaxAttempts(1);
