@@ -26,6 +26,11 @@ async def started(call: Call, name: str) -> None:
     await call.read_until(lambda: bool(call.seen.get(name, Seen()).prompt_tokens))
 
 
+async def running(call: Call, name: str) -> None:
+    """Waits until this one has a token."""
+    await call.read_until(lambda: call.num_tokens(name) > 0)
+
+
 async def fill(fleet: RunningGateway, call: Call) -> Daemon:
     """The runtime on which "running" runs for ever; "waiting" and "next" fill its queue, and no other's."""
     await call.start("running", PROMPT, max_new_tokens=ENDLESS_TOKENS)
@@ -35,7 +40,7 @@ async def fill(fleet: RunningGateway, call: Call) -> Daemon:
         # A prompt that begins as none before goes where there is least to do.
         name = f"running {number}"
         await call.start(name, [40 + number, *PROMPT], max_new_tokens=ENDLESS_TOKENS)
-        await call.read_until(lambda name=name: call.num_tokens(name) > 0)  # type: ignore[misc]
+        await running(call, name)
     for name in ("waiting", "next"):
         # One that begins as "running" goes where that runs.
         await call.start(name, PROMPT, max_new_tokens=8)
