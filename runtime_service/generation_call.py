@@ -205,6 +205,8 @@ class GenerationCall(Generic[Member]):
         """
         timeout_s = validation.timeout_of(start)
         self._quota.count_request()
+        # Whom its own limit keeps out does not stand in the line that all share.
+        self._quota.check_concurrent()
         self._starter.check_room(start)
         generation = self._open(start.request_id)
         if timeout_s is not None:

@@ -44,11 +44,13 @@ class LineOutside:
         """Seconds until whoever is turned away with `num_tokens` may come back.
 
         Args:
-            queue_tokens: that wait inside.
+            queue_tokens: that wait inside; who has more counts as so many, lest one sends all others away.
         """
         now_s = self._clock()
         self._look(now_s)
-        tokens_per_s = self._tokens_per_s or max(queue_tokens, 1) / _GUESSED_S
+        queue_tokens = max(queue_tokens, 1)
+        num_tokens = min(num_tokens, queue_tokens)
+        tokens_per_s = self._tokens_per_s or queue_tokens / _GUESSED_S
         delay_s = max(self._last_turn_s - now_s, 0.0) + num_tokens / tokens_per_s
         if delay_s > MOST_S:
             # Nobody is told to stay away for longer, nor are all these to come back at one moment.

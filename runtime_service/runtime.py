@@ -102,9 +102,11 @@ class Runtime:
         served = self.served
         if served is None or not self.keeper.has(served) or self.keeper.is_draining:
             return
-        # What is resumed may have nothing left to wait for, and what waits for credit waits apart.
-        is_apart = bool(start.resumed_token_ids) or validation.waits_for_credit(start)
-        if is_apart or not served.answers_to(start.model, self.deployment):
+        # A prompt that never runs waits for nothing: it is refused as what it is.
+        never_runs = validation.is_too_long(start, served.client.limits.max_sequence_tokens)
+        if never_runs or not served.answers_to(start.model, self.deployment):
+            return
+        if validation.waits_apart(start):
             return
         try:
             served.client.check_room(validation.num_prompt_tokens_of(start))

@@ -73,6 +73,11 @@ def num_prompt_tokens_of(start: pb.StartGeneration) -> int:
     return start.ByteSize() // _TOKEN_BYTES
 
 
+def is_too_long(start: pb.StartGeneration, max_sequence_tokens: int) -> bool:
+    """Claims that its prompt can never run where sequences are so long; of text nobody knows before it is tokenized."""
+    return len(start.token_ids.ids) >= max_sequence_tokens
+
+
 def timeout_of(start: pb.StartGeneration) -> float | None:
     """Seconds that the generation may take, None = as long as it takes.
 
@@ -97,9 +102,10 @@ def credit_of(command: pb.StartGeneration | pb.ResumeGeneration, field: str) -> 
     return credit
 
 
-def waits_for_credit(start: pb.StartGeneration) -> bool:
-    """Claims that it may not begin before its client gives it credit."""
-    return start.HasField("credit_tokens") and start.credit_tokens == 0
+def waits_apart(start: pb.StartGeneration) -> bool:
+    """Claims that a full queue may have room for it: it waits for credit first, or goes on and may be at its end."""
+    is_without_credit = start.HasField("credit_tokens") and start.credit_tokens == 0
+    return is_without_credit or bool(start.resumed_token_ids)
 
 
 def parse_start(

@@ -93,6 +93,15 @@ class TenantQuota:
         with self._lock:
             self._take(self._requests, 1, "requests_per_s", self.limits.requests_per_s)
 
+    def check_concurrent(self) -> None:
+        """Claims that one more generation may run now.
+
+        Raises:
+            QuotaExceeded: as many as may run do.
+        """
+        with self._lock:
+            self._check_concurrent(self._num_running)
+
     def open_generation(self, in_place_of: "GenerationQuota | None" = None) -> "GenerationQuota":
         """The share of a generation that begins; give it back with `close`.
 
@@ -102,11 +111,8 @@ class TenantQuota:
             QuotaExceeded: as many as may run do.
         """
         with self._lock:
-            allowed = self.limits.concurrent
             num_others = self._num_running - (in_place_of is not None and in_place_of.is_open)
-            if allowed and num_others >= allowed:
-                # When one of them will end nobody knows: the error has a delay of its own.
-                raise QuotaExceeded(limit="concurrent", allowed=allowed)
+            self._check_concurrent(num_others)
             self._num_running += 1
         return GenerationQuota(self)
 
@@ -125,6 +131,12 @@ class TenantQuota:
             self._num_running -= 1
             if self._tokens is not None:
                 self._tokens.correct(num_unused_tokens, self._clock())
+
+    def _check_concurrent(self, num_others: int) -> None:
+        allowed = self.limits.concurrent
+        if allowed and num_others >= allowed:
+            # When one of them will end nobody knows: the error has a delay of its own.
+            raise QuotaExceeded(limit="concurrent", allowed=allowed)
 
     def _take(self, bucket: TokenBucket | None, cost: float, limit: str, allowed: float) -> None:
         wait_s = 0.0 if bucket is None else bucket.take(cost, self._clock())

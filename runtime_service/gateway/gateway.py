@@ -108,7 +108,9 @@ class Gateway:
         """
         links = self._serving(start.model)
         is_full = links and all(link.is_full for link in links)
-        if is_full and not validation.waits_for_credit(start) and not self._is_draining:
+        if not is_full or validation.waits_apart(start) or self._is_draining:
+            return
+        if any(link.fits(start) for link in links):
             self._count_refused()
             raise _turned_down(links, num_prompt_tokens_of(start))
 
@@ -274,7 +276,11 @@ class Gateway:
     # Placing.
 
     def _choose(self, run: Run) -> RuntimeLink | None:
-        links = {link.address: link for link in self._able(run) if link.has_room_for(run)}
+        able = self._able(run)
+        # What fits nowhere waits nowhere: any runtime says so.
+        if any(link.fits(run.generation.start) for link in able):
+            able = [link for link in able if link.has_room_for(run)]
+        links = {link.address: link for link in able}
         if not links:
             return None
         prefix = _prefix(run)

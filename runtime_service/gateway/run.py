@@ -91,7 +91,9 @@ class Run:
         self.avoids: set[str] = before.avoids if before else set()
         self.refusal: MillraceError | None = before.refusal if before else None
         self.gives_up_s: float = before.gives_up_s if before else 0.0
-        self.is_started = self._is_over = self._is_queued = False
+        self.is_started = self._is_over = False
+        # As far as the gateway knows: in its runtime's queue, and sent to be counted apart, for want of credit.
+        self._is_queued = self._is_without_credit = False
         self._span = NO_SPAN
         self._link: RuntimeLink | None = None
         self._name = ""
@@ -124,6 +126,12 @@ class Run:
         """Tokens that it may still draw."""
         return None if self.credit is None else max(self.credit - self._num_tokens, 0)
 
+    @property
+    def waits_apart(self) -> bool:
+        """As `validation.waits_apart`, of what a runtime is told to start; what has run goes before what is new."""
+        is_moved = self.generation.started is not None
+        return is_moved or self.credit_left == 0 or bool(self.generation.start.resumed_token_ids)
+
     def place(self, link: RuntimeLink) -> None:
         """Runs on `link` from now on.
 
@@ -141,7 +149,9 @@ class Run:
         if self._span.traceparent:
             start.traceparent = self._span.traceparent
         self._name = link.submit(self, start)
-        self._link, self._is_queued = link, True
+        self._link, self._is_without_credit = link, self.credit == 0
+        if not self._is_without_credit:
+            self._join_queue()
 
     # What its generation says.
 
@@ -178,8 +188,11 @@ class Run:
         """Lets it draw so many tokens more."""
         if self.credit is None or not tokens:
             return
+        is_first = self.credit == 0
         self.credit += tokens
         if self._link is not None:
+            if is_first:
+                self._join_queue()
             # More than a message can say is more than any generation draws.
             most = min(tokens, MAX_CREDIT)
             self._send(credit=pb.AddCredit(request_id=self._name, tokens=most))
@@ -233,21 +246,31 @@ class Run:
         """Gives its runtime up, which it will not try again soon."""
         assert self._link is not None, "a run that was not placed has no runtime to leave"
         self.over(error.reason)
-        self.refusal, self._is_queued = error, False
+        self.refusal = error
         self.avoids.add(self._link.address)
         if isinstance(error, QueueFull):
+            self._left_queue()
             # Runtimes count those without credit apart: that those are too many says nothing of others.
-            if self.credit_left != 0:
+            if not self._is_without_credit:
                 self._link.says_full(error)
         else:
+            self._is_queued = False
             self._link.turn_away(error)
+
+    def _join_queue(self) -> None:
+        assert self._link is not None, "a run that was not placed is in no queue"
+        self._is_queued = True
+        self._link.queue_grew(self.num_waiting_tokens)
 
     def _left_queue(self) -> None:
         """Its runtime's queue has room again for as much, unless that is known already."""
         if self._is_queued:
             assert self._link is not None, "a run that was not placed is in no queue"
             self._is_queued = False
-            self._link.left_queue(self.num_waiting_tokens)
+            if self.is_started:
+                self._link.left_queue(self.num_waiting_tokens)
+            else:  # it was refused, or is given up: that says nothing of how fast the queue drains
+                self._link.queue_grew(-self.num_waiting_tokens)
 
     def _send(self, **command: object) -> None:
         assert self._link is not None, "commands are for a run that was placed"

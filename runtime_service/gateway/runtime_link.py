@@ -18,6 +18,7 @@ import structlog
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
+from runtime_service import validation
 from runtime_service.gateway.routing import RUNNING_TOKENS, Candidate
 from runtime_service.line_outside import LineOutside
 from shared.auth import TENANT_METADATA
@@ -57,8 +58,8 @@ class UpstreamRun(Protocol):
     num_waiting_tokens: int
 
     @property
-    def credit_left(self) -> int | None:
-        """Tokens that it may still draw; None: no limit."""
+    def waits_apart(self) -> bool:
+        """Claims that a full queue may have room for it."""
 
     @property
     def tenant(self) -> str: ...
@@ -197,8 +198,13 @@ class RuntimeLink:
         return self._full is not None and self._excess_tokens >= 0
 
     def has_room_for(self, run: UpstreamRun) -> bool:
-        """Claims that it may take `run`: runtimes count those that wait for credit apart."""
-        return not self.is_full or run.credit_left == 0
+        """Claims that it may take `run`."""
+        return not self.is_full or run.waits_apart
+
+    def fits(self, start: pb.StartGeneration) -> bool:
+        """Claims that its prompt may run there, as far as is known."""
+        longest = self.status.limits.max_sequence_tokens
+        return not longest or not validation.is_too_long(start, longest)
 
     @property
     def room_in_s(self) -> float:
@@ -211,6 +217,10 @@ class RuntimeLink:
             int(error.fields.get(name, 0)) for name in ("waiting_tokens", "max_waiting_tokens")
         )
         self._full, self._excess_tokens = error, max(waiting - most, 0)
+
+    def queue_grew(self, num_tokens: int) -> None:
+        """So many tokens more wait there than was known; negative: they never came to wait."""
+        self._excess_tokens += num_tokens
 
     def left_queue(self, num_tokens: int) -> None:
         """A run of so many tokens waits there no more: it has a token, or has ended."""
@@ -247,7 +257,6 @@ class RuntimeLink:
         name = start.request_id = str(self._num_runs)
         self._runs[name] = run
         self._sent_tokens += run.num_waiting_tokens
-        self._excess_tokens += run.num_waiting_tokens
         if run.tenant not in self._calls:
             self._open_call(run.tenant)
         self.send(run, pb.GenerateRequest(start=start))

@@ -57,6 +57,12 @@ def test_slower_queue_makes_delays_longer() -> None:
     assert line.join(200, 1_000) > 9.0
 
 
+def test_prompt_longer_than_the_queue_sends_others_away_for_no_longer_than_that() -> None:
+    line, _ = _line_that_drains(100)
+    assert line.join(10**9, 200) == pytest.approx(2.0)
+    assert line.join(50, 200) == pytest.approx(2.5)
+
+
 def test_queue_that_was_seen_only_long_ago_says_nothing_of_its_rate_now() -> None:
     """It had room meanwhile: what left it then is what came, not what it can do."""
     line, clock = _line_that_drains(100)

@@ -28,7 +28,14 @@ from shared.security import ServerSecurity
 from shared.settings import SettingsError
 from shared.tls import TlsFiles
 from tests.integration.test_command import COMMAND, ENVIRON
-from tests.runtime_service.daemon import HANG_S, Call, start_of, until
+from tests.runtime_service.daemon import (
+    ENDLESS,
+    ENDLESS_TOKENS,
+    HANG_S,
+    Call,
+    start_of,
+    until,
+)
 from tests.runtime_service.gateway.running_gateway import (
     RunningGateway,
     generation_id_of,
@@ -254,24 +261,38 @@ async def test_generations_at_once_are_limited_over_the_whole_fleet(
         assert (await again.finish())["a"].reason == "LENGTH"
 
 
-async def test_tenant_that_floods_leaves_others_the_room_that_its_limit_does(
+async def test_tenant_that_floods_a_full_fleet_makes_others_wait_no_longer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], new: NewKey
 ) -> None:
-    """The other one's start is taken at once, and its tokens come before the flood has ended."""
+    """Its own limit keeps it out: it is told so, and does not stand in the line of those that may run."""
     flooding, other = new("acme", concurrent=4), new("globex")
-    options = {"num_runtimes": 1, "max_sequences": 8, "max_waiting_tokens": 16 * len(PROMPT)}
+    options = {"num_runtimes": 1, "poll_s": HANG_S, "max_sequences": 4, **ENDLESS}
+    options["max_waiting_tokens"] = len(PROMPT)
     async with secured(tmp_path, capsys, "generate", "delegate", **options) as fleet:
-        flood = call_of(fleet, flooding)
-        others = call_of(fleet, other)
-        for number in range(500):
-            await flood.start(str(number), PROMPT, max_new_tokens=2000, credit_tokens=4)
-            if number % 50 == 0:
-                await others.start(str(number), PROMPT, max_new_tokens=2)
-        seen = await others.finish()
-        assert {one.reason for one in seen.values()} == {"LENGTH"}
-        await flood.read_until(lambda: sum(s.num_terminal for s in flood.seen.values()) == 496)
+        flood, others = call_of(fleet, flooding), call_of(fleet, other)
+        for number in range(4):
+            await flood.start(str(number), PROMPT, max_new_tokens=ENDLESS_TOKENS)
+            # One that waits fills the queue.
+            await flood.read_until(lambda n=number: flood.num_tokens(str(n)) > 0)  # type: ignore[misc]
+        await others.start("waiting", PROMPT, max_new_tokens=2)
+
+        async def delay_s(name: str) -> float:
+            await others.start(name, PROMPT[:1], max_new_tokens=2)
+            error = from_status((await others.read_to_end(name)).error)
+            assert error.reason == "QUEUE_FULL"
+            return error.retry_after_s or 0.0
+
+        before_s = await delay_s("before")
+        for number in range(4, 504):
+            await flood.start(str(number), PROMPT)
+        await flood.read_until(lambda: sum(s.num_terminal for s in flood.seen.values()) == 500)
         errors = [from_status(one.error) for one in flood.seen.values() if one.error is not None]
-        assert {error.fields.get("limit") for error in errors} == {"concurrent"}
+        assert {(error.reason, error.fields.get("limit")) for error in errors} == {
+            ("QUOTA_EXCEEDED", "concurrent")
+        }
+        assert abs(await delay_s("after") - before_s) < 0.15
+        for call in (flood, others):
+            call.raw.cancel()
 
 
 async def test_tokens_are_counted_once_and_as_used(
