@@ -3,13 +3,17 @@
 import asyncio
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from compiler_service.build_queue import BUILDS, GROUP, KEPT_S, MAX_ATTEMPTS, Fenced, Lease
 from compiler_service.build_record import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED
+from compiler_service.daemon import _sample_queue
+from compiler_service.metrics import CompilerMetrics
 from compiler_service.progress import BuildProgress
 from shared.errors import BuildNotFound, BuildQueueFull, DiskFull, reason_of, to_status
 from shared.redis import MAX_BLOCK_S, connect_sync
 from tests.compiler_service.build_helpers import DIGEST, JOB, job, open_queue, state_of, take
+from tests.runtime_service.daemon import until
 
 pytestmark = pytest.mark.redis
 
@@ -23,6 +27,16 @@ async def test_asking_twice_is_asking_once(redis_url: str) -> None:
         assert await queue.num_waiting() == 0
         assert await queue.finish("a", attempt, SUCCEEDED)
         assert await state_of(queue) == SUCCEEDED
+
+
+async def test_requests_that_wait_are_told_as_a_metric(redis_url: str) -> None:
+    metrics = CompilerMetrics(CollectorRegistry())
+    async with open_queue(redis_url) as queue:
+        await queue.enqueue([JOB])
+        await queue.enqueue([job(arch="sm_90")])
+        sampling = asyncio.create_task(_sample_queue(queue, metrics))
+        await until(lambda: metrics.waiting._value.get() == 2)
+        sampling.cancel()
 
 
 async def test_archs_of_one_request_go_to_one_worker(redis_url: str) -> None:

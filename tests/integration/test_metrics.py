@@ -23,8 +23,9 @@ from tests.runtime_service.daemon import Call
 pytestmark = pytest.mark.redis
 
 NAMED = set(re.findall(r"`(millrace_[a-z_]+)`", (ROOT / "docs/OPERATIONS.md").read_text()))
-# A fault of ours, which no client can bring about: tests/shared/test_background.py does.
-NEVER = {"millrace_background_failures"}
+# A fault of ours, which no client can bring about, and what is sampled now and then: tests/shared/test_background.py
+# and tests/compiler_service/test_build_queue.py have them move.
+ELSEWHERE = {"millrace_background_failures", "millrace_build_queue_length"}
 # So few blocks that not all of the sequences that run fit to their ends.
 FEW_BLOCKS = ("--kv-bytes", str(512 << 10), "--max-sequences", "8")
 PROMPT = list(range(40, 100))
@@ -72,12 +73,12 @@ async def test_every_metric_in_the_manual_moves(fleet: FleetProcesses, tmp_path:
         client = FleetClient(channel)
         await compiler.ask(write_checkpoint(tmp_path / "other", seed=1), "cpu")
         deploying = asyncio.create_task(client.deploy(fleet.checkpoint, 2))
-        await metrics.wait_for("builds_running", "build_queue_length")
+        await metrics.wait_for("builds_running")
         await deploying
         await overload(client, metrics)
         await lose_engines(fleet, client, metrics)
         await lose_a_call(client, metrics)
-    assert NAMED - metrics.moved == NEVER
+    assert metrics.moved >= NAMED - ELSEWHERE
 
 
 async def overload(client: FleetClient, metrics: Metrics) -> None:
