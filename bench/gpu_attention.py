@@ -1,4 +1,5 @@
-"""Times candidate tiles of the attention kernel from cubins: decode against the KV cache's bytes, over bf16 and e4m3;
+"""Times candidate tiles of the attention kernel from cubins: decode against the KV cache's bytes, over bf16 and e4m3,
+with a long context among short ones too;
 prompts against torch's attention; steps that mix both.
 
 python -m bench.gpu_attention .gpu
@@ -38,21 +39,31 @@ from kernels.launcher import KernelLibrary
 
 _BLOCK_TOKENS = 16
 _TORCH_DTYPES = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
-_DECODE = (
-    (1, 256),
-    (1, 4096),
-    (1, 32768),
-    (4, 32768),
-    (16, 700),
-    (16, 8192),
-    (64, 4096),
-    (256, 700),
-)
+_LONG = 131_072
+_DECODE = {
+    **{
+        f"{count} of {length}": [(1, length)] * count
+        for count, length in (
+            (1, 256), (1, 4096), (1, 32768), (4, 32768), (16, 700), (16, 8192), (64, 4096), (256, 700),
+        )
+    },
+    **{
+        f"{count} of 700, one of {_LONG}": [*[(1, 700)] * count, (1, _LONG)]
+        for count in (15, 63, 255)
+    },
+}  # fmt: skip
 _PROMPTS = ((4, 2048), (1, 8192))
 # (query tokens, tokens) of each sequence: decode beside a chunk of a prompt.
 _MIXED = {
     "255 of 700, chunk of 2,000": [(1, 700)] * 255 + [(2000, 2000)],
     "63 of 700, chunk of 450 at 1,350": [(1, 700)] * 63 + [(450, 1800)],
+    f"62 of 700, one of {_LONG}, chunk of 450 at 1,350": [
+        *[(1, 700)] * 62,
+        (1, _LONG),
+        (450, 1800),
+    ],
+    "five drafted at 4,000": [(5, 4000)],
+    "five drafted at 2,000, 8 times": [(5, 2000)] * 8,
 }
 Step = list[tuple[int, int]]
 
@@ -133,20 +144,21 @@ def _ranked(
 
 
 def _decode(library: KernelLibrary, model: str) -> None:
-    for num_sequences, length in _DECODE:
+    for label, step in _DECODE.items():
+        keys = sum(length for _, length in step)
         for kv_dtype, (value_bytes, scale_bytes) in KV_BYTES.items():
             shape = attention_shape(MODELS[model], kv_dtype)
             head_bytes = shape.head_dim * value_bytes + scale_bytes
-            moved = 2 * num_sequences * length * shape.num_kv_heads * head_bytes
-            candidates = list(decode_attention_candidates(shape, num_sequences))
+            moved = 2 * keys * shape.num_kv_heads * head_bytes
+            candidates = list(decode_attention_candidates(shape, len(step)))
             layers = max(1, min(32, (2 << 30) // moved))
-            seen = _ranked(library, shape, candidates, [(1, length)] * num_sequences, layers)
+            seen = _ranked(library, shape, candidates, step, layers)
             best = " | ".join(
                 f"{ms * 1e3:.1f} us {moved / ms / 1e9:.2f} TB/s n{t.block_n} w{t.num_warps} s{t.stages}"
                 f"{' early' if t.is_early else ''}"
                 for ms, t in seen[:3]
             )
-            print(f"{model} decode S={num_sequences} len={length} {kv_dtype}: {best}", flush=True)
+            print(f"{model} decode {label} {kv_dtype}: {best}", flush=True)
 
 
 def _prompts(library: KernelLibrary, model: str) -> None:

@@ -16,7 +16,9 @@ from kernels.attention import launch as attention
 from kernels.attention.launch import AttentionShape, AttentionTiles
 from kernels.launcher import KernelLibrary
 from kernels.linear.launch import LinearShape, Tiles, few_tokens, one_token
+from kernels.linear.tiles import one_token_tiles
 from kernels.lowering import variants
+from kernels.regimes import BLOCK_TOKENS
 from kernels.sampling import launch as sampling
 from kernels.step_inputs import launch as step_inputs
 from kernels.variant import CODE_TITLE, INDEX_TITLE, KernelVariant
@@ -24,6 +26,7 @@ from shared.arch import Arch, arch_named
 
 SAMPLING_VOCAB = MODELS["llama-3.1-8b"].vocab
 TUNED_LAYOUTS = ("plain", "fp8_channel")
+TUNED_MODELS = ("llama-3.1-8b", "qwen2.5-1.5b")
 ATTENTION_MODELS = ("llama-3.1-8b", "llama-3.2-1b")
 # Bytes of a value and of a head's scale in a cache.
 KV_BYTES = {"bf16": (2, 0), "fp8e4nv": (1, 4)}
@@ -35,7 +38,8 @@ def linear_shapes(sizes: LlamaSizes, layout: str) -> dict[str, LinearShape]:
     norm = {"num_squares": 64, "eps": 1e-5}
     shapes = {
         "qkv": LinearShape((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden, "bf16", "bf16", epilogue="rope",
-                           num_heads=s.heads, num_kv_heads=s.kv_heads, head_dim=s.head_dim, **norm),
+                           num_heads=s.heads, num_kv_heads=s.kv_heads, head_dim=s.head_dim,
+                           block_tokens=BLOCK_TOKENS, **norm),
         "o": LinearShape(s.hidden, s.heads * s.head_dim, "bf16", "bf16", has_residual=True, has_gain=True),
         "gate_up": LinearShape(2 * s.ffn, s.hidden, "bf16", "bf16", epilogue="silu_mul", **norm),
         "down": LinearShape(s.hidden, s.ffn, "bf16", "bf16", has_residual=True, has_gain=True),
@@ -47,7 +51,8 @@ def linear_shapes(sizes: LlamaSizes, layout: str) -> dict[str, LinearShape]:
 
 
 def one_token_candidates(shape: LinearShape) -> Iterator[Tiles]:
-    """Tiles worth timing for one token."""
+    """Tiles worth timing for one token, the built-in ones first."""
+    yield one_token_tiles(shape)
     width = 1 if shape.epilogue == "plain" else 2
     bf16 = (
         (1, 2048, 4),
@@ -82,6 +87,8 @@ def few_tokens_candidates(shape: LinearShape) -> Iterator[Tiles]:
         if not 30_000 <= size <= 200_000:
             continue
         for split in splits:
+            if (split - 1) * -(-shape.k // (split * block_k)) * block_k >= shape.k:
+                continue  # the last part would be empty
             for prefetch in (0, 1):
                 yield Tiles(64, block_k, 4, prefetch, stages, split)
 
@@ -151,13 +158,14 @@ def attention_variants(arch: Arch) -> Iterator[KernelVariant]:
 
 
 def tuning_variants(arch: Arch) -> Iterator[KernelVariant]:
-    """Every candidate of every linear of the 8B model."""
-    for layout in TUNED_LAYOUTS:
-        for shape in linear_shapes(MODELS["llama-3.1-8b"], layout).values():
-            for tiles in one_token_candidates(shape):
-                yield one_token(shape, arch, tiles)
-            for tiles in few_tokens_candidates(shape):
-                yield few_tokens(shape, arch, tiles, 16)
+    """Every candidate of every linear of TUNED_MODELS."""
+    for name in TUNED_MODELS:
+        for layout in TUNED_LAYOUTS:
+            for shape in linear_shapes(MODELS[name], layout).values():
+                for tiles in one_token_candidates(shape):
+                    yield one_token(shape, arch, tiles)
+                for tiles in few_tokens_candidates(shape):
+                    yield few_tokens(shape, arch, tiles, 16)
 
 
 def model_variants(

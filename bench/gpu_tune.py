@@ -1,6 +1,6 @@
-"""Times every candidate tile of every linear of an 8B decode step, from cubins, as a captured chain of layers.
+"""Times every candidate tile of every linear of a model's decode step, from cubins, as a captured chain of layers.
 
-python -m bench.gpu_tune .gpu [--tokens 1]
+python -m bench.gpu_tune .gpu [--tokens 1] [--model qwen2.5-1.5b]
 """
 
 import argparse
@@ -87,6 +87,7 @@ def time_tiles(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", default="llama-3.1-8b", help="one of TUNED_MODELS")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", default="1,16")
     parser.add_argument("--arch", default="sm_90")
@@ -95,7 +96,7 @@ def main() -> None:
     print(f"read limit {read_limit_tb_s():.2f} TB/s", flush=True)
     rows = []
     for layout in TUNED_LAYOUTS:
-        for name, shape in linear_shapes(MODELS["llama-3.1-8b"], layout).items():
+        for name, shape in linear_shapes(MODELS[options.model], layout).items():
             layers = weights(shape)
             for tokens in map(int, options.tokens.split(",")):
                 block_m = 1 if tokens == 1 else 16

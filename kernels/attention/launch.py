@@ -139,8 +139,8 @@ def _lone_tiles(shape: AttentionShape) -> AttentionTiles:
 
 
 def further_programs(shape: AttentionShape) -> int:
-    """Programs of each kv head for further parts: with one sequence they are what fills a device of about 132 SMs, with
-    hundreds they cost a microsecond a layer."""
+    """Programs of each kv head for further parts: with few sequences they are what fills a device of about 132 SMs,
+    with hundreds they cost less than a microsecond a layer."""
     return -(-(512 if shape.is_scaled else 256) // shape.num_kv_heads)
 
 
