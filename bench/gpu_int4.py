@@ -2,8 +2,8 @@
 
 python -m bench.gpu_int4 .gpu --tokens 128,256,512,1024,2048
 `.gpu` is what `bench.gpu_kernels` made of llama-3.1-8b in int4. Weights take turns, so that no cache holds them.
-Prints a JSON line for each linear and number of tokens: microseconds of torch's product, of tiles (up to as many tokens
-as steps use them for) and of a weight widened first; and the tiles' relative error to torch's product.
+Prints a JSON line for each linear and number of tokens: microseconds of torch's product and of the tiles that steps
+use, and the tiles' relative error to torch's product.
 """
 
 import argparse
@@ -20,8 +20,6 @@ from kernels.launch import Sizes
 from kernels.launcher import KernelLibrary
 from kernels.linear.launch import LinearShape, Tiles, tiled_scratch
 from kernels.linear.launch_int4 import (
-    dense_int4,
-    dense_int4_grid,
     many_int4,
     many_int4_grid,
     many_int4_tiles,
@@ -53,14 +51,6 @@ def by_tiles(
     return run
 
 
-def widening(library: KernelLibrary, shape: LinearShape, values: torch.Tensor) -> Run:
-    """values = the weight's, bf16 [N, K]."""
-    kernel, grid = library.kernel(dense_int4(shape, library.arch)), dense_int4_grid(shape)
-    return lambda weight: kernel(
-        grid, weight["weight"].data_ptr(), weight["scale"].data_ptr(), values.data_ptr()
-    )
-
-
 def microseconds(run: Run, weights: list[Weight]) -> float:
     """Of one run, in a captured chain over all weights."""
     graph = captured(lambda: [run(weight) for weight in weights], 1)
@@ -76,16 +66,14 @@ def compared(
     out = torch.empty(tokens, shape.n, **half)
     product = microseconds(lambda w: torch.mm(x, w["values"].t(), out=out), weights)
     row: dict[str, object] = {"bf16_us": product}
-    ways = ((tiles, m) for most, tiles, m in many_int4_tiles(shape) if tokens <= most)
-    for tiles, block_m in list(ways)[:1]:
-        run = by_tiles(library, shape, tiles, block_m, x, out)
-        row["tiles_us"] = microseconds(run, weights)
-        run(weights[0])
-        want = torch.mm(x, weights[0]["values"].t()).float()
-        row["error"] = round(float((out.float() - want).norm() / want.norm()), 5)
-        row["tiles"] = f"n{tiles.block_n} m{block_m} x{tiles.split_k}"
-    widen = microseconds(widening(library, shape, torch.empty_like(weights[0]["values"])), weights)
-    return row | {"widen_us": widen, "widened_us": round(widen + product, 1)}
+    tiles, block_m = many_int4_tiles(shape, tokens)
+    run = by_tiles(library, shape, tiles, block_m, x, out)
+    row["tiles_us"] = microseconds(run, weights)
+    run(weights[0])
+    want = torch.mm(x, weights[0]["values"].t()).float()
+    row["error"] = round(float((out.float() - want).norm() / want.norm()), 5)
+    row["tiles"] = f"n{tiles.block_n} m{block_m} x{tiles.split_k}"
+    return row
 
 
 def main() -> None:

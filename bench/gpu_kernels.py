@@ -50,9 +50,9 @@ def linear_shapes(sizes: LlamaSizes, layout: str) -> dict[str, LinearShape]:
     return shapes
 
 
-def one_token_candidates(shape: LinearShape) -> Iterator[Tiles]:
+def one_token_candidates(shape: LinearShape, arch: Arch) -> Iterator[Tiles]:
     """Tiles worth timing for one token, the built-in ones first."""
-    yield one_token_tiles(shape)
+    yield one_token_tiles(shape, arch)
     width = 1 if shape.epilogue == "plain" else 2
     bf16 = (
         (1, 2048, 4),
@@ -162,19 +162,20 @@ def tuning_variants(arch: Arch) -> Iterator[KernelVariant]:
     for name in TUNED_MODELS:
         for layout in TUNED_LAYOUTS:
             for shape in linear_shapes(MODELS[name], layout).values():
-                for tiles in one_token_candidates(shape):
+                for tiles in one_token_candidates(shape, arch):
                     yield one_token(shape, arch, tiles)
                 for tiles in few_tokens_candidates(shape):
                     yield few_tokens(shape, arch, tiles, 16)
 
 
 def model_variants(
-    arch: Arch, names: list[str], quants: list[str], *, with_candidates: bool = False
-) -> Iterator[KernelVariant]:
-    """Every variant of every benchmark model in every quantization."""
+    arch: Arch, names: list[str], quants: list[str], kv_caches: list[str], *,
+    with_candidates: bool = False,
+) -> Iterator[KernelVariant]:  # fmt: skip
+    """Every variant of every benchmark model in every quantization, over every KV cache."""
     for name in names:
         for quant in quants:
-            for kv_cache in ("", "fp8"):
+            for kv_cache in kv_caches:
                 graph = quantized_graph(MODELS[name], quant, 2, kv_cache=kv_cache)
                 yield from variants(graph, arch, with_candidates=with_candidates)
         yield sampling.greedy_variant(MODELS[name].vocab, 16, arch)
@@ -213,6 +214,9 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--quants", default=",".join(QUANTS))
+    parser.add_argument(
+        "--kv-caches", default=",fp8", help="of models: '' is one of x's dtype; int8"
+    )
     parser.add_argument("--tune", action="store_true")
     parser.add_argument(
         "--candidates", action="store_true", help="of models: also what tuning tables may name"
@@ -225,6 +229,7 @@ def main() -> None:
             arch,
             options.models.split(","),
             options.quants.split(","),
+            options.kv_caches.split(","),
             with_candidates=options.candidates,
         ),
         "sampling": sampling_variants(),

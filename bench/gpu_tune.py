@@ -5,7 +5,6 @@ python -m bench.gpu_tune .gpu [--tokens 1] [--model qwen2.5-1.5b]
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -100,11 +99,10 @@ def main() -> None:
             layers = weights(shape)
             for tokens in map(int, options.tokens.split(",")):
                 block_m = 1 if tokens == 1 else 16
-                candidates: Callable[..., object] = (
-                    one_token_candidates if tokens == 1 else few_tokens_candidates
-                )
+                one = one_token_candidates(shape, library.arch)
+                candidates = one if tokens == 1 else few_tokens_candidates(shape)
                 seen = []
-                for tiles in candidates(shape):  # type: ignore[attr-defined]
+                for tiles in candidates:
                     rate = time_tiles(library, shape, tokens, block_m, tiles, layers)
                     seen.append((rate, tiles))
                     rows.append({"layout": layout, "shape": name, "tokens": tokens, "tb_s": round(rate, 3),

@@ -20,9 +20,11 @@ from typing import Any
 
 from kernels.cubin import parameter_sizes
 from kernels.variant import (
+    BOXES_PARAMETERS,
     CODE_TITLE,
     DIVISIBILITY,
     INDEX_TITLE,
+    Argument,
     KernelRecord,
     KernelVariant,
 )
@@ -97,7 +99,7 @@ def pack_kernels(kernels: Iterable[CompiledKernel], arch: Arch) -> list[tuple[st
     for kernel in sorted(kernels, key=lambda k: k.variant.key):
         record = KernelRecord(
             symbol=kernel.symbol,
-            arguments=tuple((a.type, a.is_aligned) for a in kernel.variant.arguments),
+            arguments=kernel.variant.arguments,
             num_warps=kernel.num_warps,
             shared_bytes=kernel.shared_bytes,
             has_pdl=kernel.variant.has_pdl,
@@ -106,6 +108,7 @@ def pack_kernels(kernels: Iterable[CompiledKernel], arch: Arch) -> list[tuple[st
         )
         index[kernel.variant.key] = {
             **asdict(record),
+            "arguments": [_entry(argument, record.arguments) for argument in record.arguments],
             "constants": dict(sorted(kernel.variant.constants)),
         }
     text = json.dumps(
@@ -130,7 +133,7 @@ def compile_kernel(
     from triton.experimental.gluon._runtime import GluonASTSource
 
     assert arch.capability is not None, f"{arch.name} has no machine code"
-    types = {a.name: a.type for a in variant.arguments}
+    types = {a.name: _triton_type(a) for a in variant.arguments}
     constants = dict(variant.constants)
     names = list(function.arg_names)
     assert set(names) == set(types) | set(constants), (
@@ -145,7 +148,7 @@ def compile_kernel(
         attrs={
             (names.index(a.name),): [["tt.divisibility", DIVISIBILITY]]
             for a in variant.arguments
-            if a.is_aligned
+            if a.is_aligned and a.boxes is None
         },
     )
     major, minor = arch.capability
@@ -178,13 +181,39 @@ def _check(kernel: CompiledKernel, arch: Arch, metadata: Any) -> None:
     )
     assert metadata.global_scratch_size == 0, f"{variant.key} wants global scratch memory"
     assert metadata.profile_scratch_size == 0, f"{variant.key} wants profile scratch memory"
-    expected = tuple(
-        8 if a.type.startswith("*") else _TYPE_BYTES[a.type] for a in variant.arguments
-    )
+    expected = tuple(size for a in variant.arguments for size in _parameter_bytes(a))
     found = parameter_sizes(kernel.cubin)[kernel.symbol]
     assert found == expected + _TRAILING_POINTERS, (
         f"{variant.key} takes parameters of {found} bytes, declared are {expected}"
     )
+
+
+def _entry(argument: Argument, arguments: tuple[Argument, ...]) -> list[object]:
+    """As `kernels/index.json` has it; a number of rows that an argument says is that argument's place."""
+    entry: list[object] = [argument.type, argument.is_aligned]
+    boxes = argument.boxes
+    if boxes is None:
+        return entry
+    names = [each.name for each in arguments]
+    rows = boxes.rows if isinstance(boxes.rows, int) else {"argument": names.index(boxes.rows)}
+    return [*entry, {**asdict(boxes), "rows": rows}]
+
+
+def _triton_type(argument: Argument) -> str:
+    """As Triton's signatures have it."""
+    boxes = argument.boxes
+    if boxes is None:
+        return argument.type
+    dtype = argument.type.removeprefix("*")
+    bits = {"i16": 16, "bf16": 16, "i32": 32}[dtype]
+    layout = f"NVMMASharedLayout({boxes.swizzle}, {bits}, 2)"
+    return f"tensordesc<{dtype}[{boxes.box[0]}, {boxes.box[1]}],{layout}>"
+
+
+def _parameter_bytes(argument: Argument) -> tuple[int, ...]:
+    if argument.boxes is not None:
+        return BOXES_PARAMETERS
+    return (8 if argument.type.startswith("*") else _TYPE_BYTES[argument.type],)
 
 
 def _num_processes() -> int:

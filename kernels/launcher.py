@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels.driver import Driver
-from kernels.variant import DIVISIBILITY, KernelRecord, KernelVariant
+from kernels.tensor_map import TensorMap
+from kernels.variant import DIVISIBILITY, Argument, Boxes, KernelRecord, KernelVariant
 from shared.arch import Arch, arch_for, arch_named
 from shared.errors import ArchMismatch, DriverTooOld
 
@@ -80,6 +81,10 @@ def _uses_ptx(arch: Arch, device: Device) -> bool:
     return arch.capability is not None and arch.capability[0] != device.capability[0]
 
 
+def _field(argument: Argument) -> Any:
+    return ctypes.c_uint64() if argument.type.startswith("*") else _FIELDS[argument.type]()
+
+
 class Kernel:
     """One loaded kernel: `kernel(grid, *arguments)` launches it on torch's current stream.
 
@@ -108,17 +113,25 @@ class Kernel:
                 ),
                 f"shared memory of {record.symbol}",
             )
-        fields = [
-            ctypes.c_uint64 if type_.startswith("*") else _FIELDS[type_]
-            for type_, _ in record.arguments
-        ]
-        # Triton's two scratch pointers come last; our kernels use neither (aot.py asserts it).
-        self._values: list[Any] = [f() for f in (*fields, ctypes.c_uint64, ctypes.c_uint64)]
-        self._num_arguments = len(fields)
-        self._aligned = tuple(i for i, (_, aligned) in enumerate(record.arguments) if aligned)
-        self._pointers = (ctypes.c_void_p * len(self._values))(
-            *(ctypes.addressof(value) for value in self._values)
-        )
+        self._num_arguments = len(record.arguments)
+        self._aligned = tuple(i for i, a in enumerate(record.arguments) if a.is_aligned)
+        # A place for each argument and one more for each of Triton's two scratch pointers, which our kernels do not
+        # use (aot.py asserts it); those of boxes have parameters of their own.
+        self._values: list[Any] = []
+        self._maps: list[tuple[int, TensorMap]] = []
+        parameters: list[int] = []
+        for index, argument in enumerate(record.arguments):
+            value = _field(argument)
+            self._values.append(value)
+            if argument.boxes is None:
+                parameters.append(ctypes.addressof(value))
+            else:
+                made = TensorMap(driver, argument.type, argument.boxes)
+                self._maps.append((index, made))
+                parameters += made.parameters
+        self._unused = ctypes.c_uint64()
+        parameters += [ctypes.addressof(self._unused)] * 2
+        self._pointers = (ctypes.c_void_p * len(parameters))(*parameters)
         self._attributes = (_Attribute * 1)()
         self._attributes[0].id = _PROGRAMMATIC_STREAM_SERIALIZATION
         self._attributes[0].value[0] = 1
@@ -134,8 +147,10 @@ class Kernel:
         assert len(arguments) == self._num_arguments, f"{self._name}: wrong number of arguments"
         for index in self._aligned:
             assert arguments[index] % DIVISIBILITY == 0, f"{self._name}: argument {index} unaligned"
-        for field, argument in zip(self._values, arguments, strict=False):
+        for field, argument in zip(self._values, arguments, strict=True):
             field.value = argument
+        for index, tensor_map in self._maps:
+            tensor_map.describe(arguments, int(arguments[index]))
         config = self._config
         config.gx, config.gy, config.gz = grid
         config.stream = _current_stream()
@@ -203,5 +218,15 @@ def _record(entry: dict[str, object]) -> KernelRecord:
     fields = {name: entry[name] for name in KernelRecord.__slots__}
     for name in ("code", "ptx"):
         fields[name] = tuple(fields[name])  # type: ignore[arg-type]
-    fields["arguments"] = tuple((type_, aligned) for type_, aligned in fields["arguments"])  # type: ignore[attr-defined]
+    fields["arguments"] = tuple(_argument(*raw) for raw in fields["arguments"])  # type: ignore[attr-defined]
     return KernelRecord(**fields)  # type: ignore[arg-type]
+
+
+def _argument(type_: str, is_aligned: bool, boxes: dict[str, Any] | None = None) -> Argument:
+    """Names are not kept: a launch passes places."""
+    if boxes is None:
+        return Argument("", type_, is_aligned)
+    rows = boxes["rows"]
+    named = rows if isinstance(rows, int) else str(rows["argument"])
+    made = Boxes(named, boxes["columns"], tuple(boxes["box"]), boxes["swizzle"])
+    return Argument("", type_, is_aligned, made)

@@ -13,9 +13,30 @@ Constant = bool | int | float | str | None
 
 DIVISIBILITY = 16
 
+# Bytes of the parameters that Triton makes of `Boxes`: a tensor map, the matrix's shape, its strides.
+BOXES_PARAMETERS = (128, 4, 4, 8, 8)
+
 # The engine's layers that hold its kernels.
 INDEX_TITLE = "kernels/index.json"
 CODE_TITLE = "kernels/code.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """A row-major matrix whose boxes the device's copy engine brings to shared memory (TMA); rows beyond its last one
+    and columns beyond its last one are read as 0.
+
+    Args:
+        rows: how many; or the name of the kernel's integer argument that says it.
+        columns: how many. A row has a multiple of 16 bytes.
+        box: (rows, columns) of a copy; a row of it has at most 128 bytes.
+        swizzle: bytes over which a box's rows are swizzled in shared memory: 0, 32, 64 or 128.
+    """
+
+    rows: int | str
+    columns: int
+    box: tuple[int, int]
+    swizzle: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +47,13 @@ class Argument:
         name: the kernel's parameter.
         type: Triton's name: `*bf16`, `*fp32`, `*u8`, `*i32`, `i32`, `fp32`.
         is_aligned: declared a multiple of 16: the compiler relies on it, the launcher asserts it.
+        boxes: a launch passes a pointer as ever, and the kernel gets a descriptor of these.
     """
 
     name: str
     type: str
     is_aligned: bool
+    boxes: Boxes | None = None
 
 
 @cache
@@ -76,7 +99,7 @@ class KernelVariant:
     def _key(self) -> str:
         spec = json.dumps(
             [
-                [[a.name, a.type, a.is_aligned] for a in self.arguments],
+                [[a.name, a.type, a.is_aligned, *_spelled(a.boxes)] for a in self.arguments],
                 self.constants,
                 self.num_warps,
                 self.num_stages,
@@ -87,19 +110,23 @@ class KernelVariant:
         return f"{self.op}.{self.kernel}.{hashlib.sha256(spec.encode()).hexdigest()[:16]}"
 
 
+def _spelled(boxes: Boxes | None) -> list[object]:
+    return [] if boxes is None else [boxes.rows, boxes.columns, *boxes.box, boxes.swizzle]
+
+
 @dataclass(frozen=True, slots=True)
 class KernelRecord:
     """What the launcher must know beside the machine code; an entry of `kernels/index.json`.
 
     Args:
         symbol: the function's name inside the machine code.
-        arguments: type of each run-time argument, and whether it is declared a multiple of 16.
+        arguments: what a launch passes.
         code: (offset, size) of the cubin in the engine's code layer.
         ptx: the same of its PTX; (0, 0) where the arch's engines carry none.
     """
 
     symbol: str
-    arguments: tuple[tuple[str, bool], ...]
+    arguments: tuple[Argument, ...]
     num_warps: int
     shared_bytes: int
     has_pdl: bool

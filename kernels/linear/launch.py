@@ -97,7 +97,7 @@ def one_token(shape: LinearShape, arch: Arch, tiles: Tiles) -> KernelVariant:
         if uses_mma(shape):
             chunks = -(-shape.k // (INT4_PARTS * shape.group_size))
             assert chunks % tiles.num_warps == 0, f"{chunks} chunks of K, {tiles}"
-            constants |= {"PREFETCH": tiles.prefetch}
+            constants |= {"STAGES": tiles.stages}
             return _variant("linear_one_int4_mma", shape, arch, constants, tiles, ())
         constants |= {"BLOCK_K": tiles.block_k}
         return _variant("linear_one_int4", shape, arch, constants, tiles, ())
@@ -112,9 +112,8 @@ def one_token(shape: LinearShape, arch: Arch, tiles: Tiles) -> KernelVariant:
 
 
 def uses_mma(shape: LinearShape) -> bool:
-    """Claims that tensor cores multiply one token. Not where RoPE rides: its values were compared on no GPU."""
-    is_int4 = shape.layout == "int4_group" and shape.dtype == "bf16"
-    return is_int4 and shape.epilogue != "rope"
+    """Claims that tensor cores multiply one token."""
+    return shape.layout == "int4_group" and shape.dtype == "bf16"
 
 
 @cache

@@ -73,7 +73,7 @@ class Linears:
         return layout == "int4_group" or (layout == "int8_channel" and not is_logits)
 
     def _widened(self, node: Node) -> Iterator[Step]:
-        """By tiles up to some rows; beyond, the weight is widened once and the library multiplies."""
+        """By tiles, of all rows or up to some; beyond, the weight is widened once and the library multiplies."""
         name = node.weights["weight"]
         weight = self.walk.graph.weights[name]
         shape = linear.LinearShape(
@@ -86,12 +86,15 @@ class Linears:
             has_bias="bias" in node.weights,
         )
         field = self._size(node)
-        least = 1
-        for most, launch in self._tiles_of_codes(node, shape, field):
-            yield replace(launch, grid=between(launch.grid, field, least, most))
-            least = most + 1
+        if launch_int4.takes_wgmma(shape, self.walk.arch):
+            yield from self._many_int4(node, shape, field)
+            return
+        int4 = shape.layout == "int4_group"
+        most = launch_int4.MOST_FUSED_INT4_ROWS if int4 else launch_int8.MOST_FUSED_INT8_ROWS
+        fused, least = self._fused_linear(node, is_site=False), most + 1
+        yield replace(fused, grid=between(fused.grid, field, 1, most))
         values = Scratch("dense_weight", lambda _: 2 * shape.n * shape.k)
-        if shape.layout == "int4_group":
+        if int4:
             variant = launch_int4.dense_int4(shape, self.walk.arch)
             grid = launch_int4.dense_int4_grid(shape)
         else:
@@ -105,16 +108,8 @@ class Linears:
         bias, x, out = node.weights.get("bias"), Value(node.inputs[0]), Value(node.outputs[0])
         yield MatMul(x, name, bias, out, field, dense=values, least_rows=least)
 
-    def _tiles_of_codes(
-        self, node: Node, shape: linear.LinearShape, field: str
-    ) -> Iterator[tuple[int, Launch]]:
-        """Launches that multiply straight from codes, each with the most rows that it is for, ascending."""
-        if shape.layout == "int8_channel":
-            yield launch_int8.MOST_FUSED_INT8_ROWS, self._fused_linear(node, is_site=False)
-            return
-        if not launch_int4.takes_wgmma(shape, self.walk.arch):
-            yield launch_int4.MOST_FUSED_INT4_ROWS, self._fused_linear(node, is_site=False)
-            return
+    def _many_int4(self, node: Node, shape: linear.LinearShape, field: str) -> Iterator[Launch]:
+        """A launch for each way of cutting the work; all but one of them are of no programs."""
         name = node.weights["weight"]
         operands: list[Operand] = [
             Value(node.inputs[0]),
@@ -124,14 +119,11 @@ class Linears:
         if shape.has_bias:
             operands.append(Weight(node.weights["bias"], "weight"))
         operands.append(Value(node.outputs[0]))
-        for most, tiles, block_m in launch_int4.many_int4_tiles(shape):
-            yield (
-                most,
-                Launch(
-                    launch_int4.many_int4(shape, self.walk.arch, tiles, block_m),
-                    launch_int4.many_int4_grid(shape, tiles, block_m, field),
-                    (*operands, *linear.tiled_scratch(shape, tiles, block_m, most), Size(field)),
-                ),
+        for (tiles, block_m), most in launch_int4.many_int4_ways(shape).items():
+            yield Launch(
+                launch_int4.many_int4(shape, self.walk.arch, tiles, block_m),
+                launch_int4.chosen_int4_grid(shape, tiles, block_m, field),
+                (*operands, *linear.tiled_scratch(shape, tiles, block_m, most), Size(field)),
             )
 
     def _quantized(self, node: Node, dtype: str) -> tuple[Temporary, Temporary]:

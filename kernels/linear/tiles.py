@@ -28,7 +28,7 @@ def built_in_tiles(shape: LinearShape, arch: Arch, max_tokens: int) -> tuple[Til
     if max_tokens == 1:
         block_m = one_token_block_m(shape)
         if block_m == 1:
-            return one_token_tiles(shape), 1
+            return one_token_tiles(shape, arch), 1
         return few_tokens_tiles(shape, arch, block_m), block_m
     if max_tokens == 0 and (shape.activations or shape.layout == "int4_group"):
         return many_tokens_tiles(shape, arch)
@@ -36,10 +36,10 @@ def built_in_tiles(shape: LinearShape, arch: Arch, max_tokens: int) -> tuple[Til
     return few_tokens_tiles(shape, arch, block_m), block_m
 
 
-def one_token_tiles(shape: LinearShape) -> Tiles:
+def one_token_tiles(shape: LinearShape, arch: Arch) -> Tiles:
     """The shipped choice; measured on one H100 in whole steps (docs/BENCHMARKS.md)."""
     if shape.layout == "int4_group":
-        return _one_int4_tiles(shape)
+        return _one_int4_tiles(shape, arch)
     is_wide = shape.num_outputs >= 8192
     if shape.layout == "plain":
         if is_wide and shape.epilogue != "plain" and shape.k <= 2048:
@@ -114,18 +114,22 @@ def one_token_block_m(shape: LinearShape) -> int:
     return 16 if is_slow else 1
 
 
-def _one_int4_tiles(shape: LinearShape) -> Tiles:
-    """Measured on one H100 in a whole step."""
-    if not uses_mma(shape):  # up to 4,096 values of a row at once, a quad of 32 a thread
-        block_k = max(min(power_of_two(shape.k), 4096), INT4_PARTS * shape.group_size)
-        return Tiles(4, block_k, num_warps=max(1, block_k // 1024))
+def _one_int4_tiles(shape: LinearShape, arch: Arch) -> Tiles:
+    """Measured on one H100, alone and in a chain of a layer's linears."""
     block_k = INT4_PARTS * shape.group_size
-    chunks, is_paired = -(-shape.k // block_k), shape.epilogue != "plain"
-    num_warps = 4 if is_paired else 8
+    if not uses_mma(shape):  # up to 4,096 values of a row at once, a quad of 32 a thread
+        block_k = max(min(power_of_two(shape.k), 4096), block_k)
+        return Tiles(4, block_k, num_warps=max(1, block_k // 1024))
+    chunks = -(-shape.k // block_k)
+    is_paired, is_wide = shape.epilogue != "plain", shape.num_outputs >= 8192
+    block_n = 8 if is_paired and not is_wide else 16
+    num_warps = 4 if is_paired and is_wide else 8
     while chunks % num_warps:
         num_warps //= 2
-    prefetch = min(1 if is_paired else 2, chunks // num_warps)
-    return Tiles(16, block_k, num_warps, prefetch)
+    rows = 2 * block_n if is_paired else block_n
+    stage = num_warps * (rows * (2 * shape.group_size + 4 * INT4_PARTS) + 2 * block_k)
+    stages = min(2 if is_paired else 3, chunks // num_warps, arch.max_shared_bytes // stage)
+    return Tiles(block_n, block_k, num_warps, prefetch=0, stages=stages)
 
 
 def few_tokens_block_m(shape: LinearShape, arch: Arch, most: int) -> int:

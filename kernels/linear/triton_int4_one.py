@@ -1,9 +1,13 @@
-"""int4 linears for one token by tensor cores: weights go from memory to registers in the order that mma reads."""
+"""int4 linears for one token by tensor cores, out of a ring in shared memory.
+
+A program's first words are asked for before the wait for the kernel before, and take registers of nobody: programs of
+both kernels fit a multiprocessor together, so that memory stays busy across the border.
+"""
 
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.linear import triton_epilogue, triton_widen
@@ -11,19 +15,35 @@ from kernels.linear import triton_epilogue, triton_widen
 int4_bf16 = gluon.jit(triton_widen.int4_bf16.fn)
 row_pair = gluon.jit(triton_epilogue.row_pair.fn)
 load_sum = gluon.jit(triton_epilogue.load_sum.fn)
+load_turns = gluon.jit(triton_epilogue.load_turns.fn)
 finish = gluon.jit(triton_epilogue.finish.fn)
 
 
 @gluon.jit
-def _words_and_groups(
-    words_at, groups_at, n, c, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr,
+def _weight_rows(
+    r, BLOCK_N: gl.constexpr, N: gl.constexpr, EPILOGUE: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
-    """One chunk's words of rows `n`, and the scales and zeros of its four groups."""
-    WARPS: gl.constexpr = gl.num_warps()
-    ROW: gl.constexpr = (K + 4 * GROUP - 1) // (4 * GROUP) * GROUP
-    words = gl.load(words_at + (c * WARPS * GROUP + n.to(gl.int64) * ROW))
-    here = groups_at + (c * WARPS * N + n) * 4
-    return words, gl.load(here), gl.load(here + 1), gl.load(here + 2), gl.load(here + 3)
+    """The rows of the weight that a tile's rows `r` are: those of this program's outputs, then those they pair with."""
+    OUTPUTS: gl.constexpr = N if EPILOGUE == "plain" else N // 2
+    index = gl.program_id(0) * BLOCK_N + r % BLOCK_N
+    if OUTPUTS % BLOCK_N != 0:
+        index = gl.minimum(index, OUTPUTS - 1)
+    n, n_second = row_pair(index, EPILOGUE, N, HEAD_DIM)
+    if EPILOGUE != "plain":
+        n = gl.where(r < BLOCK_N, n, n_second)
+    return n
+
+
+@gluon.jit
+def _copy_values(
+    place, values_at, column, step, K: gl.constexpr, OF_STEP: gl.constexpr,
+):  # fmt: skip
+    """A step's columns of x."""
+    here = values_at + step * OF_STEP
+    if K % OF_STEP == 0:
+        async_copy.async_copy_global_to_shared(place, here)
+    else:
+        async_copy.async_copy_global_to_shared(place, here, mask=column + step * OF_STEP < K)
 
 
 @gluon.jit
@@ -33,43 +53,56 @@ def linear_one_int4_mma(
     N: gl.constexpr, K: gl.constexpr, EPS: gl.constexpr, NUM_SQUARES: gl.constexpr,
     EPILOGUE: gl.constexpr, NUM_HEADS: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_TOKENS: gl.constexpr, FORMAT: gl.constexpr, GROUP: gl.constexpr,
-    BLOCK_N: gl.constexpr, PREFETCH: gl.constexpr, PDL: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """`linear_one` for int4: each warp multiplies BLOCK_N rows of every WARPS-th chunk of K."""
+    """`linear_one` for int4: a step is a chunk of K for each warp. Outputs that pair rows have both in one tile."""
     WARPS: gl.constexpr = gl.num_warps()
+    PAIRED: gl.constexpr = EPILOGUE != "plain"
+    ROWS: gl.constexpr = 2 * BLOCK_N if PAIRED else BLOCK_N
+    CHUNKS: gl.constexpr = (K + 4 * GROUP - 1) // (4 * GROUP)
+    STEPS: gl.constexpr = CHUNKS // WARPS
+    ROW: gl.constexpr = CHUNKS * GROUP
+    OF_STEP: gl.constexpr = WARPS * 4 * GROUP
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
+    OF_ROW: gl.constexpr = GROUP // 8
+    BY_WORD: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 8], [1, 32 // OF_ROW, OF_ROW], [WARPS, 1, 1], [2, 1, 0]
+    )
+    BY_GROUP: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])
+    BY_VALUE: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     OUT: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [WARPS, 1], [1, 0])
-    CHUNKS: gl.constexpr = (K + 4 * GROUP - 1) // (4 * GROUP)
-    ROUNDS: gl.constexpr = (CHUNKS + WARPS - 1) // WARPS
-    PAIRED: gl.constexpr = EPILOGUE != "plain"
-    OUTPUTS: gl.constexpr = N // 2 if PAIRED else N
+    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    PLAIN_X: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     if PDL:
         gdc_launch_dependents()
-    left_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, LEFT))
-    left_k: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LEFT))
-    left_w: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LEFT))
-    right_k: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, RIGHT))
-    right_w: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, RIGHT))
-    right_n: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, RIGHT))
-    index = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, left_row)
-    if OUTPUTS % BLOCK_N != 0:
-        index = gl.minimum(index, OUTPUTS - 1)
+    words = gl.allocate_shared_memory(gl.int16, [STAGES, WARPS, ROWS, GROUP], SWIZZLED)
+    groups = gl.allocate_shared_memory(gl.int32, [STAGES, WARPS, ROWS, 4], PLAIN)
+    values = gl.allocate_shared_memory(gl.bfloat16, [STAGES, WARPS, 4 * GROUP], PLAIN_X)
+
+    r = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, BY_WORD)))
+    n = _weight_rows(r, BLOCK_N, N, EPILOGUE, HEAD_DIM).to(gl.int64)[None, :, None]
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, BY_WORD)))[:, None, None]
+    j = gl.arange(0, GROUP, gl.SliceLayout(0, gl.SliceLayout(1, BY_WORD)))[None, None, :]
+    words_at = weight + (n * ROW + warp * GROUP + j)
+    r = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, BY_GROUP)))
+    n = _weight_rows(r, BLOCK_N, N, EPILOGUE, HEAD_DIM)[None, :, None]
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, BY_GROUP)))[:, None, None]
+    four = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, BY_GROUP)))[None, None, :]
+    groups_at = scale + (warp * (N * 4) + n * 4 + four)
+    for s in gl.static_range(STAGES):
+        here = words_at + s * (WARPS * GROUP)
+        async_copy.async_copy_global_to_shared(words.index(s), here)
+        here = groups_at + s * (WARPS * N * 4)
+        async_copy.async_copy_global_to_shared(groups.index(s), here)
+        async_copy.commit_group()
+    index = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))
     n, n_second = row_pair(index, EPILOGUE, N, HEAD_DIM)
-    n = n[None, :, None]
-    n_second = n_second[None, :, None]
-    warp = gl.arange(0, WARPS, left_w)[:, None, None]
-    j = gl.arange(0, GROUP, left_k)[None, None, :]
-    words_at = weight + (warp * GROUP + j)
-    groups_at = scale + warp * (N * 4)
-    early = ()
-    early_second = ()
-    for c in gl.static_range(PREFETCH):
-        early += (_words_and_groups(words_at, groups_at, n, c, N, K, GROUP),)  # type: ignore[assignment]
-        if PAIRED:
-            tile = _words_and_groups(words_at, groups_at, n_second, c, N, K, GROUP)
-            early_second += (tile,)  # type: ignore[assignment]
+    token = gl.arange(0, 1, gl.SliceLayout(0, OUT))
+    cos, sin, slot = load_turns(n, token, token == 0, positions, rope, slots, EPILOGUE, HEAD_DIM)
     if PDL:
         gdc_wait()
     source = 0
@@ -77,50 +110,56 @@ def linear_one_int4_mma(
         source = gl.load(rows)
         x += source.to(gl.int64) * K
     if squares is not None:
-        FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
         part = gl.arange(0, triton.next_power_of_2(NUM_SQUARES), FLAT)
         parts = gl.load(squares + source * NUM_SQUARES + part, mask=part < NUM_SQUARES, other=0)
-    k = gl.arange(0, WARPS, right_w)[:, None, None] * (4 * GROUP)
-    k = k + gl.arange(0, GROUP, right_k)[None, :, None]
-    k = k + gl.arange(0, 8, right_n)[None, None, :] * 0
-    acc = gl.zeros([WARPS, BLOCK_N, 8], gl.float32, MMA)
-    acc_second = acc
-    for c in gl.static_range(ROUNDS):
-        if c < PREFETCH:
-            tile = early[c]
-        else:
-            tile = _words_and_groups(words_at, groups_at, n, c, N, K, GROUP)
-        if PAIRED:
-            if c < PREFETCH:
-                tile_second = early_second[c]  # type: ignore[var-annotated]
-            else:
-                tile_second = _words_and_groups(words_at, groups_at, n_second, c, N, K, GROUP)
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, BY_VALUE))[:, None]
+    column = warp * (4 * GROUP) + gl.arange(0, 4 * GROUP, gl.SliceLayout(0, BY_VALUE))[None, :]
+    values_at = x + column
+    for s in gl.static_range(STAGES):
+        _copy_values(values.index(s), values_at, column, s, K, OF_STEP)
+        async_copy.commit_group()
+    residual_tile, gains = load_sum(index, n, token, 1, residual, gain, N)
+    # A sum for each part of a chunk: none waits for the product before.
+    zero = gl.zeros([WARPS, ROWS, 8], gl.float32, MMA)
+    sums = (zero, zero, zero, zero)
+    for step in range(STEPS):
+        place = step % STAGES
+        async_copy.wait_group(STAGES - 1)
+        tile = words.index(place).load(LEFT)
+        added = ()
         for i in gl.static_range(4):
-            here = k + (c * WARPS * 4 + i) * GROUP
-            if K % (4 * GROUP) == 0:
-                right = gl.load(x + here)
-            else:
-                right = gl.load(x + here, mask=here < K, other=0)
-            acc = mma_v2(int4_bf16(tile[0], tile[1 + i], i), right, acc)
-            if PAIRED:
-                left = int4_bf16(tile_second[0], tile_second[1 + i], i)
-                acc_second = mma_v2(left, right, acc_second)
-    out_row: gl.constexpr = gl.SliceLayout(1, OUT)
-    first = gl.convert_layout(gl.sum(gl.sum(acc, 2), 0) * 0.125, out_row)[:, None]
-    second = first
+            left = int4_bf16(tile, groups.index(place).slice(i, 1, dim=2).load(LEFT), i)
+            of_part = values.index(place).slice(i * GROUP, GROUP, dim=1)
+            right = of_part.load(gl.SliceLayout(2, RIGHT))[:, :, None]
+            right = right.broadcast_to([WARPS, GROUP, 8])
+            added += (mma_v2(left, right, sums[i]),)  # type: ignore[assignment]
+        sums = added  # type: ignore[assignment]
+        if STEPS > STAGES:
+            after = step + STAGES
+            if after < STEPS:
+                here = words_at + after * (WARPS * GROUP)
+                async_copy.async_copy_global_to_shared(words.index(place), here)
+                here = groups_at + after * (WARPS * N * 4)
+                async_copy.async_copy_global_to_shared(groups.index(place), here)
+                _copy_values(values.index(place), values_at, column, after, K, OF_STEP)
+        async_copy.commit_group()  # one a step, so that the wait counts the same in each
+    # All eight columns are the token's.
+    total = gl.sum(gl.sum((sums[0] + sums[1]) + (sums[2] + sums[3]), 2), 0) * 0.125
     if PAIRED:
-        second = gl.convert_layout(gl.sum(gl.sum(acc_second, 2), 0) * 0.125, out_row)[:, None]
+        PAIRS: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [WARPS, 1], [1, 0])
+        pairs = gl.permute(gl.reshape(total, [2, BLOCK_N]), [1, 0])
+        first, second = gl.split(gl.convert_layout(pairs, PAIRS))
+        first = gl.convert_layout(first, gl.SliceLayout(1, OUT))[:, None]
+        second = gl.convert_layout(second, gl.SliceLayout(1, OUT))[:, None]
+    else:
+        first = gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
+        second = first
     if squares is not None:
         rstd = 1 / gl.sqrt(gl.sum(parts, 0) / K + EPS)
         first *= rstd
         second *= rstd
-    index = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, out_row)
-    n, n_second = row_pair(index, EPILOGUE, N, HEAD_DIM)
-    token = gl.arange(0, 1, gl.SliceLayout(0, OUT))
-    gl.static_assert(EPILOGUE != "rope")  # nobody loads its angles here
-    residual_tile, gains = load_sum(index, n, token, 1, residual, gain, N)
     finish(
         first, second, index, n, n_second, token, 1, None, bias, residual_tile, gains,
-        0.0, 0.0, 0, out, normed, squares_out, k_cache, v_cache,
+        cos, sin, slot, out, normed, squares_out, k_cache, v_cache,
         N, EPILOGUE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS,
     )  # fmt: skip

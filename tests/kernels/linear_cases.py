@@ -112,7 +112,11 @@ def check_linear(
 def _tiles(shape: LinearShape, kernel: str, split_k: int) -> Tiles:
     """Small ones, so that shapes have several of them."""
     if kernel == "one" and uses_mma(shape):
-        return Tiles(block_n=16, block_k=INT4_PARTS * shape.group_size, num_warps=2)
+        block_n = 16 if shape.epilogue == "plain" else 8
+        steps = -(-shape.k // (INT4_PARTS * shape.group_size)) // 2
+        return Tiles(
+            block_n, INT4_PARTS * shape.group_size, 2, prefetch=0, stages=max(1, min(2, steps))
+        )
     if kernel == "one":
         block_k = INT4_PARTS * shape.group_size or 64
         return Tiles(block_n=2, block_k=block_k, num_warps=4, prefetch=2)
@@ -236,8 +240,7 @@ def check_many_int4(
     device: str = "cuda",
 ) -> None:
     """Twice in a row, on a GPU: counters are left as they were, and nothing beyond the tokens is written."""
-    stages = 3 if block_m == 256 else 4
-    tiles = Tiles(128, INT4_PARTS * 32, 8, stages=stages, split_k=split_k)
+    tiles = Tiles(128, INT4_PARTS * shape.group_size, 8, stages=4, split_k=split_k)
     at = _tensors(shape, tokens, device)
     out = torch.full((tokens + 5, shape.n), 7.0, dtype=TORCH_DTYPES[shape.dtype], device=device)
     operands: Operands = {**at, "out": out, "num_tokens": tokens}

@@ -12,7 +12,7 @@ from bench.gpu_models import MODELS, llama_graph
 from kernels.aot import CompiledKernel, compile_variants, pack_kernels
 from kernels.cubin import parameter_sizes
 from kernels.linear.launch import LinearShape, Tiles, few_tokens, one_token
-from kernels.linear.launch_int4 import dense_int4, many_int4, many_int4_tiles, takes_wgmma
+from kernels.linear.launch_int4 import dense_int4, many_int4, many_int4_ways, takes_wgmma
 from kernels.linear.tiles import built_in_tiles
 from kernels.lowering import variants
 from kernels.regimes import Regime
@@ -93,7 +93,7 @@ def test_int4_by_tensor_cores_compiles_within_the_arch_limits(arch: Arch) -> Non
     those that copy."""
     one, many = {one_token(_INT4, arch, built_in_tiles(_INT4, arch, 1)[0])}, set[KernelVariant]()
     if takes_wgmma(_INT4, arch):
-        many = {many_int4(_INT4, arch, tiles, m) for _, tiles, m in many_int4_tiles(_INT4)}
+        many = {many_int4(_INT4, arch, *way) for way in many_int4_ways(_INT4)}
         assert many
     kernels = compile_variants(one | many, arch)
     assert all(k.shared_bytes <= arch.max_shared_bytes for k in kernels)

@@ -5,11 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.launch import Sizes
 from kernels.linear.gpu import INT4_PARTS, arranged, stored
 from kernels.linear.launch import LinearShape
-from kernels.linear.launch_int4 import MOST_WGMMA_INT4_ROWS, many_int4_tiles
+from kernels.linear.launch_int4 import (
+    MOST_CHOSEN_INT4_ROWS,
+    chosen_int4_grid,
+    many_int4_tiles,
+    many_int4_ways,
+)
 from kernels.linear.layouts import INT4_GROUPS, LAYOUTS, pack_int4_levels
 from kernels.linear.tiles import one_token_tiles
+from shared.arch import ARCHES
 from shared.ir import WeightSpec
 
 
@@ -59,27 +66,29 @@ def test_other_layouts_are_read_as_they_are_stored(layout: str) -> None:
 @settings(max_examples=200, deadline=None)
 @given(
     rows=st.integers(1, 40000), groups=st.integers(1, 300), group=st.sampled_from(INT4_GROUPS),
-    tokens=st.integers(1, MOST_WGMMA_INT4_ROWS),
+    tokens=st.integers(1, 2 * MOST_CHOSEN_INT4_ROWS),
 )  # fmt: skip
 def test_every_number_of_tokens_has_tiles_that_share_k_evenly(
     rows: int, groups: int, group: int, tokens: int
 ) -> None:
-    """Up to the most that tiles are for; each split has as many steps as the others, and some."""
+    """One of the ways that are launched takes the step; each split has as many steps as the others, and some."""
     shape = LinearShape(rows, groups * group, "bf16", "bf16", "int4_group", group)
-    ways = list(many_int4_tiles(shape))
-    assert [most for most, _, _ in ways] == sorted({most for most, _, _ in ways})
-    tiles = next(tiles for most, tiles, _ in ways if tokens <= most)
-    words = -(-groups // INT4_PARTS) * group
-    steps = words // (tiles.block_k // INT4_PARTS)
+    ways, sizes = many_int4_ways(shape), Sizes(tokens, tokens, tokens)
+    grids = [chosen_int4_grid(shape, *way, "tokens")(sizes) for way in ways]
+    assert sum(grid != (0, 0, 0) for grid in grids) == 1
+    way = many_int4_tiles(shape, tokens)
+    tiles = way[0]
+    assert tiles.split_k == 1 or tokens <= ways[way], "memory for the splits is of so many tokens"
+    steps = -(-groups // INT4_PARTS) * group // min(group, 64)
     assert steps % tiles.split_k == 0
     assert steps // tiles.split_k > 0
 
 
 def test_tiles_of_256_tokens_are_taken_where_they_are_full() -> None:
-    """They widen half as much; 300 tokens would fill three quarters of two of them."""
-    ways = list(many_int4_tiles(LinearShape(28672, 4096, "bf16", "bf16", "int4_group", 64)))
-    taken = {n: next(m for most, _, m in ways if n <= most) for n in (128, 256, 300, 512, 1024)}
-    assert taken == {128: 128, 256: 256, 300: 128, 512: 256, 1024: 256}
+    """They widen half as much; 300 tokens would fill little more than half of two of them."""
+    shape = LinearShape(28672, 4096, "bf16", "bf16", "int4_group", 64)
+    taken = {n: many_int4_tiles(shape, n)[1] for n in (128, 256, 300, 512, 1024, 5000)}
+    assert taken == {128: 128, 256: 256, 300: 128, 512: 256, 1024: 256, 5000: 256}
 
 
 @settings(max_examples=200, deadline=None)
@@ -90,11 +99,11 @@ def test_tiles_of_256_tokens_are_taken_where_they_are_full() -> None:
 def test_warps_of_one_token_share_chunks_evenly(
     rows: int, groups: int, group: int, epilogue: str
 ) -> None:
-    """The kernel masks no chunk, and loads no more of them early than a warp has."""
+    """The kernel masks no chunk, and its ring has no more places than a warp has chunks."""
     shape = LinearShape(
         2 * rows, groups * group, "bf16", "bf16", "int4_group", group, epilogue=epilogue
     )
-    tiles = one_token_tiles(shape)
+    tiles = one_token_tiles(shape, ARCHES["sm_90"])
     chunks = -(-groups // INT4_PARTS)
     assert chunks % tiles.num_warps == 0
-    assert 1 <= tiles.prefetch <= chunks // tiles.num_warps
+    assert 1 <= tiles.stages <= chunks // tiles.num_warps
