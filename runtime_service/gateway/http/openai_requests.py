@@ -6,6 +6,7 @@ of the question is another question's.
 Source: OpenAI API reference, "Chat" and "Completions".
 """
 
+import json
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -38,7 +39,8 @@ _NO_TOOLS = "tools cannot be called yet"
 _TEXT_ONLY = "answers can be text only"
 _NOT_ENFORCED = "answers cannot be made to follow it yet"
 _TEMPLATE = "messages go through the model's own template, as it is"
-_THINKING = "thinking is text like any other, and as the model's own template has it"
+_ARGUMENTS = "is not told by itself; chat_template_kwargs takes it, where the model's template does"
+_THINKING = "thinking is text like any other, and as the model's own template has it; chat_template_kwargs tells that"
 _NO_LOOP = "repetition is not looked for; penalties make it unlikely"
 _HIDDEN = "special tokens are never part of the text"
 _OVER_GRPC = "is not told here; millrace.runtime.v1 has it"
@@ -69,8 +71,8 @@ _REFUSED: _Refusals = {
         ((), _NOT_ENFORCED),
     ),
     "chat_template": ((), _TEMPLATE),
-    **dict.fromkeys(("documents", "mm_processor_kwargs"), (([], {}), _TEMPLATE)),
-    "chat_template_kwargs": (({},), _TEMPLATE),
+    "documents": (([],), _ARGUMENTS),
+    "mm_processor_kwargs": (({},), _TEXT_ONLY),
     "add_generation_prompt": ((True,), _TEMPLATE),
     "continue_final_message": ((False,), _TEMPLATE),
     "skip_special_tokens": ((True,), _HIDDEN),
@@ -100,9 +102,15 @@ _REFUSED: _Refusals = {
     "kv_transfer_params": ((), "prefill and decode are not apart here"),
     "vllm_xargs": (({},), "is not supported"),
 }  # fmt: skip
-# What the tokenizer does to a prompt is what each endpoint does unasked.
-_SPECIAL_TOKENS = "add_special_tokens"
-_ADDS_SPECIAL_TOKENS = {"ChatRequest": False, "CompletionRequest": True}
+_TOKENIZED = "prompts are tokenized as they always are"
+# What asks for nothing, or cannot be done, at one endpoint alone.
+_REFUSED_IN: dict[str, _Refusals] = {
+    "ChatRequest": {"add_special_tokens": ((False,), _TOKENIZED)},
+    "CompletionRequest": {
+        "add_special_tokens": ((True,), _TOKENIZED),
+        "chat_template_kwargs": (({},), "prompts go through no template; chats do"),
+    },
+}
 _REFUSED_IN_MESSAGES: _Refusals = {
     "tool_calls": (([],), _NO_TOOLS),
     "tool_call_id": ((), _NO_TOOLS),
@@ -156,6 +164,8 @@ class ChatRequest(Common, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    # vLLM's and SGLang's.
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class CompletionRequest(Common, kw_only=True):
@@ -180,12 +190,7 @@ def parse(body: bytes, kind: type[Request]) -> Request:
         raise no_json(body, error, "body") from None
     if not isinstance(fields, dict):
         raise InvalidField(field="body", problem="must be a JSON object")
-    neutral = _ADDS_SPECIAL_TOKENS[kind.__name__]
-    refused = {
-        **_REFUSED,
-        _SPECIAL_TOKENS: ((neutral,), "prompts are tokenized as they always are"),
-    }
-    _drop(fields, refused, _IGNORED, "")
+    _drop(fields, {**_REFUSED, **_REFUSED_IN[kind.__name__]}, _IGNORED, "")
     messages = fields.get("messages")
     for place, message in enumerate(messages if isinstance(messages, list) else ()):
         if isinstance(message, dict):
@@ -215,11 +220,21 @@ def starts_of_chat(request: ChatRequest) -> list[pb.StartGeneration]:
             raise InvalidField(field="top_logprobs", problem="needs logprobs")
         start.sampling.top_logprobs = checked(request.top_logprobs, "top_logprobs")
     start.chat.SetInParent()
+    if request.chat_template_kwargs:
+        start.chat.template_arguments = _written(request.chat_template_kwargs)
     for place, message in enumerate(request.messages):
         # `developer` is what OpenAI calls the role that templates know as `system`.
         role = "system" if message.role == "developer" else message.role
         start.chat.messages.add(role=role, content=_text_of(message, place))
     return [start]
+
+
+def _written(template_arguments: dict[str, Any]) -> str:
+    try:
+        return json.dumps(template_arguments, ensure_ascii=False)
+    except RecursionError:  # what could just be read
+        problem = "is nested too deeply"
+        raise InvalidField(field="chat_template_kwargs", problem=problem) from None
 
 
 def starts_of_completion(request: CompletionRequest) -> list[pb.StartGeneration]:
