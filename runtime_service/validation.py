@@ -325,4 +325,6 @@ def _check_range(value: float, least: float, most: float, path: str) -> None:
 
 def _check(is_valid: bool, path: str, found: object, rule: str) -> None:
     if not is_valid:
-        raise InvalidField(field=path, problem=f"{rule}, found {found}")
+        # A client's 1.1 is 1.100000023841858 in a field of 32 bits.
+        shown = f"{found:.7g}" if isinstance(found, float) else found
+        raise InvalidField(field=path, problem=f"{rule}, found {shown}")

@@ -22,6 +22,7 @@ from runtime_service.gateway.sampling_fields import (
     no_json,
     set_sampling,
 )
+from runtime_service.scheduling.request import MAX_TOP_LOGPROBS
 from shared.errors import InvalidField
 
 # One request, however many prompts it has, is one call.
@@ -130,9 +131,9 @@ _TOOL_ROLES = ("tool", "function")
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """How an answer is streamed; `continuous_usage_stats` is vLLM's, as its clients send it."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class Common(Sampling, kw_only=True):
@@ -147,7 +148,7 @@ class Part(msgspec.Struct):
     """A part of a message."""
 
     type: str
-    text: str = ""
+    text: str | None = None
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True):
@@ -245,8 +246,11 @@ def starts_of_completion(request: CompletionRequest) -> list[pb.StartGeneration]
     """
     shared = _begun(request, request.max_tokens or DEFAULT_COMPLETION_TOKENS)
     if request.logprobs is not None:
+        if not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
+            problem = f"must be from 0 to {MAX_TOP_LOGPROBS}, found {request.logprobs}"
+            raise InvalidField(field="logprobs", problem=problem)
         shared.sampling.logprobs = True
-        shared.sampling.top_logprobs = checked(request.logprobs, "logprobs")
+        shared.sampling.top_logprobs = request.logprobs
     starts = []
     for place, prompt in enumerate(_prompts(request.prompt)):
         start = pb.StartGeneration()
@@ -279,13 +283,22 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> Iterator[str | list[i
 
 
 def _text_of(message: Message, place: int) -> str:
-    if not isinstance(message.content, list):
-        return message.content or ""
-    for part in message.content:
+    field, content = f"messages[{place}].content", message.content
+    if content is None:
+        # What an assistant said may be beside its content, as answers of other servers have it.
+        if message.role != "assistant":
+            raise InvalidField(field=field, problem="must be given")
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for number, part in enumerate(content):
         if part.type != "text":
-            field = f"messages[{place}].content"
             raise InvalidField(field=field, problem=f"must be text, found {part.type!r}")
-    return "".join(part.text for part in message.content)
+        if part.text is None:
+            raise InvalidField(field=f"{field}[{number}].text", problem="must be given")
+        texts.append(part.text)
+    return "".join(texts)
 
 
 def _begun(request: Common, max_tokens: int | None) -> pb.StartGeneration:

@@ -80,6 +80,14 @@ async def test_every_sampling_parameter_reaches_the_runtime(tmp_path: Path) -> N
         ("wi\nngs", 2, "'wi\\nngs': is not known"),
         ("messages", [{"role": "user", "wings": 2}], "messages[0].wings: is not known"),
         ("messages", [{"content": "x"}], "messages[0].role: must be given"),
+        ("messages", [{"role": "user"}], "messages[0].content: must be given"),
+        (
+            "messages",
+            [{"role": "user", "content": [{"type": "text", "txt": "x"}]}],
+            "messages[0].content[0].text: must be given",
+        ),
+        ("top_p", 1.1, "at most 1, found 1.1."),
+        ("temperature", -0.1, "from 0 to 100, found -0.1."),
         ("top_k", -2, "from 0"),
         ("guided_json", {"type": "object"}, "cannot be made to follow"),
         ("structured_outputs", {"regex": "a+"}, "cannot be made to follow"),
@@ -219,6 +227,23 @@ async def test_answers_come_back_as_history_in_the_form_that_any_server_gave_the
             assert answer.usage is not None
             used.append(answer.usage.prompt_tokens)
     assert len(set(used)) == 1, "it is the same conversation"
+
+
+def test_options_of_a_stream_that_are_null_are_unset() -> None:
+    options = dict.fromkeys(("include_usage", "include_obfuscation", "continuous_usage_stats"))
+    body = json.dumps({"messages": HELLO, "stream": True, "stream_options": options}).encode()
+    asked = parse(body, ChatRequest)
+    assert starts_of_chat(asked)
+    assert asked.stream_options is not None
+    assert not asked.stream_options.include_usage
+
+
+@pytest.mark.parametrize("logprobs", [-1, 21, 1 << 40])
+def test_logprobs_of_completions_are_refused_by_their_own_name(logprobs: int) -> None:
+    """Chats call that number top_logprobs."""
+    body = json.dumps({"prompt": "a", "logprobs": logprobs}).encode()
+    with pytest.raises(InvalidField, match=f"^logprobs: must be from 0 to 20, found {logprobs}"):
+        starts_of_completion(parse(body, CompletionRequest))
 
 
 async def test_bodies_that_are_no_request_are_refused(tmp_path: Path) -> None:
