@@ -7,7 +7,6 @@ launch. In steps of many the library multiplies, and row kernels leave what it r
 from kernels.kv_cache import kv_format
 from kernels.linear.launch import MOST_FEW_TOKENS
 from kernels.linear.op import activations as rounding
-from shared.arch import Arch
 from shared.ir import Graph, Node
 
 # Columns of a residual that the library's product adds faster than a norm does; measured on one H100 up to here.
@@ -21,9 +20,8 @@ class Riding:
         max_tokens: of a step; 0 is any number.
     """
 
-    def __init__(self, graph: Graph, arch: Arch, max_tokens: int) -> None:
+    def __init__(self, graph: Graph, max_tokens: int) -> None:
         self._graph = graph
-        self._arch = arch
         self._max_tokens = max_tokens
         self._is_scaled = kv_format(graph).is_scaled
         self._most_few = min(MOST_FEW_TOKENS[weight.layout] for weight in graph.weights.values())
@@ -149,7 +147,7 @@ class Riding:
         if self._max_tokens == 1:
             return ""
         layout = self._graph.weights[node.weights["weight"]].layout
-        if layout == "fp8_channel" and (self._arch.has_fp8 or not self.is_few):
+        if layout == "fp8_channel":
             return "float8_e4m3fn"
         return "int8" if layout == "int8_channel" and rounding(node) == "int8" else ""
 

@@ -32,7 +32,7 @@ class Walk:
         # With the library's products a step of few tokens is made as one of many.
         self.max_tokens = 0 if self._uses_library() else regime.max_tokens
         self._specs = graph.infer(OPS)
-        self.riding = Riding(graph, arch, self.max_tokens)
+        self.riding = Riding(graph, self.max_tokens)
         # Over codes a lone query waits for memory, several for what widens codes: no tile serves both.
         is_any_step = (
             not regime.max_tokens and not regime.max_sequences

@@ -10,11 +10,19 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from shared.errors import InvalidField, InvalidModel
+
+# Those of a tokenizer's configuration that templates know by name.
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
+# What is not for requests to say beside their messages.
+_RESERVED = frozenset(
+    (*SPECIAL_TOKENS, "messages", "add_generation_prompt", "continue_final_message", "tools")
+)
 
 
 class ChatTemplate:
@@ -40,28 +48,48 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
+            variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise InvalidModel(problem=f"its chat template is broken: {error}") from error
+        self._arguments = sorted(variables - _RESERVED)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]) -> str:
         """The prompt that asks for the next turn.
 
+        Args:
+            arguments: further variables of the template, of JSON's types.
         Raises:
-            InvalidField: the template does not take these messages.
+            InvalidField: the template does not take these messages, or reads no such variable.
         """
+        self._check_arguments(arguments)
+        variables = {"documents": None, **arguments, **self._special_tokens}
         try:
             return self._template.render(
+                variables,
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=True,
                 tools=None,
-                documents=None,
-                **self._special_tokens,
             )
         # A template is a program that the model's authors wrote: anything that it trips over is
-        # its refusal of this conversation.
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        # its refusal of this conversation. Values that it does not expect may lack what it looks for,
+        # or be nested deeper than it goes.
+        except (
+            jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError,
+            AttributeError, RecursionError,
+        ) as error:  # fmt: skip
             problem = f"the model's chat template refuses it: {error}"
             raise InvalidField(field="start.chat", problem=problem) from error
+
+    def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        name = next((name for name in arguments if name not in self._arguments), None)
+        if name is None:
+            return
+        if name in _RESERVED:
+            problem = f"{name} is not for requests to set"
+        else:
+            known = ", ".join(self._arguments) or "nothing but messages"
+            problem = f"the model's chat template reads no {name[:64]!r}; it reads {known}"
+        raise InvalidField(field="start.chat.template_arguments", problem=problem)
 
 
 class _GenerationBlock(Extension):

@@ -10,7 +10,13 @@ from runtime_service.generation import Generation
 from runtime_service.sample_text import SampleText
 from runtime_service.stop_strings import StopAutomaton
 from runtime_service.text import ModelText, read_model_files
-from runtime_service.validation import Start, check_token_ids, parse_start, to_request
+from runtime_service.validation import (
+    Start,
+    check_token_ids,
+    parse_start,
+    template_arguments_of,
+    to_request,
+)
 from shared.engine import EngineManifest
 from shared.errors import InvalidModel
 from shared.store import ArtifactStore
@@ -65,8 +71,8 @@ class ServedEngine:
         """The prompt's tokens; for text and chat it blocks, and belongs into a thread.
 
         Raises:
-            InvalidField: the model cannot take this conversation, or its tokenizer knows a token of it that the model
-                does not.
+            InvalidField: the model cannot take this conversation, or what its template is given with it, or its
+                tokenizer knows a token of it that the model does not.
         """
         kind = start.WhichOneof("prompt")
         if kind == "token_ids":
@@ -75,7 +81,7 @@ class ServedEngine:
             token_ids = self.text.model.encode(start.text)
         else:
             messages = [{"role": m.role, "content": m.content} for m in start.chat.messages]
-            token_ids = self.text.model.encode_chat(messages)
+            token_ids = self.text.model.encode_chat(messages, template_arguments_of(start.chat))
         check_token_ids(token_ids, self.text.vocab_size, f"start.{kind}")
         return token_ids
 

@@ -6,13 +6,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from runtime_service.chat_template import ChatTemplate
+from runtime_service.chat_template import SPECIAL_TOKENS, ChatTemplate
 from runtime_service.detokenizer import Detokenizer, TokenBytes
 from shared.engine import FILE_TYPE, EngineManifest
 from shared.errors import InvalidField, InvalidModel
 from shared.store import ArtifactStore
-
-_NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 
 
 class ModelText:
@@ -36,7 +34,7 @@ class ModelText:
         self._token_bytes = TokenBytes(self._tokenizer)
         config = _json(files, "tokenizer_config.json")
         self._special_tokens = {
-            name: text for name in _NAMED_SPECIAL_TOKENS if (text := _token_text(config.get(name)))
+            name: text for name in SPECIAL_TOKENS if (text := _token_text(config.get(name)))
         }
         template = _template_source(files, config)
         self._template = ChatTemplate(template, self._special_tokens) if template else None
@@ -46,16 +44,20 @@ class ModelText:
         """Token ids, special tokens added as the tokenizer does."""
         return self._tokenizer.encode(text).ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]
+    ) -> list[int]:
         """Token ids of the conversation, up to where the model's turn begins.
 
+        Args:
+            arguments: as `ChatTemplate.render` takes them.
         Raises:
-            InvalidField: the model has no chat template, or it refuses these messages.
+            InvalidField: the model has no chat template, or it refuses these messages or arguments.
         """
         if self._template is None:
             problem = "the engine's model has no chat template; send text or token ids"
             raise InvalidField(field="start.chat", problem=problem)
-        text = self._template.render(messages)
+        text = self._template.render(messages, arguments)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def detokenizer(self) -> Detokenizer:

@@ -7,7 +7,9 @@ needs the prompt's tokens is checked once they are known, in `to_request`.
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import msgspec
 from millrace.runtime.v1 import runtime_pb2 as pb
 
 from runtime_service.limits import RuntimeLimits
@@ -26,6 +28,7 @@ MAX_SAMPLES = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
 MAX_PRIORITY = 100
+MAX_TEMPLATE_ARGUMENTS_BYTES = 64 << 10
 # Bytes of text in a token at least, on average, for an estimate of what a prompt costs.
 _TOKEN_BYTES = 4
 # Log probabilities of a prompt, candidates counted: they are kept until its first token, some 100 bytes each.
@@ -192,6 +195,28 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, path: str) -> Non
     _check(largest < vocab_size, path, largest, f"must be below the vocabulary's {vocab_size}")
 
 
+def template_arguments_of(chat: pb.Chat) -> dict[str, Any]:
+    """What the chat template is given beside the messages.
+
+    Raises:
+        InvalidField: it is no JSON object, or too long.
+    """
+    path, text = "start.chat.template_arguments", chat.template_arguments
+    if not text:
+        return {}
+    size = len(text.encode())
+    most = MAX_TEMPLATE_ARGUMENTS_BYTES
+    _check(size <= most, path, f"{size} bytes", f"must be at most {most} bytes of JSON")
+    try:
+        arguments = msgspec.json.decode(text)
+    # Half of a surrogate pair is a UnicodeDecodeError, and so a ValueError.
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise InvalidField(field=path, problem=f"is not JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise InvalidField(field=path, problem="must be a JSON object")
+    return arguments
+
+
 def to_request(
     start: Start, request_id: int, prompt_token_ids: list[int], limits: RuntimeLimits, salt: str
 ) -> Request:
@@ -300,4 +325,6 @@ def _check_range(value: float, least: float, most: float, path: str) -> None:
 
 def _check(is_valid: bool, path: str, found: object, rule: str) -> None:
     if not is_valid:
-        raise InvalidField(field=path, problem=f"{rule}, found {found}")
+        # A client's 1.1 is 1.100000023841858 in a field of 32 bits.
+        shown = f"{found:.7g}" if isinstance(found, float) else found
+        raise InvalidField(field=path, problem=f"{rule}, found {shown}")

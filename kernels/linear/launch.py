@@ -28,7 +28,7 @@ class LinearShape:
 
     Args:
         n, k: rows and columns of the weight.
-        dtype, out_dtype: Triton's names: `bf16`, `fp16`, `fp32`.
+        dtype, out_dtype: Triton's names: `bf16`, `fp32`; `fp16` in tests alone: engines of fp16 checkpoints are bf16.
         layout: the weight's; one of `LAYOUTS`.
         group_size: values that share a scale; 0 where a row does.
         activations: "i8" or "fp8e4nv", as the weight: x comes in 8 bits with a scale per token.
@@ -218,7 +218,7 @@ def _constants(shape: LinearShape, arch: Arch) -> dict[str, object]:
     formats = {
         "plain": "plain",
         "int8_channel": "int8_int8" if shape.activations else "int8",
-        "fp8_channel": "fp8_fp8" if shape.activations else "fp8" if arch.has_fp8 else "fp8_bits",
+        "fp8_channel": "fp8_fp8" if shape.activations else "fp8",
         "int4_group": int4_format(shape),
     }
     absent = {

@@ -6,15 +6,11 @@ import triton.language as tl
 
 @triton.jit
 def as_float(raw, FORMAT: tl.constexpr):
-    """Weights as fp32. e4m3 comes as bytes: where the hardware does not convert ("fp8_bits"), sign, exponent
-    and mantissa bits are placed in an fp32 and its exponent is rebased."""
+    """Weights as fp32; e4m3 comes as bytes."""
     if FORMAT == "plain" or FORMAT == "int8":
         return raw.to(tl.float32)
-    if FORMAT == "fp8":
+    else:  # a `return` behind the `if` would be compiled with it
         return raw.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    bits = raw.to(tl.uint32)
-    bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
-    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
 
 
 @triton.jit
@@ -25,7 +21,7 @@ def bf16_halves(pairs):
 
 @triton.jit
 def fp16_halves(pairs):
-    """The two fp16 of each int32, as fp32."""
+    """The two fp16 of each int32, as fp32; of "int4_any" alone."""
     low = pairs.to(tl.int16).to(tl.float16, bitcast=True)
     high = (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return low.to(tl.float32), high.to(tl.float32)
@@ -60,8 +56,11 @@ def int4_bf16(words, groups, PART: tl.constexpr):
 
 @triton.jit
 def int4_values(words, groups, PART: tl.constexpr, FORMAT: tl.constexpr):
-    """`int4_bf16`, with a group for each row of words; where products are in fp16 ("int4_any") its values the plain
-    way."""
+    """`int4_bf16`, with a group for each row of words.
+
+    "int4_any" is of fp16, which no engine has: its values the plain way, without the assembly that Triton's interpreter
+    does not run. Tests take it to interpret all else of these kernels.
+    """
     if FORMAT == "int4_any":
         scale, zero = bf16_halves(groups)
         levels = ((words.to(tl.int32) >> (4 * PART)) & 15).to(tl.float32) - 8.0

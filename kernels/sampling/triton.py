@@ -18,7 +18,7 @@ def greedy_advance(
     table_stride, history_stride,
     V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Ties go to the lowest token id. `best` [S] i64 and `counters` [S] start at 0 and are left at 0.
+    """Ties go to the lowest token id. `best` [S] u64 and `counters` [S] start at 0 and are left at 0.
 
     `history` [S, history_stride] keeps the token at its position. A row with seq_len 0 is padding.
     """

@@ -21,6 +21,7 @@ _NAMES = {
     "start.token_ids.ids": "prompt",
     "start.chat": "messages",
     "start.chat.messages": "messages",
+    "start.chat.template_arguments": "chat_template_kwargs",
     "start.stop.strings": "stop",
     "start.stop.token_ids": "stop_token_ids",
     "start.stop.max_new_tokens": "max_tokens",

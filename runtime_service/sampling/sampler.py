@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from runtime_service.sampling.noise import NoiseKey, noise_of, noise_of_all
@@ -152,11 +153,13 @@ def _draw_random(
     if not is_truncated:
         return scores_RV.add_(noise_of_all(keys, scores_RV.shape[1])).argmax(-1)
     least_R1 = least_scores(scores_RV, params)
-    num_kept = int((scores_RV >= least_R1).sum(-1).max())
+    scores_RV.masked_fill_(scores_RV < least_R1, -math.inf)
+    kept = [np.flatnonzero(scores_V) for scores_V in (scores_RV > -math.inf).numpy()]
+    num_kept = max(map(len, kept))
     if num_kept > _MAX_CANDIDATES:
-        scores_RV.masked_fill_(scores_RV < least_R1, -math.inf)
         return scores_RV.add_(noise_of_all(keys, scores_RV.shape[1])).argmax(-1)
-    scores_RC, token_ids_RC = scores_RV.topk(num_kept)
-    scores_RC = scores_RC.masked_fill(scores_RC < least_R1, -math.inf)
+    # Rows that keep fewer repeat one of theirs, which changes no maximum.
+    token_ids_RC = torch.from_numpy(np.stack([np.resize(ids, num_kept) for ids in kept]))
+    scores_RC = scores_RV.gather(1, token_ids_RC)
     winners_R1 = scores_RC.add_(noise_of(keys, token_ids_RC)).argmax(-1, keepdim=True)
     return token_ids_RC.gather(1, winners_R1)[:, 0]

@@ -6,17 +6,20 @@
 
 A token with the same score as the last one kept is kept: no order among equals is made up, so what
 is kept depends on the scores alone. Source: Fan et al. 2018 (top-k); Holtzman et al. 2019 (top-p);
-Nguyen et al. 2024 (min-p). Legend: R rows, V vocabulary, C likeliest tokens that are looked at.
+Nguyen et al. 2024 (min-p). Legend: R rows, V vocabulary, K tokens that are kept.
+
+Rows are sorted whole, and by NumPy: its vector instructions sort 49,152 scores in less time than torch
+takes to find the 1,024 highest.
 """
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from runtime_service.scheduling.request import SamplingParams
-
-_FEW_TOKENS = 1024
 
 
 def truncates(params: SamplingParams) -> bool:
@@ -26,37 +29,28 @@ def truncates(params: SamplingParams) -> bool:
 
 def least_scores(scores_RV: torch.Tensor, rows: Sequence[SamplingParams]) -> torch.Tensor:
     """The score [R, 1] below which a row's tokens are not drawn."""
-    vocab_size = scores_RV.shape[1]
-    top_k = [min(row.top_k or vocab_size, vocab_size) for row in rows]
-    wanted = max((k for row, k in zip(rows, top_k, strict=True) if row.top_k), default=1)
-    if any(row.top_p < 1 for row in rows):
-        wanted = max(wanted, _FEW_TOKENS)
-    top_RC = scores_RV.topk(min(wanted, vocab_size)).values
-    least = torch.full((len(rows), 1), -math.inf)
-    for index, (row, k) in enumerate(zip(rows, top_k, strict=True)):
-        if row.top_k:
-            least[index] = top_RC[index, k - 1]
+    least = [_least_score(scores_V, row) for scores_V, row in zip(scores_RV, rows, strict=True)]
+    return torch.tensor(least)[:, None]
+
+
+def _least_score(scores_V: torch.Tensor, row: SamplingParams) -> float:
+    least = -math.inf
+    if row.min_p > 0:
+        least = float(scores_V.max() + math.log(row.min_p))
+    if row.top_k > 0 or row.top_p < 1:
+        sorted_V = np.sort(scores_V.numpy())[::-1]
+        kept_K = sorted_V
+        if 0 < row.top_k < len(sorted_V):
+            kept_K = sorted_V[: np.count_nonzero(sorted_V >= sorted_V[row.top_k - 1])]
         if row.top_p < 1:
-            score = _top_p_score(scores_RV[index], top_RC[index], least[index], row.top_p)
-            least[index] = torch.maximum(least[index], score)
-        if row.min_p > 0:
-            least[index] = torch.maximum(least[index], top_RC[index, 0] + math.log(row.min_p))
+            kept_K = kept_K[: _num_of_top_p(kept_K, row.top_p)]
+        least = max(least, float(kept_K[-1]))
     return least
 
 
-def _top_p_score(
-    scores_V: torch.Tensor, top_C: torch.Tensor, least: torch.Tensor, top_p: float
-) -> torch.Tensor:
-    """The score of the last token that top-p keeps."""
-    kept_V = scores_V.masked_fill(scores_V < least, -math.inf)
-    # softmax is summed in one order whatever the batch; fp64 so that 1e-7 does not decide.
-    highest = top_C[0].double()
-    total = (kept_V.double() - highest).exp_().sum()
-    while True:
-        mass_C = (top_C.double() - highest).exp_().div_(total).cumsum(0)
-        reached = (mass_C >= top_p).nonzero()
-        if len(reached):
-            return top_C[reached[0, 0]]
-        if len(top_C) == len(scores_V):
-            return top_C[-1]  # rounding kept the sum below p: nothing is excluded
-        top_C = scores_V.sort(descending=True).values
+def _num_of_top_p(kept_K: npt.NDArray[np.float32], top_p: float) -> int:
+    """How many of these scores, from the highest on, it takes to reach `top_p` of what all of them weigh."""
+    # fp64 so that 1e-7 does not decide; in one order, that of the scores, whatever the batch.
+    mass_K = np.cumsum(np.exp(kept_K.astype(np.float64) - kept_K[0]))
+    # Where rounding keeps the sum below p nothing is excluded.
+    return min(int(np.searchsorted(mass_K, top_p * mass_K[-1])) + 1, len(kept_K))

@@ -80,3 +80,20 @@ def test_chat_keeps_the_conversation(daemon: ScriptedDaemon, script: Script) -> 
         ["Be brief.", "hello", answer, "and then?"],
         ["Be brief.", "again"],
     ]
+
+
+def test_template_is_given_what_the_command_says(daemon: ScriptedDaemon, script: Script) -> None:
+    """Values are JSON, or texts as they are."""
+    script.engines = [an_engine(script.blobs, {"graph.json": GRAPH})]
+    given = ("--template", "enable_thinking=false", "--template", "date=May 1")
+    assert millrace(daemon, "generate", "--chat", "hello", "-m", "5", *given).returncode == 0
+    assert millrace(daemon, "chat", "-m", "5", *given, stdin="hello\n").returncode == 0
+    for asked in script.asked:
+        told = json.loads(asked.chat.template_arguments)
+        assert told == {"enable_thinking": False, "date": "May 1"}
+    assert len(script.asked) == 2
+    done = millrace(daemon, "generate", "--chat", "hello", "--template", "thinking")
+    says = "millrace: --template must be NAME=VALUE, found 'thinking'\n"
+    assert (done.returncode, done.stderr) == (2, says)
+    done = millrace(daemon, "generate", "hello", *given)
+    assert (done.returncode, "needs messages" in done.stderr) == (2, True)

@@ -1,6 +1,7 @@
 """The SDK against a scripted daemon: streams, retries, prompts and options."""
 
 import asyncio
+import json
 import subprocess
 import sys
 import threading
@@ -157,6 +158,26 @@ def test_one_stop_string_is_not_its_characters() -> None:
 def test_messages_become_a_chat() -> None:
     start = start_generation([{"role": "user", "content": "hi"}])
     assert [(m.role, m.content) for m in start.chat.messages] == [("user", "hi")]
+    assert not start.chat.template_arguments
+
+
+def test_template_arguments_are_sent_as_json() -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    given: dict[str, object] = {"enable_thinking": False, "a": ["ü", 2**70, 1.0, None]}
+    start = start_generation(messages, template_arguments=given)
+    assert json.loads(start.chat.template_arguments) == given
+    circle: list[object] = []
+    circle.append(circle)
+    for prompt, value, says in (
+        ("hello", 1, "needs messages"),
+        (messages, float("nan"), "is no JSON"),
+        (messages, "\ud800", "is not UTF-8"),
+        (messages, circle, "is no JSON"),
+    ):
+        with pytest.raises(millrace.MillraceError, match=f"template_arguments: {says}"):
+            start_generation(prompt, template_arguments={"a": value})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        start_generation(messages, template_arguments={"a": object()})
 
 
 @pytest.mark.parametrize(

@@ -93,10 +93,10 @@ def test_few_tokens_launch_five_kernels_a_layer() -> None:
         assert len(steps) == 5 * 3 + 2, "an embedding, five a layer, the LM head"
 
 
-def test_arch_without_pdl_or_fp8_uses_neither() -> None:
-    graph = llama_graph(MODELS["tiny"], "fp8_channel", num_layers=1)
+def test_arch_without_pdl_uses_none() -> None:
+    graph = llama_graph(MODELS["tiny"], "int8_channel", num_layers=1)
     old, new = (variants(graph, ARCHES[name]) for name in ("sm_80", "sm_90"))
-    assert not any(v.has_pdl or ("FORMAT", "fp8") in v.constants for v in old)
+    assert not any(v.has_pdl for v in old)
     # Kernels around the forward pass wait for all that was launched before them.
     around = {"step_inputs", "sampling", "logits", "truncation"}
     assert all(v.has_pdl == (v.op not in around) for v in new)

@@ -28,8 +28,9 @@ def test_without_a_table_every_choice_is_the_built_in_one(quant: str, model: str
     found = {}
     for kv_cache in ("", "fp8"):
         graph = quantized_graph(MODELS[model], quant, 2, kv_cache=kv_cache)
-        for arch in ("sm_80", "sm_86", "sm_90"):
-            found[f"{model} {quant} {kv_cache} {arch}"] = digest(graph, ARCHES[arch])
+        for arch in (ARCHES[name] for name in ("sm_80", "sm_86", "sm_90")):
+            if arch.has_fp8 or not quant.startswith("fp8"):
+                found[f"{model} {quant} {kv_cache} {arch.name}"] = digest(graph, arch)
     assert found == {name: _BEFORE[name] for name in found}
 
 

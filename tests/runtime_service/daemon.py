@@ -55,16 +55,21 @@ def publish_echo(
     arch_error: bool = False,
     format_version: int = 1,
     builder: str = "test",
+    chat_template: str = "",
 ) -> EngineManifest:
     """An engine with the tests' tokenizer and nothing to compute.
 
     Args:
         arch_error: its process cannot load it.
         builder: another one's engine is another engine of the model, and as good.
+        chat_template: in the place of the tokenizer's own.
     """
     graph = json.dumps({"config": {"vocab_size": VOCAB_SIZE}}).encode()
     layers = [store.write_blob([graph], GRAPH_TYPE, "graph.json")]
-    for name, content in {**byte_tokenizer_files(), "name.txt": model.encode()}.items():
+    files = {**byte_tokenizer_files(), "name.txt": model.encode()}
+    if chat_template:
+        files["chat_template.jinja"] = chat_template.encode()
+    for name, content in files.items():
         layers.append(store.write_blob([content], FILE_TYPE, name))
     if arch_error:
         layers.append(store.write_blob([b"x"], FILE_TYPE, "broken"))

@@ -219,4 +219,4 @@ def test_chat_is_rendered_as_transformers_renders_it(tmp_path: Path) -> None:
         messages, add_generation_prompt=True, tokenize=True, return_dict=True
     )
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert ModelText(files).encode_chat(messages) == list(theirs["input_ids"])
+    assert ModelText(files).encode_chat(messages, {}) == list(theirs["input_ids"])

@@ -4,6 +4,7 @@ Blocking, async and multiplexed streams all build their request with `start_gene
 the events to a `Collector`.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
@@ -32,6 +33,7 @@ class GenerateOptions(TypedDict, total=False):
 
     `stop` is a string or strings and `stop_token_ids` ids that end it; `timeout_s` counts queueing. Decoding
     is greedy unless `temperature` is set. `model` chooses a deployment or a model of a gateway.
+    `template_arguments` are variables of the model's chat template, of JSON's types; they need messages.
     """
 
     max_new_tokens: int
@@ -55,6 +57,7 @@ class GenerateOptions(TypedDict, total=False):
     timeout_s: float
     priority: int
     model: str
+    template_arguments: Mapping[str, object]
 
 
 _PROMPTS = "a prompt is text, token ids or messages, and no mix of them"
@@ -65,6 +68,8 @@ _STOP_FIELDS = {
     "stop_token_ids": "token_ids",
     "ignore_end_tokens": "ignore_end_tokens",
 }
+# Of neither the stop conditions nor the sampling.
+_OTHER_OPTIONS = ("timeout_s", "priority", "model", "template_arguments")
 _STOP_OPTIONS = {field: option for option, field in _STOP_FIELDS.items()}
 
 
@@ -86,6 +91,8 @@ def start_generation(
         model=options.get("model", ""),
     )
     _set_prompt(start, prompt)
+    if arguments := options.get("template_arguments"):
+        _set_template_arguments(start, arguments)
     sampling: dict[str, object] = {}
     stop: dict[str, object] = {}
     for name, value in options.items():
@@ -93,13 +100,26 @@ def start_generation(
             # A string is a sequence too: of its characters.
             is_one = name == "stop" and isinstance(value, str)
             stop[_STOP_FIELDS[name]] = [value] if is_one else value
-        elif name not in ("timeout_s", "priority", "model"):
+        elif name not in _OTHER_OPTIONS:
             sampling[name] = value
     start.sampling.CopyFrom(filled(pb.SamplingParams, **sampling))
     start.stop.CopyFrom(filled(pb.StopConditions, _STOP_OPTIONS, **stop))
     if "timeout_s" in options:
         _set_timeout(start.timeout, options["timeout_s"])
     return start
+
+
+def _set_template_arguments(start: pb.StartGeneration, arguments: Mapping[str, object]) -> None:
+    if not start.HasField("chat"):
+        raise invalid_field("template_arguments", "needs messages, which go through a template")
+    try:
+        written = json.dumps(dict(arguments), ensure_ascii=False, allow_nan=False)
+    except ValueError as error:  # no number of JSON's, or an object that holds itself
+        raise invalid_field("template_arguments", f"is no JSON: {error}") from None
+    try:
+        start.chat.template_arguments = written
+    except UnicodeEncodeError:
+        raise not_utf8("template_arguments", written) from None
 
 
 def _set_timeout(timeout: Duration, timeout_s: float) -> None:

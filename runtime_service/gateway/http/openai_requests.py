@@ -6,6 +6,7 @@ of the question is another question's.
 Source: OpenAI API reference, "Chat" and "Completions".
 """
 
+import json
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from runtime_service.gateway.sampling_fields import (
     no_json,
     set_sampling,
 )
+from runtime_service.scheduling.request import MAX_TOP_LOGPROBS
 from shared.errors import InvalidField
 
 # One request, however many prompts it has, is one call.
@@ -38,7 +40,8 @@ _NO_TOOLS = "tools cannot be called yet"
 _TEXT_ONLY = "answers can be text only"
 _NOT_ENFORCED = "answers cannot be made to follow it yet"
 _TEMPLATE = "messages go through the model's own template, as it is"
-_THINKING = "thinking is text like any other, and as the model's own template has it"
+_ARGUMENTS = "is not told by itself; chat_template_kwargs takes it, where the model's template does"
+_THINKING = "thinking is text like any other, and as the model's own template has it; chat_template_kwargs tells that"
 _NO_LOOP = "repetition is not looked for; penalties make it unlikely"
 _HIDDEN = "special tokens are never part of the text"
 _OVER_GRPC = "is not told here; millrace.runtime.v1 has it"
@@ -69,8 +72,8 @@ _REFUSED: _Refusals = {
         ((), _NOT_ENFORCED),
     ),
     "chat_template": ((), _TEMPLATE),
-    **dict.fromkeys(("documents", "mm_processor_kwargs"), (([], {}), _TEMPLATE)),
-    "chat_template_kwargs": (({},), _TEMPLATE),
+    "documents": (([],), _ARGUMENTS),
+    "mm_processor_kwargs": (({},), _TEXT_ONLY),
     "add_generation_prompt": ((True,), _TEMPLATE),
     "continue_final_message": ((False,), _TEMPLATE),
     "skip_special_tokens": ((True,), _HIDDEN),
@@ -100,9 +103,15 @@ _REFUSED: _Refusals = {
     "kv_transfer_params": ((), "prefill and decode are not apart here"),
     "vllm_xargs": (({},), "is not supported"),
 }  # fmt: skip
-# What the tokenizer does to a prompt is what each endpoint does unasked.
-_SPECIAL_TOKENS = "add_special_tokens"
-_ADDS_SPECIAL_TOKENS = {"ChatRequest": False, "CompletionRequest": True}
+_TOKENIZED = "prompts are tokenized as they always are"
+# What asks for nothing, or cannot be done, at one endpoint alone.
+_REFUSED_IN: dict[str, _Refusals] = {
+    "ChatRequest": {"add_special_tokens": ((False,), _TOKENIZED)},
+    "CompletionRequest": {
+        "add_special_tokens": ((True,), _TOKENIZED),
+        "chat_template_kwargs": (({},), "prompts go through no template; chats do"),
+    },
+}
 _REFUSED_IN_MESSAGES: _Refusals = {
     "tool_calls": (([],), _NO_TOOLS),
     "tool_call_id": ((), _NO_TOOLS),
@@ -122,9 +131,9 @@ _TOOL_ROLES = ("tool", "function")
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """How an answer is streamed; `continuous_usage_stats` is vLLM's, as its clients send it."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class Common(Sampling, kw_only=True):
@@ -139,7 +148,7 @@ class Part(msgspec.Struct):
     """A part of a message."""
 
     type: str
-    text: str = ""
+    text: str | None = None
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True):
@@ -156,6 +165,8 @@ class ChatRequest(Common, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    # vLLM's and SGLang's.
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class CompletionRequest(Common, kw_only=True):
@@ -180,12 +191,7 @@ def parse(body: bytes, kind: type[Request]) -> Request:
         raise no_json(body, error, "body") from None
     if not isinstance(fields, dict):
         raise InvalidField(field="body", problem="must be a JSON object")
-    neutral = _ADDS_SPECIAL_TOKENS[kind.__name__]
-    refused = {
-        **_REFUSED,
-        _SPECIAL_TOKENS: ((neutral,), "prompts are tokenized as they always are"),
-    }
-    _drop(fields, refused, _IGNORED, "")
+    _drop(fields, {**_REFUSED, **_REFUSED_IN[kind.__name__]}, _IGNORED, "")
     messages = fields.get("messages")
     for place, message in enumerate(messages if isinstance(messages, list) else ()):
         if isinstance(message, dict):
@@ -215,11 +221,21 @@ def starts_of_chat(request: ChatRequest) -> list[pb.StartGeneration]:
             raise InvalidField(field="top_logprobs", problem="needs logprobs")
         start.sampling.top_logprobs = checked(request.top_logprobs, "top_logprobs")
     start.chat.SetInParent()
+    if request.chat_template_kwargs:
+        start.chat.template_arguments = _written(request.chat_template_kwargs)
     for place, message in enumerate(request.messages):
         # `developer` is what OpenAI calls the role that templates know as `system`.
         role = "system" if message.role == "developer" else message.role
         start.chat.messages.add(role=role, content=_text_of(message, place))
     return [start]
+
+
+def _written(template_arguments: dict[str, Any]) -> str:
+    try:
+        return json.dumps(template_arguments, ensure_ascii=False)
+    except RecursionError:  # what could just be read
+        problem = "is nested too deeply"
+        raise InvalidField(field="chat_template_kwargs", problem=problem) from None
 
 
 def starts_of_completion(request: CompletionRequest) -> list[pb.StartGeneration]:
@@ -230,8 +246,11 @@ def starts_of_completion(request: CompletionRequest) -> list[pb.StartGeneration]
     """
     shared = _begun(request, request.max_tokens or DEFAULT_COMPLETION_TOKENS)
     if request.logprobs is not None:
+        if not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
+            problem = f"must be from 0 to {MAX_TOP_LOGPROBS}, found {request.logprobs}"
+            raise InvalidField(field="logprobs", problem=problem)
         shared.sampling.logprobs = True
-        shared.sampling.top_logprobs = checked(request.logprobs, "logprobs")
+        shared.sampling.top_logprobs = request.logprobs
     starts = []
     for place, prompt in enumerate(_prompts(request.prompt)):
         start = pb.StartGeneration()
@@ -264,13 +283,22 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> Iterator[str | list[i
 
 
 def _text_of(message: Message, place: int) -> str:
-    if not isinstance(message.content, list):
-        return message.content or ""
-    for part in message.content:
+    field, content = f"messages[{place}].content", message.content
+    if content is None:
+        # What an assistant said may be beside its content, as answers of other servers have it.
+        if message.role != "assistant":
+            raise InvalidField(field=field, problem="must be given")
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for number, part in enumerate(content):
         if part.type != "text":
-            field = f"messages[{place}].content"
             raise InvalidField(field=field, problem=f"must be text, found {part.type!r}")
-    return "".join(part.text for part in message.content)
+        if part.text is None:
+            raise InvalidField(field=f"{field}[{number}].text", problem="must be given")
+        texts.append(part.text)
+    return "".join(texts)
 
 
 def _begun(request: Common, max_tokens: int | None) -> pb.StartGeneration:

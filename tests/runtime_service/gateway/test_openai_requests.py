@@ -3,6 +3,7 @@
 import gzip
 import json
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from runtime_service.gateway.http.openai_requests import (
     starts_of_completion,
 )
 from shared.errors import InvalidField
+from tests.runtime_service.daemon import publish_echo
 from tests.runtime_service.gateway.openai_client import HELLO, TEXT, serving
 
 
@@ -78,10 +80,22 @@ async def test_every_sampling_parameter_reaches_the_runtime(tmp_path: Path) -> N
         ("wi\nngs", 2, "'wi\\nngs': is not known"),
         ("messages", [{"role": "user", "wings": 2}], "messages[0].wings: is not known"),
         ("messages", [{"content": "x"}], "messages[0].role: must be given"),
+        ("messages", [{"role": "user"}], "messages[0].content: must be given"),
+        (
+            "messages",
+            [{"role": "user", "content": [{"type": "text", "txt": "x"}]}],
+            "messages[0].content[0].text: must be given",
+        ),
+        ("top_p", 1.1, "at most 1, found 1.1."),
+        ("temperature", -0.1, "from 0 to 100, found -0.1."),
         ("top_k", -2, "from 0"),
         ("guided_json", {"type": "object"}, "cannot be made to follow"),
         ("structured_outputs", {"regex": "a+"}, "cannot be made to follow"),
-        ("chat_template_kwargs", {"enable_thinking": False}, "the model's own template"),
+        ("chat_template_kwargs", {"enable_thinking": False}, "reads no 'enable_thinking'"),
+        ("chat_template_kwargs", {"messages": []}, "messages is not for requests to set"),
+        ("chat_template_kwargs", [], "expected `object"),
+        ("chat_template_kwargs", {"x": "y" * (64 << 10)}, "at most 65536 bytes"),
+        ("documents", [{"text": "a"}], "chat_template_kwargs takes it"),
         ("bad_words", ["x"], "logit_bias"),
         ("skip_special_tokens", False, "special tokens"),
         ("add_special_tokens", True, "tokenized as they always are"),
@@ -148,6 +162,50 @@ async def test_fields_that_other_servers_know_are_taken_where_they_ask_for_nothi
     assert texts[0].choices == texts[1].choices
 
 
+THINKS = (
+    "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}"
+    "<think></think>{% endif %}{{ shown | default('') }}"
+)
+
+
+async def test_chat_template_is_given_what_requests_say(tmp_path: Path) -> None:
+    """As Qwen3's users switch its thinking off; the echo says what the template made of it."""
+    publish = partial(publish_echo, chat_template=THINKS)
+    async with serving(tmp_path, num_runtimes=1, publish=publish) as (_, client):
+
+        async def answer(arguments: Any) -> str | None:
+            extra = {"chat_template_kwargs": arguments}
+            answer = await client.chat.completions.create(
+                model="echo", messages=HELLO, extra_body=extra, max_tokens=len(THINKS)
+            )
+            return answer.choices[0].message.content
+
+        once = "hello Wörld"
+        for arguments, rendered in (
+            (None, once),
+            ({}, once),
+            ({"enable_thinking": True}, once),
+            ({"enable_thinking": False}, once + "<think></think>"),
+            ({"shown": ["ü", 1, 1.0, None]}, once + "['ü', 1, 1.0, None]"),
+        ):
+            assert ((await answer(arguments)) or "").startswith(rendered + once)
+        with pytest.raises(BadRequestError) as raised:
+            await answer({"enable_thinkng": False})
+    assert raised.value.param == "chat_template_kwargs"
+    assert "it reads enable_thinking, shown" in raised.value.message
+
+
+def test_template_arguments_of_any_depth_are_written_or_refused() -> None:
+    """There is a depth that is just read, and no more written."""
+    for depth in range(900, 1000):
+        body = b'{"messages": [], "chat_template_kwargs": {"x": %s%s}}' % (
+            b"[" * depth,
+            b"]" * depth,
+        )
+        with suppress(InvalidField):
+            starts_of_chat(parse(body, ChatRequest))
+
+
 async def test_answers_come_back_as_history_in_the_form_that_any_server_gave_them(
     tmp_path: Path,
 ) -> None:
@@ -169,6 +227,23 @@ async def test_answers_come_back_as_history_in_the_form_that_any_server_gave_the
             assert answer.usage is not None
             used.append(answer.usage.prompt_tokens)
     assert len(set(used)) == 1, "it is the same conversation"
+
+
+def test_options_of_a_stream_that_are_null_are_unset() -> None:
+    options = dict.fromkeys(("include_usage", "include_obfuscation", "continuous_usage_stats"))
+    body = json.dumps({"messages": HELLO, "stream": True, "stream_options": options}).encode()
+    asked = parse(body, ChatRequest)
+    assert starts_of_chat(asked)
+    assert asked.stream_options is not None
+    assert not asked.stream_options.include_usage
+
+
+@pytest.mark.parametrize("logprobs", [-1, 21, 1 << 40])
+def test_logprobs_of_completions_are_refused_by_their_own_name(logprobs: int) -> None:
+    """Chats call that number top_logprobs."""
+    body = json.dumps({"prompt": "a", "logprobs": logprobs}).encode()
+    with pytest.raises(InvalidField, match=f"^logprobs: must be from 0 to 20, found {logprobs}"):
+        starts_of_completion(parse(body, CompletionRequest))
 
 
 async def test_bodies_that_are_no_request_are_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from runtime_service.sampling.sampler import (
     sample,
     token_logprobs,
 )
+from runtime_service.sampling.truncation import least_scores
 from runtime_service.scheduling.request import SamplingParams, StopParams
 from runtime_service.validation import REPETITION_PENALTIES
 
@@ -202,6 +203,23 @@ def test_many_candidates_give_the_token_that_few_would() -> None:
         wide = draw_of([1], vocab_size=vocab_size, temperature=1.0, top_k=vocab_size - 1, seed=seed)
         plain = draw_of([1], vocab_size=vocab_size, temperature=1.0, seed=seed)
         assert sample(logits.clone(), [wide])[0] == sample(logits.clone(), [plain])[0]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (3000, 0.9), (3000, 1.0), (20_000, 0.3)])
+def test_least_score_of_a_flat_row_is_the_last_that_is_kept(top_k: int, top_p: float) -> None:
+    """Thousands of tokens are kept, some as likely as others; counted one by one."""
+    generator = torch.Generator().manual_seed(3)
+    scores = (torch.randn(1, 20_000, generator=generator) * 100).round() / 100
+    kept = sorted(scores[0].tolist(), reverse=True)
+    if top_k:
+        kept = [score for score in kept if score >= kept[top_k - 1]]
+    total, reached = math.fsum(map(math.exp, kept)), 0.0
+    for least in kept:
+        reached += math.exp(least) / total
+        if reached >= top_p:
+            break
+    params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, seed=0)
+    assert least_scores(scores, [params]).tolist() == [[least]]
 
 
 def test_equal_scores_are_all_kept() -> None:

@@ -1,10 +1,12 @@
 """The commands that generate with a runtime, and that choose what it serves."""
 
+import json
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from millrace.cli.failures import USAGE, CommandFailed
 from millrace.cli.options import (
     COMPILER,
     GENERATING,
@@ -17,6 +19,7 @@ from millrace.cli.options import (
     Seed,
     Stop,
     Temperature,
+    Template,
     TopK,
     TopP,
 )
@@ -57,6 +60,7 @@ def generate(
     is_chat: Annotated[
         bool, typer.Option("--chat", help="PROMPT is a message, for the chat template.")
     ] = False,
+    template: Template = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -90,6 +94,8 @@ def generate(
         options["ignore_end_tokens"] = True
     if timeout_s:
         options["timeout_s"] = timeout_s
+    if template:
+        options["template_arguments"] = _template_arguments(template)
     with connect(runtime=runtime) as client:
         asked = [{"role": "user", "content": text}] if is_chat else text
         run(client, asked, options, as_json=as_json)
@@ -102,6 +108,7 @@ def chat(
     system: Annotated[
         str, typer.Option("--system", metavar="TEXT", help="What the model is told first.")
     ] = "",
+    template: Template = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -113,8 +120,24 @@ def chat(
     from millrace.cli.connecting import client as connect
     from millrace.cli.generating import chat as run
 
+    options = _options(max_tokens, temperature, top_p, top_k, seed, None)
+    if template:
+        options["template_arguments"] = _template_arguments(template)
     with connect(runtime=runtime) as client:
-        run(client, system, _options(max_tokens, temperature, top_p, top_k, seed, None))
+        run(client, system, options)
+
+
+def _template_arguments(given: list[str]) -> dict[str, object]:
+    arguments: dict[str, object] = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not (name and equals):
+            raise CommandFailed(f"--template must be NAME=VALUE, found {one!r}", USAGE)
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:  # no JSON is a text that nobody has to quote twice
+            arguments[name] = value
+    return arguments
 
 
 def _options(

@@ -93,6 +93,14 @@ TopK = Annotated[
 Seed = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Makes the answer repeatable.")
 ]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template",
+        metavar="NAME=VALUE",
+        help="A variable for the chat template, such as enable_thinking=false; repeatable.",
+    ),
+]
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends it; repeatable.")
 ]
