@@ -46,8 +46,8 @@ class EngineClient:
     """Speaks with one engine process; made by `start`.
 
     Args:
-        max_waiting_tokens: of prompts that wait for their first step, from which on none joins them, and as many of
-            those that have no credit for it; 0 = four times the KV cache.
+        max_waiting_tokens: of prompts that wait for their first step, from which on none joins them but of tenants with
+            less than their share, and as many of those that have no credit for it; 0 = four times the KV cache.
         step_timeout_s: a step that takes longer means that the process hangs.
         on_lost: called once when the process is lost, after everything on it has ended.
     """
@@ -133,13 +133,13 @@ class EngineClient:
         """Tokens of prompts that wait for their first step, and may take it."""
         return self._waiting.num_tokens
 
-    def check_room(self, num_tokens: int) -> None:
+    def check_room(self, num_tokens: int, tenant: str) -> None:
         """Claims that a prompt of so many tokens may wait; however long it is: short ones have no easier way in.
 
         Raises:
             QueueFull: too many tokens wait already.
         """
-        self._waiting.check_room(num_tokens)
+        self._waiting.check_room(num_tokens, tenant)
 
     def new_request_id(self) -> int:
         """A name for a request that this process has not seen."""
@@ -163,9 +163,9 @@ class EngineClient:
             raise EngineLost(problem="it has just ended")
         num_tokens = len(request.prompt_token_ids) + len(request.resumed_token_ids)
         queue = self._without_credit if request.credit_tokens == 0 else self._waiting
-        queue.check_room(num_tokens)
+        queue.check_room(num_tokens, request.cache_salt)
         self._generations[request.request_id] = generation
-        queue.add(request.request_id, num_tokens)
+        queue.add(request.request_id, request.cache_salt, num_tokens)
         self._metrics.prompt_tokens += len(request.prompt_token_ids)
         self._idle.clear()
         self.send(AddRequest(request))
@@ -173,8 +173,10 @@ class EngineClient:
 
     def send(self, command: Command) -> None:
         """Passes `command` on with everything else that this turn of the event loop brings."""
-        if isinstance(command, AddCredit) and (n := self._without_credit.take(command.request_id)):
-            self._waiting.add(command.request_id, n)
+        if isinstance(command, AddCredit) and (
+            taken := self._without_credit.take(command.request_id)
+        ):
+            self._waiting.add(command.request_id, *taken)
         if not self._outbox:
             self._loop.call_soon(self._flush)
         self._outbox.append(command)
@@ -288,34 +290,51 @@ class EngineClient:
 
 
 class _Queue:
-    """Prompts that wait, by request, and the line of those that found no room."""
+    """Prompts that wait, by request, and the line of those that found no room.
+
+    One tenant may fill it. Others find room all the same, each up to an equal share, until twice as many tokens wait:
+    nothing that was taken is thrown out for them, and what is too much drains, as whoever has more is refused.
+    """
 
     def __init__(self, most_tokens: int) -> None:
         self.num_tokens = 0
         self._most_tokens = most_tokens
-        self._num_tokens_of: dict[int, int] = {}
+        self._waiting: dict[int, tuple[str, int]] = {}
+        # Of tenants that have any.
+        self._num_tokens_of: dict[str, int] = {}
         self._line = LineOutside()
 
-    def check_room(self, num_tokens: int) -> None:
+    def check_room(self, num_tokens: int, tenant: str) -> None:
         """As `EngineClient.check_room`."""
-        if self.num_tokens >= self._most_tokens:
+        if self.num_tokens >= self._most_tokens and not self._has_share_for(tenant):
             raise QueueFull(
                 waiting_tokens=self.num_tokens,
                 max_waiting_tokens=self._most_tokens,
                 retry_after_s=self._line.join(num_tokens, self.num_tokens),
             )
 
-    def add(self, request_id: int, num_tokens: int) -> None:
+    def add(self, request_id: int, tenant: str, num_tokens: int) -> None:
         """Has a prompt wait."""
-        self._num_tokens_of[request_id] = num_tokens
+        self._waiting[request_id] = tenant, num_tokens
+        self._num_tokens_of[tenant] = self._num_tokens_of.get(tenant, 0) + num_tokens
         self.num_tokens += num_tokens
 
-    def take(self, request_id: int) -> int:
-        """Its tokens, which wait no more; 0 where it does not wait."""
-        num_tokens = self._num_tokens_of.pop(request_id, 0)
-        self.num_tokens -= num_tokens
-        self._line.left_queue(num_tokens)
-        return num_tokens
+    def take(self, request_id: int) -> tuple[str, int] | None:
+        """Its tenant and its tokens, which wait no more; None where it does not wait."""
+        taken = self._waiting.pop(request_id, None)
+        if taken is not None:
+            tenant, num_tokens = taken
+            self.num_tokens -= num_tokens
+            self._num_tokens_of[tenant] -= num_tokens
+            if not self._num_tokens_of[tenant]:
+                del self._num_tokens_of[tenant]
+            self._line.left_queue(num_tokens)
+        return taken
+
+    def _has_share_for(self, tenant: str) -> bool:
+        own = self._num_tokens_of.get(tenant, 0)
+        num_tenants = len(self._num_tokens_of) + (not own)
+        return own * num_tenants < self._most_tokens and self.num_tokens < 2 * self._most_tokens
 
 
 def without_standstill(last_sign_s: float, due_s: float, now_s: float) -> float:

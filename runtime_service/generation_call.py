@@ -66,7 +66,7 @@ OnMember = Callable[[CallMember], None]
 class Starter(Protocol[Member]):
     """Where generations are started."""
 
-    def check_room(self, start: pb.StartGeneration) -> None:
+    def check_room(self, start: pb.StartGeneration, cache_salt: str) -> None:
         """Refuses `start` before it has cost anything, where it is known to be refused.
 
         Raises:
@@ -207,7 +207,7 @@ class GenerationCall(Generic[Member]):
         self._quota.count_request()
         # Whom its own limit keeps out does not stand in the line that all share.
         self._quota.check_concurrent()
-        self._starter.check_room(start)
+        self._starter.check_room(start, self._cache_salt)
         generation = self._open(start.request_id)
         if timeout_s is not None:
             generation.deadline = asyncio.get_running_loop().call_later(

@@ -93,7 +93,7 @@ class Runtime:
         self._calls.discard(call)
         call.close()
 
-    def check_room(self, start: pb.StartGeneration) -> None:
+    def check_room(self, start: pb.StartGeneration, cache_salt: str) -> None:
         """Refuses `start` where the engine that would take it has no room.
 
         Raises:
@@ -109,7 +109,7 @@ class Runtime:
         if validation.waits_apart(start):
             return
         try:
-            served.client.check_room(validation.num_prompt_tokens_of(start))
+            served.client.check_room(validation.num_prompt_tokens_of(start), cache_salt)
         except QueueFull as error:
             self.metrics.ended(error.reason, 0.0)
             self._refused.add()

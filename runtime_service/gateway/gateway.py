@@ -100,19 +100,19 @@ class Gateway:
         self._calls.discard(call)
         call.close()
 
-    def check_room(self, start: pb.StartGeneration) -> None:
-        """Refuses `start` where every runtime that serves what it wants is known to be full.
+    def check_room(self, start: pb.StartGeneration, cache_salt: str) -> None:
+        """Refuses `start` where every runtime that serves what it wants is known to be full for its tenant.
 
         Raises:
             QueueFull: so it is.
         """
         links = self._serving(start.model)
-        is_full = links and all(link.is_full for link in links)
+        is_full = links and all(link.is_full(cache_salt) for link in links)
         if not is_full or validation.waits_apart(start) or self._is_draining:
             return
         if any(link.fits(start) for link in links):
             self._count_refused()
-            raise _turned_down(links, num_prompt_tokens_of(start))
+            raise _turned_down(links, cache_salt, num_prompt_tokens_of(start))
 
     def new_generation(
         self, request_id: str, on_news: OnMember, on_end: OnMember, quota: GenerationQuota
@@ -312,7 +312,7 @@ class Gateway:
         if is_new and (refusal is None or isinstance(refusal, QueueFull)):
             full = [link for link in self._serving(model) if not link.has_room_for(run)]
             if full:
-                raise _turned_down(full, run.num_waiting_tokens)
+                raise _turned_down(full, run.tenant, run.num_waiting_tokens)
             if refusal is not None:
                 raise refusal
         if is_new and isinstance(refusal, KEY_REFUSALS):
@@ -363,11 +363,11 @@ class Gateway:
             self.place(run)
 
 
-def _turned_down(links: list[RuntimeLink], num_tokens: int) -> QueueFull:
+def _turned_down(links: list[RuntimeLink], tenant: str, num_tokens: int) -> QueueFull:
     """What a start of so many tokens is told that these have no room for."""
     link = min(links, key=lambda link: link.room_in_s)
     # Many are told the same object: what raised it for others is no part of it.
-    return link.turn_down(num_tokens).with_traceback(None)
+    return link.turn_down(tenant, num_tokens).with_traceback(None)
 
 
 def _prefix(run: Run) -> bytes:

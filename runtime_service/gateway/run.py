@@ -252,7 +252,7 @@ class Run:
             self._left_queue()
             # Runtimes count those without credit apart: that those are too many says nothing of others.
             if not self._is_without_credit:
-                self._link.says_full(error)
+                self._link.says_full(self.tenant, error)
         else:
             self._is_queued = False
             self._link.turn_away(error)

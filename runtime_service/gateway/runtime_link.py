@@ -128,8 +128,8 @@ class RuntimeLink:
         self._num_runs = 0
         # Tokens of prompts that were sent after the last status, which does not know them.
         self._sent_tokens = 0
-        # What it last said of its full queue, and how much must leave that before it takes more.
-        self._full: QueueFull | None = None
+        # What it last said of its full queue, by tenant, and how much must leave that before it takes more of all.
+        self._full: dict[str, QueueFull] = {}
         self._excess_tokens = 0
         self._line = LineOutside()
         self._calls: dict[str, _TenantCall] = {}
@@ -188,18 +188,18 @@ class RuntimeLink:
         names = (self.status.deployment, engine.model, engine.name, engine.key.model_digest)
         return model in names
 
-    @property
-    def is_full(self) -> bool:
-        """Claims that its queue has no room, as far as is known: a start need not be sent to hear so.
+    def is_full(self, tenant: str) -> bool:
+        """Claims that its queue has no room for this tenant, as far as is known: a start need not be sent to hear so.
 
-        It has room once as much has left it as was too much in it. What others sent leaves it
+        For a tenant with less than its share it has room where it has none for others: it says so itself, to each. It
+        has room once as much has left it as was too much in it. What others sent leaves it
         unseen, so after each look at it the next start is sent.
         """
-        return self._full is not None and self._excess_tokens >= 0
+        return tenant in self._full and self._excess_tokens >= 0
 
     def has_room_for(self, run: UpstreamRun) -> bool:
         """Claims that it may take `run`."""
-        return not self.is_full or run.waits_apart
+        return not self.is_full(run.tenant) or run.waits_apart
 
     def fits(self, start: pb.StartGeneration) -> bool:
         """Claims that its prompt may run there, as far as is known."""
@@ -211,12 +211,12 @@ class RuntimeLink:
         """When all that were turned away have found room, if they come back."""
         return self._line.wait_s
 
-    def says_full(self, error: QueueFull) -> None:
-        """It has refused a start."""
+    def says_full(self, tenant: str, error: QueueFull) -> None:
+        """It has refused a start of this tenant."""
         waiting, most = (
             int(error.fields.get(name, 0)) for name in ("waiting_tokens", "max_waiting_tokens")
         )
-        self._full, self._excess_tokens = error, max(waiting - most, 0)
+        self._full[tenant], self._excess_tokens = error, max(waiting - most, 0)
 
     def queue_grew(self, num_tokens: int) -> None:
         """So many tokens more wait there than was known; negative: they never came to wait."""
@@ -227,14 +227,15 @@ class RuntimeLink:
         self._excess_tokens -= num_tokens
         self._line.left_queue(num_tokens)
 
-    def turn_down(self, num_tokens: int) -> QueueFull:
+    def turn_down(self, tenant: str, num_tokens: int) -> QueueFull:
         """What a start of so many tokens is told while it is full; many in a row are told the same object."""
-        assert self._full is not None, "a runtime that has room turns nobody down"
-        fields = self._full.fields
+        assert tenant in self._full, "a runtime that has room turns nobody down"
+        told = self._full[tenant]
+        fields = told.fields
         retry_after_s = self._line.join(num_tokens, int(fields.get("waiting_tokens", 0)))
-        if retry_after_s != self._full.retry_after_s:
-            self._full = QueueFull(retry_after_s=retry_after_s, **fields)
-        return self._full
+        if retry_after_s != told.retry_after_s:
+            told = self._full[tenant] = QueueFull(retry_after_s=retry_after_s, **fields)
+        return told
 
     def candidate(self) -> Candidate:
         """As routing sees it."""
@@ -435,7 +436,7 @@ class RuntimeLink:
             self.tokens_per_s = 0.0
         self._last_sign_s = self._last_status_s = now_s
         self.status, was_answering, self._answers = status, self._answers, True
-        self._full = None
+        self._full.clear()
         self._is_draining = self._is_refused = False
         return (
             not was_answering

@@ -95,7 +95,7 @@ class JoinedCall:
         """Ends what still runs on `call`: nobody reads it."""
         call.close()
 
-    def check_room(self, start: pb.StartGeneration) -> None:
+    def check_room(self, start: pb.StartGeneration, cache_salt: str) -> None:
         """Refuses nothing: the daemon does."""
 
     def new_generation(

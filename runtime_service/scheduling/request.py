@@ -63,8 +63,8 @@ class Request:
         num_samples: the `n` of the request; more than one needs no resumed tokens.
         first_sample_index: of its first sample in the randomness key: 0 unless it goes on with one
             sample of many.
-        priority: higher first, then arrival.
-        cache_salt: separates prefix caches of tenants.
+        priority: higher first; of one priority tenants take turns (turns.py).
+        cache_salt: the tenant's: tenants share no prefix cache, and take turns.
         credit_tokens: tokens that may still be drawn, over all samples; None = no limit.
     """
 

@@ -3,7 +3,7 @@
 from bisect import insort
 from operator import attrgetter
 
-from runtime_service.scheduling.sequence import Sequence, State
+from runtime_service.scheduling.sequence import Order, Sequence, State
 
 _ORDER = attrgetter("order")
 
@@ -60,7 +60,7 @@ class Roster:
         freed_rows, self._freed_rows = tuple(self._freed_rows), []
         return freed_rows
 
-    def move(self, sequence: Sequence, order: tuple[int, int, int]) -> None:
+    def move(self, sequence: Sequence, order: Order) -> None:
         """Gives a sequence another place in the order."""
         self.compact()
         if sequence.state is State.RUNNING:

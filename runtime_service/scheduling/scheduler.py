@@ -1,6 +1,6 @@
 """Which sequences run how many tokens in the next step: policy, in integers.
 
-    order       higher priority first, then arrival, then sample
+    order       higher priority first, then the tenant's turn (turns.py), then arrival, then sample
     a step      decoding sequences, then prompts in order, under way or new, while the budget lasts
     blocks      a prompt takes all of its blocks when it is admitted; a decoding sequence takes one
                 when it needs it, from the sequence that comes last in order if none is free
@@ -30,6 +30,7 @@ from runtime_service.scheduling.room import Room
 from runtime_service.scheduling.roster import Roster
 from runtime_service.scheduling.sequence import Group, Sequence, State
 from runtime_service.scheduling.step import Step
+from runtime_service.scheduling.turns import Turns
 from runtime_service.scheduling.waiting_queue import WaitingQueue
 
 
@@ -50,6 +51,7 @@ class Scheduler:
         )
         self._groups: dict[int, Group] = {}
         self._waiting = WaitingQueue()
+        self._turns = Turns()
         self._roster = Roster(limits.max_sequences)
         self._room = Room(self.kv, self._roster, self._preempt)
         self._unread: deque[Step] = deque()
@@ -81,6 +83,7 @@ class Scheduler:
             return [first.first_output((), "length")]
         self._num_arrivals += 1
         self._groups[request.request_id] = group
+        self._take_turn(group)
         for sample in group.samples:
             self._wait(sample, first.num_tokens if sample is first else 1)
         return []
@@ -102,9 +105,10 @@ class Scheduler:
         if group is None:
             return []
         live = [sample for sample in group.samples if sample.state is not State.FINISHED]
-        if priority is not None:
-            for sample in live:
-                self._move(sample, priority)
+        if priority is not None and priority != group.priority:
+            self._turns.leave(group.priority, group.request.cache_salt, 0)
+            group.priority = priority
+            self._take_turn(group)
         outputs = []
         if max_new_tokens is not None:
             group.limit_new_tokens(max_new_tokens)
@@ -325,6 +329,7 @@ class Scheduler:
     ) -> None:
         group = sequence.group
         self._stop_waiting(sequence)
+        self._turns.came(group.priority, sequence.order[1])
         sequence.row = self._roster.free_rows.pop()
         sequence.block_ids = blocks
         sequence.capacity = len(blocks) * self._limits.block_tokens
@@ -389,11 +394,15 @@ class Scheduler:
             else:
                 self._queue_if_ready(sample)
 
-    def _move(self, sequence: Sequence, priority: int) -> None:
-        """Gives `sequence` another place in the order."""
-        self._roster.move(sequence, (-priority, *sequence.order[1:]))
-        if sequence.state is State.QUEUED:
-            self._waiting.push(sequence)
+    def _take_turn(self, group: Group) -> None:
+        """Gives the samples of `group` their places in the order."""
+        turn = self._turns.enter(group.priority, group.request.cache_salt, group.num_known_tokens)
+        for sample in group.samples:
+            if sample.state is State.FINISHED:
+                continue
+            self._roster.move(sample, (-group.priority, turn, group.arrival, sample.sample_index))
+            if sample.state is State.QUEUED:
+                self._waiting.push(sample)
 
     def _finish(self, sequence: Sequence) -> None:
         group = sequence.group
@@ -407,6 +416,7 @@ class Scheduler:
         group.num_unfinished -= 1
         if not group.num_unfinished:
             del self._groups[group.request_id]
+            self._turns.leave(group.priority, group.request.cache_salt, group.num_drawn_tokens)
         elif group.leader is sequence:
             live = (sample for sample in group.samples if sample.state is not State.FINISHED)
             self._set_leader(group, next(live))

@@ -10,6 +10,8 @@ from runtime_service.scheduling.output import TokenLogprobs
 from runtime_service.scheduling.request import Request
 
 NEVER = 1 << 62
+# Priority, negated; its tenant's turn; arrival; sample.
+Order = tuple[int, int, int, int]
 
 
 class State(Enum):
@@ -42,7 +44,7 @@ class Group:
     __slots__ = (
         "arrival", "arrival_s", "credit", "end_token_ids", "is_metered", "leader",
         "max_sequence_tokens", "max_tokens", "num_cached_tokens", "num_prompt_tokens",
-        "num_unfinished", "prompt_logprobs", "request", "request_id", "samples",
+        "num_unfinished", "priority", "prompt_logprobs", "request", "request_id", "samples",
         "uses_prefix_cache",
     )  # fmt: skip
 
@@ -57,6 +59,7 @@ class Group:
         known = request.prompt_token_ids + request.resumed_token_ids
         self.request = request
         self.request_id = request.request_id
+        self.priority = request.priority
         self.arrival = arrival
         self.arrival_s = arrival_s
         self.num_prompt_tokens = len(request.prompt_token_ids)
@@ -80,6 +83,17 @@ class Group:
         self.num_unfinished = len(self.samples)
         # The sample that computes the prompt; the others wait until it has. None: it has.
         self.leader: Sequence | None = self.samples[0] if len(self.samples) > 1 else None
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens of its prompt, and those that it came with."""
+        return self.num_prompt_tokens + len(self.request.resumed_token_ids)
+
+    @property
+    def num_drawn_tokens(self) -> int:
+        """Tokens that were drawn here, over all samples."""
+        known = self.num_known_tokens
+        return sum(len(sample.token_ids) - known for sample in self.samples)
 
     def limit_new_tokens(self, max_new_tokens: int) -> None:
         """Ends its samples at this many generated tokens, resumed ones included."""
@@ -110,7 +124,8 @@ class Sequence:
         self.token_ids = token_ids
         self.names = names
         self.state = State.PARKED
-        self.order = (-group.request.priority, group.arrival, sample_index)
+        # Given when it enters.
+        self.order: Order = (0, 0, 0, 0)
         self.num_tokens = len(token_ids)
         # The last step that it is in; what that step drew is known when it was read.
         self.last_step = -1

@@ -1,11 +1,11 @@
-"""Sequences that wait for a row, highest priority first, then in order of arrival."""
+"""Sequences that wait for a row, in the scheduler's order."""
 
 import heapq
 from itertools import count
 
-from runtime_service.scheduling.sequence import Sequence, State
+from runtime_service.scheduling.sequence import Order, Sequence, State
 
-_Entry = tuple[tuple[int, int, int], int, Sequence]
+_Entry = tuple[Order, int, Sequence]
 
 _LEAST_ENTRIES = 64
 

@@ -112,7 +112,7 @@ async def test_more_that_are_refused_are_told_to_come_back_later(tmp_path: Path)
 class _Full:
     """Starts nothing."""
 
-    def check_room(self, start: pb.StartGeneration) -> None:
+    def check_room(self, start: pb.StartGeneration, cache_salt: str) -> None:
         raise QueueFull(waiting_tokens=9, max_waiting_tokens=8)
 
     def new_generation(self, *_: object) -> Generation:

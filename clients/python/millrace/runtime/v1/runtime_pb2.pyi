@@ -169,7 +169,7 @@ class StartGeneration(_message.Message):
     the tokenizer does.
     """
     priority: _builtins.int
-    """Higher goes first; ties go by arrival. From -100 to 100."""
+    """Higher goes first; of one priority tenants take turns, and a tenant's own go by arrival. From -100 to 100."""
     credit_tokens: _builtins.int
     """Tokens that the client takes before it gives more with `AddCredit`. At 0 the
     generation waits. Unset means no limit.
