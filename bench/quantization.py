@@ -1,10 +1,12 @@
 """What each scheme costs and gains on one model: quality, size and CPU speed, in one table.
 
     python -m bench.quantization STORE [--model sample:smollm2-135m] [--quants bf16,int8-kv-fp8,...]
+        [--calibration FILE]
 
 Builds an engine per quant with no limit that could fail it and reads quality from the engine's own report.
 Then all that run on a CPU take turns, so that a noisy machine is noisy for all; speeds are ratios to
-bf16, medians over the turns. Prints a JSON line a quant, then columns of the table of docs/QUANTIZATION.md.
+bf16, medians over the turns; none with `--rounds 0`. Prints a JSON line a quant, then columns of the
+table of docs/QUANTIZATION.md.
 """
 
 import argparse
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("--model", default="sample:smollm2-135m")
     parser.add_argument("--quants", default=QUANTS)
+    parser.add_argument("--calibration", default="", help="text to calibrate and measure with")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -49,11 +52,14 @@ def main() -> None:
     rows, engines = {}, {}
     for name in arguments.quants.split(","):
         started_s = time.monotonic()
-        engines[name] = _engine(store, arguments.model, name)
+        engines[name] = _engine(store, arguments.model, name, arguments.calibration)
         seconds = time.monotonic() - started_s
         rows[name] = {**_quality(store, engines[name]), "build_s": round(seconds, 1)}
         rows[name]["megabytes"] = _weight_megabytes(engines[name])
         print(json.dumps({"quant": name, **rows[name]}), flush=True)
+    if not arguments.rounds:
+        print(_table(rows))
+        return
     options = RunnerOptions(max_sequence_tokens=1024, num_threads=arguments.threads or None)
     loaded = {
         name: load_runner(store, engine, options)
@@ -66,7 +72,7 @@ def main() -> None:
     print(_table(rows))
 
 
-def _engine(store: LocalStore, model_uri: str, name: str) -> EngineManifest:
+def _engine(store: LocalStore, model_uri: str, name: str, calibration: str) -> EngineManifest:
     scheme, _, kv_cache = name.partition("-kv-")
     quant = QuantConfig(scheme, kv_cache=kv_cache)
     row = scheme_named(quant)
@@ -74,8 +80,9 @@ def _engine(store: LocalStore, model_uri: str, name: str) -> EngineManifest:
         quant = replace(quant, max_kl=NO_LIMIT, max_perplexity_increase=NO_LIMIT)
     arch = "cpu" if row.runs_on(ARCHES["cpu"]) else GPU
     cache = store.root / "cache"
-    resolved = resolve(model_uri, [arch], quant, "", cache)
-    request = BuildRequest(model_uri, resolved.keys[arch], resolved.model, cache)
+    text = calibration if row.needs_text(quant) else ""
+    resolved = resolve(model_uri, [arch], quant, "", cache, calibration_uri=text)
+    request = BuildRequest(model_uri, resolved.keys[arch], resolved.model, cache, text)
     return build(request, store, lambda progress: None)
 
 

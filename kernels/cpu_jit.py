@@ -257,7 +257,7 @@ def load(context: Any, pointer: Any, index: Any) -> Any:
 
 @intrinsic
 def store(context: Any, pointer: Any, index: Any, value: Any) -> Any:
-    """Keeps an fp32 value at an index, rounded to nearest, ties to even."""
+    """Keeps an fp32 value at an index, rounded to nearest, ties to even. In 8 bits: one that is within their range."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place, kept = builder.gep(arguments[0], [arguments[1]]), arguments[2]
@@ -272,6 +272,9 @@ def store(context: Any, pointer: Any, index: Any, value: Any) -> Any:
             )  # rounding could carry it into infinity or 0
             kept = builder.select(is_nan, ir.Constant(_WORD, _BF16_NAN), rounded)
             kept = builder.trunc(kept, ir.IntType(16))
+        elif pointer.dtype in _CODES:
+            rounded = pointer.dtype(types.float32)
+            kept = context.compile_internal(builder, _CODES[pointer.dtype], rounded, [kept])
         else:
             assert pointer.dtype == types.float32, f"kernels do not write {pointer.dtype}"
         builder.store(kept, place)
@@ -298,6 +301,25 @@ def of_bits(context: Any, value: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.int32), generate
+
+
+def _int8(value: Any) -> Any:
+    return np.int8(np.rint(value))
+
+
+def _e4m3(value: Any) -> Any:
+    bits = to_bits(value)
+    magnitude = bits & np.int32(0x7FFFFFFF)
+    # Below 2 ** -6 codes count steps of 2 ** -9; from there on they are fp32's upper bits, the exponent less 120.
+    steps = np.int32(np.rint(of_bits(magnitude) * np.float32(2**9)))
+    odd = (magnitude >> np.int32(20)) & np.int32(1)
+    rounded = ((magnitude + np.int32(0x7FFFF) + odd) >> np.int32(20)) - np.int32(120 << 3)
+    code = steps if magnitude < np.int32(121 << 23) else rounded
+    return np.uint8(((bits >> np.int32(24)) & np.int32(0x80)) | code)
+
+
+# How `store` rounds to types of 8 bits.
+_CODES = {types.int8: _int8, types.uint8: _e4m3}
 
 
 @intrinsic

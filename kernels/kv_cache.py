@@ -70,6 +70,12 @@ class KvFormat:
 EIGHT_BIT_FORMATS = {"fp8": KvFormat("float8_e4m3fn", 448.0), "int8": KvFormat("int8", 127.0)}
 
 
+def largest_code(dtype: torch.dtype) -> float:
+    """Of a cache whose codes have this dtype."""
+    (largest,) = (f.largest for f in EIGHT_BIT_FORMATS.values() if getattr(torch, f.dtype) == dtype)
+    return largest
+
+
 def kv_format(graph: Graph, plain_dtype: str = "") -> KvFormat:
     """The format that `graph` was built for.
 
@@ -120,7 +126,7 @@ def read(cache: LayerCache, blocks: torch.Tensor, length: int) -> tuple[torch.Te
 
 def _encoded(x_TKD: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     x_TKD = x_TKD.float()
-    (largest,) = (f.largest for f in EIGHT_BIT_FORMATS.values() if getattr(torch, f.dtype) == dtype)
+    largest = largest_code(dtype)
     # NaN and infinity make the scale NaN or infinite, and so are not lost.
     scale_TK = x_TKD.abs().amax(-1) / largest
     codes_TKD = (x_TKD / scale_TK[..., None].clamp(min=1e-30)).clamp(-largest, largest)

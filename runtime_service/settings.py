@@ -104,7 +104,7 @@ def quant_named(text: str) -> QuantConfig:
         ValueError: it is not of that form.
     """
     # A scheme's own name may hold `-g`, as int4-gptq does.
-    found = re.fullmatch(r"(.+?)(?:-g(\d+))?(?:-kv-(fp8|int8))?", text)
+    found = re.fullmatch(r"(.+?)(?:-g([1-9]\d*))?(?:-kv-(fp8|int8))?", text)
     if found is None or re.search(r"-g(?!ptq)|-kv", found[1]):
         raise ValueError(f"--quant {text!r} is not of the form int8, int4-awq-g64 or bf16-kv-fp8")
     return QuantConfig(found[1], int(found[2] or 0), kv_cache=found[3] or "")

@@ -11,9 +11,9 @@ import torch
 from kernels.batch import StepBatch
 from kernels.cpu_form import BoundOp, CpuTarget, PackedWeight
 from kernels.cpu_jit import TAGS, address
-from kernels.kv_cache import block_tokens, write
+from kernels.kv_cache import block_tokens, largest_code
 from kernels.op import integer, number, numbers
-from kernels.qkv_rope_write.cpu_kernel import rope_write, turns
+from kernels.qkv_rope_write.cpu_kernel import rope_write, turns, write_codes
 from shared.ir import Node
 
 _INDEX_TAG, _FREQUENCY_TAG = np.int32(0), np.float64(0)
@@ -46,7 +46,14 @@ def bind(node: Node, weights: Mapping[str, PackedWeight], target: CpuTarget) -> 
             TAGS[dtype], TAGS[k.dtype], _INDEX_TAG, TAGS[torch.float32],
         )  # fmt: skip
         if scales:
-            write(cache, batch.slot_mapping_T, k, v)
+            slots_at = address(batch.slot_mapping_T, torch.int32)
+            for new, stored, scale in zip((k, v), cache[:2], scales, strict=True):
+                write_codes(
+                    address(new, torch.float32), slots_at, address(stored, stored.dtype),
+                    address(scale, torch.float32), len(qkv_TN), num_kv_heads, head_dim,
+                    block_tokens(cache), np.float32(largest_code(stored.dtype)), TAGS[torch.float32],
+                    TAGS[stored.dtype], _INDEX_TAG,
+                )  # fmt: skip
         return q_TN, None
 
     return run

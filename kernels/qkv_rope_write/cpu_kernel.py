@@ -6,7 +6,7 @@ Legend: T packed tokens, H query heads, K kv heads, D head dim, half = D / 2.
 import numpy as np
 from numba import prange
 
-from kernels.cpu_jit import device, kernel, load, store, typed
+from kernels.cpu_jit import device, kernel, load, of_bits, store, to_bits, typed
 
 
 @kernel
@@ -44,6 +44,44 @@ def rope_write(
             typed(norm_at, turn_tag), typed(q_at, tag), typed(k_cache_at, kv_tag), typed(v_cache_at, kv_tag),
             np.int64(t), H, K, D, block_tokens, eps,
         )  # fmt: skip
+
+
+@kernel
+def write_codes(
+    new_at, slots_at, cache_at, scales_at, T, K, D, block_tokens, largest, tag, kv_tag, index_tag,
+):  # fmt: skip
+    """The cache's rows at `slots`, in blocks [K, block_tokens, D], as codes of new [T, K*D], and their scales: see
+    `kernels/kv_cache.py`. `largest` is fp32.
+    """
+    if T == 1:  # waking the other threads costs more
+        _write_codes_row(
+            typed(new_at, tag), typed(slots_at, index_tag), typed(cache_at, kv_tag), typed(scales_at, largest),
+            np.int64(0), K, D, block_tokens, largest,
+        )  # fmt: skip
+        return
+    for t in prange(T):
+        _write_codes_row(
+            typed(new_at, tag), typed(slots_at, index_tag), typed(cache_at, kv_tag), typed(scales_at, largest),
+            np.int64(t), K, D, block_tokens, largest,
+        )  # fmt: skip
+
+
+@device
+def _write_codes_row(new, slots, cache, scales, t, K, D, block_tokens, largest):
+    slot = np.int64(slots[t])
+    for k in range(K):
+        at = ((slot // block_tokens) * K + k) * block_tokens + slot % block_tokens
+        first = (t * K + k) * D
+        # The bits of magnitudes have their order, and those of NaN come last: it is not lost.
+        bits = np.int32(0)
+        for d in range(D):
+            bits = max(bits, to_bits(load(new, first + d)) & np.int32(0x7FFFFFFF))
+        scale = of_bits(bits) / largest
+        store(scales, at, scale)
+        step = np.float32(1e-30) if scale < np.float32(1e-30) else scale
+        for d in range(D):
+            code = load(new, first + d) / step
+            store(cache, at * D + d, np.float32(0) if code != code else code)
 
 
 @device

@@ -120,7 +120,12 @@ def test_build_asks_for_the_whole_recipe(
 
 @pytest.mark.parametrize(
     ("option", "value", "what"),
-    [("--keep", "lm_head=int8", "stays in bf16"), ("--quant", "int4-gx", "not of the form")],
+    [
+        ("--keep", "lm_head=int8", "stays in bf16"),
+        ("--keep", " ,", "names no weight"),
+        ("--quant", "int4-gx", "not of the form"),
+        ("--quant", "int4-g0", "not of the form"),
+    ],
 )
 def test_recipe_that_is_not_one_is_wrong_usage(
     daemon: ScriptedDaemon, option: str, value: str, what: str

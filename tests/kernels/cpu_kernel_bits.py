@@ -32,12 +32,16 @@ def norms(has_residual: bool) -> list[torch.Tensor]:
     return [y for some in found for y in (some if isinstance(some, tuple) else (some,))]
 
 
-def rope() -> list[torch.Tensor]:
-    """q, and the cache that k and v went to."""
+def rope(kv_dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """q, and the cache that k and v went to: as codes of a dtype, and scales, where one is named."""
     attrs: dict[str, Attr] = {
         **HEADS, "inv_freq": tuple(0.8**i for i in range(32)), "attention_scaling": 1.0, "eps": 1e-6,
     }  # fmt: skip
     batch, weights = _batch(NUM_TOKENS, 0), {role: _gain(64) for role in ("q_norm", "k_norm")}
+    if kv_dtype is not None:
+        values = batch.kv_caches[0]
+        scales = (torch.zeros(part.shape[:-1]) for part in values)
+        batch.kv_caches = [(*(torch.zeros_like(part, dtype=kv_dtype) for part in values), *scales)]
     run = bind_node(Node("qkv_rope_write", (), ("q", "kv"), attrs=attrs), weights, FP32)
     q, _ = run(_noise(NUM_TOKENS, 10 * 64), batch)
     return [q, *batch.kv_caches[0]]
@@ -62,6 +66,8 @@ CASES: dict[str, Callable[[], list[torch.Tensor]]] = {
     "norm": lambda: norms(False),
     "norm_of_sum": lambda: norms(True),
     "rope": rope,
+    "rope_int8": lambda: rope(torch.int8),
+    "rope_fp8": lambda: rope(torch.float8_e4m3fn),
     "many_queries": lambda: attention(NUM_TOKENS),
     "one_query": lambda: attention(1),
     "gated": gated,
@@ -97,7 +103,7 @@ def main() -> None:
     for name in sys.argv[1:]:
         digest = hashlib.sha256()
         for output in CASES[name]():
-            digest.update(output.numpy().tobytes())
+            digest.update(output.view(torch.uint8).numpy().tobytes())
         print(name, digest.hexdigest())  # noqa: T201
 
 

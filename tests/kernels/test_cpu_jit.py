@@ -42,6 +42,19 @@ def test_every_nan_stays_one_in_bf16() -> None:
     assert copied(bits.view(torch.float32), torch.bfloat16).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_of_8_bits_are_rounded_as_torch_rounds_them(dtype: torch.dtype) -> None:
+    """To nearest, ties to even, for values that are just below, at and just above every number that may tie."""
+    codes = torch.arange(0, 127).to(torch.uint8).view(torch.float8_e4m3fn).float()  # to 448
+    if dtype == torch.int8:
+        codes = torch.arange(0, 128).float()
+    ties = (codes[1:] + codes[:-1]) / 2
+    x = torch.cat((codes, ties, ties.nextafter(ties * 0), ties.nextafter(ties * 2)))
+    x = torch.cat((x, -x))
+    expected = x.round().to(dtype) if dtype == torch.int8 else x.to(dtype)
+    assert torch.equal(copied(x, dtype).view(torch.uint8), expected.view(torch.uint8))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_loading_widens_exactly(dtype: torch.dtype) -> None:
     x = torch.arange(-128, 128, dtype=torch.float32).to(dtype)

@@ -140,6 +140,35 @@ def test_cpu_forms_equal_references(
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
 
 
+@BY_FORMAT
+@pytest.mark.parametrize("num_tokens", [1, 13])
+def test_cpu_form_writes_the_codes_of_the_reference(name: str, num_tokens: int) -> None:
+    """A head of zeros, tiny ones, a NaN and an infinity among them. A quotient's last bit may be another."""
+    torch.manual_seed(0)
+    cache = _cache(name, 5)
+    twin = tuple(part.clone() for part in cache)
+    batch = _batch([(3, num_tokens)], cache)
+    size = 10.0 ** torch.randint(-4, 5, (num_tokens, 2, 1))
+    k, v = (torch.randn(num_tokens, 2, 8) * size for _ in "kv")
+    k[0, 1] = 0
+    if num_tokens > 1:
+        k[1:3, 0] *= 1e-36
+        k[5, 1, 3], v[6, 0, 2] = torch.nan, -torch.inf
+    # Angles of 0: what is turned is what is written.
+    attrs: dict[str, Attr] = {"inv_freq": (0.0,) * 4, "attention_scaling": 1.0, "eps": 1e-6}
+    writes = Node("qkv_rope_write", (), ("q", "kv"), attrs={**HEADS, **attrs})
+    qkv = torch.cat((torch.zeros(num_tokens, 48), k.flatten(1), v.flatten(1)), 1)
+    bind_node(writes, {}, _target(name))(qkv, batch)
+    write(twin, batch.slot_mapping_T, k.flatten(1), v.flatten(1))
+    for own, wanted in zip(cache[2:], twin[2:], strict=True):
+        torch.testing.assert_close(own, wanted, rtol=2e-7, atol=0.0, equal_nan=True)
+    for own, wanted in zip(cache[:2], twin[:2], strict=True):
+        own_bits, bits = (part.view(torch.uint8).int() for part in (own, wanted))
+        assert bits.any()
+        assert (own_bits - bits).abs().max() <= 1
+        assert (own_bits != bits).sum() <= 1
+
+
 def _error_over(name: str, length: int) -> float:
     """Of attention over codes, as a share of that over fp32. A channel of the keys is 20 times the others."""
     torch.manual_seed(0)

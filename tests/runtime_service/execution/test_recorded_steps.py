@@ -50,15 +50,18 @@ def test_making_place_for_a_large_cache_starts_no_threads() -> None:
 @pytest.fixture(
     params=[
         "int8",
+        "int8-kv-int8",
         pytest.param("bf16", marks=BF16),
+        pytest.param("bf16-kv-fp8", marks=BF16),
         pytest.param("int4-rtn", marks=[BF16, BYTES]),
         pytest.param("w8a8-int8", marks=BYTES),
     ]
 )
 def executor(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CpuExecutor]:
     """Of a tiny engine whose vectors are long enough to be multiplied as bytes."""
+    scheme, _, kv_cache = request.param.partition("-kv-")
     store, engine = build_tiny(
-        tmp_path, "llama", request.param, hidden_size=64, intermediate_size=128
+        tmp_path, "llama", scheme, kv_cache, hidden_size=64, intermediate_size=128
     )
     loaded: LoadedEngine = load_runner(store, engine, OPTIONS)
     executor = loaded.runner._executor

@@ -83,7 +83,7 @@ def parse_quant(text: str) -> tuple[str, int, str]:
         CommandFailed: it is not of that form.
     """
     # A scheme's own name may hold `-g`, as int4-gptq does.
-    found = re.fullmatch(r"(.*?)(?:-g(\d+))?(?:-kv-(fp8|int8))?", text)
+    found = re.fullmatch(r"(.*?)(?:-g([1-9]\d*))?(?:-kv-(fp8|int8))?", text)
     if found is None or re.search(r"-g(?!ptq)|-kv", found[1]):
         form = "int8, int4-awq-g64 or bf16-kv-fp8"
         raise CommandFailed(f"--quant {text!r} is not of the form {form}", USAGE)
@@ -94,7 +94,7 @@ def parse_keep(text: str) -> list[str]:
     """The patterns in `lm_head,layers.0.*=bf16`; what is kept stays in bf16, said or not.
 
     Raises:
-        CommandFailed: another format is asked for.
+        CommandFailed: another format is asked for, or nothing is named.
     """
     patterns = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -102,6 +102,8 @@ def parse_keep(text: str) -> list[str]:
         if kept_as not in ("", "bf16"):
             raise CommandFailed(f"--keep {part!r}: what is kept stays in bf16", USAGE)
         patterns.append(pattern)
+    if text and not patterns:
+        raise CommandFailed(f"--keep {text!r} names no weight", USAGE)
     return patterns
 
 
