@@ -50,7 +50,7 @@ async def serve(
     metrics = CompilerMetrics(registry)
     store = settings.open_store()
     settings.cache_dir.mkdir(parents=True, exist_ok=True)
-    local = store if isinstance(store, LocalStore) else LocalStore(settings.cache_dir / "engines")
+    local = store if isinstance(store, LocalStore) else LocalStore(settings.cache_dir / "store")
     try:
         await asyncio.to_thread(store.check)
     except StoreUnreachable as error:  # it may come up later than we do

@@ -65,9 +65,12 @@ class ModelRunner:
         blocks = list(range(-(-2 // self._limits.block_tokens)))
         new = NewSequence(0, [0, 0], 2, SamplingParams(), StopParams(1), 0, 0, blocks)
         prompt = SchedulerOutput(0, (), (new,), (), (ScheduledSequence(0, 0, 2),))
-        decode = SchedulerOutput(1, (), (), (), (ScheduledSequence(0, 1, 1),))
-        free = SchedulerOutput(2, (0,), (), (), ())
-        for step in (prompt, decode):
+        # The first step of a number of sequences is recorded, the second is the first that is replayed.
+        decodes = [
+            SchedulerOutput(number, (), (), (), (ScheduledSequence(0, 1, 1),)) for number in (1, 2)
+        ]
+        free = SchedulerOutput(3, (0,), (), (), ())
+        for step in (prompt, *decodes):
             self.execute(step).result()
         self._worker.submit(self._rows.apply, free).result()
 

@@ -56,6 +56,13 @@ _YOUNG_S = DEFAULT_GRACE_S / 2
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NO_RANGE = re.compile(r"<Code>InvalidRange|status code: 416")
 
+# Without variables of it the credentials are those of the machine's role, asked for here.
+_NO_ROLE = "/latest/api/token"
+# What was asked how often and for how long says no more than that there is no answer.
+_TRIES = re.compile(
+    r"(?:Generic S3 error: )?Error performing (\w+ \S+) in .*? - (?:HTTP error: )?(.*)"
+)
+
 Tags = dict[str, Blob]
 
 
@@ -315,6 +322,9 @@ class S3Registry:
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise StoreRefused(store=self.url, problem=_words(error)) from error
         except BaseError as error:
+            if _NO_ROLE in str(error):
+                problem = "AWS_ACCESS_KEY_ID is not set, and the machine has no role"
+                raise StoreRefused(store=self.url, problem=problem) from error
             if "NoSuchBucket" in str(error):
                 problem = "there is no such bucket"
                 raise StoreNotFound(store=self.url, problem=problem) from error
@@ -330,7 +340,9 @@ def _path(digest: str) -> str:
 def _words(error: Exception) -> str:
     """What is wrong, in a few words: S3's own code, where it says one."""
     code = re.search(r"<Code>(\w+)</Code>|status code: (4\d\d[ \w]*)", str(error))
-    return code[1] or code[2] if code else str(error).splitlines()[0][:300].rstrip(" .:")
+    if code:
+        return code[1] or code[2]
+    return _TRIES.sub(r"\2 (\1)", str(error).splitlines()[0])[:300].rstrip(" .:")
 
 
 def _media_type_of(manifest: bytes) -> str:

@@ -72,7 +72,7 @@ def test_build_draws_a_bar_with_percent_speed_and_time_left(
     script.changes = [running(0.5, "quantize", done) for done in (0, 30_000_000, 60_000_000)]
     script.changes.append(succeeded())
     shown = on_a_terminal(daemon, "build", "sample:tiny")
-    for part in ("int8 for cpu", "quantize", "50%", "MB/s", "7.00 s left", "100%", "\033["):
+    for part in ("int8 for cpu", "quantize", "50%", "MB/s", "7 s left", "100%", "\033["):
         assert part in shown
     assert "built in" in shown
 

@@ -47,7 +47,7 @@ def test_status_shows_every_runtime_and_deployment() -> None:
     phases = f"find_engine {duration_text(1.25)}, load_engine {duration_text(2.5)}"
     assert lines[4] == f"10.0.0.3:7602 starts: {phases}"
     assert "load_engine" not in lines[1]
-    assert lines[-1].split() == ["chat", "tiny", "3", "1", "of", "2"]
+    assert lines[-2].split() == ["chat", "tiny", "3", "1", "of", "2"]
     assert as_json["runtimes"][0]["address"] == "10.0.0.1:7602"
 
 
@@ -157,12 +157,42 @@ def test_top_of_one_runtime_on_a_narrow_screen_shows_what_its_start_does_now() -
     starting = script.fleet.runtimes[2]
     for name in ("start_process", "import_torch", "read_graph", "pack_weights", "warm_up"):
         starting.startup.add(name=name).duration.FromMilliseconds(500)
-    starting.load.waiting_sequences = starting.load.waiting_tokens = 1
+    starting.load.waiting_sequences, starting.load.waiting_tokens = 1, 2048
     del script.fleet.runtimes[:2]
     with ScriptedDaemon(script) as daemon:
         shown = on_a_terminal(daemon, "top", until=DIGEST[:12], columns=80)
-    for part in ("1 runtime  ", "1 (1 token)", "warm_up"):
+    for part in ("1 runtime  ", "1 (2048)", "warm_up"):
         assert part in shown
+
+
+def test_top_on_a_narrow_screen_leaves_out_the_same_columns_however_busy_runtimes_are() -> None:
+    script = Script(fleet=a_fleet())
+    del script.fleet.runtimes[1:]
+    (runtime,) = script.fleet.runtimes
+    runtime.address, runtime.model = "127.0.0.1:46313", "smollm2-135m"
+    with ScriptedDaemon(script) as daemon:
+        quiet = on_a_terminal(daemon, "top", until="no builds", columns=80)
+        runtime.load.waiting_tokens = 2048
+        runtime.load.time_to_first_token.FromSeconds(4)
+        busy = on_a_terminal(daemon, "top", until="no builds", columns=80)
+    assert "42 ms" in quiet
+    assert "0 (2048)" in busy
+    assert "4.0 s" in busy
+
+
+def test_a_deployment_that_has_too_few_runtimes_says_so_unless_one_is_idle() -> None:
+    script = Script(fleet=a_fleet())
+    script.fleet.deployments.add(name="chat", model="tiny", replicas=2, version=3)
+    script.fleet.deployments.add(name="code", model="tiny", replicas=1, version=1)
+    lines = [
+        "chat has 1 of its 2 runtimes, and no other is idle",
+        "code has 0 of its 1 runtime, and no other is idle",
+    ]
+    with ScriptedDaemon(script) as daemon:
+        assert millrace(daemon, "status").stdout.splitlines()[-2:] == lines
+        assert lines[0] in on_a_terminal(daemon, "top", until="code has")
+        script.fleet.runtimes.add(address="10.0.0.4:7602", state=runtime_pb2.RUNTIME_STATE_IDLE)
+        assert "no other is idle" not in millrace(daemon, "status").stdout
 
 
 def test_top_shows_what_does_not_answer_and_goes_on() -> None:

@@ -82,6 +82,19 @@ async def test_engine_is_built_into_a_store_elsewhere_and_served_from_it(
     assert S3Server("").secret_key not in said
 
 
+async def test_runtime_may_have_its_cache_where_a_compile_daemon_has_one(
+    redis_url: str, tmp_path: Path, checkpoint: Path, oci_url: str
+) -> None:
+    """By default both are `~/.millrace/cache`."""
+    with CompilerDaemon(redis_url, tmp_path, "--store", oci_url) as compiler:
+        async with client_of(compiler) as client:
+            await client.built(checkpoint, "cpu")
+        (engine,) = opened(oci_url).list()
+        opened(oci_url).add_model_name(engine, "tiny")
+        with runtime_of(oci_url, tmp_path / "cache") as runtime:
+            assert await tokens_of(runtime) == greedy(checkpoint)
+
+
 async def test_runtime_whose_cache_is_too_small_says_so_in_a_line(
     redis_url: str, tmp_path: Path, checkpoint: Path, oci_url: str
 ) -> None:

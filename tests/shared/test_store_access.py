@@ -87,7 +87,18 @@ def test_store_that_does_not_answer_is_named_and_may_be_tried_again(
     with pytest.raises(StoreUnreachable, match="does not answer") as lost:
         RegistryStore(registry).check()
     assert url in str(lost.value)
+    assert "retr" not in str(lost.value)  # how often it was tried is nothing that helps
     assert lost.value.retry_after_s
+
+
+def test_bucket_without_any_credentials_says_which_are_missing(
+    aws: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(StoreRefused, match="AWS_ACCESS_KEY_ID is not set"):
+        RegistryStore(S3Registry("bucket", "x", retry_timeout_s=0.2)).check()
 
 
 def test_registry_without_tls_is_told_by_the_name_that_it_needs(tmp_path: Path) -> None:

@@ -47,6 +47,28 @@ def test_making_place_for_a_large_cache_starts_no_threads() -> None:
     subprocess.run([sys.executable, "-c", _NO_THREADS], env=environ, check=True, timeout=60)
 
 
+_WARM = """
+import sys
+from pathlib import Path
+from kernels import cpu_program
+from runtime_service.execution.loading import load_runner
+from tests.runtime_service.execution.engines import build_tiny
+from tests.runtime_service.execution.test_recorded_steps import OPTIONS
+
+built = build_tiny(Path(sys.argv[1]), "llama", "int8", hidden_size=64, intermediate_size=128)
+runner = load_runner(*built, OPTIONS).runner
+assert not cpu_program._make_calls.signatures
+runner.warm_up()
+assert cpu_program._make_calls.signatures
+runner.close()
+"""
+
+
+def test_warm_up_replays_a_step_so_that_no_client_waits_for_its_compiler(tmp_path: Path) -> None:
+    """In a process of its own: what is compiled once stays compiled."""
+    subprocess.run([sys.executable, "-c", _WARM, str(tmp_path)], check=True, timeout=300)
+
+
 @pytest.fixture(
     params=[
         "int8",

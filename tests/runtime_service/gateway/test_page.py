@@ -37,7 +37,8 @@ class Compiler(compiler_pb2_grpc.CompilerServiceServicer):
         running = response.builds.add(
             model_uri="sample:smollm2-135m", state=compiler_pb2.BUILD_STATE_RUNNING
         )
-        running.key.arch, running.key.quant.scheme = "sm_90", "int4"
+        running.key.arch, running.key.quant.scheme = "sm_90", "int4-awq"
+        running.key.quant.group_size, running.key.quant.kv_cache = 64, "fp8"
         running.progress.stage, running.progress.fraction = "quantize", 0.42
         running.progress.eta.FromSeconds(31)
         failed = response.builds.add(model_uri="file:/x/b", state=compiler_pb2.BUILD_STATE_FAILED)
@@ -89,6 +90,7 @@ async def test_page_chats_and_shows_the_fleet_and_builds(tmp_path: Path) -> None
             await expect(answer.locator("p")).to_have_text("user\nhello <i>Wörld</i>")
             await expect(answer.locator("small")).to_contain_text("tokens/s")
             builds = page.locator("#builds .card")
+            await expect(builds.nth(0)).to_contain_text("int4-awq-g64-kv-fp8 · sm_90")
             await expect(builds.nth(0)).to_contain_text("quantize42 % · 31 s left")
             await expect(builds.nth(1)).to_contain_text("<b>No</b> room left.")
 
@@ -132,6 +134,7 @@ async def test_page_says_why_a_deployment_is_not_served(tmp_path: Path, redis_ur
             runtime.deployment_problem = DeploymentProblem(chat, error)
             row = page.locator("#deployments .row")
             await expect(row).to_contain_text("0 of 1 ready")
+            await expect(row).to_contain_text("0 of its 1 runtimes, and no other is idle")
             await expect(row.locator(".problem")).to_have_text(str(error))
             # What was wrong with a version that is past, or that is served, is over.
             await Deployments(redis).apply(replace(chat, model="something"))

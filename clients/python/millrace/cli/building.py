@@ -135,7 +135,7 @@ def progress_columns(build: pb.Build, speed: float) -> dict[str, Any]:
     progress = build.progress
     eta = ""
     if progress.HasField("eta"):
-        eta = f"{output.duration_text(progress.eta.ToMilliseconds() / 1000)} left"
+        eta = output.left_text(progress.eta.ToMilliseconds() / 1000)
     return {
         "stage": progress.stage or "starting",
         "speed": f"{speed / 1e6:.0f} MB/s" if speed and progress.total_bytes else "",

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from millrace.cli import output
@@ -50,7 +51,8 @@ def deploy(
     deployment = fleet.deploy(name, model, scheme, group_size, model_uri, replicas, kv_cache)
     deadline, num_able = time.monotonic() + wait_s, 0
     problems: list[str] = []
-    with output.waiting(f"waiting for {replicas} to serve {name}"):
+    for_what = f"waiting for {replicas} to serve {name}"
+    with output.waiting(for_what) as tell:
         while wait_s and deployment.ready_replicas < replicas:
             if time.monotonic() > deadline:
                 are_ready = "replica of {} is" if replicas == 1 else "replicas of {} are"
@@ -66,12 +68,16 @@ def deploy(
             now = {d.name: d for d in seen.deployments}
             # Redis may be away for a moment.
             deployment = now.get(name, deployment)
+            tell(f"{for_what}: {deployment.ready_replicas} ready")
     return deployment
 
 
 def _is_able(runtime: fleet_pb2.Runtime, deployment: str) -> bool:
-    is_idle = runtime.state == runtime_pb2.RUNTIME_STATE_IDLE and not runtime.deployment
-    return is_idle or runtime.deployment == deployment
+    return _is_idle(runtime) or runtime.deployment == deployment
+
+
+def _is_idle(runtime: fleet_pb2.Runtime) -> bool:
+    return runtime.state == runtime_pb2.RUNTIME_STATE_IDLE and not runtime.deployment
 
 
 def undeploy(fleet: FleetClient, name: str, *, as_json: bool) -> None:
@@ -111,6 +117,8 @@ def show_status(fleet: FleetClient, *, as_json: bool) -> None:
     if found.deployments:
         output.print_line("")
         output.print_table(_DEPLOYMENT_COLUMNS, [_deployment_row(d) for d in found.deployments], "")
+        for line in _vacancies(found):
+            output.print_line(line)
     if not found.redis_answers:
         output.say("Redis does not answer the gateway: runtimes that start are not seen")
 
@@ -157,6 +165,7 @@ def screen(fleet: FleetClient, compiler: Client) -> "RenderableType":
         if found.deployments:
             rows = map(_deployment_row, found.deployments)
             parts += ["", output.table(_DEPLOYMENT_COLUMNS, rows)]
+            parts += [Text(output.indented(line, width), "dim") for line in _vacancies(found)]
         if not found.redis_answers:
             parts.append(Text("Redis does not answer the gateway", "yellow"))
     parts += ["", _builds(compiler)]
@@ -211,12 +220,17 @@ def _runtime_row(runtime: fleet_pb2.Runtime) -> tuple[str, ...]:
         served,
         deployment,
         str(load.running_sequences),
-        f"{load.waiting_sequences}"
-        + (f" ({output.count_text(load.waiting_tokens, 'token')})" if load.waiting_tokens else ""),
+        # Short: a column that grew with what waits would push others off a narrow screen.
+        f"{load.waiting_sequences}" + (f" ({load.waiting_tokens})" if load.waiting_tokens else ""),
         f"{used:.0%} of {runtime.num_blocks}" if runtime.num_blocks else "-",
         f"{runtime.tokens_per_s:.0f}",
-        f"{first_ms:.0f} ms" if first_ms else "-",
+        _latency_text(first_ms) if first_ms else "-",
     )
+
+
+def _latency_text(milliseconds: float) -> str:
+    """`42 ms`, `4.0 s`."""
+    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.1f} s"
 
 
 def _is_silent(runtime: fleet_pb2.Runtime) -> bool:
@@ -253,6 +267,18 @@ def _problems(found: fleet_pb2.GetFleetResponse, deployment: str = "") -> list[s
         for runtime in found.runtimes
         for problem in [runtime.deployment_problem]
         if (problem.deployment, problem.version) in lacking and not _is_silent(runtime)
+    ]
+
+
+def _vacancies(found: fleet_pb2.GetFleetResponse) -> list[str]:
+    """A line for each deployment that has fewer runtimes than replicas, while none is idle."""
+    if any(_is_idle(runtime) for runtime in found.runtimes):
+        return []
+    num_runtimes = Counter(runtime.deployment for runtime in found.runtimes)
+    return [
+        f"{d.name} has {num_runtimes[d.name]} of its {output.count_text(d.replicas, 'runtime')}, and no other is idle"
+        for d in found.deployments
+        if num_runtimes[d.name] < d.replicas
     ]
 
 

@@ -85,7 +85,10 @@ def status(
 
 @commands.command(rich_help_panel=FLEET, epilog="Example: millrace top")
 def top(gateway: Gateway = GATEWAY, compiler: Compiler = COMPILER) -> None:
-    """Watch runtimes, deployments and builds, on the whole screen."""
+    """Watch runtimes, deployments and builds, on the whole screen.
+
+    In parentheses stand the tokens of the prompts that wait; narrow screens leave columns out.
+    """
     from millrace.cli.connecting import client, fleet_client
     from millrace.cli.fleet import watch_status
 

@@ -9,7 +9,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -43,15 +43,18 @@ def say(text: str = "") -> None:
 
 
 @contextmanager
-def waiting(for_what: str) -> Iterator[None]:
-    """Shows on a terminal's stderr what is waited for; the line goes once it is there."""
-    if not is_fancy(is_stderr=True):
-        yield
-        return
-    from rich.markup import escape
+def waiting(for_what: str) -> Iterator[Callable[[str], None]]:
+    """Shows on a terminal's stderr what is waited for; the line goes once it is there.
 
-    with console(is_stderr=True).status(f"[dim]{escape(for_what)}[/]"):
-        yield
+    Gives what changes the line.
+    """
+    if not is_fancy(is_stderr=True):
+        yield lambda for_what: None
+        return
+    from rich.text import Text
+
+    with console(is_stderr=True).status(Text(for_what, "dim")) as status:
+        yield lambda for_what: status.update(Text(for_what, "dim"))
 
 
 def print_line(text: str) -> None:
@@ -200,6 +203,11 @@ def duration_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def left_text(seconds: float) -> str:
+    """`7 s left`, `3:07 left`: an estimate, which knows no hundredths."""
+    return f"{duration_text(seconds) if seconds >= 10 else f'{seconds:.0f} s'} left"
 
 
 def count_text(number: int, noun: str) -> str:
