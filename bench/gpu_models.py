@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kernels.linear.gpu import arranged
+from kernels.linear.gpu import arranged, is_arranged
 from kernels.linear.layouts import DEFAULT_INT4_GROUP, LAYOUTS
 from shared.ir import Graph, Node, TensorSpec, WeightSpec
 
@@ -202,13 +202,17 @@ def dense(packed: dict[str, torch.Tensor]) -> torch.Tensor:
     return weight * packed["scale"][:, None] if "scale" in packed else weight
 
 
+def read_bytes(spec: WeightSpec, packed: dict[str, torch.Tensor]) -> int:
+    """Bytes of a weight as kernels read it: of int4 a group's scale and zero are bf16 there, and fp32 where stored."""
+    if is_arranged(spec):
+        return packed["weight"].nbytes + 4 * packed["scale"].numel()
+    return sum(tensor.nbytes for tensor in packed.values())
+
+
 def weight_bytes(graph: Graph, packed: dict[str, dict[str, torch.Tensor]]) -> int:
     """Bytes that one decode step must read: all but the embedding table."""
     return sum(
-        t.numel() * t.element_size()
-        for name, roles in packed.items()
-        if name != "embed"
-        for t in roles.values()
+        read_bytes(graph.weights[name], roles) for name, roles in packed.items() if name != "embed"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bench.gpu_decode import DecodeLoop, regime_for
 from bench.gpu_kernels import read
-from bench.gpu_models import MODELS, as_read, quantized_graph, random_weights
+from bench.gpu_models import MODELS, as_read, quantized_graph, random_weights, read_bytes
 from bench.gpu_timing import captured, median_ms
 from kernels.launch import Launch, Sizes, Step, Weight
 from runtime_service.execution.cuda_executor import CudaExecutor
@@ -50,7 +50,7 @@ def main() -> None:
             if isinstance(step, Launch)
             else ()
         ):
-            size = sum(t.nbytes for t in packed[name].values())
+            size = read_bytes(graph.weights[name], packed[name])
             moved[kind(step)] = moved.get(kind(step), 0) + size
 
     def milliseconds(steps: tuple[Step, ...]) -> float:

@@ -24,8 +24,10 @@ def main() -> None:
     # Those of an older arch are run from its PTX.
     jobs += [(collected(each).variants, each) for each in (arch, ARCHES["sm_80"])]
     for wanted, arch in jobs:
-        index, code = compiled(wanted, arch)
         folder = prebuilt_folder(wanted, arch)
+        if folder.is_dir():
+            continue
+        index, code = compiled(wanted, arch)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "index.json").write_bytes(index)
         (folder / "code.bin").write_bytes(code)

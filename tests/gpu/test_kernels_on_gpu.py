@@ -51,14 +51,24 @@ pytestmark = [
 Case = Callable[[Collector, Arch], None]
 
 
+def _is_there(shape: LinearShape, arch: Arch) -> bool:
+    return shape.layout != "fp8_channel" or arch.has_fp8
+
+
 def _linear(shape: LinearShape, kernel: str, tokens: int, split_k: int) -> Case:
-    return lambda run, arch: check_linear(
-        run, arch, shape, kernel, tokens, seed=tokens, split_k=split_k, device=DEVICE
-    )
+    def check(run: Collector, arch: Arch) -> None:
+        if _is_there(shape, arch):
+            check_linear(
+                run, arch, shape, kernel, tokens, seed=tokens, split_k=split_k, device=DEVICE
+            )
+
+    return check
 
 
 def _candidate(shape: LinearShape, tokens: int, place: int) -> Case:
     def check(run: Collector, arch: Arch) -> None:
+        if not _is_there(shape, arch):
+            return
         ways = list(candidates(shape, arch, 1 if tokens == 1 else 16).values())
         tiles, block_m = ways[min(place, len(ways) - 1)]
         kernel = "one" if block_m == 1 else "few"
