@@ -115,20 +115,19 @@ def one_token_block_m(shape: LinearShape) -> int:
 
 
 def _one_int4_tiles(shape: LinearShape, arch: Arch) -> Tiles:
-    """Measured on one H100, alone and in a chain of a layer's linears."""
+    """Measured on one H100 in a whole step."""
     block_k = INT4_PARTS * shape.group_size
     if not uses_mma(shape):  # up to 4,096 values of a row at once, a quad of 32 a thread
         block_k = max(min(power_of_two(shape.k), 4096), block_k)
         return Tiles(4, block_k, num_warps=max(1, block_k // 1024))
-    chunks = -(-shape.k // block_k)
-    is_paired, is_wide = shape.epilogue != "plain", shape.num_outputs >= 8192
-    block_n = 8 if is_paired and not is_wide else 16
-    num_warps = 4 if is_paired and is_wide else 8
+    # Sixteen rows, small programs: more of them, and of the next kernel's, fit a multiprocessor.
+    block_n = 16 if shape.epilogue == "plain" else 8
+    chunks, is_long = -(-shape.k // block_k), shape.k > 8192
+    num_warps = 8 if is_long else 4
     while chunks % num_warps:
         num_warps //= 2
-    rows = 2 * block_n if is_paired else block_n
-    stage = num_warps * (rows * (2 * shape.group_size + 4 * INT4_PARTS) + 2 * block_k)
-    stages = min(2 if is_paired else 3, chunks // num_warps, arch.max_shared_bytes // stage)
+    stage = num_warps * (16 * (2 * shape.group_size + 4 * INT4_PARTS) + 2 * block_k)
+    stages = min(3 if is_long else 2, chunks // num_warps, arch.max_shared_bytes // stage)
     return Tiles(block_n, block_k, num_warps, prefetch=0, stages=stages)
 
 
