@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--quants", default=",".join(QUANTS))
     parser.add_argument(
-        "--kv-caches", default=",fp8", help="of models: '' is one of x's dtype; int8"
+        "--kv-caches", default=",fp8", help="of models: fp8, int8, nothing for the dtype of x"
     )
     parser.add_argument("--tune", action="store_true")
     parser.add_argument(

@@ -20,6 +20,7 @@ from typing import Any
 
 from kernels.cubin import parameter_sizes
 from kernels.variant import (
+    BOXED_BITS,
     BOXES_PARAMETERS,
     CODE_TITLE,
     DIVISIBILITY,
@@ -108,7 +109,9 @@ def pack_kernels(kernels: Iterable[CompiledKernel], arch: Arch) -> list[tuple[st
         )
         index[kernel.variant.key] = {
             **asdict(record),
-            "arguments": [_entry(argument, record.arguments) for argument in record.arguments],
+            "arguments": [
+                _entry(a, any(b.boxes for b in record.arguments)) for a in record.arguments
+            ],
             "constants": dict(sorted(kernel.variant.constants)),
         }
     text = json.dumps(
@@ -188,15 +191,12 @@ def _check(kernel: CompiledKernel, arch: Arch, metadata: Any) -> None:
     )
 
 
-def _entry(argument: Argument, arguments: tuple[Argument, ...]) -> list[object]:
-    """As `kernels/index.json` has it; a number of rows that an argument says is that argument's place."""
+def _entry(argument: Argument, has_boxes: bool) -> list[object]:
+    """As `kernels/index.json` has it; of kernels with boxes, whose rows may be named, with names."""
     entry: list[object] = [argument.type, argument.is_aligned]
-    boxes = argument.boxes
-    if boxes is None:
+    if not has_boxes:
         return entry
-    names = [each.name for each in arguments]
-    rows = boxes.rows if isinstance(boxes.rows, int) else {"argument": names.index(boxes.rows)}
-    return [*entry, {**asdict(boxes), "rows": rows}]
+    return [*entry, argument.name, argument.boxes and asdict(argument.boxes)]
 
 
 def _triton_type(argument: Argument) -> str:
@@ -205,8 +205,7 @@ def _triton_type(argument: Argument) -> str:
     if boxes is None:
         return argument.type
     dtype = argument.type.removeprefix("*")
-    bits = {"i16": 16, "bf16": 16, "i32": 32}[dtype]
-    layout = f"NVMMASharedLayout({boxes.swizzle}, {bits}, 2)"
+    layout = f"NVMMASharedLayout({boxes.swizzle}, {BOXED_BITS[argument.type]}, 2)"
     return f"tensordesc<{dtype}[{boxes.box[0]}, {boxes.box[1]}],{layout}>"
 
 

@@ -22,9 +22,16 @@ class Driver:
 
     def __init__(self) -> None:
         self.library = ctypes.CDLL("libcuda.so.1")
-        # Takes microseconds: to give up Python's lock and to wait for it again takes longer.
-        self.launch_ex = ctypes.PyDLL("libcuda.so.1").cuLaunchKernelEx
+        # These take microseconds: to give up Python's lock and to wait for it again takes longer.
+        quick = ctypes.PyDLL("libcuda.so.1")
+        self.launch_ex = quick.cuLaunchKernelEx
         self.launch_ex.argtypes = (ctypes.c_void_p,) * 4
+        self.encode_tiled = quick.cuTensorMapEncodeTiled
+        number, pointer = ctypes.c_int, ctypes.c_void_p
+        self.encode_tiled.argtypes = (
+            pointer, number, ctypes.c_uint32, pointer, pointer, pointer, pointer, pointer,
+            number, number, number, number,
+        )  # fmt: skip
         self.check(self.library.cuInit(0), "cuInit")
         self._device = ctypes.c_int()
         context = ctypes.c_void_p()

@@ -118,7 +118,8 @@ class Kernel:
         # A place for each argument and one more for each of Triton's two scratch pointers, which our kernels do not
         # use (aot.py asserts it); those of boxes have parameters of their own.
         self._values: list[Any] = []
-        self._maps: list[tuple[int, TensorMap]] = []
+        self._maps: list[tuple[int, int | None, TensorMap]] = []
+        names = [argument.name for argument in record.arguments]
         parameters: list[int] = []
         for index, argument in enumerate(record.arguments):
             value = _field(argument)
@@ -126,8 +127,10 @@ class Kernel:
             if argument.boxes is None:
                 parameters.append(ctypes.addressof(value))
             else:
+                rows = argument.boxes.rows
+                place = None if isinstance(rows, int) else names.index(rows)
                 made = TensorMap(driver, argument.type, argument.boxes)
-                self._maps.append((index, made))
+                self._maps.append((index, place, made))
                 parameters += made.parameters
         self._unused = ctypes.c_uint64()
         parameters += [ctypes.addressof(self._unused)] * 2
@@ -149,8 +152,9 @@ class Kernel:
             assert arguments[index] % DIVISIBILITY == 0, f"{self._name}: argument {index} unaligned"
         for field, argument in zip(self._values, arguments, strict=True):
             field.value = argument
-        for index, tensor_map in self._maps:
-            tensor_map.describe(arguments, int(arguments[index]))
+        for index, place, tensor_map in self._maps:
+            rows = None if place is None else int(arguments[place])
+            tensor_map.describe(int(arguments[index]), rows)
         config = self._config
         config.gx, config.gy, config.gz = grid
         config.stream = _current_stream()
@@ -222,11 +226,8 @@ def _record(entry: dict[str, object]) -> KernelRecord:
     return KernelRecord(**fields)  # type: ignore[arg-type]
 
 
-def _argument(type_: str, is_aligned: bool, boxes: dict[str, Any] | None = None) -> Argument:
-    """Names are not kept: a launch passes places."""
-    if boxes is None:
-        return Argument("", type_, is_aligned)
-    rows = boxes["rows"]
-    named = rows if isinstance(rows, int) else str(rows["argument"])
-    made = Boxes(named, boxes["columns"], tuple(boxes["box"]), boxes["swizzle"])
-    return Argument("", type_, is_aligned, made)
+def _argument(
+    type_: str, is_aligned: bool, name: str = "", boxes: dict[str, Any] | None = None
+) -> Argument:
+    made = boxes and Boxes(**{**boxes, "box": tuple(boxes["box"])})
+    return Argument(name, type_, is_aligned, made or None)

@@ -13,6 +13,8 @@ Constant = bool | int | float | str | None
 
 DIVISIBILITY = 16
 
+# Bits of the values that boxes are of, by Triton's pointer type.
+BOXED_BITS = {"*i16": 16, "*i32": 32, "*bf16": 16}
 # Bytes of the parameters that Triton makes of `Boxes`: a tensor map, the matrix's shape, its strides.
 BOXES_PARAMETERS = (128, 4, 4, 8, 8)
 

@@ -97,6 +97,7 @@ def one_token(shape: LinearShape, arch: Arch, tiles: Tiles) -> KernelVariant:
         if uses_mma(shape):
             chunks = -(-shape.k // (INT4_PARTS * shape.group_size))
             assert chunks % tiles.num_warps == 0, f"{chunks} chunks of K, {tiles}"
+            assert tiles.stages <= chunks // tiles.num_warps, f"{chunks} chunks of K, {tiles}"
             constants |= {"STAGES": tiles.stages}
             return _variant("linear_one_int4_mma", shape, arch, constants, tiles, ())
         constants |= {"BLOCK_K": tiles.block_k}

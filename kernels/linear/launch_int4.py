@@ -29,6 +29,7 @@ def many_int4(shape: LinearShape, arch: Arch, tiles: Tiles, block_m: int) -> Ker
 
     Its last argument is the number of tokens.
     """
+    assert tiles.stages > 1, f"a place is told empty a product late: {tiles}"
     part, chunks = _part(shape), -(-shape.k // (INT4_PARTS * shape.group_size))
     constants: dict[str, Constant] = {
         "N": shape.n, "K": shape.k, "GROUP": shape.group_size, "PART": part,
@@ -75,11 +76,13 @@ def chosen_int4_grid(
     shape: LinearShape, tiles: Tiles, block_m: int, field: str
 ) -> Callable[[Sizes], Grid]:
     """`many_int4_grid` in steps that are cut so; in others nothing."""
-    grid = many_int4_grid(shape, tiles, block_m, field)
+    grid, last = many_int4_grid(shape, tiles, block_m, field), MOST_CHOSEN_INT4_ROWS // 128 + 1
+    way = tiles, block_m
+    mine = {n for n in range(1, last + 1) if many_int4_tiles(shape, 128 * n) == way}
 
     def chosen(sizes: Sizes) -> Grid:
-        way = many_int4_tiles(shape, int(getattr(sizes, field)))
-        return grid(sizes) if way == (tiles, block_m) else (0, 0, 0)
+        blocks = -(-int(getattr(sizes, field)) // 128)
+        return grid(sizes) if min(blocks, last) in mine else (0, 0, 0)
 
     return chosen
 
@@ -92,8 +95,8 @@ def takes_wgmma(shape: LinearShape, arch: Arch) -> bool:
 
 @cache  # layers have equal shapes
 def many_int4_tiles(shape: LinearShape, tokens: int) -> tuple[Tiles, int]:
-    """How a step of so many rows is cut, and the tokens of a tile: of 128 or 256 tokens, whichever end soonest on the
-    device that was measured on. K is split where tiles of 128 would leave half of it idle."""
+    """How a step of so many rows, or up to 127 fewer, is cut, and the tokens of a tile: of 128 or 256 tokens, whichever
+    end soonest on the device that was measured on. K is split where tiles of 128 would leave half of it idle."""
     part, block_k = _part(shape), INT4_PARTS * shape.group_size
     # Places of x's ring: 160 KiB of shared memory.
     half_size = Tiles(128, block_k, 8, prefetch=0, stages=5 * 2 * 64 // part), 128

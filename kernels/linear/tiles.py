@@ -127,7 +127,9 @@ def _one_int4_tiles(shape: LinearShape, arch: Arch) -> Tiles:
     while chunks % num_warps:
         num_warps //= 2
     stage = num_warps * (16 * (2 * shape.group_size + 4 * INT4_PARTS) + 2 * block_k)
-    stages = min(3 if is_long else 2, chunks // num_warps, arch.max_shared_bytes // stage)
+    # So many chunks on their way, where half of a multiprocessor's memory holds them: the next kernel's has the other.
+    wanted = (24 if is_long else 8) // num_warps
+    stages = max(1, min(wanted, chunks // num_warps, arch.max_shared_bytes // (2 * stage)))
     return Tiles(block_n, block_k, num_warps, prefetch=0, stages=stages)
 
 

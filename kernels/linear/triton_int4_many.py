@@ -9,6 +9,7 @@ Source: NVIDIA, PTX ISA, wgmma, cp.async.bulk.tensor and mbarrier; what CUTLASS 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -85,7 +86,7 @@ def _multiply(
             right = values.index(here).permute([1, 0])
             acc = warpgroup_mma(left, right, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
-            # Nothing reads the place before any more; nor, once words are in registers, theirs.
+            # Nothing reads the place before any more. Words are in registers since the first part was widened.
             before = (count + STAGES - 1) % STAGES
             mbarrier.arrive(empty.index(before), count=1, pred=count > 0)
             if i == 1:
@@ -97,8 +98,8 @@ def _multiply(
 def _tile(
     tile, num_tokens, N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """The first token and the first row of a tile. Eight blocks of tokens first, so that tiles that are multiplied
-    together share weights, which one of them brings from memory, and all of them no more of x than the cache holds."""
+    """The first token and the first row of a tile. Eight blocks of tokens first: tiles that are multiplied
+    together share weights, which one of them brings from memory, and read a part of a long x alone."""
     TOGETHER: gl.constexpr = 8
     OF_GROUP: gl.constexpr = TOGETHER * ((N + BLOCK_N - 1) // BLOCK_N)
     blocks = (num_tokens + BLOCK_M - 1) // BLOCK_M
@@ -139,6 +140,7 @@ def linear_many_int4(
     for place in gl.static_range(STAGES):
         mbarrier.init(full.index(place), count=1)
         mbarrier.init(empty.index(place), count=1)
+    fence_async_shared()  # the copy engine sees the barriers
     first_token, first_n = _tile(gl.program_id(0), num_tokens, N, BLOCK_M, BLOCK_N)
     begin = gl.program_id(1) * STEPS
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA)

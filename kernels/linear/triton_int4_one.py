@@ -1,7 +1,7 @@
 """int4 linears for one token by tensor cores, out of a ring in shared memory.
 
-A program's first words are asked for before the wait for the kernel before, and take registers of nobody: programs of
-both kernels fit a multiprocessor together, so that memory stays busy across the border.
+A program's first words are asked for before the wait for the kernel before, and take no registers. tiles.py keeps rings
+small, so that programs of both kernels fit a multiprocessor together and memory stays busy across the border.
 """
 
 import triton
@@ -100,7 +100,8 @@ def linear_one_int4_mma(
         async_copy.async_copy_global_to_shared(groups.index(s), here)
         async_copy.commit_group()
     index = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))
-    n, n_second = row_pair(index, EPILOGUE, N, HEAD_DIM)
+    OUTPUTS: gl.constexpr = N // 2 if PAIRED else N
+    n, n_second = row_pair(gl.minimum(index, OUTPUTS - 1), EPILOGUE, N, HEAD_DIM)
     token = gl.arange(0, 1, gl.SliceLayout(0, OUT))
     cos, sin, slot = load_turns(n, token, token == 0, positions, rope, slots, EPILOGUE, HEAD_DIM)
     if PDL:

@@ -52,7 +52,8 @@ def prebuilt_folder(variants: set[KernelVariant], arch: Arch) -> Path:
     digest = hashlib.sha256(arch.name.encode())
     for key in sorted(variant.key for variant in variants):
         digest.update(key.encode())
-    for source in sorted(root.glob("kernels/*/triton*.py")):
+    shapers = root / "kernels/aot.py", root / "kernels/variant.py"
+    for source in (*sorted(root.glob("kernels/*/triton*.py")), *shapers):
         digest.update(source.read_bytes())
     return root / "build/gpu-tests" / digest.hexdigest()[:16]
 

@@ -21,6 +21,7 @@ from kernels.attention.launch import (
 from kernels.linear.candidates import candidates
 from kernels.linear.launch import LinearShape
 from kernels.linear.launch_int4 import takes_wgmma
+from kernels.linear.tiles import built_in_tiles
 from shared.arch import ARCHES, Arch
 from tests.gpu.device import DEVICE, Collector, NotYetCompiled, device_arch, library_of
 from tests.kernels.attention_cases import (
@@ -32,6 +33,7 @@ from tests.kernels.attention_cases import (
 from tests.kernels.linear_cases import (
     CANDIDATE_SHAPES,
     DENSE_SHAPES,
+    INT4_RING_SHAPES,
     LINEAR_SHAPES,
     MANY_INT4_SHAPES,
     ONE_TOKEN_SHAPES,
@@ -73,6 +75,17 @@ def _candidate(shape: LinearShape, tokens: int, place: int) -> Case:
         tiles, block_m = ways[min(place, len(ways) - 1)]
         kernel = "one" if block_m == 1 else "few"
         check_linear(run, arch, shape, kernel, tokens, seed=tokens, device=DEVICE, tiles=tiles)
+
+    return check
+
+
+def _shipped(shape: LinearShape) -> Case:
+    """One token, with the tiles that engines have."""
+
+    def check(run: Collector, arch: Arch) -> None:
+        tiles, block_m = built_in_tiles(shape, arch, 1)
+        assert block_m == 1
+        check_linear(run, arch, shape, "one", 1, seed=1, device=DEVICE, tiles=tiles)
 
     return check
 
@@ -123,10 +136,12 @@ def _cases() -> dict[str, Case]:
     }
     for name, shape in MANY_INT4_SHAPES.items():
         for tokens, split_k, block_m in (
-            (1, 1, 64), (129, 2, 64), (200, 1, 128), (300, 2, 128), (200, 1, 256), (600, 2, 256),
+            (1, 1, 128), (129, 2, 128), (300, 1, 128), (200, 1, 256), (600, 2, 256), (2305, 1, 256),
         ):  # fmt: skip
             case = _many_int4(shape, tokens, split_k, block_m)
             cases[f"{name}-{tokens}-{split_k}-{block_m}"] = case
+    for name, shape in INT4_RING_SHAPES.items():
+        cases[f"one-int4-ring-{name}"] = _shipped(shape)
     for dtype in ("bf16", "fp16"):
         for name, shape in LINEAR_SHAPES.items():
             if name in ONE_TOKEN_SHAPES:

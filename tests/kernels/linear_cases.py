@@ -19,7 +19,14 @@ from kernels.linear.launch import (
     tiled_scratch,
     uses_mma,
 )  # fmt: skip
-from kernels.linear.launch_int4 import dense_int4, dense_int4_grid, many_int4, many_int4_grid
+from kernels.linear.launch_int4 import (
+    MOST_CHOSEN_INT4_ROWS,
+    dense_int4,
+    dense_int4_grid,
+    many_int4,
+    many_int4_grid,
+    many_int4_tiles,
+)
 from kernels.linear.launch_int8 import dense_int8, dense_int8_grid
 from kernels.linear.layouts import INT4_GROUPS, LAYOUTS
 from kernels.linear.op import int8_tokens
@@ -208,6 +215,24 @@ LINEAR_SHAPES = {
     ),
 }  # fmt: skip
 
+# By tensor cores, with the tiles that engines have: rings that wrap, x that ends inside a chunk, outputs that no tile
+# divides, and few warps.
+INT4_RING_SHAPES = {
+    name: replace(shape, layout="int4_group", group_size=64)
+    for name, shape in {
+        "long": LinearShape(50, 10240, "bf16", "bf16", has_residual=True, has_gain=True),
+        "tail": LinearShape(50, 10240 - 64, "bf16", "bf16", has_bias=True, has_residual=True),
+        "silu_mul": LinearShape(
+            84, 4096, "bf16", "bf16", num_squares=5, eps=_EPS, epilogue="silu_mul"
+        ),
+        "rope": LinearShape(
+            5 * 8, 1536, "bf16", "bf16", num_squares=5, eps=_EPS, has_bias=True, epilogue="rope",
+            num_heads=3, num_kv_heads=1, head_dim=8, kv_dtype="bf16", block_tokens=4,
+        ),
+        "odd": LinearShape(33, 11 * 256, "bf16", "bf16", has_rows=True),
+    }.items()
+}  # fmt: skip
+
 ONE_TOKEN_SHAPES = [name for name, shape in LINEAR_SHAPES.items() if not shape.activations]
 
 
@@ -240,7 +265,9 @@ def check_many_int4(
     device: str = "cuda",
 ) -> None:
     """Twice in a row, on a GPU: counters are left as they were, and nothing beyond the tokens is written."""
-    tiles = Tiles(128, INT4_PARTS * shape.group_size, 8, stages=4, split_k=split_k)
+    whole, tokens_of_tile = many_int4_tiles(shape, MOST_CHOSEN_INT4_ROWS + 1)
+    stages = whole.stages * tokens_of_tile // block_m
+    tiles = replace(whole, stages=stages, split_k=split_k)
     at = _tensors(shape, tokens, device)
     out = torch.full((tokens + 5, shape.n), 7.0, dtype=TORCH_DTYPES[shape.dtype], device=device)
     operands: Operands = {**at, "out": out, "num_tokens": tokens}
@@ -257,7 +284,7 @@ def check_many_int4(
 
 MANY_INT4_SHAPES = {
     f"many_int4_{group}": LinearShape(
-        300, 16 * group, "bf16", "bf16", layout="int4_group", group_size=group, has_bias=has_bias
+        300, 48 * group, "bf16", "bf16", layout="int4_group", group_size=group, has_bias=has_bias
     )
     for group, has_bias in zip(INT4_GROUPS, (True, False, True), strict=True)
 } | {

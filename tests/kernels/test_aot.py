@@ -87,13 +87,18 @@ def test_ptx_is_of_the_version_that_drivers_are_asked_for() -> None:
     assert b".version 8.7" in kernel.ptx
 
 
+@pytest.mark.parametrize("group", [64, 128])
 @pytest.mark.parametrize("arch", GPU_ARCHES, ids=lambda arch: arch.name)
-def test_int4_by_tensor_cores_compiles_within_the_arch_limits(arch: Arch) -> None:
+def test_int4_by_tensor_cores_compiles_within_the_arch_limits(arch: Arch, group: int) -> None:
     """One token everywhere, many where there is `wgmma`: there programs have more warps than their variant asks for,
     those that copy."""
-    one, many = {one_token(_INT4, arch, built_in_tiles(_INT4, arch, 1)[0])}, set[KernelVariant]()
-    if takes_wgmma(_INT4, arch):
-        many = {many_int4(_INT4, arch, *way) for way in many_int4_ways(_INT4)}
+    shape = replace(_INT4, group_size=group)
+    gate_up = replace(shape, n=28672, epilogue="silu_mul", num_squares=64)
+    shapes = shape, replace(shape, k=14336, has_gain=True), gate_up
+    one = {one_token(each, arch, built_in_tiles(each, arch, 1)[0]) for each in shapes}
+    many = set[KernelVariant]()
+    if takes_wgmma(shape, arch):
+        many = {many_int4(shape, arch, *way) for way in many_int4_ways(shape)}
         assert many
     kernels = compile_variants(one | many, arch)
     assert all(k.shared_bytes <= arch.max_shared_bytes for k in kernels)
