@@ -1,7 +1,8 @@
 """When whose sequences come: tenants share an engine's tokens equally, each priority by itself.
 
-Every request has a turn, a time on a clock that counts tokens. A tenant's next turn comes as many tokens after the
-one before as that has known, and as many more as it has drawn by then; but not before now.
+Every request has a turn, a time on a clock that counts tokens: once it is the first of its tenant's that wait, so that
+what those before it drew counts. A tenant's next turn comes as many tokens after the one before as that has known, and
+as many more as it has drawn by then; but not before now.
 Whoever waits with the least turn is next. So a tenant's own requests stay in order, and where only one has requests
 that is the order of arrival.
 Source: Goyal et al. 1996, "Start-time fair queueing"; drawn tokens are counted as they become known, as in Sheng et
@@ -37,7 +38,7 @@ class Turns:
         self._clocks: dict[int, _Clock] = {}
 
     def enter(self, priority: int, tenant: str, num_tokens: int) -> int:
-        """The turn of a request that comes now and knows so many tokens; it ends with `leave`."""
+        """The turn of a request that is next of its tenant's, and knows so many tokens; it ends with `leave`."""
         clock = self._clocks.setdefault(priority, _Clock())
         found = clock.tenants.get(tenant)
         if found is None:

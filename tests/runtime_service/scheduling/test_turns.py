@@ -135,11 +135,25 @@ def test_one_tenant_is_served_in_order_of_arrival(sizes: list[int]) -> None:
     assert order == list(range(len(sizes)))
 
 
-def request(number: int, tenant: str, num_tokens: int = 1, priority: int = 0) -> Request:
+def request(
+    number: int,
+    tenant: str,
+    num_tokens: int = 1,
+    priority: int = 0,
+    credit_tokens: int | None = None,
+) -> Request:
     """A prompt of four tokens that no other begins like."""
     prompt = list(range(1000 * number, 1000 * number + 4))
     sampling, stop = SamplingParams(seed=number), StopParams(num_tokens)
-    return Request(number, prompt, sampling, stop, priority=priority, cache_salt=tenant)
+    return Request(
+        number,
+        prompt,
+        sampling,
+        stop,
+        priority=priority,
+        cache_salt=tenant,
+        credit_tokens=credit_tokens,
+    )
 
 
 def one_at_a_time() -> Drive:
@@ -229,3 +243,31 @@ def test_changed_priority_takes_the_next_turn_there() -> None:
     after = order_of(drive)[order_of(drive).index(30) :]
     assert after[1] == 50
     drive.check_empty()
+
+
+def test_flood_pays_for_what_it_draws_while_the_rest_of_it_waits() -> None:
+    """Its requests all came at once, before anybody knew how long their answers are. Who asks one by one, for as
+    long answers, must not be the only one whose answers count."""
+    drive = one_at_a_time()
+    drive.add(*(request(number, "flood", 40) for number in range(30)))
+    drive.step()
+    for number in range(100, 108):
+        drive.add(request(number, "quiet", 40))
+        while (number, 0) not in drive.finishes:
+            drive.step()
+    begun = order_of(drive)
+    between = begun[begun.index(100) : begun.index(107)]
+    assert Counter(n < 100 for n in between)[True] <= 8
+
+
+def test_requests_without_credit_save_no_turns_up() -> None:
+    drive = one_at_a_time()
+    drive.add(*(request(number, "saver", credit_tokens=0) for number in range(100, 130)))
+    drive.add(*(request(number, "other") for number in range(60)))
+    while len(order_of(drive)) < 30:
+        drive.step()
+    for number in range(100, 130):
+        drive.scheduler.credit(number, 1)
+    drive.run()
+    after = order_of(drive)[31:]
+    assert 4 <= sum(number < 100 for number in after[:10]) <= 6
