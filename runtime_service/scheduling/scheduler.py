@@ -345,6 +345,7 @@ class Scheduler:
             sequence.queued_s = self._clock() - group.arrival_s
         if group.num_cached_tokens is None:
             self._leave_line(group)
+            self._note_shared(group)
             group.num_cached_tokens = min(num_cached, group.num_prompt_tokens)
             self._prefix_hit_tokens += num_cached
             self._prefix_query_tokens += sequence.num_tokens
@@ -421,7 +422,9 @@ class Scheduler:
 
     def _take_turn(self, group: Group) -> None:
         """Gives the samples of `group` their places in the order."""
-        turn = self._turns.enter(group.priority, group.request.cache_salt, group.num_known_tokens)
+        turn = self._turns.enter(
+            group.priority, group.request.cache_salt, group.num_known_tokens, self._num_steps
+        )
         group.has_turn = True
         for sample in group.samples:
             order = -group.priority, turn, group.arrival, sample.sample_index
@@ -436,10 +439,10 @@ class Scheduler:
 
     def _change_priority(self, group: Group, priority: int) -> None:
         """Turns of one priority say nothing in another: it waits for one there, unless it has begun."""
-        stood_in_line = self._leave_line(group)
-        had_turn, group.has_turn = group.has_turn, False
+        stood_in_line, had_turn = self._leave_line(group), group.has_turn
         if had_turn:
-            self._turns.leave(group.priority, group.request.cache_salt, 0)
+            self._leave_turn(group)
+            group.has_turn = False
         group.priority = priority
         if stood_in_line:
             for sample in group.samples:
@@ -448,6 +451,17 @@ class Scheduler:
             self._line_up(group)
         elif had_turn:
             self._take_turn(group)
+            self._note_shared(group)
+
+    def _leave_turn(self, group: Group) -> None:
+        """Puts its tenant's next turn off by what it drew beside others: a token a sample and shared step at most."""
+        num_shared = self._turns.num_shared_steps(group.priority, self._num_steps)
+        most = (num_shared - group.shared_from) * len(group.samples)
+        num_tokens = min(group.num_drawn_tokens, most)
+        self._turns.leave(group.priority, group.request.cache_salt, num_tokens, self._num_steps)
+
+    def _note_shared(self, group: Group) -> None:
+        group.shared_from = self._turns.num_shared_steps(group.priority, self._num_steps)
 
     def _finish(self, sequence: Sequence) -> None:
         group = sequence.group
@@ -463,7 +477,7 @@ class Scheduler:
             del self._groups[group.request_id]
             self._leave_line(group)
             if group.has_turn:
-                self._turns.leave(group.priority, group.request.cache_salt, group.num_drawn_tokens)
+                self._leave_turn(group)
         elif group.leader is sequence:
             live = (sample for sample in group.samples if sample.state is not State.FINISHED)
             self._set_leader(group, next(live))

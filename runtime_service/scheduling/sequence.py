@@ -45,7 +45,7 @@ class Group:
         "arrival", "arrival_s", "credit", "end_token_ids", "has_turn", "is_metered", "leader",
         "max_sequence_tokens", "max_tokens", "num_cached_tokens", "num_prompt_tokens",
         "num_unfinished", "priority", "prompt_logprobs", "request", "request_id", "samples",
-        "uses_prefix_cache",
+        "shared_from", "uses_prefix_cache",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +62,8 @@ class Group:
         self.priority = request.priority
         # Its samples have their places in the order.
         self.has_turn = False
+        # How many steps its tenant had shared when it began, or took another priority.
+        self.shared_from = 0
         self.arrival = arrival
         self.arrival_s = arrival_s
         self.num_prompt_tokens = len(request.prompt_token_ids)
