@@ -23,6 +23,8 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 _RESERVED = frozenset(
     (*SPECIAL_TOKENS, "messages", "add_generation_prompt", "continue_final_message", "tools")
 )
+# Characters of what a template says of a conversation that it refuses.
+_MOST_SAID = 300
 
 
 class ChatTemplate:
@@ -72,12 +74,14 @@ class ChatTemplate:
             )
         # A template is a program that the model's authors wrote: anything that it trips over is
         # its refusal of this conversation. Values that it does not expect may lack what it looks for,
-        # or be nested deeper than it goes.
+        # be nested deeper than it goes, or make it write more than there is memory for.
         except (
             jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError,
-            AttributeError, RecursionError,
+            AttributeError, RecursionError, MemoryError,
         ) as error:  # fmt: skip
-            problem = f"the model's chat template refuses it: {error}"
+            # It may quote what it was given, of any length and over any number of lines.
+            said = " ".join(str(error).split())[:_MOST_SAID] or type(error).__name__
+            problem = f"the model's chat template refuses it: {said}"
             raise InvalidField(field="start.chat", problem=problem) from error
 
     def _check_arguments(self, arguments: Mapping[str, Any]) -> None:

@@ -290,7 +290,7 @@ class EngineClient:
 
 
 class _Queue:
-    """Prompts that wait, by request, and the line of those that found no room.
+    """Prompts that wait, by request, and the lines of those that found no room.
 
     One tenant may fill it. Others find room all the same, each up to an equal share, until twice as many tokens wait:
     nothing that was taken is thrown out for them, and what is too much drains, as whoever has more is refused.
@@ -310,7 +310,7 @@ class _Queue:
             raise QueueFull(
                 waiting_tokens=self.num_tokens,
                 max_waiting_tokens=self._most_tokens,
-                retry_after_s=self._line.join(num_tokens, self.num_tokens),
+                retry_after_s=self._line.join(tenant, num_tokens, self.num_tokens),
             )
 
     def add(self, request_id: int, tenant: str, num_tokens: int) -> None:

@@ -1,9 +1,10 @@
 """When those that a full queue turns away may come back.
 
-They are treated as a line outside the door: each is told when its turn would come, at the rate at
-which the queue was last seen to drain. So they are asked back spread out, as fast as there is room for
-them, and the later the more there are. The turns of those that do not come are not given to others.
-Source: the virtual scheduling of ITU-T I.371, whose theoretical arrival time is the last turn here.
+They are treated as lines outside the door, one for each tenant, that go in by turns: each is told when its
+turn would come, at the rate at which the queue was last seen to drain. So they are asked back spread out, as fast
+as there is room for them, and the later the more there are; but of each other tenant no more come first than of
+one's own. The turns of those that do not come are not given to others.
+Source: the virtual scheduling of ITU-T I.371, whose theoretical arrival time is a line's last turn here.
 """
 
 import math
@@ -19,14 +20,17 @@ _LEAST_LOOK_S, _MOST_LOOK_S = 0.5, 10.0
 _SMOOTHING = 0.3
 # What a whole queue takes, as long as nothing was seen to leave it.
 _GUESSED_S = 1.0
+# Tenants that come while so many have lines of their own stand in one together: callers may name any number.
+_MOST_LINES = 128
 
 
 class LineOutside:
-    """The line before one queue, in tokens of prompts."""
+    """The lines before one queue, in tokens of prompts."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._last_turn_s = -math.inf
+        # By tenant; those of lines that have gone in are dropped when another tenant comes.
+        self._last_turns_s: dict[str, float] = {}
         self._tokens_per_s = 0.0
         # What has left the queue since somebody was turned away who began a look at it.
         self._num_left, self._look_began_s = 0, -math.inf
@@ -35,12 +39,22 @@ class LineOutside:
         """So many tokens wait inside no more."""
         self._num_left += num_tokens
 
-    @property
-    def wait_s(self) -> float:
-        """Seconds until the last that stands in it now may come back."""
-        return max(self._last_turn_s - self._clock(), 0.0)
+    def delay_s(self, tenant: str, num_tokens: int, queue_tokens: int) -> float:
+        """Seconds until whoever would be turned away now might come back; as `join`, which has it stand there."""
+        now_s = self._clock()
+        queue_tokens = max(queue_tokens, 1)
+        own_s = min(num_tokens, queue_tokens) / (self._tokens_per_s or queue_tokens / _GUESSED_S)
+        begin_s = max(self._last_turns_s.get(tenant, 0.0), now_s)
+        turn_s = begin_s + own_s
+        for other_s in self._last_turns_s.values():
+            # As much of each other line as is added to this one goes in meanwhile, or what is left of it.
+            if other_s > begin_s:
+                turn_s += min(other_s - begin_s, own_s)
+        delay_s = turn_s - now_s
+        # Nobody is told to stay away for longer, nor are all these to come back at one moment.
+        return delay_s if delay_s <= MOST_S else MOST_S / 2
 
-    def join(self, num_tokens: int, queue_tokens: int) -> float:
+    def join(self, tenant: str, num_tokens: int, queue_tokens: int) -> float:
         """Seconds until whoever is turned away with `num_tokens` may come back.
 
         Args:
@@ -48,16 +62,17 @@ class LineOutside:
         """
         now_s = self._clock()
         self._look(now_s)
-        queue_tokens = max(queue_tokens, 1)
-        num_tokens = min(num_tokens, queue_tokens)
-        tokens_per_s = self._tokens_per_s or queue_tokens / _GUESSED_S
-        delay_s = max(self._last_turn_s - now_s, 0.0) + num_tokens / tokens_per_s
-        if delay_s > MOST_S:
-            # Nobody is told to stay away for longer, nor are all these to come back at one moment.
-            delay_s = MOST_S / 2
+        if tenant not in self._last_turns_s:
+            tenant = self._new_line(tenant, now_s)
+        delay_s = self.delay_s(tenant, num_tokens, queue_tokens)
         # What others were told stays, whatever is found out about the rate.
-        self._last_turn_s = now_s + delay_s
+        self._last_turns_s[tenant] = now_s + delay_s
         return max(round(math.ceil(delay_s / _STEP_S) * _STEP_S, 1), LEAST_S)
+
+    def _new_line(self, tenant: str, now_s: float) -> str:
+        """The name of the line in which a tenant stands that has none."""
+        self._last_turns_s = {name: s for name, s in self._last_turns_s.items() if s > now_s}
+        return tenant if len(self._last_turns_s) < _MOST_LINES else ""
 
     def _look(self, now_s: float) -> None:
         """Takes note of how fast the queue drains, once it was looked at for long enough."""

@@ -206,10 +206,9 @@ class RuntimeLink:
         longest = self.status.limits.max_sequence_tokens
         return not longest or not validation.is_too_long(start, longest)
 
-    @property
-    def room_in_s(self) -> float:
-        """When all that were turned away have found room, if they come back."""
-        return self._line.wait_s
+    def room_in_s(self, tenant: str, num_tokens: int) -> float:
+        """When a start of so many tokens that it has no room for may find some."""
+        return self._line.delay_s(tenant, num_tokens, self._queue_tokens(tenant))
 
     def says_full(self, tenant: str, error: QueueFull) -> None:
         """It has refused a start of this tenant."""
@@ -231,11 +230,13 @@ class RuntimeLink:
         """What a start of so many tokens is told while it is full; many in a row are told the same object."""
         assert tenant in self._full, "a runtime that has room turns nobody down"
         told = self._full[tenant]
-        fields = told.fields
-        retry_after_s = self._line.join(num_tokens, int(fields.get("waiting_tokens", 0)))
+        retry_after_s = self._line.join(tenant, num_tokens, self._queue_tokens(tenant))
         if retry_after_s != told.retry_after_s:
-            told = self._full[tenant] = QueueFull(retry_after_s=retry_after_s, **fields)
+            told = self._full[tenant] = QueueFull(retry_after_s=retry_after_s, **told.fields)
         return told
+
+    def _queue_tokens(self, tenant: str) -> int:
+        return int(self._full[tenant].fields.get("waiting_tokens", 0))
 
     def candidate(self) -> Candidate:
         """As routing sees it."""

@@ -42,10 +42,10 @@ class Group:
     """
 
     __slots__ = (
-        "arrival", "arrival_s", "credit", "end_token_ids", "is_metered", "leader",
+        "arrival", "arrival_s", "credit", "end_token_ids", "has_turn", "is_metered", "leader",
         "max_sequence_tokens", "max_tokens", "num_cached_tokens", "num_prompt_tokens",
         "num_unfinished", "priority", "prompt_logprobs", "request", "request_id", "samples",
-        "uses_prefix_cache",
+        "shared_from", "uses_prefix_cache",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +60,10 @@ class Group:
         self.request = request
         self.request_id = request.request_id
         self.priority = request.priority
+        # Its samples have their places in the order.
+        self.has_turn = False
+        # How many steps its tenant had shared when it began, or took another priority.
+        self.shared_from = 0
         self.arrival = arrival
         self.arrival_s = arrival_s
         self.num_prompt_tokens = len(request.prompt_token_ids)
@@ -124,7 +128,7 @@ class Sequence:
         self.token_ids = token_ids
         self.names = names
         self.state = State.PARKED
-        # Given when it enters.
+        # Given with the group's turn.
         self.order: Order = (0, 0, 0, 0)
         self.num_tokens = len(token_ids)
         # The last step that it is in; what that step drew is known when it was read.

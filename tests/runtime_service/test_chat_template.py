@@ -115,6 +115,18 @@ def test_values_that_the_template_does_not_expect_are_its_refusal() -> None:
             ChatTemplate(source, {}).render(USER, {"x": value})
 
 
+def test_refusal_is_a_short_line_whatever_the_template_says() -> None:
+    for source, value in (
+        ("{{ raise_exception(x) }}", "no\nsuch " * 10_000),
+        ("{{ x | center(2 ** 62) }}", "more than any memory"),
+    ):
+        with pytest.raises(InvalidField, match="refuses it: ") as refused:
+            ChatTemplate(source, {}).render(USER, {"x": value})
+        problem = refused.value.fields["problem"]
+        assert len(problem) < 400
+        assert "\n" not in problem
+
+
 def test_chat_is_refused_when_the_model_has_no_template() -> None:
     files = byte_tokenizer_files()
     files["tokenizer_config.json"] = b"{}"

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +66,19 @@ def test_who_has_more_than_its_share_is_refused_until_there_is_room_for_all() ->
     assert not clients.ask("a", 10)
     clients.leave(5)
     assert clients.ask("a", 10)
+
+
+def test_tenant_beyond_its_share_is_told_of_its_own_line_outside() -> None:
+    clients = Clients()
+    clients.fill("flood")
+    clients.fill("quiet")
+    delays = {}
+    for tenant in ["flood"] * 100 + ["quiet"]:
+        with pytest.raises(QueueFull) as refused:
+            clients.queue.check_room(MOST // 10, tenant)
+        delays[tenant] = refused.value.retry_after_s
+    assert delays["flood"] >= 5.0
+    assert delays["quiet"] < 1.0
 
 
 _steps = st.lists(

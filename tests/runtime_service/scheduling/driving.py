@@ -110,5 +110,6 @@ class Drive:
         stats = self.scheduler.stats()
         assert not self.scheduler._groups, "a request was forgotten"
         assert not self.scheduler._turns._clocks, "a tenant was not forgotten"
+        assert not self.scheduler._lines, "a request stands in line that is not there"
         assert (stats.num_running, stats.num_waiting, stats.waiting_tokens) == (0, 0, 0)
         assert stats.num_free_blocks == stats.num_blocks

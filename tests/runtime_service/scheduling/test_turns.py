@@ -31,7 +31,7 @@ class _Server:
         self.num_arrivals = 0
 
     def arrive(self, tenant: str, num_tokens: int) -> None:
-        turn = self.turns.enter(0, tenant, num_tokens)
+        turn = self.turns.enter(0, tenant, num_tokens, 0)
         self.waiting.append(_Waiting(turn, self.num_arrivals, tenant, num_tokens))
         self.num_arrivals += 1
 
@@ -47,7 +47,7 @@ class _Server:
     def end(self) -> None:
         """What runs has ended."""
         if self.running is not None:
-            self.turns.leave(0, self.running.tenant, 0)
+            self.turns.leave(0, self.running.tenant, 0, 0)
             self.running = None
 
 
@@ -118,10 +118,10 @@ def test_nobody_saves_turns_up() -> None:
 
 def test_tenants_that_left_are_forgotten_when_they_are_many() -> None:
     turns = Turns()
-    turns.enter(0, "stays", 1)
+    turns.enter(0, "stays", 1, 0)
     for number in range(10_000):
-        turns.enter(0, str(number), 1)
-        turns.leave(0, str(number), 0)
+        turns.enter(0, str(number), 1, 0)
+        turns.leave(0, str(number), 0, 0)
     assert len(turns._clocks[0].tenants) <= 1024
     assert "stays" in turns._clocks[0].tenants
 
@@ -135,11 +135,25 @@ def test_one_tenant_is_served_in_order_of_arrival(sizes: list[int]) -> None:
     assert order == list(range(len(sizes)))
 
 
-def request(number: int, tenant: str, num_tokens: int = 1, priority: int = 0) -> Request:
+def request(
+    number: int,
+    tenant: str,
+    num_tokens: int = 1,
+    priority: int = 0,
+    credit_tokens: int | None = None,
+) -> Request:
     """A prompt of four tokens that no other begins like."""
     prompt = list(range(1000 * number, 1000 * number + 4))
     sampling, stop = SamplingParams(seed=number), StopParams(num_tokens)
-    return Request(number, prompt, sampling, stop, priority=priority, cache_salt=tenant)
+    return Request(
+        number,
+        prompt,
+        sampling,
+        stop,
+        priority=priority,
+        cache_salt=tenant,
+        credit_tokens=credit_tokens,
+    )
 
 
 def one_at_a_time() -> Drive:
@@ -229,3 +243,60 @@ def test_changed_priority_takes_the_next_turn_there() -> None:
     after = order_of(drive)[order_of(drive).index(30) :]
     assert after[1] == 50
     drive.check_empty()
+
+
+def test_flood_pays_for_what_it_draws_while_the_rest_of_it_waits() -> None:
+    """Its requests all came at once, before anybody knew how long their answers are. Who asks one by one, for as
+    long answers, must not be the only one whose answers count."""
+    drive = one_at_a_time()
+    drive.add(*(request(number, "flood", 40) for number in range(30)))
+    drive.step()
+    for number in range(100, 108):
+        drive.add(request(number, "quiet", 40))
+        while (number, 0) not in drive.finishes:
+            drive.step()
+    begun = order_of(drive)
+    between = begun[begun.index(100) : begun.index(107)]
+    assert Counter(n < 100 for n in between)[True] <= 8
+
+
+def test_requests_without_credit_save_no_turns_up() -> None:
+    drive = one_at_a_time()
+    drive.add(*(request(number, "saver", credit_tokens=0) for number in range(100, 130)))
+    drive.add(*(request(number, "other") for number in range(60)))
+    while len(order_of(drive)) < 30:
+        drive.step()
+    for number in range(100, 130):
+        drive.scheduler.credit(number, 1)
+    drive.run()
+    after = order_of(drive)[31:]
+    assert 4 <= sum(number < 100 for number in after[:10]) <= 6
+
+
+def test_what_was_drawn_alone_is_not_owed_to_who_comes_before_its_end() -> None:
+    drive = Drive(small_limits(max_sequences=2), max_unread_steps=0)
+    drive.add(request(0, "alone", 200), request(1, "alone", 200))
+    for _ in range(195):
+        drive.step()
+    drive.add(*(request(number, "flood") for number in range(2, 60)))
+    drive.add(request(60, "alone"), request(61, "alone"))
+    drive.run()
+    # Both drew a few tokens more, which are worth a few of the flood's requests.
+    assert order_of(drive).index(61) <= 12
+
+
+def test_what_is_drawn_while_another_waits_counts_though_that_one_gave_up() -> None:
+    drive = one_at_a_time()
+    drive.add(request(0, "long", 120))
+    drive.step()
+    drive.add(request(1, "other"))
+    for _ in range(60):
+        drive.step()
+    drive.scheduler.abort(1)
+    for _ in range(50):
+        drive.step()
+    drive.add(*(request(number, "other") for number in range(2, 60)))
+    drive.add(request(60, "long"), request(61, "long"))
+    drive.run()
+    # 60 tokens and more, five of them for a request of the other's.
+    assert 12 <= order_of(drive).index(61) <= 20
