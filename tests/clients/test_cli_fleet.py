@@ -2,12 +2,13 @@
 
 import json
 
+from google.rpc import status_pb2
 from millrace.cli.output import duration_text
 from millrace.compiler.v1 import compiler_pb2
 from millrace.fleet.v1 import fleet_pb2
 from millrace.runtime.v1 import runtime_pb2
 
-from shared.errors import DeploymentNotFound, Draining
+from shared.errors import DeploymentNotFound, Draining, QualityGate, UnsupportedQuant, to_status
 from tests.clients.command import millrace, on_a_terminal
 from tests.clients.scripted_daemon import DIGEST, Script, ScriptedDaemon, a_build
 
@@ -89,11 +90,12 @@ def has_problem(
     version: int,
     message: str = "No model at [/b] here.",
     deployment: str = "chat",
-) -> None:
-    """It has tried that version in vain."""
+) -> status_pb2.Status:
+    """It has tried that version in vain; gives why."""
     problem = runtime.deployment_problem
     problem.deployment, problem.version = deployment, version
     problem.status.message = message
+    return problem.status
 
 
 def test_status_says_that_redis_is_away() -> None:
@@ -121,6 +123,28 @@ def test_deploy_waits_until_all_replicas_are_ready() -> None:
     assert "runtimes that work for it or are idle: 2;" in late.stderr
     wanted = script.asked[0].deployment
     assert (wanted.quant.scheme, wanted.quant.group_size) == ("int4", 64)
+
+
+def test_deploy_does_not_wait_for_an_engine_that_cannot_be_made() -> None:
+    """It is told once no arch is left for which a runtime may still find otherwise."""
+    no_fp8 = UnsupportedQuant(quant="fp8", problem="sm_80 has no fp8")
+    script = Script()
+    for arch in ("sm_80", "sm_80", "sm_90"):
+        runtime = script.fleet.runtimes.add(state=runtime_pb2.RUNTIME_STATE_IDLE, arch=arch)
+    has_problem(script.fleet.runtimes[0], 7).CopyFrom(to_status(no_fp8))
+    asked = ("deploy", "chat", "--model", "tiny", "--replicas", "50", "--json", "--wait")
+    with ScriptedDaemon(script) as daemon:
+        other_may = millrace(daemon, *asked, "1")
+        del script.fleet.deployments[:]
+        has_problem(runtime, 7).CopyFrom(to_status(Draining()))
+        again_may = millrace(daemon, *asked, "1")
+        del script.fleet.deployments[:]
+        has_problem(runtime, 7).CopyFrom(to_status(QualityGate(problem="KL divergence")))
+        none_may = millrace(daemon, *asked, "100000")  # longer than the test waits for the command
+    for waited in (other_may, again_may):
+        assert "replicas of chat are ready after" in waited.stderr
+    told = json.loads(none_may.stderr)["error"]
+    assert told["message"] == str(no_fp8)
 
 
 def test_undeploying_what_is_not_there_is_an_error() -> None:

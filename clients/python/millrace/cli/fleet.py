@@ -11,7 +11,7 @@ from millrace.cli.failures import USAGE, CommandFailed
 from millrace.cli.listing import quant_text
 from millrace.client import Client
 from millrace.compiler.v1 import compiler_pb2
-from millrace.errors import MillraceError
+from millrace.errors import MillraceError, from_status
 from millrace.fleet.v1 import fleet_pb2
 from millrace.fleet_client import FleetClient
 from millrace.runtime.v1 import runtime_pb2
@@ -25,6 +25,11 @@ _RUNTIME_COLUMNS = (
     "runtime", "state", "start", "serves", "deployment", "running", "waiting", "KV", "tokens/s", "TTFT",
 )  # fmt: skip
 _LEAST_COLUMNS = ("start", "deployment", "KV", "TTFT")
+# What a checkpoint and a recipe are at fault for: no other runtime of that arch, and no later try, fares better.
+_HOPELESS = (
+    "QUALITY_GATE", "INVALID_MODEL", "UNSUPPORTED_MODEL", "MODEL_NOT_FOUND", "UNSUPPORTED_ARCH", "UNSUPPORTED_QUANT",
+    "UNSUPPORTED_TP", "INVALID_FIELD",
+)  # fmt: skip
 _DEPLOYMENT_COLUMNS = ("deployment", "model", "quant", "version", "ready")
 _BUILD_COLUMNS = ("build", "model", "arch", "quant", "state", "done")
 
@@ -46,6 +51,7 @@ def deploy(
 
     Raises:
         CommandFailed: they do not, by then.
+        MillraceError: or will not at all, as no engine can be made of what was asked for.
     """
     scheme, group_size, kv_cache = parse_quant(quant)
     deployment = fleet.deploy(name, model, scheme, group_size, model_uri, replicas, kv_cache)
@@ -68,8 +74,23 @@ def deploy(
             now = {d.name: d for d in seen.deployments}
             # Redis may be away for a moment.
             deployment = now.get(name, deployment)
+            _raise_if_hopeless(seen, deployment)
             tell(f"{for_what}: {deployment.ready_replicas} ready")
     return deployment
+
+
+def _raise_if_hopeless(seen: fleet_pb2.GetFleetResponse, deployment: fleet_pb2.Deployment) -> None:
+    """Raises why nothing can be built, where that is known for the arch of every runtime that may serve it."""
+    errors = {
+        runtime.arch: from_status(problem.status)
+        for runtime in seen.runtimes
+        for problem in [runtime.deployment_problem]
+        if (problem.deployment, problem.version) == (deployment.name, deployment.version)
+    }
+    errors = {arch: error for arch, error in errors.items() if error.reason in _HOPELESS}
+    able = {runtime.arch for runtime in seen.runtimes if _is_able(runtime, deployment.name)}
+    if errors and able <= errors.keys():
+        raise next(iter(errors.values()))
 
 
 def _is_able(runtime: fleet_pb2.Runtime, deployment: str) -> bool:
