@@ -365,7 +365,9 @@ class Gateway:
 
 def _turned_down(links: list[RuntimeLink], tenant: str, num_tokens: int) -> QueueFull:
     """What a start of so many tokens is told that these have no room for."""
-    link = min(links, key=lambda link: link.room_in_s(tenant, num_tokens))
+    link = links[0]
+    if len(links) > 1:
+        link = min(links, key=lambda link: link.room_in_s(tenant, num_tokens))
     # Many are told the same object: what raised it for others is no part of it.
     return link.turn_down(tenant, num_tokens).with_traceback(None)
 

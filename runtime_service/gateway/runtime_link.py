@@ -128,9 +128,10 @@ class RuntimeLink:
         self._num_runs = 0
         # Tokens of prompts that were sent after the last status, which does not know them.
         self._sent_tokens = 0
-        # What it last said of its full queue, by tenant, and how much must leave that before it takes more of all.
+        # What it last said of its full queue, by tenant; how much waits there, and must leave it before it takes more
+        # of all.
         self._full: dict[str, QueueFull] = {}
-        self._excess_tokens = 0
+        self._queue_tokens = self._excess_tokens = 0
         self._line = LineOutside()
         self._calls: dict[str, _TenantCall] = {}
         self._background = Background()
@@ -208,14 +209,15 @@ class RuntimeLink:
 
     def room_in_s(self, tenant: str, num_tokens: int) -> float:
         """When a start of so many tokens that it has no room for may find some."""
-        return self._line.delay_s(tenant, num_tokens, self._queue_tokens(tenant))
+        return self._line.delay_s(tenant, num_tokens, self._queue_tokens)
 
     def says_full(self, tenant: str, error: QueueFull) -> None:
         """It has refused a start of this tenant."""
         waiting, most = (
             int(error.fields.get(name, 0)) for name in ("waiting_tokens", "max_waiting_tokens")
         )
-        self._full[tenant], self._excess_tokens = error, max(waiting - most, 0)
+        self._full[tenant] = error
+        self._queue_tokens, self._excess_tokens = waiting, max(waiting - most, 0)
 
     def queue_grew(self, num_tokens: int) -> None:
         """So many tokens more wait there than was known; negative: they never came to wait."""
@@ -230,13 +232,10 @@ class RuntimeLink:
         """What a start of so many tokens is told while it is full; many in a row are told the same object."""
         assert tenant in self._full, "a runtime that has room turns nobody down"
         told = self._full[tenant]
-        retry_after_s = self._line.join(tenant, num_tokens, self._queue_tokens(tenant))
+        retry_after_s = self._line.join(tenant, num_tokens, self._queue_tokens)
         if retry_after_s != told.retry_after_s:
             told = self._full[tenant] = QueueFull(retry_after_s=retry_after_s, **told.fields)
         return told
-
-    def _queue_tokens(self, tenant: str) -> int:
-        return int(self._full[tenant].fields.get("waiting_tokens", 0))
 
     def candidate(self) -> Candidate:
         """As routing sees it."""
