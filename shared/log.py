@@ -72,6 +72,8 @@ def configure_logging(level: str, log_format: LogFormat, component: str) -> None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # It tells every request with its whole URL, and those that registries redirect to hold signatures.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 
 class Tally:
