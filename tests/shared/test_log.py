@@ -22,8 +22,10 @@ with canonical_line("build_finished", attempt=1) as line:
     line["state"] = "SUCCEEDED"
 logging.getLogger("library").warning("foreign")
 structlog.get_logger().debug("hidden")
+logging.getLogger().setLevel("DEBUG")
 answers = httpx2.MockTransport(lambda request: httpx2.Response(200))
 httpx2.Client(transport=answers).get("https://bucket.test/blob?signature=secret")
+logging.getLogger().setLevel("INFO")
 def fail(prompt):
     raise ValueError("broken")
 try:
