@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import structlog
 from google.rpc import status_pb2
 
-from compiler_service.progress import BuildProgress, Remaining
+from compiler_service.progress import BuildProgress, remaining_s
 
 _TERMINATE_S = 5.0
 _MAX_LINE_BYTES = 1 << 20
@@ -33,7 +33,6 @@ class BuildProcess:
         self._start = time.monotonic()
         self._end = 0.0
         self._stages: list[tuple[str, float]] = []
-        self._remaining = Remaining()
         self.progress: BuildProgress | None = None
 
     async def run(self) -> status_pb2.Status | None:
@@ -106,6 +105,6 @@ class BuildProcess:
         now = time.monotonic()
         if not self._stages or self._stages[-1][0] != stage:
             self._stages.append((stage, now))
-        eta_s = self._remaining.seconds(now - self._start, stage, fraction, done)
+        eta_s = remaining_s(now - self._start, stage, fraction)
         self.progress = BuildProgress(stage, fraction, done, total, eta_s)
         return None

@@ -20,25 +20,12 @@ class BuildProgress:
     eta_s: float | None = None
 
 
-class Remaining:
-    """How long a build still takes, if the rest goes as what was done did."""
+def remaining_s(elapsed_s: float, stage: str, fraction: float) -> float | None:
+    """Seconds to a build's end, if the rest goes as what was done did; None while too little is done.
 
-    def __init__(self) -> None:
-        self._stage, self._done_bytes = "", 0
-        self._is_repeated = False
-
-    def seconds(
-        self, elapsed_s: float, stage: str, fraction: float, done_bytes: int
-    ) -> float | None:
-        """Seconds to the end; None while too little is done, and in a stage that began again.
-
-        The search for layers to keep reads the model as often as it takes, which nobody knows before.
-        """
-        if stage != self._stage:
-            self._is_repeated = False
-        elif done_bytes < self._done_bytes:
-            self._is_repeated = True
-        self._stage, self._done_bytes = stage, done_bytes
-        if fraction < 0.02 or elapsed_s < 0.5 or self._is_repeated:
-            return None
-        return round(elapsed_s * (1 - fraction) / fraction, 1)
+    None in `quality` too: the search for layers to keep reads the model as often as it takes, which
+    nobody knows before.
+    """
+    if fraction < 0.02 or elapsed_s < 0.5 or stage == "quality":
+        return None
+    return round(elapsed_s * (1 - fraction) / fraction, 1)

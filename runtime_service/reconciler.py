@@ -118,6 +118,9 @@ class Reconciler:
         runtime = self._runtime
         runtime.deployment = wanted.name
         if self._attempt is not None:
+            if not _asks_for_the_same(self._attempt.wanted, wanted):
+                # What it waits for, a build or what runs, nobody wants any more; a version that is right need not wait.
+                self._attempt.loading.cancel()
             await self._follow(self._attempt)
         elif self._followed != wanted or runtime.state == pb.RUNTIME_STATE_IDLE:
             # Also where somebody had it unload what it served: the deployment says what is to be.
@@ -217,3 +220,7 @@ class Reconciler:
             self._runtime.deployment, self._runtime.deployment_version = "", 0
             # What runs is finished first, which takes its time.
             self._unloading = self._background.own(self._runtime.unload())
+
+
+def _asks_for_the_same(one: Deployment, other: Deployment) -> bool:
+    return (one.model, one.quant, one.model_uri) == (other.model, other.quant, other.model_uri)

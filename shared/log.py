@@ -72,6 +72,9 @@ def configure_logging(level: str, log_format: LogFormat, component: str) -> None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # They tell every request with its whole URL, and those that registries redirect to hold signatures.
+    for library in ("httpx2", "httpcore2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 class Tally:

@@ -150,6 +150,18 @@ def test_quantization_is_read_as_it_is_written(text: str, expected: tuple[str, i
         assert quant_named(str(named)) == named
 
 
+@pytest.mark.parametrize("command", ["build", "builds", "top"])
+def test_a_build_without_a_known_end_shows_how_far_it_has_read(
+    daemon: ScriptedDaemon, script: Script, command: str
+) -> None:
+    """The search for layers to keep stands at one percent, and reads the checkpoint again and again."""
+    searches = running(0.9, "quality", 40_000_000)
+    searches.builds[0].progress.ClearField("eta")
+    script.builds, script.changes = list(searches.builds), [searches, succeeded()]
+    asked = (command, "sample:tiny") if command == "build" else (command,)
+    assert "40% read" in on_a_terminal(daemon, *asked, until="40% read" if command == "top" else "")
+
+
 def test_speed_is_of_the_running_stage() -> None:
     speed = Speed()
     assert speed.update("import", 0, 0.0) == 0.0

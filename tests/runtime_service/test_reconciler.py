@@ -126,6 +126,32 @@ async def test_versions_are_exchanged_one_at_a_time_and_what_runs_finishes(
     assert second.serves == "second"
 
 
+async def test_a_version_that_is_corrected_keeps_nobody_waiting(
+    members: Members, deployments: Deployments
+) -> None:
+    """Neither for what it would have been exchanged after, nor, likewise, for its build."""
+    member = await members.new()
+    await deployments.apply(chat())
+    await member.settle()
+    served = member.daemon.runtime.served
+    call = member.daemon.call()
+    await call.start("a", [40, 41], max_new_tokens=100, model="chat", credit_tokens=10)
+    await call.read_until(lambda: call.num_tokens("a") > 2)
+    await deployments.apply(chat("second"))
+    await member.reconciler.look()
+    corrected = await deployments.apply(chat())
+    await member.reconciler.look()
+    attempt = member.reconciler._attempt
+    assert attempt is not None
+    assert attempt.loading.cancelling(), "it waits for what runs"
+    await member.settle()  # the wrong version is given up
+    await member.settle()
+    assert member.daemon.runtime.deployment_version == corrected
+    assert member.daemon.runtime.served is served
+    await call.let_go_on("a")
+    assert (await call.finish())["a"].reason == "LENGTH"
+
+
 async def test_version_that_cannot_be_loaded_leaves_the_old_one_serving(
     members: Members, deployments: Deployments
 ) -> None:

@@ -12,6 +12,7 @@ from shared.log import Tally
 
 SCRIPT = """
 import logging
+import httpx2
 import structlog
 from shared.log import canonical_line, configure_logging
 
@@ -21,6 +22,10 @@ with canonical_line("build_finished", attempt=1) as line:
     line["state"] = "SUCCEEDED"
 logging.getLogger("library").warning("foreign")
 structlog.get_logger().debug("hidden")
+logging.getLogger().setLevel("DEBUG")
+answers = httpx2.MockTransport(lambda request: httpx2.Response(200))
+httpx2.Client(transport=answers).get("https://bucket.test/blob?signature=secret")
+logging.getLogger().setLevel("INFO")
 def fail(prompt):
     raise ValueError("broken")
 try:
@@ -52,6 +57,12 @@ def test_every_line_is_json_with_its_context() -> None:
     assert lines[0]["state"] == "SUCCEEDED"
     assert float(str(lines[0]["duration_s"])) >= 0
     assert (lines[3]["error"], lines[3]["level"]) == ("KeyError", "warning")
+
+
+def test_urls_that_a_registry_redirects_to_are_in_no_line() -> None:
+    """They hold signatures, which let whoever reads the log fetch the blob."""
+    _, text = lines_of_script()
+    assert "bucket.test" not in text
 
 
 def test_traceback_hides_local_variables() -> None:

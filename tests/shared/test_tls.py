@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import ssl
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from shared.server import DaemonServer, daemon_registry, start_metrics
 from shared.settings import SettingsError, split_address
 from shared.store.remote import GrpcStore
 from shared.tls import TlsFiles
+from tests.clients.command import COMMAND
 from tests.shared.certificates import client_options, let_expire, made_in, server_files
 
 
@@ -84,6 +86,9 @@ async def test_client_gets_in_with_the_servers_ca_alone(certs: Path, others: Pat
         assert await tenant(address, **client_options(certs)) == "nobody"
         assert "not signed by the given CA" in await refusal(address, **client_options(others))
         assert "it may ask for TLS" in await refusal(address)
+        command = (*COMMAND, "status", "--gateway", address)
+        told = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+        assert "takes the CA from MILLRACE_CLI_TLS_CA," in told.stderr
 
 
 @pytest.mark.parametrize("relays", [0, 2])

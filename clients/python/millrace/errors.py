@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 UNREACHABLE = "UNREACHABLE"
+MAY_ASK_FOR_TLS = "it may ask for TLS, or a client certificate of its CA"
 _CALL_ENDED = "CALL_ENDED"
 _DETAILS_KEY = "grpc-status-details-bin"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -26,7 +27,7 @@ _TLS_PROBLEMS = (
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is not signed by the given CA"),
     ("Hostname Verification", "its certificate is for another host"),
     ("WRONG_VERSION_NUMBER", "it does not speak TLS; leave the CA out"),
-    ("Socket closed", "it ends connections; it may ask for TLS, or a client certificate of its CA"),
+    ("Socket closed", f"it ends connections; {MAY_ASK_FOR_TLS}"),
     ("handshake failed", "the TLS handshake failed"),
 )
 

@@ -133,14 +133,29 @@ def progress_columns(build: pb.Build, speed: float) -> dict[str, Any]:
     if build.state != pb.BUILD_STATE_RUNNING:
         return {"stage": state_text(build), "speed": "", "eta": ""}
     progress = build.progress
-    eta = ""
-    if progress.HasField("eta"):
-        eta = output.left_text(progress.eta.ToMilliseconds() / 1000)
     return {
         "stage": progress.stage or "starting",
         "speed": f"{speed / 1e6:.0f} MB/s" if speed and progress.total_bytes else "",
-        "eta": eta,
+        "eta": _left_text(progress),
     }
+
+
+def done_text(build: pb.Build) -> str:
+    """How far a build that runs is, in a table; "" of one that does not."""
+    if build.state != pb.BUILD_STATE_RUNNING:
+        return ""
+    progress = build.progress
+    left = _left_text(progress)
+    return f"{progress.fraction:.0%} {progress.stage}" + (f", {left}" if left else "")
+
+
+def _left_text(progress: pb.Progress) -> str:
+    """How long a build still takes; while nobody knows, how far it has read the checkpoint."""
+    if progress.HasField("eta"):
+        return output.left_text(progress.eta.ToMilliseconds() / 1000)
+    if progress.total_bytes:
+        return f"{progress.done_bytes / progress.total_bytes:.0%} read"
+    return ""
 
 
 def _show_bars(changes: Iterator[pb.Operation], operation: pb.Operation) -> pb.Operation:

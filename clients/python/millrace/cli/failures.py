@@ -21,8 +21,9 @@ _EXIT_CODES = {
     "DEADLINE_EXCEEDED": UNAVAILABLE,
 }
 
-# Daemons say what any client has to do; this is how one does it here.
+# Daemons and the SDK say what any client has to do; this is how one does it here.
 _HINTS = {"UNAUTHENTICATED": " The command takes it from MILLRACE_CLI_API_KEY."}
+_TLS_HINT = ". The command takes the CA from MILLRACE_CLI_TLS_CA, and a certificate from MILLRACE_CLI_TLS_CERT."
 
 
 # Of input that is not UTF-8.
@@ -61,11 +62,12 @@ def report(error: BaseException, *, as_json: bool) -> int | None:
         _tell(f"what was given is not UTF-8, found {found!a}", "COMMAND_FAILED", {}, as_json)
         return USAGE
     # Imported only now: a command that does not call a daemon does not pay for gRPC.
-    from millrace.errors import MillraceError
+    from millrace.errors import MAY_ASK_FOR_TLS, MillraceError
 
     if not isinstance(error, MillraceError):
         return None
-    hint = _HINTS.get(error.reason, "")
+    is_refused = error.message.endswith(MAY_ASK_FOR_TLS)
+    hint = _TLS_HINT if is_refused else _HINTS.get(error.reason, "")
     _tell(error.message + hint, error.reason, dict(error.metadata), as_json)
     return _EXIT_CODES.get(error.code.name, FAILED)
 

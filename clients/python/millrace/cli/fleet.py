@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from millrace.cli import output
-from millrace.cli.building import parse_quant, state_text
+from millrace.cli.building import done_text, parse_quant, state_text
 from millrace.cli.failures import USAGE, CommandFailed
 from millrace.cli.listing import quant_text
 from millrace.client import Client
@@ -314,13 +314,11 @@ def _deployment_row(deployment: fleet_pb2.Deployment) -> tuple[str, ...]:
 
 
 def _build_row(build: compiler_pb2.Build) -> tuple[str, ...]:
-    progress = build.progress
-    is_running = build.state == compiler_pb2.BUILD_STATE_RUNNING
     return (
         output.short_name(build.name),
         build.model_uri,
         build.key.arch,
         quant_text(build.key.quant),
         state_text(build),
-        f"{progress.fraction:.0%} {progress.stage}" if is_running else "",
+        done_text(build),
     )

@@ -3,7 +3,7 @@
 from itertools import islice
 
 from millrace.cli import output
-from millrace.cli.building import state_text
+from millrace.cli.building import done_text, state_text
 from millrace.cli.failures import NOT_FOUND, CommandFailed
 from millrace.client import Client
 from millrace.compiler.v1 import compiler_pb2
@@ -84,19 +84,14 @@ def recipe_text(quant: engine_pb2.QuantConfig) -> str:
 
 def _build_row(build: compiler_pb2.Build) -> tuple[str, ...]:
     state = state_text(build)
-    if build.state == compiler_pb2.BUILD_STATE_FAILED:
-        done = build.error.message
-    elif build.state == compiler_pb2.BUILD_STATE_RUNNING:
-        done = f"{build.progress.fraction:.0%} {build.progress.stage}"
-    else:
-        done = ""
+    is_failed = build.state == compiler_pb2.BUILD_STATE_FAILED
     return (
         output.short_name(build.name),
         build.model_uri,
         build.key.arch,
         quant_text(build.key.quant),
         state,
-        done,
+        build.error.message if is_failed else done_text(build),
         output.age_text(build.create_time.seconds),
     )
 
