@@ -66,7 +66,7 @@ class _Starter:
     def __init__(self) -> None:
         self.runs: list[Run] = []
 
-    def check_room(self, start: pb.StartGeneration) -> None: ...
+    def check_room(self, start: pb.StartGeneration, cache_salt: str) -> None: ...
 
     def new_generation(
         self, request_id: str, on_news: OnMember, on_end: OnMember, quota: GenerationQuota
