@@ -127,7 +127,7 @@ class _KeyFile(BaseModel):
 class ApiKeys:
     """The keys of a file, and the quotas of their tenants. May be used from several threads.
 
-    A changed file counts within a second. One that cannot be read any more leaves the keys as they
+    A changed file counts within a second, a new key at once. One that cannot be read any more leaves the keys as they
     were, and an error in the log.
 
     Raises:
@@ -153,7 +153,9 @@ class ApiKeys:
             raise Unauthenticated(problem="This call carries no API key")
         key_id, _, secret = presented[len(_BEARER) :].strip().removeprefix("mr_").partition("_")
         with self._lock:
-            self._look_again()
+            self._look_again(_LOOK_AGAIN_S)
+            if key_id not in self._file.keys:  # it may be new
+                self._look_again(0)
             file = self._file
         stored = file.keys.get(key_id)
         expected = stored.sha256 if stored else _NOBODY
@@ -166,15 +168,16 @@ class ApiKeys:
         principal = Principal(stored.tenant, stored.scopes, quota, key_id)
         return _on_behalf(principal, tenant_of(metadata))
 
-    def _look_again(self) -> None:
+    def _look_again(self, after_s: float) -> None:
         now = self._clock()
-        if now - self._looked_s < _LOOK_AGAIN_S:
+        if now - self._looked_s < after_s:
             return
         self._looked_s = now
         try:
             stamp = _stamp(self._path)
             if stamp != self._stamp:
-                self._file, self._stamp = _read(self._path), stamp
+                self._stamp = stamp  # a file that is broken is told of once
+                self._file = _read(self._path)
                 structlog.get_logger().info("api_keys_read", keys=len(self._file.keys))
         except SettingsError as error:
             structlog.get_logger().error("api_keys_unreadable", problem=str(error))
