@@ -13,7 +13,7 @@ when the last step that it is in was read, and what that step drew for it is dis
 """
 
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from runtime_service.engine_messages import EngineStats, SampleOutput
@@ -28,9 +28,9 @@ from runtime_service.scheduling.output import (
 from runtime_service.scheduling.request import Request
 from runtime_service.scheduling.room import Room
 from runtime_service.scheduling.roster import Roster
-from runtime_service.scheduling.sequence import Group, Sequence, State
+from runtime_service.scheduling.sequence import Group, Order, Sequence, State
 from runtime_service.scheduling.step import Step
-from runtime_service.scheduling.turns import Turns
+from runtime_service.scheduling.tenant_lines import TenantLines
 from runtime_service.scheduling.waiting_queue import WaitingQueue
 
 
@@ -51,10 +51,7 @@ class Scheduler:
         )
         self._groups: dict[int, Group] = {}
         self._waiting = WaitingQueue()
-        self._turns = Turns()
-        # Of priority and tenant: requests that have not begun, by arrival. Only the first has a turn, for what those
-        # before it draw counts.
-        self._lines: dict[tuple[int, str], OrderedDict[int, Group]] = {}
+        self._lines = TenantLines(self._place)
         self._roster = Roster(limits.max_sequences)
         self._room = Room(self.kv, self._roster, self._preempt)
         self._unread: deque[Step] = deque()
@@ -89,7 +86,7 @@ class Scheduler:
         for sample in group.samples:
             self._wait(sample, first.num_tokens if sample is first else 1)
         if group.credit > 0:
-            self._line_up(group)
+            self._lines.join(group, self._num_steps)
         return []
 
     def abort(self, request_id: int, sample_indices: Iterable[int] = ()) -> None:
@@ -110,7 +107,7 @@ class Scheduler:
             return []
         live = [sample for sample in group.samples if sample.state is not State.FINISHED]
         if priority is not None and priority != group.priority:
-            self._change_priority(group, priority)
+            self._lines.change_priority(group, priority, self._num_steps)
         outputs = []
         if max_new_tokens is not None:
             group.limit_new_tokens(max_new_tokens)
@@ -331,7 +328,7 @@ class Scheduler:
     ) -> None:
         group = sequence.group
         self._stop_waiting(sequence)
-        self._turns.came(group.priority, sequence.order[1])
+        self._lines.came(sequence)
         sequence.row = self._roster.free_rows.pop()
         sequence.block_ids = blocks
         sequence.capacity = len(blocks) * self._limits.block_tokens
@@ -344,8 +341,7 @@ class Scheduler:
         if sequence.queued_s is None:
             sequence.queued_s = self._clock() - group.arrival_s
         if group.num_cached_tokens is None:
-            self._leave_line(group)
-            self._note_shared(group)
+            self._lines.begin(group, self._num_steps)
             group.num_cached_tokens = min(num_cached, group.num_prompt_tokens)
             self._prefix_hit_tokens += num_cached
             self._prefix_query_tokens += sequence.num_tokens
@@ -394,74 +390,22 @@ class Scheduler:
     def _add_credit(self, group: Group, tokens: int) -> None:
         group.credit += tokens
         if not group.has_turn:
-            self._line_up(group)
+            self._lines.join(group, self._num_steps)
         for sample in group.samples:
             if sample.state is State.STALLED:
                 self._roster.run(sample)
             else:
                 self._queue_if_ready(sample)
 
-    def _line_up(self, group: Group) -> None:
-        """Has a request that may draw wait for its tenant's turns; a no-op on one that does already."""
-        line = self._lines.setdefault((group.priority, group.request.cache_salt), OrderedDict())
-        line[group.request_id] = group
-        if len(line) == 1:
-            self._take_turn(group)
-
-    def _leave_line(self, group: Group) -> bool:
-        """Has the next of its tenant's take its turn; false where `group` did not stand in line."""
-        key = group.priority, group.request.cache_salt
-        line = self._lines.get(key)
-        if line is None or line.pop(group.request_id, None) is None:
-            return False
-        if not line:
-            del self._lines[key]
-        elif group.has_turn:
-            self._take_turn(next(iter(line.values())))
-        return True
-
-    def _take_turn(self, group: Group) -> None:
-        """Gives the samples of `group` their places in the order."""
-        turn = self._turns.enter(
-            group.priority, group.request.cache_salt, group.num_known_tokens, self._num_steps
-        )
-        group.has_turn = True
-        for sample in group.samples:
-            order = -group.priority, turn, group.arrival, sample.sample_index
-            if sample.state is State.RUNNING:
-                self._roster.move(sample, order)
-            elif sample.state is State.QUEUED:
-                sample.order = order
-                self._waiting.push(sample)
-            else:
-                sample.order = order
-                self._queue_if_ready(sample)
-
-    def _change_priority(self, group: Group, priority: int) -> None:
-        """Turns of one priority say nothing in another: it waits for one there, unless it has begun."""
-        stood_in_line, had_turn = self._leave_line(group), group.has_turn
-        if had_turn:
-            self._leave_turn(group)
-            group.has_turn = False
-        group.priority = priority
-        if stood_in_line:
-            for sample in group.samples:
-                if sample.state is State.QUEUED:
-                    sample.state = State.PARKED
-            self._line_up(group)
-        elif had_turn:
-            self._take_turn(group)
-            self._note_shared(group)
-
-    def _leave_turn(self, group: Group) -> None:
-        """Puts its tenant's next turn off by what it drew beside others: a token a sample and shared step at most."""
-        num_shared = self._turns.num_shared_steps(group.priority, self._num_steps)
-        most = (num_shared - group.shared_from) * len(group.samples)
-        num_tokens = min(group.num_drawn_tokens, most)
-        self._turns.leave(group.priority, group.request.cache_salt, num_tokens, self._num_steps)
-
-    def _note_shared(self, group: Group) -> None:
-        group.shared_from = self._turns.num_shared_steps(group.priority, self._num_steps)
+    def _place(self, sequence: Sequence, order: Order) -> None:
+        if sequence.state is State.RUNNING:
+            self._roster.move(sequence, order)
+            return
+        sequence.order = order
+        if sequence.state is State.QUEUED:
+            self._waiting.push(sequence)
+        else:
+            self._queue_if_ready(sequence)
 
     def _finish(self, sequence: Sequence) -> None:
         group = sequence.group
@@ -475,9 +419,7 @@ class Scheduler:
         group.num_unfinished -= 1
         if not group.num_unfinished:
             del self._groups[group.request_id]
-            self._leave_line(group)
-            if group.has_turn:
-                self._leave_turn(group)
+            self._lines.end(group, self._num_steps)
         elif group.leader is sequence:
             live = (sample for sample in group.samples if sample.state is not State.FINISHED)
             self._set_leader(group, next(live))

@@ -40,6 +40,11 @@ class Turns:
     def __init__(self) -> None:
         self._clocks: dict[int, _Clock] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Claims that no request has a turn."""
+        return not self._clocks
+
     def enter(self, priority: int, tenant: str, num_tokens: int, step: int) -> int:
         """The turn of a request that is next of its tenant's, and knows so many tokens; it ends with `leave`.
 

@@ -109,7 +109,6 @@ class Drive:
         self.check_blocks()
         stats = self.scheduler.stats()
         assert not self.scheduler._groups, "a request was forgotten"
-        assert not self.scheduler._turns._clocks, "a tenant was not forgotten"
-        assert not self.scheduler._lines, "a request stands in line that is not there"
+        assert self.scheduler._lines.is_empty, "a tenant or a request was not forgotten"
         assert (stats.num_running, stats.num_waiting, stats.waiting_tokens) == (0, 0, 0)
         assert stats.num_free_blocks == stats.num_blocks
