@@ -40,7 +40,11 @@ def linear_one_int4(
     HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`linear_one` for int4: a thread multiplies quads, four int32 words of one row: 32 values of four groups."""
+    """`linear_one` for int4: a thread multiplies quads, four int32 words of one row: 32 values of four groups.
+
+    For fp16, which no engine has: bf16 goes by tensor cores (`uses_mma`), in Gluon, which Triton's interpreter does not
+    run. So whole models of int4 are tested without a GPU by this.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
