@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -287,16 +288,30 @@ async def test_build_goes_on_when_redis_comes_back_empty(
 
 
 async def test_build_whose_end_redis_did_not_hear_is_not_made_again(
-    queue: BuildQueue, folders: Folders, embedded_redis: EmbeddedRedis, tmp_path: Path
-) -> None:
+    queue: BuildQueue, folders: Folders, embedded_redis: EmbeddedRedis, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """It came back empty, and the client has asked again before the worker could tell."""
+    is_unheard, is_asked_again = asyncio.Event(), asyncio.Event()
+    tell = queue.finish
+
+    async def finish(*args: Any) -> bool:
+        if is_unheard.is_set():
+            await is_asked_again.wait()
+        try:
+            return await tell(*args)
+        finally:
+            is_unheard.set()
+
+    monkeypatch.setattr(queue, "finish", finish)
     async with working(queue, folders, "a"), waiting_build(queue, folders) as digest:
         embedded_redis.stop()
         folders.release()
-        await eventually(lambda: len(folders.engines()) == 1)
+        await is_unheard.wait()
         shutil.rmtree(tmp_path / "redis-data" / "appendonlydir")
         embedded_redis.start()
         await queue.enqueue([job("wait")])
+        is_asked_again.set()
         record = await end_of(queue, digest)
         assert (record.state, record.attempt) == (SUCCEEDED, 1)
         assert [row.state for row in (await queue.page(10, None))[0]] == [SUCCEEDED]
