@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kernels.cpu_jit import set_num_threads
+from kernels.sampling.cpu import draw_of_all
 from runtime_service.sampling.sampler import Draw, RowSampler, sample
 from runtime_service.scheduling.request import SamplingParams, StopParams
 
@@ -57,7 +59,8 @@ class _Case:
         logits_RV = logits_RV.clone()
         begun = time.perf_counter()
         rows = zip(self._rows, self._tokens, strict=True)
-        sample(logits_RV, [Draw(row, tokens[: self._num_tokens]) for row, tokens in rows])
+        draws = [Draw(row, tokens[: self._num_tokens]) for row, tokens in rows]
+        sample(logits_RV, draws, draw_of_all)
         self.took_ms.append(1e3 * (time.perf_counter() - begun))
         self._num_tokens += 1
 
@@ -70,6 +73,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--vocab", type=int, default=49152)
     arguments = parser.parse_args()
+    set_num_threads()
     torch.manual_seed(0)
     logits_RV = 3 * torch.randn(arguments.rows, arguments.vocab)
     cases = {

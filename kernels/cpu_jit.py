@@ -284,6 +284,17 @@ def store(context: Any, pointer: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def put(context: Any, pointer: Any, index: Any, value: Any) -> Any:
+    """Keeps an int64 at an index. Numba takes `pointer[index] = value` in a parallel loop for code without effect."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.store(arguments[2], builder.gep(arguments[0], [arguments[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.CPointer(types.int64), types.int64, types.int64), generate
+
+
+@intrinsic
 def to_bits(context: Any, value: Any) -> Any:
     """The bits of an fp32, as int32."""
 

@@ -14,6 +14,7 @@ from runtime_service.execution.executor import Executor
 from runtime_service.execution.host_draws import draw, num_scored, pieces, score
 from runtime_service.execution.rows import RowTable
 from runtime_service.limits import RuntimeLimits
+from runtime_service.sampling.noise import DrawOfAll, draw_of_all
 from runtime_service.scheduling.output import (
     ModelRunnerOutput,
     NewSequence,
@@ -36,6 +37,7 @@ class ModelRunner:
     Args:
         set_up_thread: called first on the thread that runs the steps.
         preparations: pieces of work that later steps are faster for, each for idle time.
+        draw_of_all: draws where no token is excluded.
         max_logit_rows: a step that scores prompts runs in pieces of so many tokens, whose logits are all held.
     """
 
@@ -46,9 +48,10 @@ class ModelRunner:
         vocab_size: int,
         set_up_thread: Callable[[], None] | None = None,
         preparations: Iterable[Callable[[], object]] = (),
+        draw_of_all: DrawOfAll = draw_of_all,
         max_logit_rows: int = MAX_LOGIT_ROWS,
     ) -> None:
-        self._executor = executor
+        self._executor, self._draw_of_all = executor, draw_of_all
         self._limits, self._max_logit_rows = limits, max_logit_rows
         self._rows = RowTable(limits, vocab_size)
         self._preparations = iter(preparations)
@@ -63,7 +66,8 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Runs steps of a few shapes, whose results nobody wants, on an empty cache."""
         blocks = list(range(-(-2 // self._limits.block_tokens)))
-        new = NewSequence(0, [0, 0], 2, SamplingParams(), StopParams(1), 0, 0, blocks)
+        sampling = SamplingParams(temperature=1.0)  # whose kernel is to be there too
+        new = NewSequence(0, [0, 0], 2, sampling, StopParams(1), 0, 0, blocks)
         prompt = SchedulerOutput(0, (), (new,), (), (ScheduledSequence(0, 0, 2),))
         # The first step of a number of sequences is recorded, the second is the first that is replayed.
         decodes = [
@@ -116,7 +120,8 @@ class ModelRunner:
             logits_TV = logits_RV[first : first + len(rows)]
             scores.setdefault(sequence.row, []).extend(score(self._rows, sequence, logits_TV))
             first += len(rows)
-        return draw(self._rows, [s for _, s in sampled], logits_RV[: len(sampled)])
+        sequences = [s for _, s in sampled]
+        return draw(self._rows, sequences, logits_RV[: len(sampled)], self._draw_of_all)
 
     def _wanted(
         self, scheduled: Sequence[ScheduledSequence]

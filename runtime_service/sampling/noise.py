@@ -13,7 +13,7 @@ Gumbel 1954; Maddison et al. 2014, "A* Sampling", section 2 (Gumbel-max).
 Legend: R rows, V vocabulary, C candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,21 @@ class NoiseKey:
     seed: int
     sample_index: int
     position: int
+
+    @property
+    def words(self) -> tuple[int, int, int, int]:
+        """Position, sample index and the seed's halves, low first, in 32 bits each."""
+        seed = self.seed
+        return self.position & _MASK, self.sample_index & _MASK, seed & _MASK, seed >> 32 & _MASK
+
+
+# Gives the token [R] of the highest sum of score and noise, for scores [R, V] and a key a row; scores may be changed.
+DrawOfAll = Callable[[torch.Tensor, Sequence[NoiseKey]], torch.Tensor]
+
+
+def draw_of_all(scores_RV: torch.Tensor, keys: Sequence[NoiseKey]) -> torch.Tensor:
+    """`DrawOfAll` by torch; `kernels/sampling/cpu.py` has one that takes a fiftieth of the time."""
+    return scores_RV.add_(noise_of_all(keys, scores_RV.shape[1])).argmax(-1)
 
 
 def noise_of_all(keys: Sequence[NoiseKey], vocab_size: int) -> torch.Tensor:
@@ -69,12 +84,7 @@ def _multiply(words: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def _words(groups: torch.Tensor, keys: Sequence[NoiseKey]) -> Words:
-    def column(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([value & _MASK for value in values])[:, None]
-
-    positions = column([key.position for key in keys])
-    samples = column([key.sample_index for key in keys])
-    low, high = column([key.seed for key in keys]), column([key.seed >> 32 for key in keys])
+    positions, samples, low, high = torch.tensor([key.words for key in keys]).T[..., None]
     counter = (groups, positions, samples, torch.zeros_like(samples))
     return philox4x32(counter, (low, high))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime_service.sampling.noise import NoiseKey, noise_of, noise_of_all
+from runtime_service.sampling.noise import DrawOfAll, NoiseKey, draw_of_all, noise_of
 from runtime_service.sampling.token_counts import TokenCounts, Tokens, has_penalties
 from runtime_service.sampling.truncation import least_scores, truncates
 from runtime_service.scheduling.output import TokenLogprobs
@@ -24,6 +24,8 @@ from runtime_service.scheduling.request import SamplingParams, StopParams
 
 # Up to so many tokens of a row, their noise is made one by one; beyond it, the whole row's.
 _MAX_CANDIDATES = 4096
+# Below it fp32 has fewer bits, and at last none.
+_LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
 class NonFiniteLogits(FloatingPointError):
@@ -66,7 +68,7 @@ class Draw:
 
 
 def sample(
-    logits_RV: torch.Tensor, draws: Sequence[Draw]
+    logits_RV: torch.Tensor, draws: Sequence[Draw], draw_of_all: DrawOfAll = draw_of_all
 ) -> tuple[list[int], list[TokenLogprobs | None]]:
     """A token for each row, and its log probabilities where they are asked for.
 
@@ -85,7 +87,7 @@ def sample(
     for index, draw in enumerate(draws):
         if not draw.row.is_plain:
             _adjust(logits_RV[index], draw)
-    token_ids_R = _draw(logits_RV, draws)
+    token_ids_R = _draw(logits_RV, draws, draw_of_all)
     logprobs: list[TokenLogprobs | None] = [None] * len(draws)
     if raw_RV is not None:
         num_top = [draws[i].row.params.num_logprobs or 0 for i in scored]
@@ -130,34 +132,36 @@ def _adjust(logits_V: torch.Tensor, draw: Draw) -> None:
         row.counts.apply(logits_V, draw.tokens, params)
 
 
-def _draw(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    token_ids_R = logits_RV.argmax(-1)
+def _draw(logits_RV: torch.Tensor, draws: Sequence[Draw], draw_of_all: DrawOfAll) -> torch.Tensor:
     random = [i for i, draw in enumerate(draws) if draw.row.params.temperature > 0]
+    is_random = len(random) == len(draws)
+    token_ids_R = torch.empty(len(draws), dtype=torch.int64) if is_random else logits_RV.argmax(-1)
     for is_truncated in (False, True):
         rows = [i for i in random if truncates(draws[i].row.params) == is_truncated]
         if rows:
             some = [draws[i] for i in rows]
-            token_ids_R[rows] = _draw_random(logits_RV[rows], some, is_truncated)
+            # A copy of all rows would be paid for page by page.
+            scores_RV = logits_RV if len(rows) == len(draws) else logits_RV[rows]
+            token_ids_R[rows] = _draw_random(scores_RV, some, is_truncated, draw_of_all)
     return token_ids_R
 
 
 def _draw_random(
-    logits_RV: torch.Tensor, draws: Sequence[Draw], is_truncated: bool
+    scores_RV: torch.Tensor, draws: Sequence[Draw], is_truncated: bool, draw_of_all: DrawOfAll
 ) -> torch.Tensor:
+    """Changes `scores_RV`: logits, as they come."""
     params = [draw.row.params for draw in draws]
     keys = [NoiseKey(d.row.params.seed, d.row.sample_index, len(d.tokens)) for d in draws]
+    temperatures_R1 = torch.tensor([[max(p.temperature, _LEAST_TEMPERATURE)] for p in params])
     # Relative to the best: the smallest temperature gives 0 and -infinity, never NaN.
-    temperatures_R1 = torch.tensor([[p.temperature] for p in params], dtype=torch.float64)
-    gaps_RV = logits_RV - logits_RV.amax(-1, keepdim=True)
-    scores_RV = (gaps_RV.double() / temperatures_R1).float()
+    scores_RV.sub_(scores_RV.amax(-1, keepdim=True)).div_(temperatures_R1)
     if not is_truncated:
-        return scores_RV.add_(noise_of_all(keys, scores_RV.shape[1])).argmax(-1)
-    least_R1 = least_scores(scores_RV, params)
-    scores_RV.masked_fill_(scores_RV < least_R1, -math.inf)
-    kept = [np.flatnonzero(scores_V) for scores_V in (scores_RV > -math.inf).numpy()]
+        return draw_of_all(scores_RV, keys)
+    is_kept_RV = scores_RV >= least_scores(scores_RV, params)
+    kept = [np.flatnonzero(is_kept_V) for is_kept_V in is_kept_RV.numpy()]
     num_kept = max(map(len, kept))
     if num_kept > _MAX_CANDIDATES:
-        return scores_RV.add_(noise_of_all(keys, scores_RV.shape[1])).argmax(-1)
+        return draw_of_all(scores_RV.masked_fill_(~is_kept_RV, -math.inf), keys)
     # Rows that keep fewer repeat one of theirs, which changes no maximum.
     token_ids_RC = torch.from_numpy(np.stack([np.resize(ids, num_kept) for ids in kept]))
     scores_RC = scores_RV.gather(1, token_ids_RC)

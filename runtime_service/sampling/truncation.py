@@ -8,8 +8,8 @@ A token with the same score as the last one kept is kept: no order among equals 
 is kept depends on the scores alone. Source: Fan et al. 2018 (top-k); Holtzman et al. 2019 (top-p);
 Nguyen et al. 2024 (min-p). Legend: R rows, V vocabulary, K tokens that are kept.
 
-Rows are sorted whole, and by NumPy: its vector instructions sort 49,152 scores in less time than torch
-takes to find the 1,024 highest.
+Only a row's highest scores are put into order: to select them takes NumPy a third of the time that sorting all takes,
+whose running sums take eight times as long as that.
 """
 
 import math
@@ -21,6 +21,11 @@ import torch
 
 from runtime_service.scheduling.request import SamplingParams
 
+Scores = npt.NDArray[np.float32]
+
+# Top-p of most rows ends within so many tokens.
+_HEADS = 4096, 32_768
+
 
 def truncates(params: SamplingParams) -> bool:
     """Claims that some tokens may be excluded."""
@@ -29,28 +34,34 @@ def truncates(params: SamplingParams) -> bool:
 
 def least_scores(scores_RV: torch.Tensor, rows: Sequence[SamplingParams]) -> torch.Tensor:
     """The score [R, 1] below which a row's tokens are not drawn."""
-    least = [_least_score(scores_V, row) for scores_V, row in zip(scores_RV, rows, strict=True)]
+    pairs = zip(scores_RV.numpy(), rows, strict=True)
+    least = [_least_score(scores_V, row) for scores_V, row in pairs]
     return torch.tensor(least)[:, None]
 
 
-def _least_score(scores_V: torch.Tensor, row: SamplingParams) -> float:
+def _least_score(scores_V: Scores, row: SamplingParams) -> float:
     least = -math.inf
+    kept_K = scores_V
     if row.min_p > 0:
         least = float(scores_V.max() + math.log(row.min_p))
-    if row.top_k > 0 or row.top_p < 1:
-        sorted_V = np.sort(scores_V.numpy())[::-1]
-        kept_K = sorted_V
-        if 0 < row.top_k < len(sorted_V):
-            kept_K = sorted_V[: np.count_nonzero(sorted_V >= sorted_V[row.top_k - 1])]
-        if row.top_p < 1:
-            kept_K = kept_K[: _num_of_top_p(kept_K, row.top_p)]
-        least = max(least, float(kept_K[-1]))
+    if 0 < row.top_k < len(scores_V):
+        highest_V = np.partition(scores_V, -row.top_k)
+        least = max(least, float(highest_V[-row.top_k]))
+        kept_K = scores_V[scores_V >= highest_V[-row.top_k]]
+    if row.top_p < 1:
+        least = max(least, _least_of_top_p(kept_K, row.top_p))
     return least
 
 
-def _num_of_top_p(kept_K: npt.NDArray[np.float32], top_p: float) -> int:
-    """How many of these scores, from the highest on, it takes to reach `top_p` of what all of them weigh."""
-    # fp64 so that 1e-7 does not decide; in one order, that of the scores, whatever the batch.
-    mass_K = np.cumsum(np.exp(kept_K.astype(np.float64) - kept_K[0]))
-    # Where rounding keeps the sum below p nothing is excluded.
-    return min(int(np.searchsorted(mass_K, top_p * mass_K[-1])) + 1, len(kept_K))
+def _least_of_top_p(kept_K: Scores, top_p: float) -> float:
+    """The least of the highest scores that weigh `top_p` of what all of them do."""
+    best = kept_K.max()
+    mass = np.exp(kept_K - best).sum(dtype=np.float64)
+    for num_tokens in (*(head for head in _HEADS if head < len(kept_K)), len(kept_K)):
+        highest = np.partition(kept_K, -num_tokens)[-num_tokens:]
+        highest = np.sort(highest)[::-1]
+        sums = np.cumsum(np.exp(highest.astype(np.float64) - best))
+        place = int(np.searchsorted(sums, top_p * mass))
+        if place < num_tokens:
+            return float(highest[place])
+    return float(highest[-1])  # rounding keeps the sum below p: nothing is excluded

@@ -205,11 +205,14 @@ def test_many_candidates_give_the_token_that_few_would() -> None:
         assert sample(logits.clone(), [wide])[0] == sample(logits.clone(), [plain])[0]
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (3000, 0.9), (3000, 1.0), (20_000, 0.3)])
-def test_least_score_of_a_flat_row_is_the_last_that_is_kept(top_k: int, top_p: float) -> None:
-    """Thousands of tokens are kept, some as likely as others; counted one by one."""
+@pytest.mark.parametrize("deviation", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (3000, 0.9), (3000, 1.0), (40_000, 0.3)])
+def test_least_score_of_a_long_row_is_the_last_that_is_kept(
+    deviation: float, top_k: int, top_p: float
+) -> None:
+    """Hundreds to all of 50,000 tokens are kept, some as likely as others; counted one by one."""
     generator = torch.Generator().manual_seed(3)
-    scores = (torch.randn(1, 20_000, generator=generator) * 100).round() / 100
+    scores = (torch.randn(1, 50_000, generator=generator) * 100 * deviation).round() / 100
     kept = sorted(scores[0].tolist(), reverse=True)
     if top_k:
         kept = [score for score in kept if score >= kept[top_k - 1]]
@@ -273,4 +276,5 @@ def test_greatest_penalties_leave_a_token_to_draw(
     seen = np.arange(10, dtype=np.int32)
     ((token_id,), _) = sample(logits_RV, [Draw(row, seen)])
     assert 0 <= token_id < 300
-    assert logits_RV.isfinite().all()
+    # What is not drawn may be -infinity by now; of a best score that was not finite NaN would be left.
+    assert not logits_RV.isnan().any()
