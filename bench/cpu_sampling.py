@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kernels.cpu_jit import set_num_threads
-from kernels.sampling.cpu import draw_of_all
+from kernels.sampling.cpu import draw_tokens
 from runtime_service.sampling.sampler import Draw, RowSampler, sample
 from runtime_service.scheduling.request import SamplingParams, StopParams
 
@@ -60,7 +60,7 @@ class _Case:
         begun = time.perf_counter()
         rows = zip(self._rows, self._tokens, strict=True)
         draws = [Draw(row, tokens[: self._num_tokens]) for row, tokens in rows]
-        sample(logits_RV, draws, draw_of_all)
+        sample(logits_RV, draws, draw_tokens)
         self.took_ms.append(1e3 * (time.perf_counter() - begun))
         self._num_tokens += 1
 

@@ -1,4 +1,4 @@
-"""Draws among all tokens on a CPU. Legend: R rows, V vocabulary."""
+"""Draws on a CPU. Legend: R rows, V vocabulary."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from kernels.cpu_jit import TAGS, address
-from kernels.sampling.cpu_kernel import draw_tokens
+from kernels.sampling import cpu_kernel
 
 
 class Key(Protocol):
@@ -18,7 +18,7 @@ class Key(Protocol):
         """Position, sample index and the seed's halves, low first, in 32 bits each."""
 
 
-def draw_of_all(scores_RV: torch.Tensor, keys: Sequence[Key]) -> torch.Tensor:
+def draw_tokens(scores_RV: torch.Tensor, keys: Sequence[Key]) -> torch.Tensor:
     """The token [R] of the highest sum of score and noise.
 
     Args:
@@ -26,7 +26,7 @@ def draw_of_all(scores_RV: torch.Tensor, keys: Sequence[Key]) -> torch.Tensor:
     """
     keys_R4 = torch.tensor([key.words for key in keys])
     drawn_R = torch.empty(len(keys), dtype=torch.int64)
-    draw_tokens(
+    cpu_kernel.draw_tokens(
         address(scores_RV, torch.float32), keys_R4.data_ptr(), drawn_R.data_ptr(),
         *scores_RV.shape, TAGS[torch.float32], np.int64(0),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Draws among all tokens on a CPU: argmax of scores and Gumbel noise, most of which is only bounded.
+"""Draws on a CPU: argmax of scores and Gumbel noise, most of which is only bounded.
 
 The noise is that of `runtime_service/sampling/noise.py`. Few tokens can win, so logarithms are taken for those alone
 whose score and a bound of their noise reach the best so far: some twenty of a row.

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from runtime_service.sampling.noise import DrawOfAll, draw_of_all
+from runtime_service.sampling.noise import DrawTokens, draw_tokens
 from runtime_service.sampling.sampler import Draw, RowSampler, sample, token_logprobs
 from runtime_service.sampling.token_counts import Tokens
 from runtime_service.scheduling.output import SampledSequence, ScheduledSequence, TokenLogprobs
@@ -32,7 +32,7 @@ def draw(
     rows: HostRows,
     scheduled: Sequence[ScheduledSequence],
     logits_RV: torch.Tensor,
-    draw_of_all: DrawOfAll = draw_of_all,
+    draw_tokens: DrawTokens = draw_tokens,
 ) -> list[SampledSequence]:
     """One token for each of `scheduled`, kept in its row.
 
@@ -48,7 +48,7 @@ def draw(
         Draw(rows.sampler(s.row), rows.read_tokens(s.row, end))
         for s, end in zip(scheduled, ends, strict=True)
     ]
-    token_ids, logprobs = sample(logits_RV, draws, draw_of_all)
+    token_ids, logprobs = sample(logits_RV, draws, draw_tokens)
     drawn = []
     for s, end, token_id, entry in zip(scheduled, ends, token_ids, logprobs, strict=True):
         rows.keep(s.row, end, token_id)

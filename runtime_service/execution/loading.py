@@ -86,7 +86,7 @@ def _load_cpu_runner(
     # Not at the head: a GPU's engine process needs none of it, and it takes a third of a second.
     from kernels.cpu_form import cpu_target
     from kernels.cpu_jit import CACHE_FOLDER, set_num_threads
-    from kernels.sampling.cpu import draw_of_all
+    from kernels.sampling.cpu import draw_tokens
     from runtime_service.execution.cpu_executor import CpuExecutor
 
     set_num_threads(options.num_threads or 0)
@@ -121,7 +121,7 @@ def _load_cpu_runner(
         vocab_size,
         lambda: set_num_threads(options.num_threads or 0),
         executor.preparations(limits.max_step_tokens),
-        draw_of_all,
+        draw_tokens,
     )
     return LoadedEngine(runner, limits, phases.timings)
 

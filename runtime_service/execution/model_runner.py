@@ -14,7 +14,7 @@ from runtime_service.execution.executor import Executor
 from runtime_service.execution.host_draws import draw, num_scored, pieces, score
 from runtime_service.execution.rows import RowTable
 from runtime_service.limits import RuntimeLimits
-from runtime_service.sampling.noise import DrawOfAll, draw_of_all
+from runtime_service.sampling.noise import DrawTokens, draw_tokens
 from runtime_service.scheduling.output import (
     ModelRunnerOutput,
     NewSequence,
@@ -37,7 +37,7 @@ class ModelRunner:
     Args:
         set_up_thread: called first on the thread that runs the steps.
         preparations: pieces of work that later steps are faster for, each for idle time.
-        draw_of_all: draws where no token is excluded.
+        draw_tokens: how tokens are drawn that are not simply the best.
         max_logit_rows: a step that scores prompts runs in pieces of so many tokens, whose logits are all held.
     """
 
@@ -48,10 +48,10 @@ class ModelRunner:
         vocab_size: int,
         set_up_thread: Callable[[], None] | None = None,
         preparations: Iterable[Callable[[], object]] = (),
-        draw_of_all: DrawOfAll = draw_of_all,
+        draw_tokens: DrawTokens = draw_tokens,
         max_logit_rows: int = MAX_LOGIT_ROWS,
     ) -> None:
-        self._executor, self._draw_of_all = executor, draw_of_all
+        self._executor, self._draw_tokens = executor, draw_tokens
         self._limits, self._max_logit_rows = limits, max_logit_rows
         self._rows = RowTable(limits, vocab_size)
         self._preparations = iter(preparations)
@@ -121,7 +121,7 @@ class ModelRunner:
             scores.setdefault(sequence.row, []).extend(score(self._rows, sequence, logits_TV))
             first += len(rows)
         sequences = [s for _, s in sampled]
-        return draw(self._rows, sequences, logits_RV[: len(sampled)], self._draw_of_all)
+        return draw(self._rows, sequences, logits_RV[: len(sampled)], self._draw_tokens)
 
     def _wanted(
         self, scheduled: Sequence[ScheduledSequence]

@@ -13,15 +13,19 @@ Gumbel 1954; Maddison et al. 2014, "A* Sampling", section 2 (Gumbel-max).
 Legend: R rows, V vocabulary, C candidates.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+# Up to so many tokens of a row, their noise is made one by one; beyond it, the whole row's.
+_MOST_CANDIDATES = 4096
 
 Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -41,13 +45,22 @@ class NoiseKey:
         return self.position & _MASK, self.sample_index & _MASK, seed & _MASK, seed >> 32 & _MASK
 
 
-# Gives the token [R] of the highest sum of score and noise, for scores [R, V] and a key a row; scores may be changed.
-DrawOfAll = Callable[[torch.Tensor, Sequence[NoiseKey]], torch.Tensor]
+# Gives the token [R] of the highest sum of score and noise, for scores [R, V] and a key a row. Scores may be changed;
+# -infinity is never drawn.
+DrawTokens = Callable[[torch.Tensor, Sequence[NoiseKey]], torch.Tensor]
 
 
-def draw_of_all(scores_RV: torch.Tensor, keys: Sequence[NoiseKey]) -> torch.Tensor:
-    """`DrawOfAll` by torch; `kernels/sampling/cpu.py` has one that takes a fiftieth of the time."""
-    return scores_RV.add_(noise_of_all(keys, scores_RV.shape[1])).argmax(-1)
+def draw_tokens(scores_RV: torch.Tensor, keys: Sequence[NoiseKey]) -> torch.Tensor:
+    """`DrawTokens` by torch; `kernels/sampling/cpu.py` has one that takes a fiftieth of the time."""
+    allowed = [np.flatnonzero(allowed_V) for allowed_V in (scores_RV > -math.inf).numpy()]
+    most = max(map(len, allowed))
+    if most > _MOST_CANDIDATES:
+        return scores_RV.add_(noise_of_all(keys, scores_RV.shape[1])).argmax(-1)
+    # Rows that allow fewer repeat one of theirs, which changes no maximum.
+    token_ids_RC = torch.from_numpy(np.stack([np.resize(ids, most) for ids in allowed]))
+    scores_RC = scores_RV.gather(1, token_ids_RC)
+    winners_R1 = scores_RC.add_(noise_of(keys, token_ids_RC)).argmax(-1, keepdim=True)
+    return token_ids_RC.gather(1, winners_R1)[:, 0]
 
 
 def noise_of_all(keys: Sequence[NoiseKey], vocab_size: int) -> torch.Tensor:

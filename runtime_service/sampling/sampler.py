@@ -6,7 +6,7 @@
 A row's token depends on its own logits, parameters and history alone, never on the batch. Rows that
 take the likeliest token as it stands, which is most, cost one pass over the logits.
 
-Legend: R rows, V vocabulary, C candidates.
+Legend: R rows, V vocabulary.
 """
 
 import math
@@ -16,14 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime_service.sampling.noise import DrawOfAll, NoiseKey, draw_of_all, noise_of
+from runtime_service.sampling.noise import DrawTokens, NoiseKey, draw_tokens
 from runtime_service.sampling.token_counts import TokenCounts, Tokens, has_penalties
-from runtime_service.sampling.truncation import least_scores, truncates
+from runtime_service.sampling.truncation import least_score, truncates
 from runtime_service.scheduling.output import TokenLogprobs
 from runtime_service.scheduling.request import SamplingParams, StopParams
 
-# Up to so many tokens of a row, their noise is made one by one; beyond it, the whole row's.
-_MAX_CANDIDATES = 4096
 # Below it fp32 has fewer bits, and at last none.
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
@@ -68,7 +66,7 @@ class Draw:
 
 
 def sample(
-    logits_RV: torch.Tensor, draws: Sequence[Draw], draw_of_all: DrawOfAll = draw_of_all
+    logits_RV: torch.Tensor, draws: Sequence[Draw], draw_tokens: DrawTokens = draw_tokens
 ) -> tuple[list[int], list[TokenLogprobs | None]]:
     """A token for each row, and its log probabilities where they are asked for.
 
@@ -87,7 +85,7 @@ def sample(
     for index, draw in enumerate(draws):
         if not draw.row.is_plain:
             _adjust(logits_RV[index], draw)
-    token_ids_R = _draw(logits_RV, draws, draw_of_all)
+    token_ids_R = _draw(logits_RV, draws, draw_tokens)
     logprobs: list[TokenLogprobs | None] = [None] * len(draws)
     if raw_RV is not None:
         num_top = [draws[i].row.params.num_logprobs or 0 for i in scored]
@@ -132,38 +130,28 @@ def _adjust(logits_V: torch.Tensor, draw: Draw) -> None:
         row.counts.apply(logits_V, draw.tokens, params)
 
 
-def _draw(logits_RV: torch.Tensor, draws: Sequence[Draw], draw_of_all: DrawOfAll) -> torch.Tensor:
-    random = [i for i, draw in enumerate(draws) if draw.row.params.temperature > 0]
-    is_random = len(random) == len(draws)
-    token_ids_R = torch.empty(len(draws), dtype=torch.int64) if is_random else logits_RV.argmax(-1)
-    for is_truncated in (False, True):
-        rows = [i for i in random if truncates(draws[i].row.params) == is_truncated]
-        if rows:
-            some = [draws[i] for i in rows]
-            # A copy of all rows would be paid for page by page.
-            scores_RV = logits_RV if len(rows) == len(draws) else logits_RV[rows]
-            token_ids_R[rows] = _draw_random(scores_RV, some, is_truncated, draw_of_all)
+def _draw(logits_RV: torch.Tensor, draws: Sequence[Draw], draw_tokens: DrawTokens) -> torch.Tensor:
+    rows = [i for i, draw in enumerate(draws) if draw.row.params.temperature > 0]
+    if len(rows) == len(draws):  # a copy of all would be paid for page by page
+        return _draw_random(logits_RV, draws, draw_tokens)
+    token_ids_R = logits_RV.argmax(-1)
+    if rows:
+        token_ids_R[rows] = _draw_random(logits_RV[rows], [draws[i] for i in rows], draw_tokens)
     return token_ids_R
 
 
 def _draw_random(
-    scores_RV: torch.Tensor, draws: Sequence[Draw], is_truncated: bool, draw_of_all: DrawOfAll
+    logits_RV: torch.Tensor, draws: Sequence[Draw], draw_tokens: DrawTokens
 ) -> torch.Tensor:
-    """Changes `scores_RV`: logits, as they come."""
+    """Changes the logits into scores."""
     params = [draw.row.params for draw in draws]
-    keys = [NoiseKey(d.row.params.seed, d.row.sample_index, len(d.tokens)) for d in draws]
     temperatures_R1 = torch.tensor([[max(p.temperature, _LEAST_TEMPERATURE)] for p in params])
     # Relative to the best: the smallest temperature gives 0 and -infinity, never NaN.
-    scores_RV.sub_(scores_RV.amax(-1, keepdim=True)).div_(temperatures_R1)
-    if not is_truncated:
-        return draw_of_all(scores_RV, keys)
-    is_kept_RV = scores_RV >= least_scores(scores_RV, params)
-    kept = [np.flatnonzero(is_kept_V) for is_kept_V in is_kept_RV.numpy()]
-    num_kept = max(map(len, kept))
-    if num_kept > _MAX_CANDIDATES:
-        return draw_of_all(scores_RV.masked_fill_(~is_kept_RV, -math.inf), keys)
-    # Rows that keep fewer repeat one of theirs, which changes no maximum.
-    token_ids_RC = torch.from_numpy(np.stack([np.resize(ids, num_kept) for ids in kept]))
-    scores_RC = scores_RV.gather(1, token_ids_RC)
-    winners_R1 = scores_RC.add_(noise_of(keys, token_ids_RC)).argmax(-1, keepdim=True)
-    return token_ids_RC.gather(1, winners_R1)[:, 0]
+    scores_RV = logits_RV.sub_(logits_RV.amax(-1, keepdim=True)).div_(temperatures_R1)
+    for scores_V, row in zip(scores_RV, params, strict=True):
+        if truncates(row):
+            least = np.float32(least_score(scores_V.numpy(), row))
+            # Excludes what is not above its threshold.
+            torch.threshold_(scores_V, float(np.nextafter(least, -np.inf)), -math.inf)
+    keys = [NoiseKey(d.row.params.seed, d.row.sample_index, len(d.tokens)) for d in draws]
+    return draw_tokens(scores_RV, keys)

@@ -6,18 +6,16 @@
 
 A token with the same score as the last one kept is kept: no order among equals is made up, so what
 is kept depends on the scores alone. Source: Fan et al. 2018 (top-k); Holtzman et al. 2019 (top-p);
-Nguyen et al. 2024 (min-p). Legend: R rows, V vocabulary, K tokens that are kept.
+Nguyen et al. 2024 (min-p). Legend: V vocabulary, K tokens that are kept.
 
 Only a row's highest scores are put into order: to select them takes NumPy a third of the time that sorting all takes,
 whose running sums take eight times as long as that.
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from runtime_service.scheduling.request import SamplingParams
 
@@ -32,14 +30,8 @@ def truncates(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def least_scores(scores_RV: torch.Tensor, rows: Sequence[SamplingParams]) -> torch.Tensor:
-    """The score [R, 1] below which a row's tokens are not drawn."""
-    pairs = zip(scores_RV.numpy(), rows, strict=True)
-    least = [_least_score(scores_V, row) for scores_V, row in pairs]
-    return torch.tensor(least)[:, None]
-
-
-def _least_score(scores_V: Scores, row: SamplingParams) -> float:
+def least_score(scores_V: Scores, row: SamplingParams) -> float:
+    """The score below which a row's tokens are not drawn."""
     least = -math.inf
     kept_K = scores_V
     if row.min_p > 0:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.sampling.cpu import draw_of_all
+from kernels.sampling.cpu import draw_tokens
 from kernels.sampling.cpu_kernel import _bound, _noise
 from runtime_service.sampling import noise
 from runtime_service.sampling.noise import NoiseKey
@@ -19,8 +19,8 @@ KEYS = [NoiseKey(2**64 - 1 - 77 * i, i % 3, 2000 + i) for i in range(40)]
 def test_draws_are_those_of_every_tokens_noise(vocab_size: int, deviation: float) -> None:
     torch.manual_seed(vocab_size)
     scores = deviation * torch.randn(len(KEYS), vocab_size)
-    expected = noise.draw_of_all(scores.clone(), KEYS)
-    assert torch.equal(draw_of_all(scores, KEYS), expected)
+    expected = noise.draw_tokens(scores.clone(), KEYS)
+    assert torch.equal(draw_tokens(scores, KEYS), expected)
 
 
 def test_what_may_not_be_drawn_is_not() -> None:
@@ -28,18 +28,18 @@ def test_what_may_not_be_drawn_is_not() -> None:
     scores = torch.randn(len(KEYS), 5000)
     scores[torch.rand(scores.shape) < 0.999] = -math.inf
     scores[:, 4321] = 0.0
-    expected = noise.draw_of_all(scores.clone(), KEYS)
-    assert torch.equal(draw_of_all(scores, KEYS), expected)
+    expected = noise.draw_tokens(scores.clone(), KEYS)
+    assert torch.equal(draw_tokens(scores, KEYS), expected)
     only = torch.full((len(KEYS), 3000), -math.inf)
     only[:, 2999] = -50.0
-    assert draw_of_all(only, KEYS).tolist() == [2999] * len(KEYS)
+    assert draw_tokens(only, KEYS).tolist() == [2999] * len(KEYS)
 
 
 def test_a_row_is_drawn_alike_in_any_batch() -> None:
     scores = torch.randn(len(KEYS), 3001, generator=torch.Generator().manual_seed(1))
-    together = draw_of_all(scores, KEYS)
+    together = draw_tokens(scores, KEYS)
     for row, key in enumerate(KEYS):
-        assert draw_of_all(scores[row : row + 1], [key])[0] == together[row]
+        assert draw_tokens(scores[row : row + 1], [key])[0] == together[row]
 
 
 def test_no_words_noise_is_beyond_its_bound() -> None:

@@ -17,7 +17,7 @@ from runtime_service.sampling.sampler import (
     sample,
     token_logprobs,
 )
-from runtime_service.sampling.truncation import least_scores
+from runtime_service.sampling.truncation import least_score
 from runtime_service.scheduling.request import SamplingParams, StopParams
 from runtime_service.validation import REPETITION_PENALTIES
 
@@ -222,7 +222,7 @@ def test_least_score_of_a_long_row_is_the_last_that_is_kept(
         if reached >= top_p:
             break
     params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, seed=0)
-    assert least_scores(scores, [params]).tolist() == [[least]]
+    assert least_score(scores[0].numpy(), params) == least
 
 
 def test_equal_scores_are_all_kept() -> None:
