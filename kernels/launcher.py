@@ -14,7 +14,7 @@ from kernels.driver import Driver
 from kernels.tensor_map import TensorMap
 from kernels.variant import DIVISIBILITY, Argument, Boxes, KernelRecord, KernelVariant
 from shared.arch import Arch, arch_for, arch_named
-from shared.errors import ArchMismatch, DriverTooOld
+from shared.errors import ArchMismatch, DriverTooOld, KernelMissing
 
 Grid = tuple[int, int, int]
 
@@ -178,13 +178,14 @@ class KernelLibrary:
         code: reads (offset, size) of the layer `kernels/code.bin`.
     Raises:
         ArchMismatch, DriverTooOld: as `check_device`.
+        KernelMissing: another version wrote the index.
     """
 
     def __init__(self, index: bytes, code: Callable[[int, int], bytes]) -> None:
         raw = json.loads(index)
         self.arch = arch_named(raw["arch"])
         self._code = code
-        self._records = {key: _record(entry) for key, entry in raw["kernels"].items()}
+        self._records = {key: _record(key, entry) for key, entry in raw["kernels"].items()}
         self._driver = Driver()
         device = Device(
             self._driver.capability(), self._driver.version(), self._driver.max_shared_bytes()
@@ -206,7 +207,16 @@ class KernelLibrary:
             self._load(key)
 
     def kernel(self, variant: KernelVariant) -> Kernel:
-        """The loaded kernel; KeyError where the engine was not compiled with this variant."""
+        """The loaded kernel.
+
+        Raises:
+            KernelMissing: the engine was not compiled with this variant.
+        """
+        loaded = self._kernels.get(variant.key)
+        if loaded is not None:
+            return loaded
+        if variant not in self:
+            raise KernelMissing(kernel=f"{variant.op}.{variant.kernel}")
         return self._load(variant.key)
 
     def _load(self, key: str) -> Kernel:
@@ -218,7 +228,9 @@ class KernelLibrary:
         return self._kernels[key]
 
 
-def _record(entry: dict[str, object]) -> KernelRecord:
+def _record(key: str, entry: dict[str, object]) -> KernelRecord:
+    if entry.keys() != set(KernelRecord.__slots__):
+        raise KernelMissing(kernel=key)
     fields = {name: entry[name] for name in KernelRecord.__slots__}
     for name in ("code", "ptx"):
         fields[name] = tuple(fields[name])  # type: ignore[arg-type]

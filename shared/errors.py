@@ -163,6 +163,16 @@ class DriverTooOld(MillraceError):
     template = "The engine needs a driver for CUDA {needed} and this one is for {found}; update it."
 
 
+class KernelMissing(MillraceError):
+    """The engine's machine code is not what this version of the runtime launches."""
+
+    reason, code = "KERNEL_MISSING", _S.FAILED_PRECONDITION
+    template = (
+        "The engine has no kernel {kernel} as this runtime launches it: another version of Millrace "
+        "built it; rebuild the engine, or serve it with that version."
+    )
+
+
 class QualityGate(MillraceError):
     """The quantized engine is worse than allowed."""
 
@@ -404,7 +414,8 @@ ERRORS: dict[str, type[MillraceError]] = {
         FollowsDeployment,
         UnsupportedModel, InvalidModel, UnsupportedArch, UnsupportedQuant, UnsupportedTp,
         InvalidField, PromptTooLong, ModelNotFound, EngineNotFound, BuildNotFound, BlobNotFound,
-        ArchMismatch, FormatMismatch, DriverTooOld, QualityGate, NoEngine, BuildQueueFull,
+        ArchMismatch, FormatMismatch, DriverTooOld, KernelMissing, QualityGate, NoEngine,
+        BuildQueueFull,
         QueueFull, DiskFull, Draining, EngineLost, RedisUnreachable, CompilerUnreachable,
         StoreUnreachable, StoreRefused, StoreNotFound, CacheTooSmall, DeviceFull,
         DeadlineExceeded, Unauthenticated, PermissionDenied, GatewayRefused, QuotaExceeded,

@@ -1,12 +1,15 @@
 """What the launcher decides without a device."""
 
 import dataclasses
+import json
 
 import pytest
 
-from kernels.launcher import Device, check_device
+from kernels import launcher
+from kernels.launcher import Device, KernelLibrary, check_device
+from kernels.variant import KernelVariant
 from shared.arch import ARCHES
-from shared.errors import ArchMismatch, DriverTooOld
+from shared.errors import ArchMismatch, DriverTooOld, KernelMissing
 
 
 def device(
@@ -66,3 +69,39 @@ def test_ptx_needs_a_driver_that_reads_it_where_machine_code_does_not() -> None:
     with pytest.raises(DriverTooOld) as caught:
         check_device(ARCHES["sm_80"], device((9, 0), driver=(12, 7)))
     assert caught.value.fields == {"needed": "12.8", "found": "12.7"}
+
+
+class _Driver:
+    """One that no kernel is loaded by."""
+
+    def capability(self) -> tuple[int, int]:
+        return 9, 0
+
+    def version(self) -> tuple[int, int]:
+        return 13, 0
+
+    def max_shared_bytes(self) -> int:
+        return 232_448
+
+
+def _library(kernels: dict[str, object]) -> KernelLibrary:
+    index = json.dumps({"arch": "sm_90", "min_driver": [12, 0], "kernels": kernels})
+    return KernelLibrary(index.encode(), lambda offset, size: b"")
+
+
+def test_engine_of_another_version_is_told_by_the_kernel_that_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It lacks a variant, or says other things of those that it has."""
+    monkeypatch.setattr(launcher, "Driver", _Driver)
+    record: dict[str, object] = {
+        "symbol": "f", "arguments": [], "num_warps": 4, "shared_bytes": 0, "has_pdl": False,
+        "code": [0, 8], "ptx": [0, 0],
+    }  # fmt: skip
+    variant = KernelVariant("linear", "linear_many", (), ())
+    assert variant in _library({variant.key: record})
+    with pytest.raises(KernelMissing, match=r"no kernel linear\.linear_many .* rebuild"):
+        _library({"linear.linear_one.0123": record}).kernel(variant)
+    for other in ({**record, "clusters": 2}, {k: v for k, v in record.items() if k != "ptx"}):
+        with pytest.raises(KernelMissing, match=r"no kernel linear\.linear_many"):
+            _library({variant.key: other})
