@@ -168,11 +168,15 @@ def test_template_arguments_are_sent_as_json() -> None:
     assert json.loads(start.chat.template_arguments) == given
     circle: list[object] = []
     circle.append(circle)
+    deep: object = 0
+    for _ in range(10_000):
+        deep = [deep]
     for prompt, value, says in (
         ("hello", 1, "needs messages"),
         (messages, float("nan"), "is no JSON"),
         (messages, "\ud800", "is not UTF-8"),
         (messages, circle, "is no JSON"),
+        (messages, deep, "is no JSON"),
     ):
         with pytest.raises(millrace.MillraceError, match=f"template_arguments: {says}"):
             start_generation(prompt, template_arguments={"a": value})

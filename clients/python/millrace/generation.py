@@ -114,7 +114,8 @@ def _set_template_arguments(start: pb.StartGeneration, arguments: Mapping[str, o
         raise invalid_field("template_arguments", "needs messages, which go through a template")
     try:
         written = json.dumps(dict(arguments), ensure_ascii=False, allow_nan=False)
-    except ValueError as error:  # no number of JSON's, or an object that holds itself
+    # No number of JSON's, an object that holds itself, or one that is too deep.
+    except (ValueError, RecursionError) as error:
         raise invalid_field("template_arguments", f"is no JSON: {error}") from None
     try:
         start.chat.template_arguments = written
