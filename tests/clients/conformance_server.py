@@ -196,6 +196,9 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
         told[name].pop("request_id", None)
         if len(text := told[name].get("text", "")) > 1000:
             told[name]["text"] = f"{len(text)} characters"
+        if arguments := told[name].get("chat", {}).get("template_arguments"):
+            # Each client spaces it in its own way.
+            told[name]["chat"]["template_arguments"] = json.loads(arguments)
         self.commands.append(told)
         return self._answer(command.generation_id if name == "resume" else command.text)
 

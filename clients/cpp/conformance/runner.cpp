@@ -66,6 +66,9 @@ millrace::GenerateOptions options_of(const Json& asked) {
   if (asked.contains("timeout_s")) options.timeout = milliseconds(asked.at("timeout_s"));
   set(asked, "priority", options.priority);
   set(asked, "model", options.model);
+  if (asked.contains("template_arguments")) {
+    options.template_arguments = asked.at("template_arguments").dump();
+  }
   return options;
 }
 

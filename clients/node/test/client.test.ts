@@ -7,7 +7,7 @@ import { create } from "@bufbuild/protobuf";
 
 import { Attempts, type Command } from "../src/attempts.js";
 import { MillraceError, UNREACHABLE } from "../src/errors.js";
-import { Collector, startGeneration } from "../src/generation.js";
+import { Collector, startGeneration, type GenerateOptions } from "../src/generation.js";
 import { EventSchema } from "../src/gen/millrace/runtime/v1/runtime_pb.js";
 import { Client, Retries } from "../src/index.js";
 
@@ -34,6 +34,31 @@ test("half of a certificate is refused", () => {
 test("a prompt is not a mix of ids and messages", () => {
   const mix = [1, { role: "user", content: "hi" }] as unknown as number[];
   assert.throws(() => startGeneration(mix, {}), /not a mix/);
+});
+
+test("what the wire cannot carry is refused at once", () => {
+  const messages = [{ role: "user", content: "hi" }];
+  for (const [options, says] of [
+    [{ maxTokens: 5 }, /unknown option maxTokens/],
+    [{ maxNewTokens: 1.5 }, /max_new_tokens/],
+    [{ temperature: "hot" }, /temperature/],
+    [{ seed: -1 }, /seed/],
+    [{ seed: 0.5 }, /0\.5/],
+    [{ timeoutS: NaN }, /NaN/],
+    [{ templateArguments: { depth: 1n } }, /BigInt/],
+  ] as const) {
+    const asked = () => startGeneration(messages, options as unknown as GenerateOptions);
+    assert.throws(asked, (error) => error instanceof TypeError && says.test(error.message));
+  }
+  for (const prompt of ["hello", [1, 2], []]) {
+    const asked = () => startGeneration(prompt, { templateArguments: { depth: 1 } });
+    assert.throws(asked, /need messages/);
+  }
+});
+
+test("a stop string and a seed may stand alone", () => {
+  const { stop, sampling } = startGeneration("hello", { stop: "END", seed: 7 });
+  assert.deepEqual([stop?.strings, sampling?.seed], [["END"], 7n]);
 });
 
 test("a stream has no result before it was read", () => {

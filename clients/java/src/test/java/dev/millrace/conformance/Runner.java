@@ -193,6 +193,7 @@ public final class Runner {
         case "timeout_s" -> options.timeout(seconds(value.getAsDouble()));
         case "priority" -> options.priority(value.getAsInt());
         case "model" -> options.model(value.getAsString());
+        case "template_arguments" -> options.templateArguments(GSON.toJson(value));
         default -> throw new IllegalArgumentException("unknown option " + entry.getKey());
       }
     }
