@@ -102,6 +102,10 @@ public final class Runner {
     if (options.has("tls_ca")) {
       builder.tlsCa(Path.of(options.get("tls_ca").getAsString()));
     }
+    if (options.has("tls_cert")) {
+      Path certificate = Path.of(options.get("tls_cert").getAsString());
+      builder.tlsCertificate(certificate, Path.of(options.get("tls_key").getAsString()));
+    }
     return builder.build();
   }
 
