@@ -284,6 +284,28 @@ func TestTemplateArgumentsNeedMessagesAndJSON(t *testing.T) {
 	})
 }
 
+func TestTextThatIsNotUTF8FailsAloneAmongOthers(t *testing.T) {
+	eachGenerator(t, func(t *testing.T, daemon *endless, on generator) {
+		other := on.Generate(context.Background(), Text("a"))
+		defer other.Close()
+		if !other.Next() {
+			t.Fatal(other.Err())
+		}
+		_, err := on.Generate(context.Background(), Text("caf\xe9")).Wait()
+		var failed *Error
+		if !errors.As(err, &failed) || failed.Reason != "INVALID_FIELD" {
+			t.Errorf("%v", err)
+		}
+		if late := on.Generate(context.Background(), Text("b")); !late.Next() {
+			t.Error(late.Err())
+		}
+		go other.Close()
+		if other.Next() || other.Err() != nil {
+			t.Error(other.Err())
+		}
+	})
+}
+
 func TestTemplateArgumentsKeepTheirDigitsAndOrder(t *testing.T) {
 	written := json.RawMessage(`{"b":1.0,"a":12345678901234567890}`)
 	command, err := startGeneration(

@@ -69,6 +69,10 @@ func startGeneration(
 	for _, option := range options {
 		option(&start)
 	}
+	// Sent, a text that is not UTF-8 would end a session's call, and with it all of its streams.
+	if _, err := proto.Marshal(start.StartGeneration); err != nil {
+		start.err = invalidField("start", err.Error())
+	}
 	return &runtimev1.GenerateStreamRequest{
 		Command: &runtimev1.GenerateStreamRequest_Start{Start: start.StartGeneration},
 	}, start.err
