@@ -13,7 +13,7 @@ import (
 var lost = &Error{Message: "lost", Reason: ReasonUnreachable, Code: codes.Unavailable}
 
 func newAttempts(now func() time.Time, options ...GenerateOption) *attempts {
-	command := startGeneration(Text("hello"), options)
+	command, _ := startGeneration(Text("hello"), options)
 	retries := Retries{MaxAttempts: 3}.withDefaults()
 	return &attempts{command: command, collector: newCollector(nil), retries: retries, now: now}
 }

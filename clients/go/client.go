@@ -81,7 +81,8 @@ func (c *Client) Close() error {
 // Generate gives a generation as a stream, which starts when it is read. The end of ctx, or
 // Stream.Close, cancels what still runs.
 func (c *Client) Generate(ctx context.Context, prompt Prompt, options ...GenerateOption) *Stream {
-	return newStream(ctx, c.open, startGeneration(prompt, options), c.address, c.retries)
+	command, err := startGeneration(prompt, options)
+	return newStream(ctx, c.open, command, c.address, c.retries).refuse(err)
 }
 
 // Resume goes on with a generation of a gateway whose reader is gone, such as another process, after

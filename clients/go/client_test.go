@@ -3,6 +3,7 @@ package millrace
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -171,7 +172,8 @@ func TestContextThatHasEndedCallsNobody(t *testing.T) {
 		t.Error("it calls")
 		return nil, io.EOF
 	}
-	stream := newStream(ctx, open, startGeneration(Text("a"), nil), "nobody", Retries{}.withDefaults())
+	command, _ := startGeneration(Text("a"), nil)
+	stream := newStream(ctx, open, command, "nobody", Retries{}.withDefaults())
 	if _, err := stream.Wait(); !errors.Is(err, context.Canceled) {
 		t.Fatal(err)
 	}
@@ -257,6 +259,60 @@ func TestWhatCannotWorkIsRefusedAtOnce(t *testing.T) {
 			!strings.Contains(err.Error(), wanted) {
 			t.Errorf("%v, not %q", err, wanted)
 		}
+	}
+}
+
+func TestTemplateArgumentsNeedMessagesAndJSON(t *testing.T) {
+	eachGenerator(t, func(t *testing.T, daemon *endless, on generator) {
+		for wanted, refused := range map[string]struct {
+			prompt    Prompt
+			arguments any
+		}{
+			"needs messages":       {Text("a"), map[string]any{"enable_thinking": false}},
+			"unsupported type":     {Chat{{"user", "a"}}, map[string]any{"a": func() {}}},
+			"template_arguments: ": {TokenIDs{1}, nil},
+		} {
+			stream := on.Generate(
+				context.Background(), refused.prompt, WithTemplateArguments(refused.arguments))
+			_, err := stream.Wait()
+			var failed *Error
+			if !errors.As(err, &failed) || failed.Reason != "INVALID_FIELD" ||
+				!strings.Contains(failed.Message, wanted) {
+				t.Errorf("%v, not %q", err, wanted)
+			}
+		}
+	})
+}
+
+func TestTextThatIsNotUTF8FailsAloneAmongOthers(t *testing.T) {
+	eachGenerator(t, func(t *testing.T, daemon *endless, on generator) {
+		other := on.Generate(context.Background(), Text("a"))
+		defer other.Close()
+		if !other.Next() {
+			t.Fatal(other.Err())
+		}
+		_, err := on.Generate(context.Background(), Text("caf\xe9")).Wait()
+		var failed *Error
+		if !errors.As(err, &failed) || failed.Reason != "INVALID_FIELD" {
+			t.Errorf("%v", err)
+		}
+		if late := on.Generate(context.Background(), Text("b")); !late.Next() {
+			t.Error(late.Err())
+		}
+		go other.Close()
+		if other.Next() || other.Err() != nil {
+			t.Error(other.Err())
+		}
+	})
+}
+
+func TestTemplateArgumentsKeepTheirDigitsAndOrder(t *testing.T) {
+	written := json.RawMessage(`{"b":1.0,"a":12345678901234567890}`)
+	command, err := startGeneration(
+		Chat{{"user", "a"}}, []GenerateOption{WithTemplateArguments(written)})
+	if found := command.GetStart().GetChat().GetTemplateArguments(); err != nil ||
+		found != string(written) {
+		t.Error(found, err)
 	}
 }
 

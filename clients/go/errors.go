@@ -101,6 +101,13 @@ func fromCall(raised error, address string) error {
 	return err
 }
 
+// invalidField is the error of an option that cannot be sent, in the daemons' own form.
+func invalidField(name, problem string) *Error {
+	err := fromStatus(status.New(codes.InvalidArgument, fmt.Sprintf("%s: %s.", name, problem)))
+	err.Reason, err.Metadata = "INVALID_FIELD", map[string]string{"field": name}
+	return err
+}
+
 // callEnded is the error of a daemon that ended a call before its generations had ended.
 func callEnded(address string) *Error {
 	message := fmt.Sprintf("The daemon at %s ended the call.", address)

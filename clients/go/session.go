@@ -34,7 +34,8 @@ type Session struct {
 
 // Generate gives a generation on this session's call, as Client.Generate.
 func (s *Session) Generate(ctx context.Context, prompt Prompt, options ...GenerateOption) *Stream {
-	return newStream(ctx, s.open, startGeneration(prompt, options), s.address, s.retries)
+	command, err := startGeneration(prompt, options)
+	return newStream(ctx, s.open, command, s.address, s.retries).refuse(err)
 }
 
 // Close ends the call, and with it what runs on it; it never fails.

@@ -62,6 +62,14 @@ func newStream(
 	}
 }
 
+// refuse ends a stream whose generation cannot be asked for; err is nil where it can.
+func (s *Stream) refuse(err error) *Stream {
+	if err != nil {
+		s.end(err)
+	}
+	return s
+}
+
 // Next waits for the next chunk, which Chunk then gives; false at the end, which Err explains.
 func (s *Stream) Next() bool {
 	for !s.hasEnded {

@@ -46,10 +46,10 @@ class ConformanceServer:
     """Plays the `server` part of a scenario at `address`; a context manager.
 
     Args:
-        certificate: key and certificate chain (PEM), where the scenario asks for TLS.
+        certificates: folder with the server's certificate, its key and its CA, where the scenario asks for TLS.
     """
 
-    def __init__(self, script: Json, certificate: tuple[bytes, bytes] | None = None) -> None:
+    def __init__(self, script: Json, certificates: Path | None = None) -> None:
         self._is_down = script.get("down", False)
         self._server = grpc.server(
             ThreadPoolExecutor(32),
@@ -59,8 +59,13 @@ class ConformanceServer:
             ],
         )
         if script.get("tls"):
-            assert certificate is not None, "the scenario asks for TLS"
-            credentials = grpc.ssl_server_credentials([certificate])
+            assert certificates is not None, "the scenario asks for TLS"
+            names = ("server.key", "server.crt", "ca.crt")
+            key, chain, ca = ((certificates / name).read_bytes() for name in names)
+            is_mutual = script["tls"] == "mutual"
+            credentials = grpc.ssl_server_credentials(
+                [(key, chain)], ca if is_mutual else None, is_mutual
+            )
             self._relay = Relay(self._server.add_secure_port("127.0.0.1:0", credentials))
         else:
             self._relay = Relay(self._server.add_insecure_port("127.0.0.1:0"))
@@ -196,6 +201,9 @@ class _Runtime(runtime_pb2_grpc.RuntimeServiceServicer):
         told[name].pop("request_id", None)
         if len(text := told[name].get("text", "")) > 1000:
             told[name]["text"] = f"{len(text)} characters"
+        if arguments := told[name].get("chat", {}).get("template_arguments"):
+            # Each client spaces it in its own way.
+            told[name]["chat"]["template_arguments"] = json.loads(arguments)
         self.commands.append(told)
         return self._answer(command.generation_id if name == "resume" else command.text)
 

@@ -41,7 +41,7 @@ def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two folders with a CA and a server's certificate each: `right` and `wrong`."""
+    """Two folders with a CA, a server's and a client's certificate each: `right` and `wrong`."""
     folder = tmp_path_factory.mktemp("certificates")
     for name in ("right", "wrong"):
         make_certs(folder / name, [], "client", 2)
@@ -53,10 +53,8 @@ def test_client_behaves_as_the_scenario_tells(
     runner: Runner, certificates: Path, name: str
 ) -> None:
     scenario = SCENARIOS[name]
-    right = certificates / "right"
-    pair = ((right / "server.key").read_bytes(), (right / "server.crt").read_bytes())
     expected = scenario["expect"]
-    with ConformanceServer(scenario["server"], pair) as server:
+    with ConformanceServer(scenario["server"], certificates / "right") as server:
         results = runner.run(_task(scenario["client"], server.address, certificates))
         seen = server.seen(expected.get("server", {}).get("cancelled", 0))
     problems = _differences(expected["results"], results, "results")
@@ -65,10 +63,13 @@ def test_client_behaves_as_the_scenario_tells(
 
 
 def _task(client: Json, address: str, certificates: Path) -> Json:
-    """What the runner is told: names of CAs become paths, repetitions become text."""
+    """What the runner is told: names of certificates become paths, repetitions become text."""
     options = dict(client.get("options", {}))
     if "tls_ca" in options:
         options["tls_ca"] = str(certificates / options["tls_ca"] / "ca.crt")
+    if "tls_cert" in options:
+        own = certificates / options["tls_cert"]
+        options |= {"tls_cert": str(own / "client.crt"), "tls_key": str(own / "client.key")}
     return {"address": address, "options": options, "do": [_spelled_out(a) for a in client["do"]]}
 
 

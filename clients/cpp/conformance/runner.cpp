@@ -66,6 +66,9 @@ millrace::GenerateOptions options_of(const Json& asked) {
   if (asked.contains("timeout_s")) options.timeout = milliseconds(asked.at("timeout_s"));
   set(asked, "priority", options.priority);
   set(asked, "model", options.model);
+  if (asked.contains("template_arguments")) {
+    options.template_arguments = asked.at("template_arguments").dump();
+  }
   return options;
 }
 
@@ -198,6 +201,8 @@ Json run(const Json& task) {
   options.runtime = task.at("address");
   set(asked, "api_key", options.api_key);
   set(asked, "tls_ca", options.tls_ca);
+  set(asked, "tls_cert", options.tls_cert);
+  set(asked, "tls_key", options.tls_key);
   set(asked, "max_attempts", options.retries.max_attempts);
   millrace::Client client(options);
   Json results = Json::array();

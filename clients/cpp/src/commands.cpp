@@ -80,6 +80,13 @@ pb::GenerateStreamRequest start_generation(const Prompt& prompt, const GenerateO
   pb::GenerateStreamRequest request;
   pb::StartGeneration& start = *request.mutable_start();
   set_prompt(start, prompt);
+  if (!options.template_arguments.empty()) {
+    if (!start.has_chat()) {
+      throw std::invalid_argument(
+          "template_arguments need messages, which go through a template");
+    }
+    start.mutable_chat()->set_template_arguments(utf8(options.template_arguments));
+  }
   set_sampling(*start.mutable_sampling(), options);
   set_stop(*start.mutable_stop(), options);
   if (options.timeout) {

@@ -12,7 +12,7 @@ namespace millrace {
 namespace pb = runtime::v1;
 
 /// The request that starts a generation.
-/// @throws std::invalid_argument a text is not UTF-8.
+/// @throws std::invalid_argument a text is not UTF-8, or template arguments have no messages.
 pb::GenerateStreamRequest start_generation(const Prompt& prompt, const GenerateOptions& options);
 
 /// The request that goes on with a generation after so many tokens of each sample.

@@ -200,6 +200,17 @@ TEST_CASE("text is UTF-8") {
   }
 }
 
+TEST_CASE("template arguments need messages") {
+  millrace::GenerateOptions options;
+  options.template_arguments = R"({"depth": 1})";
+  const std::vector<millrace::Message> messages = {{"user", "hi"}};
+  const auto request = millrace::start_generation(messages, options);
+  CHECK(request.start().chat().template_arguments() == options.template_arguments);
+  CHECK_THROWS_AS(millrace::start_generation("hello", options), std::invalid_argument);
+  CHECK_THROWS_AS(millrace::start_generation(std::vector<std::uint32_t>{1}, options),
+                  std::invalid_argument);
+}
+
 TEST_CASE("a stream starts before it is read") {
   SilentRuntime runtime;
   Client client = runtime.client();

@@ -32,6 +32,7 @@ var generateOptions = map[string]func(json.RawMessage) millrace.GenerateOption{
 	"timeout_s":          option(withTimeout),
 	"priority":           option(millrace.WithPriority),
 	"model":              option(millrace.WithModel),
+	"template_arguments": option(withTemplateArguments),
 }
 
 func arguments(asked map[string]json.RawMessage) (millrace.Prompt, []millrace.GenerateOption) {
@@ -67,6 +68,10 @@ func withSeed(text string) millrace.GenerateOption {
 		log.Fatal(err)
 	}
 	return millrace.WithSeed(seed)
+}
+
+func withTemplateArguments(arguments map[string]any) millrace.GenerateOption {
+	return millrace.WithTemplateArguments(arguments)
 }
 
 func withTimeout(seconds float64) millrace.GenerateOption {

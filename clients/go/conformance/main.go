@@ -23,6 +23,8 @@ type task struct {
 		MaxAttempts int    `json:"max_attempts"`
 		APIKey      string `json:"api_key"`
 		TLSCA       string `json:"tls_ca"`
+		TLSCert     string `json:"tls_cert"`
+		TLSKey      string `json:"tls_key"`
 	}
 	Do []action
 }
@@ -73,6 +75,9 @@ func run(asked task) []result {
 	}
 	if ca := asked.Options.TLSCA; ca != "" {
 		options = append(options, millrace.WithTLS(ca))
+	}
+	if own := asked.Options.TLSCert; own != "" {
+		options = append(options, millrace.WithClientCertificate(own, asked.Options.TLSKey))
 	}
 	client, err := millrace.NewClient(asked.Address, options...)
 	if err != nil {

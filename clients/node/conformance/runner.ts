@@ -58,10 +58,12 @@ function open(client: Client, generator: Client | Session, action: Json): Stream
   if (action.resume) {
     return client.resume(action.resume.generation_id, action.resume.received_tokens);
   }
-  const { prompt, seed, ...options } = action.generate;
+  // What a template is given is named by its author.
+  const { prompt, seed, template_arguments: templateArguments, ...options } = action.generate;
   return generator.generate(prompt, {
     ...renamed(options, camel),
     ...(seed === undefined ? {} : { seed: BigInt(seed) }),
+    ...(templateArguments === undefined ? {} : { templateArguments }),
   });
 }
 

@@ -10,7 +10,7 @@ import {
 import { createGrpcTransport, Http2SessionManager } from "@connectrpc/connect-node";
 
 import { resumeGeneration, type Command } from "./attempts.js";
-import { fromCallError } from "./errors.js";
+import { closed, fromCallError } from "./errors.js";
 import { startGeneration, type GenerateOptions, type Prompt } from "./generation.js";
 import { CompilerService } from "./gen/millrace/compiler/v1/compiler_pb.js";
 import {
@@ -48,6 +48,7 @@ export class Client {
   private readonly retries: Retries;
   private readonly timeoutMs: number;
   private readonly managers: Http2SessionManager[] = [];
+  private isClosed = false;
 
   constructor(options: ClientOptions = {}) {
     const { compiler = "127.0.0.1:7601", runtime = "127.0.0.1:7602" } = options;
@@ -83,12 +84,13 @@ export class Client {
 
   /** Many generations on one call, for callers with many streams; close it when done. */
   session(): Session {
-    return new Session(this.runtime, this.address, this.retries);
+    return new Session(this.runtime, this.address, this.retries, () => this.isClosed);
   }
 
   /** What the runtime daemon serves, its limits and its load. */
   async getStatus(): Promise<GetStatusResponse> {
     for (let attempt = 1; ; attempt++) {
+      if (this.isClosed) throw closed("client");
       try {
         return await this.runtime.getStatus({}, { timeoutMs: this.timeoutMs });
       } catch (raised) {
@@ -100,8 +102,9 @@ export class Client {
     }
   }
 
-  /** Closes the connections; what streams still run ends. */
+  /** Closes the connections; streams that still run fail with `CANCELLED`. */
   close(): void {
+    this.isClosed = true; // a manager would connect again
     for (const manager of this.managers) manager.abort();
   }
 
@@ -115,9 +118,14 @@ export class Client {
     signal: AbortSignal,
     timeoutMs: number | undefined,
   ): AsyncGenerator<Event[]> {
+    if (this.isClosed) throw closed("client");
     const options = { signal, ...(timeoutMs === undefined ? {} : { timeoutMs }) };
     const call = this.runtime.generateStream({ command }, options);
-    for await (const response of call) yield response.events;
+    try {
+      for await (const response of call) yield response.events;
+    } catch (raised) {
+      throw this.isClosed ? closed("client") : raised;
+    }
   }
 
   private connect(address: string, options: ClientOptions): Transport {

@@ -68,6 +68,11 @@ export function callEnded(address: string): MillraceError {
   return new MillraceError(`The daemon at ${address} ended the call.`, CALL_ENDED, "UNAVAILABLE");
 }
 
+/** The error of who still reads when its own side ends that: `what` is the client or a session. */
+export function closed(what: string): MillraceError {
+  return new MillraceError(`The ${what} was closed.`, "CANCELLED", "CANCELLED");
+}
+
 /** Claims that a call broke, and that its generations may go on elsewhere. */
 export function isLostCall(error: MillraceError): boolean {
   return error.reason === UNREACHABLE || error.reason === CALL_ENDED;

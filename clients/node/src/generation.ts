@@ -1,11 +1,11 @@
 // A generation as a client sees it: how it is asked for, and what comes back.
 
-import { create, type MessageInitShape } from "@bufbuild/protobuf";
+import { create, toBinary, type MessageInitShape } from "@bufbuild/protobuf";
 import type { Duration } from "@bufbuild/protobuf/wkt";
 
 import { fromStatus } from "./errors.js";
 import {
-  FinishReason as WireReason, StartGenerationSchema, type Event, type GenerationFinished,
+  FinishReason as WireReason, SamplingParamsSchema, StartGenerationSchema, type Event, type GenerationFinished,
   type StartGeneration, type TokenChunk, type TokenLogprob,
 } from "./gen/millrace/runtime/v1/runtime_pb.js";
 
@@ -26,6 +26,7 @@ export type Prompt = string | readonly number[] | readonly Message[];
 /**
  * Everything that can be asked of a generation; protos/millrace/runtime/v1 documents each. Decoding
  * is greedy unless `temperature` is set; `timeoutS` counts queueing; `signal` cancels.
+ * `templateArguments` are variables of the model's chat template, of JSON's types; they need messages.
  */
 export interface GenerateOptions {
   maxNewTokens?: number;
@@ -38,39 +39,62 @@ export interface GenerateOptions {
   presencePenalty?: number;
   frequencyPenalty?: number;
   logitBias?: Record<number, number>;
-  seed?: bigint;
+  seed?: bigint | number;
   n?: number;
   logprobs?: boolean;
   topLogprobs?: number;
   promptLogprobs?: boolean;
-  stop?: string[];
+  stop?: string | string[];
   stopTokenIds?: number[];
   ignoreEndTokens?: boolean;
   timeoutS?: number;
   priority?: number;
   model?: string;
+  templateArguments?: Readonly<Record<string, unknown>>;
   signal?: AbortSignal;
 }
 
-/** The wire form of what is asked. */
+/**
+ * The wire form of what is asked. Throws a `TypeError` where an option does not exist, or has a value
+ * that the wire cannot carry: sent, that would look like a lost connection.
+ */
 export function startGeneration(prompt: Prompt, options: GenerateOptions): StartGeneration {
   const {
     maxNewTokens, minNewTokens, stop, stopTokenIds, ignoreEndTokens, timeoutS, priority, model,
-    signal: _, ...sampling
+    templateArguments, seed, signal: _, ...sampling
   } = options;
-  return create(StartGenerationSchema, {
-    prompt: wirePrompt(prompt),
-    sampling,
-    stop: { maxNewTokens, minNewTokens, strings: stop, tokenIds: stopTokenIds, ignoreEndTokens },
-    timeout: timeoutS === undefined ? undefined : duration(timeoutS),
-    priority,
-    model,
-  });
+  const unknown = Object.keys(sampling).find((name) => !(name in SamplingParamsSchema.field));
+  if (unknown !== undefined) throw new TypeError(`unknown option ${unknown}`);
+  try {
+    const start = create(StartGenerationSchema, {
+      prompt: wirePrompt(prompt, templateArguments),
+      sampling: { ...sampling, seed: seed === undefined ? undefined : BigInt(seed) },
+      stop: {
+        maxNewTokens,
+        minNewTokens,
+        strings: typeof stop === "string" ? [stop] : stop,
+        tokenIds: stopTokenIds,
+        ignoreEndTokens,
+      },
+      timeout: timeoutS === undefined ? undefined : duration(timeoutS),
+      priority,
+      model,
+    });
+    toBinary(StartGenerationSchema, start); // which is what checks the values
+    return start;
+  } catch (error) {
+    throw error instanceof TypeError ? error : new TypeError((error as Error).message);
+  }
 }
 
 function wirePrompt(
   prompt: Prompt,
+  templateArguments: GenerateOptions["templateArguments"],
 ): NonNullable<MessageInitShape<typeof StartGenerationSchema>["prompt"]> {
+  const isChat = typeof prompt !== "string" && typeof prompt[0] === "object";
+  if (templateArguments !== undefined && !isChat) {
+    throw new TypeError("templateArguments need messages, which go through a template");
+  }
   if (typeof prompt === "string") return { case: "text", value: prompt };
   const messages = prompt.filter((item): item is Message => typeof item !== "number");
   const ids = prompt.filter((item): item is number => typeof item === "number");
@@ -78,7 +102,7 @@ function wirePrompt(
   if (ids.length > 0) {
     throw new TypeError("a prompt is text, token ids or messages, not a mix of them");
   }
-  return { case: "chat", value: { messages } };
+  return { case: "chat", value: { messages, templateArguments: JSON.stringify(templateArguments) } };
 }
 
 /** New tokens of one sample. Their text may be empty while a character is unfinished. */

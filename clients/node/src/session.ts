@@ -4,7 +4,7 @@ import { create } from "@bufbuild/protobuf";
 import type { Client as ServiceClient } from "@connectrpc/connect";
 
 import type { Command } from "./attempts.js";
-import { callEnded, fromCallError, type MillraceError } from "./errors.js";
+import { callEnded, closed, fromCallError, type MillraceError } from "./errors.js";
 import { startGeneration, type GenerateOptions, type Prompt } from "./generation.js";
 import {
   GenerateRequestSchema, type Event, type GenerateRequest, type RuntimeService,
@@ -22,8 +22,8 @@ const CREDIT_TOKENS = 1024;
 /**
  * Many generations on one call: the daemon sends one message a step for all of them.
  *
- * `close` cancels what still runs. Where the call breaks, another one takes its place, and each
- * stream goes on there, or fails, by itself.
+ * `close` cancels what still runs; its streams fail with `CANCELLED`. Where the call breaks, another
+ * one takes its place, and each stream goes on there, or fails, by itself.
  */
 export class Session {
   private connection: Connection | undefined;
@@ -34,6 +34,7 @@ export class Session {
     private readonly runtime: ServiceClient<typeof RuntimeService>,
     private readonly address: string,
     private readonly retries: Retries,
+    private readonly isClientClosed: () => boolean,
   ) {}
 
   /** As `Client.generate`, on this session's call; the daemon alone keeps `timeoutS`. */
@@ -54,10 +55,19 @@ export class Session {
   }
 
   private events(command: Command, signal: AbortSignal): AsyncIterable<readonly Event[]> {
+    const closedWith = () => this.closedWith();
+    const failure = closedWith();
+    if (failure !== undefined) throw failure;
     if (this.connection === undefined || this.connection.failure !== undefined) {
-      this.connection = new Connection(this.runtime, this.address, this.ending.signal);
+      const { signal } = this.ending;
+      this.connection = new Connection(this.runtime, this.address, signal, closedWith);
     }
     return this.connection.run(command, String(this.nextId++), signal);
+  }
+
+  private closedWith(): MillraceError | undefined {
+    if (this.ending.signal.aborted) return closed("session");
+    return this.isClientClosed() ? closed("client") : undefined;
   }
 }
 
@@ -71,6 +81,7 @@ class Connection {
     private readonly runtime: ServiceClient<typeof RuntimeService>,
     private readonly address: string,
     signal: AbortSignal,
+    private readonly closedWith: () => MillraceError | undefined,
   ) {
     void this.dispatch(signal);
   }
@@ -82,7 +93,10 @@ class Connection {
   ): AsyncGenerator<readonly Event[]> {
     if (this.failure !== undefined) throw this.failure;
     const events = new Queue<Event>();
+    let isRunning = true;
     const leave = () => {
+      if (!isRunning) return;
+      isRunning = false;
       events.end();
       this.requests.push(request({ case: "cancel", value: { requestId } }));
     };
@@ -94,9 +108,7 @@ class Connection {
     this.requests.push(request(command));
     try {
       for await (const event of events) {
-        if (event.event.case === "finished" || event.event.case === "error") {
-          signal.removeEventListener("abort", leave);
-        }
+        if (event.event.case === "finished" || event.event.case === "error") isRunning = false;
         yield [event];
         if (event.event.case !== "tokens") continue;
         numRead += event.event.value.tokenIds.length;
@@ -106,6 +118,7 @@ class Connection {
         }
       }
     } finally {
+      leave(); // whoever leaves the loop over a stream comes here before its signal is aborted
       signal.removeEventListener("abort", leave);
       this.readers.delete(requestId);
     }
@@ -123,7 +136,7 @@ class Connection {
       }
       this.failure = callEnded(this.address);
     } catch (raised) {
-      this.failure = fromCallError(raised, this.address);
+      this.failure = this.closedWith() ?? fromCallError(raised, this.address);
     }
     this.requests.end();
     for (const reader of this.readers.values()) reader.end(this.failure);

@@ -111,6 +111,11 @@ export class Stream implements AsyncIterable<Chunk> {
   private async *readCall(): AsyncGenerator<Chunk, void> {
     const command = this.attempts.open();
     const call = this.openCall(command, this.ending.signal, this.attempts.timeoutMs());
-    for await (const events of call) yield* this.collector.takeAll(events);
+    for await (const events of call) {
+      for (const chunk of this.collector.takeAll(events)) {
+        yield chunk;
+        if (this.ending.signal.aborted) return; // what had arrived already is not read either
+      }
+    }
   }
 }

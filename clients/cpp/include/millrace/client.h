@@ -48,7 +48,7 @@ class Client {
   ///     auto stream = client.generate("Once upon a time");
   ///     for (const millrace::Chunk& chunk : stream) std::cout << chunk.text;
   ///
-  /// @throws std::invalid_argument a text is not UTF-8.
+  /// @throws std::invalid_argument a text is not UTF-8, or template arguments have no messages.
   Stream generate(const Prompt& prompt, const GenerateOptions& options = {});
 
   /// Goes on with a generation of a gateway whose reader is gone, such as another process. A stream

@@ -43,6 +43,9 @@ struct GenerateOptions {
   std::optional<std::chrono::milliseconds> timeout;  ///< Queueing included.
   int priority = 0;
   std::string model;  ///< A deployment or a model of a gateway.
+  /// What the chat template reads beside messages, which it needs: a JSON object of its variables,
+  /// `{"enable_thinking": false}`, as text, for a template may write values into the prompt.
+  std::string template_arguments;
 };
 
 /// A candidate at a token's position.

@@ -33,8 +33,12 @@ public final class GenerateOptions {
     return new Builder();
   }
 
-  /** The wire form of what is asked. */
+  /** The wire form of what is asked; template arguments need messages. */
   StartGeneration startGeneration(Prompt prompt) {
+    if (start.hasChat() && !(prompt instanceof Prompt.Chat)) {
+      throw new IllegalArgumentException(
+          "templateArguments need messages, which go through a template");
+    }
     StartGeneration.Builder asked = start.toBuilder();
     if (prompt instanceof Prompt.Text text) {
       asked.setText(text.text());
@@ -285,6 +289,19 @@ public final class GenerateOptions {
      */
     public Builder model(String name) {
       start.setModel(name);
+      return this;
+    }
+
+    /**
+     * Gives the model's chat template what it reads beside the messages; such options are of
+     * conversations alone.
+     *
+     * @param json a JSON object of its variables: {@code {"enable_thinking": false}}. As text, for a
+     *     template may write values into the prompt, digit for digit.
+     * @return this.
+     */
+    public Builder templateArguments(String json) {
+      start.getChatBuilder().setTemplateArguments(json);
       return this;
     }
 

@@ -8,6 +8,7 @@ import java.io.IOException;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.time.Duration;
+import java.util.List;
 import java.util.concurrent.CancellationException;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.Flow;
@@ -58,6 +59,19 @@ class ClientTest {
   @Test
   void noAttemptsAreRefused() {
     assertThrows(IllegalArgumentException.class, () -> Retries.DEFAULT.withMaxAttempts(0));
+  }
+
+  @Test
+  void templateArgumentsNeedMessages() {
+    var options = GenerateOptions.builder().templateArguments("{\"depth\": 1}").build();
+    try (Client client = Client.connect("127.0.0.1:1")) {
+      for (Prompt prompt : List.of(Prompt.text("hello"), Prompt.tokenIds(1))) {
+        var error =
+            assertThrows(
+                IllegalArgumentException.class, () -> client.generate(prompt, options).close());
+        assertTrue(error.getMessage().contains("need messages"), error.getMessage());
+      }
+    }
   }
 
   @Test

@@ -102,6 +102,10 @@ public final class Runner {
     if (options.has("tls_ca")) {
       builder.tlsCa(Path.of(options.get("tls_ca").getAsString()));
     }
+    if (options.has("tls_cert")) {
+      Path certificate = Path.of(options.get("tls_cert").getAsString());
+      builder.tlsCertificate(certificate, Path.of(options.get("tls_key").getAsString()));
+    }
     return builder.build();
   }
 
@@ -193,6 +197,7 @@ public final class Runner {
         case "timeout_s" -> options.timeout(seconds(value.getAsDouble()));
         case "priority" -> options.priority(value.getAsInt());
         case "model" -> options.model(value.getAsString());
+        case "template_arguments" -> options.templateArguments(GSON.toJson(value));
         default -> throw new IllegalArgumentException("unknown option " + entry.getKey());
       }
     }
