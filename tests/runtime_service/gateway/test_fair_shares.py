@@ -2,9 +2,13 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from runtime_service.engine_client import EngineClient
+from runtime_service.engine_messages import StepOutputs
+from runtime_service.scheduling.request import Request
 from shared.errors import from_status
 from tests.runtime_service.daemon import Call, until
 from tests.runtime_service.gateway.test_tenants import call_of, secured
@@ -16,40 +20,51 @@ NUM_WAITING, NUM_QUIET = 80, 20
 NUM_FLOOD = 10 * NUM_QUIET
 
 
-class Client:
-    """A tenant that sends many starts at once, and notes in `first` whose tokens come, in order.
+class Turns:
+    """Whose prompts an engine begins: `begun`, by tenant, in its own order.
 
-    `num_taken` counts starts that a runtime has taken.
+    Clients hear of their first tokens each on a call of its own, and those who hear late hear of many at once.
+    `begun[:num_unknowing]` was before the engine knew of all that is sent by `quiet`.
     """
 
-    def __init__(self, call: Call, tenant: str, first: list[str]) -> None:
-        self.call, self.first = call, first
-        self._tenant = tenant
-        self.num_taken = 0
+    def __init__(self, client: EngineClient) -> None:
+        self.begun: list[str] = []
+        self.num_unknowing: int | None = None
+        self._tenants: dict[int, str] = {}
+        self._num_commands: int | None = None
+        self._client, self._submit, self._take = client, client.submit, client._take
+        client.submit = self._note_submitted  # type: ignore[method-assign]
+        client._take = self._note_step  # type: ignore[method-assign]
 
-    async def send(self, num_starts: int, begin: int) -> None:
-        """Prompts that begin unlike any other."""
-        for number in range(num_starts):
-            prompt = [40 + begin, *divmod(number, 200), 41]
-            await self.call.start(str(number), prompt, max_new_tokens=NEW_TOKENS)
-        await self.call.done()
+    def _note_submitted(self, request: Request, *rest: Any) -> None:
+        self._submit(request, *rest)
+        self._tenants[request.request_id] = request.cache_salt
+        if list(self._tenants.values()).count("quiet") == NUM_QUIET and self._num_commands is None:
+            self._num_commands = self._client._num_sent + len(self._client._outbox)
 
-    async def read(self) -> None:
-        """Reads to the end."""
-        has_first: set[str] = set()
-        while await self.call.read():
-            for event in self.call.messages[-1].events:
-                self.num_taken += event.HasField("started")
-                if event.HasField("tokens") and event.request_id not in has_first:
-                    has_first.add(event.request_id)
-                    self.first.append(self._tenant)
+    def _note_step(self, step: StepOutputs) -> None:
+        is_known = self._num_commands is not None and step.num_commands >= self._num_commands
+        if is_known and self.num_unknowing is None:
+            self.num_unknowing = len(self.begun)
+        for output in step.outputs:
+            if output.num_cached_tokens is not None:  # its first
+                self.begun.append(self._tenants[output.request_id])
+        self._take(step)
 
-    @property
-    def num_refused(self) -> int:
-        """Starts that found no room."""
-        errors = [seen.error for seen in self.call.seen.values() if seen.error is not None]
-        assert {from_status(error).reason for error in errors} <= {"QUEUE_FULL"}
-        return len(errors)
+
+def num_refused(call: Call) -> int:
+    """Starts that found no room."""
+    errors = [seen.error for seen in call.seen.values() if seen.error is not None]
+    assert {from_status(error).reason for error in errors} <= {"QUEUE_FULL"}
+    return len(errors)
+
+
+async def send(call: Call, num_starts: int, begin: int) -> None:
+    """Many starts at once, whose prompts begin unlike any other."""
+    for number in range(num_starts):
+        prompt = [40 + begin, *divmod(number, 200), 41]
+        await call.start(str(number), prompt, max_new_tokens=NEW_TOKENS)
+    await call.done()
 
 
 async def test_quiet_tenant_has_its_first_tokens_as_if_it_had_half_of_the_fleet(
@@ -66,22 +81,16 @@ async def test_quiet_tenant_has_its_first_tokens_as_if_it_had_half_of_the_fleet(
     async with secured(
         tmp_path, capsys, "generate", "delegate", num_runtimes=1, **options
     ) as fleet:
-        first: list[str] = []
-        flood, quiet = (
-            Client(call_of(fleet, key), tenant, first)
-            for key, tenant in zip(keys, ("flood", "quiet"), strict=True)
-        )
-        reading = [asyncio.create_task(client.read()) for client in (flood, quiet)]
-        await flood.send(NUM_FLOOD, begin=0)
-        await until(lambda: flood.num_refused)
-        num_before = len(first)
-        await quiet.send(NUM_QUIET, begin=1)
-        await until(lambda: quiet.num_taken == NUM_QUIET or quiet.num_refused)
-        num_on_their_way = len(first) - num_before
+        turns = Turns(fleet.daemons[0].client)
+        flood, quiet = (call_of(fleet, key) for key in keys)
+        reading = [asyncio.create_task(call.read_rest()) for call in (flood, quiet)]
+        await send(flood, NUM_FLOOD, begin=0)
+        await until(lambda: num_refused(flood))
+        await send(quiet, NUM_QUIET, begin=1)
         await asyncio.gather(*reading)
-    assert quiet.num_refused == 0
-    since = first[num_before:]
-    assert since.count("quiet") == NUM_QUIET
-    last = len(since) - 1 - since[::-1].index("quiet")
+    assert num_refused(quiet) == 0
+    assert turns.begun.count("quiet") == NUM_QUIET
+    assert turns.num_unknowing is not None
+    last = len(turns.begun) - 1 - turns.begun[::-1].index("quiet")
     # One for each of its own, and what held rows before.
-    assert since[num_on_their_way : last + 1].count("flood") <= NUM_QUIET + 2 * ROWS
+    assert turns.begun[turns.num_unknowing : last + 1].count("flood") <= NUM_QUIET + 2 * ROWS
