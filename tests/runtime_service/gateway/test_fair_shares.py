@@ -2,15 +2,12 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from runtime_service.engine_client import EngineClient
-from runtime_service.engine_messages import StepOutputs
-from runtime_service.scheduling.request import Request
 from shared.errors import from_status
 from tests.runtime_service.daemon import Call, until
+from tests.runtime_service.engine_order import EngineOrder
 from tests.runtime_service.gateway.test_tenants import call_of, secured
 from tests.shared.key_files import new_key
 
@@ -18,38 +15,6 @@ ROWS, STEP_S, NEW_TOKENS, PROMPT_TOKENS = 4, 0.03, 8, 4
 # One runtime's queue holds so many, which takes seconds. The quiet tenant sends fewer than half of that.
 NUM_WAITING, NUM_QUIET = 80, 20
 NUM_FLOOD = 10 * NUM_QUIET
-
-
-class Turns:
-    """Whose prompts an engine begins: `begun`, by tenant, in its own order.
-
-    Clients hear of their first tokens each on a call of its own, and those who hear late hear of many at once.
-    `begun[:num_unknowing]` was before the engine knew of all that is sent by `quiet`.
-    """
-
-    def __init__(self, client: EngineClient) -> None:
-        self.begun: list[str] = []
-        self.num_unknowing: int | None = None
-        self._tenants: dict[int, str] = {}
-        self._num_commands: int | None = None
-        self._client, self._submit, self._take = client, client.submit, client._take
-        client.submit = self._note_submitted  # type: ignore[method-assign]
-        client._take = self._note_step  # type: ignore[method-assign]
-
-    def _note_submitted(self, request: Request, *rest: Any) -> None:
-        self._submit(request, *rest)
-        self._tenants[request.request_id] = request.cache_salt
-        if list(self._tenants.values()).count("quiet") == NUM_QUIET and self._num_commands is None:
-            self._num_commands = self._client._num_sent + len(self._client._outbox)
-
-    def _note_step(self, step: StepOutputs) -> None:
-        is_known = self._num_commands is not None and step.num_commands >= self._num_commands
-        if is_known and self.num_unknowing is None:
-            self.num_unknowing = len(self.begun)
-        for output in step.outputs:
-            if output.num_cached_tokens is not None:  # its first
-                self.begun.append(self._tenants[output.request_id])
-        self._take(step)
 
 
 def num_refused(call: Call) -> int:
@@ -81,7 +46,7 @@ async def test_quiet_tenant_has_its_first_tokens_as_if_it_had_half_of_the_fleet(
     async with secured(
         tmp_path, capsys, "generate", "delegate", num_runtimes=1, **options
     ) as fleet:
-        turns = Turns(fleet.daemons[0].client)
+        order = EngineOrder(fleet.daemons[0].client)
         flood, quiet = (call_of(fleet, key) for key in keys)
         reading = [asyncio.create_task(call.read_rest()) for call in (flood, quiet)]
         await send(flood, NUM_FLOOD, begin=0)
@@ -89,8 +54,13 @@ async def test_quiet_tenant_has_its_first_tokens_as_if_it_had_half_of_the_fleet(
         await send(quiet, NUM_QUIET, begin=1)
         await asyncio.gather(*reading)
     assert num_refused(quiet) == 0
-    assert turns.begun.count("quiet") == NUM_QUIET
-    assert turns.num_unknowing is not None
-    last = len(turns.begun) - 1 - turns.begun[::-1].index("quiet")
+    quiet_ones = [one for one in order.begun if one.tenant == "quiet"]
+    assert len(quiet_ones) == NUM_QUIET
+    # From where the engine knows of all of them to where it begins the last one.
+    known_step = max(one.known_step for one in quiet_ones)
+    meanwhile = order.begun[: order.begun.index(quiet_ones[-1])]
+    flood_meanwhile = [
+        one for one in meanwhile if one.tenant == "flood" and one.first_step >= known_step
+    ]
     # One for each of its own, and what held rows before.
-    assert turns.begun[turns.num_unknowing : last + 1].count("flood") <= NUM_QUIET + 2 * ROWS
+    assert len(flood_meanwhile) <= NUM_QUIET + 2 * ROWS
