@@ -56,7 +56,7 @@ def test_client_behaves_as_the_scenario_tells(
     right = certificates / "right"
     pair = ((right / "server.key").read_bytes(), (right / "server.crt").read_bytes())
     expected = scenario["expect"]
-    with ConformanceServer(scenario["server"], pair) as server:
+    with ConformanceServer(scenario["server"], pair, runner.rests) as server:
         results = runner.run(_task(scenario["client"], server.address, certificates))
         seen = server.seen(expected.get("server", {}).get("cancelled", 0))
     problems = _differences(expected["results"], results, "results")
