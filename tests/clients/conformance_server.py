@@ -47,9 +47,15 @@ class ConformanceServer:
 
     Args:
         certificates: folder with the server's certificate, its key and its CA, where the scenario asks for TLS.
+        rests: as a relay asks of its client.
     """
 
-    def __init__(self, script: Json, certificates: Path | None = None) -> None:
+    def __init__(
+        self,
+        script: Json,
+        certificates: Path | None = None,
+        rests: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._is_down = script.get("down", False)
         self._server = grpc.server(
             ThreadPoolExecutor(32),
@@ -66,9 +72,10 @@ class ConformanceServer:
             credentials = grpc.ssl_server_credentials(
                 [(key, chain)], ca if is_mutual else None, is_mutual
             )
-            self._relay = Relay(self._server.add_secure_port("127.0.0.1:0", credentials))
+            port = self._server.add_secure_port("127.0.0.1:0", credentials)
         else:
-            self._relay = Relay(self._server.add_insecure_port("127.0.0.1:0"))
+            port = self._server.add_insecure_port("127.0.0.1:0")
+        self._relay = Relay(port, rests)
         self._runtime = _Runtime(script, self._relay)
         runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(self._runtime, self._server)
         self.address = f"127.0.0.1:{self._relay.port}"

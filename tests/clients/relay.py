@@ -1,22 +1,29 @@
 """A TCP relay before a server, whose connections can be lost: what a broken network is to a client."""
 
 import fcntl
+import os
 import socket
 import struct
 import termios
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
-# A connection is cut when nothing has passed for so long: what was sent before has arrived.
+# A connection is cut when nothing has passed for so long, and nobody has anything to do with what has.
 _QUIET_S = 0.1
 
 
 class Relay:
-    """Passes bytes between clients and `target`, both on loopback, until it is told to cut."""
+    """Passes bytes between clients and `target`, both on loopback, until it is told to cut.
 
-    def __init__(self, target_port: int) -> None:
-        self._target_port = target_port
+    Args:
+        rests: claims that the client has taken in what has arrived: it may drop the rest with the connection.
+    """
+
+    def __init__(self, target_port: int, rests: Callable[[], bool] = lambda: True) -> None:
+        self._target_port, self._rests = target_port, rests
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._last_passed_s = time.monotonic()
@@ -28,7 +35,7 @@ class Relay:
         """Loses all connections once they are quiet; `for_good` takes no others."""
         if for_good:
             self._stop_listening()
-        while (left_s := self._last_passed_s + _QUIET_S - time.monotonic()) > 0 or self._has_more():
+        while (left_s := self._quiet_in_s()) > 0 or not self._have_arrived():
             time.sleep(max(left_s, 0.001))
         self.lose()
 
@@ -50,10 +57,15 @@ class Relay:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def _has_more(self) -> bool:
-        """Claims that something has come that is not passed on yet."""
+    def _quiet_in_s(self) -> float:
+        return self._last_passed_s + _QUIET_S - time.monotonic()
+
+    def _have_arrived(self) -> bool:
+        """Claims that nothing is under way: in the server, which this process is, here, or in the client."""
         with self._lock:
-            return any(_num_unread(connection) for connection in self._sockets)
+            has_more = any(_num_unread(connection) for connection in self._sockets)
+        here = threading.get_native_id()
+        return not has_more and has_nothing_to_do(os.getpid(), but=here) and self._rests()
 
     def _accept(self) -> None:
         with suppress(OSError):  # it is closed
@@ -76,6 +88,19 @@ class Relay:
         for connection in (source, sink):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+
+
+def has_nothing_to_do(pid: int, but: int = 0) -> bool:
+    """Claims that all threads of a process wait, but for one; one that only lacks a processor does not wait."""
+    try:
+        # Source: proc(5), stat: the third field, after a name in parentheses, is S where a thread waits.
+        return all(
+            path.read_text().rpartition(") ")[2].startswith("S")
+            for path in Path(f"/proc/{pid}/task").glob("*/stat")
+            if path.parent.name != str(but)
+        )
+    except (FileNotFoundError, ProcessLookupError):  # a thread has just ended
+        return False
 
 
 def _num_unread(connection: socket.socket) -> int:

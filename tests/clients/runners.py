@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.clients.relay import has_nothing_to_do
+
 ROOT = Path(__file__).parents[2]
 CLIENTS = ROOT / "clients"
 _TASK_TIMEOUT_S = 120.0
@@ -162,6 +164,11 @@ class Runner:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
+
+    def rests(self) -> bool:
+        """Claims that it has taken in all that has arrived."""
+        assert self._process is not None, "it was not started"
+        return has_nothing_to_do(self._process.pid)
 
     def run(self, task: Json) -> list[Json]:
         """The results of the task's actions."""

@@ -54,7 +54,7 @@ def test_client_behaves_as_the_scenario_tells(
 ) -> None:
     scenario = SCENARIOS[name]
     expected = scenario["expect"]
-    with ConformanceServer(scenario["server"], certificates / "right") as server:
+    with ConformanceServer(scenario["server"], certificates / "right", runner.rests) as server:
         results = runner.run(_task(scenario["client"], server.address, certificates))
         seen = server.seen(expected.get("server", {}).get("cancelled", 0))
     problems = _differences(expected["results"], results, "results")

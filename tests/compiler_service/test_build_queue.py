@@ -42,7 +42,7 @@ async def test_requests_that_wait_are_told_as_a_metric(redis_url: str) -> None:
 async def test_archs_of_one_request_go_to_one_worker(redis_url: str) -> None:
     archs = ["cpu", "sm_80", "sm_90"]
     jobs = [job(arch=arch) for arch in archs]
-    async with open_queue(redis_url) as queue:
+    async with open_queue(redis_url, lease_s=60) as queue:
         await queue.enqueue(jobs[:1])
         await queue.enqueue(jobs)
         assert (await queue.lease("a")) == Lease(_first(redis_url), (jobs[0].key.digest,))
@@ -74,7 +74,7 @@ async def test_progress_and_end_are_in_the_record(redis_url: str) -> None:
 
 @pytest.mark.parametrize("state", [FAILED, CANCELLED, SUCCEEDED])
 async def test_ended_build_is_started_anew_when_it_is_asked_for(redis_url: str, state: str) -> None:
-    async with open_queue(redis_url) as queue:
+    async with open_queue(redis_url, lease_s=60) as queue:
         await queue.enqueue([JOB])
         _, attempt = await take(queue, "a")
         if state == CANCELLED:

@@ -14,7 +14,7 @@ async def test_running_build_is_registered_anew_when_redis_lost_its_data(
     embedded_redis: EmbeddedRedis,
 ) -> None:
     url = embedded_redis.url
-    async with open_queue(url) as queue:
+    async with open_queue(url, lease_s=60) as queue:
         await queue.enqueue([JOB])
         _, attempt = await take(queue, "a")
         connect_sync(url).flushall()
@@ -32,7 +32,11 @@ async def test_running_build_is_registered_anew_when_redis_lost_its_data(
 
 
 async def test_build_registered_anew_is_recovered_when_its_worker_dies(redis_url: str) -> None:
-    async with open_queue(redis_url, lease_s=0.15) as queue:
+    """As long as it may live, the build is its own; who believes in it for less takes the build over."""
+    async with (
+        open_queue(redis_url, lease_s=60) as queue,
+        open_queue(redis_url, lease_s=0.15) as impatient,
+    ):
         await queue.enqueue([JOB])
         _, attempt = await take(queue, "a")
         connect_sync(redis_url).flushall()
@@ -41,7 +45,7 @@ async def test_build_registered_anew_is_recovered_when_its_worker_dies(redis_url
         assert lease is not None
         with pytest.raises(Fenced):
             await queue.start("b", lease, DIGEST)
-        _, recovered = await take(queue, "c")
+        _, recovered = await take(impatient, "c")
         assert recovered.number == 2
 
 

@@ -9,7 +9,7 @@ import threading
 from typing import Any, Self
 
 # It imports torch, on a machine that does much beside.
-_START_S = 120.0
+_START_S = 240.0
 
 
 class DaemonProcess:

@@ -109,6 +109,14 @@ def metrics_of(daemon: CompilerDaemon) -> str:
         return str(response.read().decode())
 
 
+async def lines_of(daemon: CompilerDaemon) -> list[dict[str, Any]]:
+    """All that a daemon has logged, once it has ended: callers may hear of a build before its line is written."""
+    daemon.send(signal.SIGTERM)
+    await asyncio.to_thread(daemon.process.wait, 60)
+    daemon.close()
+    return daemon.lines
+
+
 async def test_two_daemons_and_many_callers_make_one_engine_and_the_next_call_is_cached(
     start: Start, model: Path, tmp_path: Path
 ) -> None:
@@ -122,7 +130,7 @@ async def test_two_daemons_and_many_callers_make_one_engine_and_the_next_call_is
         # A moved folder is the same model.
         moved = write_checkpoint(tmp_path / "elsewhere")
         assert (await a.built(moved, "cpu")).builds[0].name == again.builds[0].name
-    lines = [line for daemon in (first, second) for line in daemon.lines]
+    lines = [line for daemon in (first, second) for line in await lines_of(daemon)]
     assert sum(line.get("event") == "build_attempt_ended" for line in lines) == 1
     engines = LocalStore(tmp_path / "store").list()
     assert [engine.key.digest for engine in engines] == [again.builds[0].name.split("/")[1]]
@@ -226,6 +234,8 @@ async def test_cancel_ends_the_child_leaves_no_engine_and_is_counted(
         assert LocalStore(tmp_path / "store").list() == ()
         again = await client.built(model, "cpu")
     assert again.builds[0].state == SUCCEEDED
+    # It is counted then: callers may hear of its end before.
+    await asyncio.to_thread(daemon.wait_for, "build_attempt_ended", outcome="SUCCEEDED")
     metrics = await asyncio.to_thread(metrics_of, daemon)
     assert 'millrace_builds_ended_total{arch="cpu",outcome="CANCELLED"} 1.0' in metrics
     assert 'millrace_builds_ended_total{arch="cpu",outcome="SUCCEEDED"} 1.0' in metrics

@@ -1,6 +1,7 @@
 """Every metric that the manual names moves when what it tells of happens, in real daemons."""
 
 import asyncio
+import os
 import re
 import signal
 import time
@@ -18,6 +19,7 @@ from tests.architecture.test_imports import ROOT
 from tests.checkpoints import write_checkpoint
 from tests.integration.compiler_daemon import client_of
 from tests.integration.fleet_processes import HANG_S, FleetClient, FleetProcesses
+from tests.integration.test_compiler_daemon import stopped_child
 from tests.runtime_service.daemon import Call
 
 pytestmark = pytest.mark.redis
@@ -72,9 +74,10 @@ async def test_every_metric_in_the_manual_moves(fleet: FleetProcesses, tmp_path:
     ):
         client = FleetClient(channel)
         await compiler.ask(write_checkpoint(tmp_path / "other", seed=1), "cpu")
-        deploying = asyncio.create_task(client.deploy(fleet.checkpoint, 2))
+        child = await stopped_child(fleet.compilers[0])
         await metrics.wait_for("builds_running")
-        await deploying
+        os.kill(child, signal.SIGCONT)
+        await client.deploy(fleet.checkpoint, 2)
         await overload(client, metrics)
         await lose_engines(fleet, client, metrics)
         await lose_a_call(client, metrics)

@@ -52,9 +52,16 @@ class Process:
 
     async def serving(self) -> None:
         """Waits until health says SERVING."""
+        await self._health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def draining(self) -> None:
+        """Waits until health says NOT_SERVING."""
+        await self._health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def _health(self, wanted: int) -> None:
         stub = health_pb2_grpc.HealthStub(self.channel)
         async for answer in stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True):
-            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+            if answer.status == wanted:
                 return
 
     async def exit_status(self) -> int:
@@ -116,12 +123,15 @@ async def test_sigterm_under_load_ends_every_stream_and_the_process(
     async with daemon_process(tmp_path, port, "--drain-s", "5") as daemon:
         await daemon.serving()
         call = Call(daemon.stub.Generate())
+        # All wait for more credit: none is at its end before the grace begins, and the long ones never are.
         for number in range(4):
-            await call.start(f"short{number}", [40, 41], max_new_tokens=60)
-            # It waits for more credit than it gets: it is never at its end.
+            await call.start(f"short{number}", [40, 41], max_new_tokens=12, credit_tokens=10)
             await call.start(f"long{number}", [40, 41], max_new_tokens=500, credit_tokens=10)
         await call.read_until(lambda: call.num_tokens("long3") > 2)
         daemon.process.send_signal(signal.SIGTERM)
+        await daemon.draining()
+        for number in range(4):
+            await call.let_go_on(f"short{number}")
         seen = await call.finish()
         for number in range(4):
             assert seen[f"short{number}"].reason == "LENGTH"

@@ -57,7 +57,7 @@ async def test_engine_is_built_into_a_store_elsewhere_and_served_from_it(
                 model_uri=str(checkpoint), archs=["cpu"], model="tiny"
             )
             request.quant.scheme = "fp32"
-            asked = (await client.stub.BuildEngine(request, timeout=30)).operation
+            asked = (await client.stub.BuildEngine(request, timeout=60)).operation
             operation = await client.end_of(asked)
             (build,) = operation.builds
             assert build.state == compiler_pb2.BUILD_STATE_SUCCEEDED, build.error

@@ -83,12 +83,15 @@ async def test_engine_that_fails_is_restarted(tmp_path: Path, token: int, proble
 
 async def test_starts_are_refused_while_the_engine_restarts(tmp_path: Path) -> None:
     async with running_daemon(tmp_path) as daemon:
+        held = daemon.store.root / "held"
+        held.touch()
         os.kill(daemon.client.pid, signal.SIGKILL)
         await until(lambda: daemon.runtime.served is None)
         call = daemon.call()
         await call.start("a", [40])
         await call.start("b", "text")
         seen = await call.finish()
+        held.unlink()
         assert [reason_of(s.error) for s in seen.values()] == ["ENGINE_LOST"] * 2
 
 

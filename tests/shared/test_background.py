@@ -86,8 +86,8 @@ async def test_failures_are_counted_by_task_from_none_on() -> None:
     kept = background.keep("counted_kept", fail_twice)
     background.run("counted_once", fail(), on_failure=is_told.set)
     assert (count("counted_kept"), count("counted_once")) == (0.0, 0.0)
-    await asyncio.wait_for(is_told.wait(), 10.0)
-    await asyncio.wait_for(kept, 10.0)
+    await asyncio.wait_for(is_told.wait(), 60.0)
+    await asyncio.wait_for(kept, 60.0)
     assert (count("counted_kept"), count("counted_once")) == (2.0, 1.0)
 
 

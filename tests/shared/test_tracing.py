@@ -138,3 +138,17 @@ def test_moments_go_by_the_clock_as_it_is_set_now() -> None:
     (part,) = exporter.get_finished_spans()
     assert abs(part.end_time - time.time_ns() - set_forward_ns[0]) < 60_000_000_000
     assert abs(part.end_time - part.start_time - 2_000_000_000) < 100
+
+
+def test_moments_are_the_clocks_however_long_a_look_at_it_took() -> None:
+    """On a machine with much to do: phases that follow each other would overlap by as long."""
+    delays_s = [0.0, 0.02, 0.0]
+
+    def late_ns() -> int:
+        now_ns = time.time_ns()
+        time.sleep(delays_s.pop(0) if delays_s else 0.0)
+        return now_ns
+
+    tracer = Tracer(TracerProvider(), late_ns)
+    assert abs(tracer.epoch_ns() - tracer.epoch_ns()) < 5_000_000
+    assert delays_s == []

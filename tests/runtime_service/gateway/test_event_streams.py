@@ -136,11 +136,13 @@ async def test_streams_cut_anywhere_go_on_with_nothing_lost_or_repeated(
 ) -> None:
     draw = random.Random(f"{case} {seed}")
     path, body = CASES[case]
-    num_resumed = 0
+    num_readers = num_resumed = 0
     async with running_fleet(tmp_path, 2, step_s=0.001) as fleet:
         whole = Reader(fleet, path, body)
         await whole.read()
-        for _ in range(6):
+        # How often a stream is cut is the moment's: tokens that come together are one event.
+        while min(num_readers, num_resumed) < 6:
+            num_readers += 1
             reader = Reader(fleet, path, body)
             ids: set[str] = set()
             is_read = False
@@ -159,7 +161,6 @@ async def test_streams_cut_anywhere_go_on_with_nothing_lost_or_repeated(
         await until(lambda: fleet.sample("running_generations") == 0)
         for daemon in fleet.daemons:
             await daemon.freed()
-    assert num_resumed >= 6
 
 
 async def test_any_event_can_be_the_last_one(tmp_path: Path) -> None:
@@ -191,8 +192,8 @@ async def test_a_reader_that_is_still_there_is_cut_off_when_its_client_goes_on(
 
         old = reader()
         reading = asyncio.create_task(old.read())
-        await until(lambda: len(old.events) > 3)
-        new = reader(old.ids[2])
+        await until(lambda: len(old.events) > 1)
+        new = reader(old.ids[0])
         await new.read("GET")
         with pytest.raises(Lost):
             await reading
@@ -201,7 +202,7 @@ async def test_a_reader_that_is_still_there_is_cut_off_when_its_client_goes_on(
         # What it read after that event is no place of the stream any more.
         stale = reader(old.ids[-1])
         await stale.read("GET")
-    assert told(old.events[:3] + new.events) == told(whole.events)
+    assert told(old.events[:1] + new.events) == told(whole.events)
     assert stale.status == 404
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from shared.errors import from_status
 from tests.runtime_service.daemon import Call, until
+from tests.runtime_service.engine_order import EngineOrder
 from tests.runtime_service.gateway.test_tenants import call_of, secured
 from tests.shared.key_files import new_key
 
@@ -16,40 +17,19 @@ NUM_WAITING, NUM_QUIET = 80, 20
 NUM_FLOOD = 10 * NUM_QUIET
 
 
-class Client:
-    """A tenant that sends many starts at once, and notes in `first` whose tokens come, in order.
+def num_refused(call: Call) -> int:
+    """Starts that found no room."""
+    errors = [seen.error for seen in call.seen.values() if seen.error is not None]
+    assert {from_status(error).reason for error in errors} <= {"QUEUE_FULL"}
+    return len(errors)
 
-    `num_taken` counts starts that a runtime has taken.
-    """
 
-    def __init__(self, call: Call, tenant: str, first: list[str]) -> None:
-        self.call, self.first = call, first
-        self._tenant = tenant
-        self.num_taken = 0
-
-    async def send(self, num_starts: int, begin: int) -> None:
-        """Prompts that begin unlike any other."""
-        for number in range(num_starts):
-            prompt = [40 + begin, *divmod(number, 200), 41]
-            await self.call.start(str(number), prompt, max_new_tokens=NEW_TOKENS)
-        await self.call.done()
-
-    async def read(self) -> None:
-        """Reads to the end."""
-        has_first: set[str] = set()
-        while await self.call.read():
-            for event in self.call.messages[-1].events:
-                self.num_taken += event.HasField("started")
-                if event.HasField("tokens") and event.request_id not in has_first:
-                    has_first.add(event.request_id)
-                    self.first.append(self._tenant)
-
-    @property
-    def num_refused(self) -> int:
-        """Starts that found no room."""
-        errors = [seen.error for seen in self.call.seen.values() if seen.error is not None]
-        assert {from_status(error).reason for error in errors} <= {"QUEUE_FULL"}
-        return len(errors)
+async def send(call: Call, num_starts: int, begin: int) -> None:
+    """Many starts at once, whose prompts begin unlike any other."""
+    for number in range(num_starts):
+        prompt = [40 + begin, *divmod(number, 200), 41]
+        await call.start(str(number), prompt, max_new_tokens=NEW_TOKENS)
+    await call.done()
 
 
 async def test_quiet_tenant_has_its_first_tokens_as_if_it_had_half_of_the_fleet(
@@ -66,22 +46,21 @@ async def test_quiet_tenant_has_its_first_tokens_as_if_it_had_half_of_the_fleet(
     async with secured(
         tmp_path, capsys, "generate", "delegate", num_runtimes=1, **options
     ) as fleet:
-        first: list[str] = []
-        flood, quiet = (
-            Client(call_of(fleet, key), tenant, first)
-            for key, tenant in zip(keys, ("flood", "quiet"), strict=True)
-        )
-        reading = [asyncio.create_task(client.read()) for client in (flood, quiet)]
-        await flood.send(NUM_FLOOD, begin=0)
-        await until(lambda: flood.num_refused)
-        num_before = len(first)
-        await quiet.send(NUM_QUIET, begin=1)
-        await until(lambda: quiet.num_taken == NUM_QUIET or quiet.num_refused)
-        num_on_their_way = len(first) - num_before
+        order = EngineOrder(fleet.daemons[0].client)
+        flood, quiet = (call_of(fleet, key) for key in keys)
+        reading = [asyncio.create_task(call.read_rest()) for call in (flood, quiet)]
+        await send(flood, NUM_FLOOD, begin=0)
+        await until(lambda: num_refused(flood))
+        await send(quiet, NUM_QUIET, begin=1)
         await asyncio.gather(*reading)
-    assert quiet.num_refused == 0
-    since = first[num_before:]
-    assert since.count("quiet") == NUM_QUIET
-    last = len(since) - 1 - since[::-1].index("quiet")
+    assert num_refused(quiet) == 0
+    quiet_ones = [one for one in order.begun if one.tenant == "quiet"]
+    assert len(quiet_ones) == NUM_QUIET
+    # From where the engine knows of all of them to where it begins the last one.
+    known_step = max(one.known_step for one in quiet_ones)
+    meanwhile = order.begun[: order.begun.index(quiet_ones[-1])]
+    flood_meanwhile = [
+        one for one in meanwhile if one.tenant == "flood" and one.first_step >= known_step
+    ]
     # One for each of its own, and what held rows before.
-    assert since[num_on_their_way : last + 1].count("flood") <= NUM_QUIET + 2 * ROWS
+    assert len(flood_meanwhile) <= NUM_QUIET + 2 * ROWS

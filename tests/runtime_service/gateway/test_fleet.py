@@ -101,7 +101,7 @@ async def test_idle_runtime_is_not_waited_for(tmp_path: Path) -> None:
     async with running_fleet(tmp_path, num_runtimes=1) as fleet:
         await fleet.daemons[0].runtime.unload()
         await until(lambda: all(link.state == pb.RUNTIME_STATE_IDLE for link in fleet.fleet))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):  # it would wait for twice as long
             assert await refusal_of_start(fleet) == "NO_ENGINE"
 
 

@@ -189,7 +189,8 @@ async def test_tritons_client_streams_many_at_once(tmp_path: Path) -> None:
         "whole": {**asked, "stream": False, "exclude_input_in_output": True},
         "b": asked,
     }
-    async with running_fleet(tmp_path, 2, step_s=0.002) as fleet:
+    # A step is long: tokens that come while nothing here runs are told in one part.
+    async with running_fleet(tmp_path, 2, step_s=0.03) as fleet:
         (answers,) = await triton(fleet, ("stream", {"requests": requests}))
         assert fleet.sample("running_generations") == 0
     errors = sorted(answer["error"] for answer in answers if "error" in answer)
@@ -198,7 +199,7 @@ async def test_tritons_client_streams_many_at_once(tmp_path: Path) -> None:
     assert errors[1].startswith("wings: is no input of this model")
     parts = {name: [a for a in answers if a.get("id") == name] for name in ("a", "b", "whole")}
     for name in ("a", "b"):
-        assert len(parts[name]) > 5
+        assert len(parts[name]) > 1
         assert "".join(part["text_output"][0] for part in parts[name]) == TEXT * 2
         assert [part["final"] for part in parts[name]] == [False] * (len(parts[name]) - 1) + [True]
     assert [part["text_output"] for part in parts["whole"]] == [[TEXT * 2]]

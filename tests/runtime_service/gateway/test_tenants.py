@@ -266,7 +266,9 @@ async def test_tenant_that_floods_a_full_fleet_makes_others_wait_no_longer(
 ) -> None:
     """Its own limit keeps it out: it is told so, and does not stand in the line of those that may run."""
     flooding, other = new("acme", concurrent=4), new("globex")
-    options = {"num_runtimes": 1, "poll_s": HANG_S, "max_sequences": 4, **ENDLESS}
+    options = {
+        "num_runtimes": 1, "poll_s": HANG_S, "max_sequences": 4, "step_s": 0.01, **ENDLESS
+    }  # fmt: skip
     options["max_waiting_tokens"] = len(PROMPT)
     async with secured(tmp_path, capsys, "generate", "delegate", **options) as fleet:
         flood, others = call_of(fleet, flooding), call_of(fleet, other)
