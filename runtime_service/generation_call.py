@@ -199,12 +199,13 @@ class GenerationCall(Generic[Member]):
         """A generation that runs now, or has ended with an error.
 
         Raises:
-            InvalidField: the timeout makes no sense.
+            InvalidField: the timeout makes no sense, or the tenant's generations may not have this priority.
             QuotaExceeded: the tenant has too many requests in this second, or running.
             QueueFull: too many wait already.
         """
         timeout_s = validation.timeout_of(start)
         self._quota.count_request()
+        self._quota.check_priority(start.priority, "start.priority")
         # Whom its own limit keeps out does not stand in the line that all share.
         self._quota.check_concurrent()
         self._starter.check_room(start, self._cache_salt)
@@ -249,12 +250,12 @@ class GenerationCall(Generic[Member]):
             problem = "a generation of this call has this id and still runs"
             raise InvalidField(field=field, problem=problem)
 
-    @staticmethod
-    def _change(generation: CallMember, command: pb.GenerateRequest) -> None:
+    def _change(self, generation: CallMember, command: pb.GenerateRequest) -> None:
         if command.HasField("cancel"):
             generation.cancel()
         elif command.HasField("update"):
             validation.check_update(command.update)
+            self._quota.check_priority(command.update.priority, "update.priority")
             generation.update(command.update)
         else:
             validation.check_credit(command.credit)

@@ -6,7 +6,7 @@ call dear. The file that `millrace keys` writes is read again when it changes. I
 
     {"keys": {"<id>": {"sha256": "<hex>", "tenant": "...", "scopes": ["generate"],
                        "created_s": 1.0, "is_revoked": false}},
-     "tenants": {"...": {"requests_per_s": 5, "tokens_per_min": 60000, "concurrent": 8}}}
+     "tenants": {"...": {"requests_per_s": 5, "tokens_per_min": 60000, "concurrent": 8, "max_priority": 0}}}
 """
 
 import hashlib

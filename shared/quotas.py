@@ -1,4 +1,4 @@
-"""What a tenant may use: requests a second, tokens a minute, generations at once.
+"""What a tenant may use: requests a second, tokens a minute, generations at once, priorities.
 
 Counted in this daemon's memory: with n runtimes a tenant has up to n times its limits, unless all
 of its calls come through one gateway. Tokens are reserved when a generation is admitted (prompt and
@@ -11,17 +11,26 @@ from collections.abc import Callable
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shared.errors import QuotaExceeded
+from shared.errors import InvalidField, QuotaExceeded
 
 
 class Limits(BaseModel):
-    """A tenant's limits; 0 sets none."""
+    """A tenant's limits; 0 sets none, but for `max_priority`.
+
+    Args:
+        max_priority: the highest that its generations may have; None: any. By 0 it may let others go first, and goes
+            before nobody.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     requests_per_s: float = Field(default=0.0, ge=0)
     tokens_per_min: int = Field(default=0, ge=0)
     concurrent: int = Field(default=0, ge=0)
+    max_priority: int | None = Field(default=0, ge=0)
+
+
+NO_LIMITS = Limits(max_priority=None)
 
 
 class TokenBucket:
@@ -63,15 +72,15 @@ class TenantQuota:
     """One tenant's limits and what is used of them; without limits it refuses nothing."""
 
     def __init__(
-        self, limits: Limits | None = None, clock: Callable[[], float] = time.monotonic
+        self, limits: Limits = NO_LIMITS, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._num_running = 0
         self._requests: TokenBucket | None = None
         self._tokens: TokenBucket | None = None
-        self.limits = Limits()
-        self.set_limits(limits or Limits())
+        self.limits = NO_LIMITS
+        self.set_limits(limits)
 
     def set_limits(self, limits: Limits) -> None:
         """Changes the limits; what runs goes on."""
@@ -101,6 +110,17 @@ class TenantQuota:
         """
         with self._lock:
             self._check_concurrent(self._num_running)
+
+    def check_priority(self, priority: int, field: str) -> None:
+        """Claims that a generation may have this priority, which `field` of a command says.
+
+        Raises:
+            InvalidField: it is higher than the tenant's may be.
+        """
+        allowed = self.limits.max_priority
+        if allowed is not None and priority > allowed:
+            problem = f"must be at most {allowed} for this tenant, found {priority}"
+            raise InvalidField(field=field, problem=problem)
 
     def open_generation(self, in_place_of: "GenerationQuota | None" = None) -> "GenerationQuota":
         """The share of a generation that begins; give it back with `close`.

@@ -121,3 +121,29 @@ async def test_requests_count_per_start_and_not_per_call(
         seen = await call.finish()
         assert seen["a"].reason == "LENGTH"
         assert from_status(seen["b"].error).fields["limit"] == "requests_per_s"
+
+
+async def test_priority_is_what_the_tenant_may_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], relays: int
+) -> None:
+    """None may go before others unless its key's file says so: a start or an update that would ends alone."""
+    path = tmp_path / "keys"
+    key, ops = new_key(capsys, path, "acme"), new_key(capsys, path, "ops", max_priority=50)
+    async with running_daemon(tmp_path, relays=relays, **security(path)) as daemon:
+        call = call_of(daemon, key)
+        await call.start("high", PROMPT, priority=1)
+        error = from_status((await call.read_to_end("high")).error)
+        assert (error.reason, error.fields["field"]) == ("INVALID_FIELD", "start.priority")
+        assert "must be at most 0 for this tenant, found 1" in str(error)
+        await call.start("a", PROMPT, max_new_tokens=4, credit_tokens=2, priority=-5)
+        await call.send(update=pb.UpdateGeneration(request_id="a", priority=0))
+        await call.read_until(lambda: call.num_tokens("a") == 2)
+        await call.send(update=pb.UpdateGeneration(request_id="a", priority=1))
+        error = from_status((await call.read_to_end("a")).error)
+        assert (error.reason, error.fields["field"]) == ("INVALID_FIELD", "update.priority")
+        allowed = call_of(daemon, ops)
+        await allowed.start("a", PROMPT, max_new_tokens=2, priority=50)
+        await allowed.start("b", PROMPT, max_new_tokens=2, priority=51)
+        seen = await allowed.finish()
+        assert seen["a"].reason == "LENGTH"
+        assert from_status(seen["b"].error).fields["field"] == "start.priority"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import QuotaExceeded, from_status, to_status
+from shared.errors import InvalidField, QuotaExceeded, from_status, to_status
 from shared.quotas import Limits, Quotas, TenantQuota, TokenBucket
 
 
@@ -108,6 +108,16 @@ def test_generations_at_once_are_bounded_and_free_their_place() -> None:
     quota.open_generation()
     with pytest.raises(QuotaExceeded):
         quota.open_generation()
+
+
+def test_priority_above_the_tenants_own_is_refused_and_without_keys_none_is() -> None:
+    TenantQuota().check_priority(100, "start.priority")
+    TenantQuota(Limits(max_priority=7)).check_priority(7, "start.priority")
+    for limits, priority in ((Limits(), 1), (Limits(max_priority=7), 8)):
+        quota = TenantQuota(limits)
+        quota.check_priority(-100, "start.priority")
+        with pytest.raises(InvalidField, match=f"at most {limits.max_priority} .* {priority}"):
+            quota.check_priority(priority, "start.priority")
 
 
 def test_changed_limits_count_at_once_and_keep_what_runs() -> None:

@@ -13,6 +13,7 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 from openai import (
     AuthenticationError,
+    BadRequestError,
     PermissionDeniedError,
     RateLimitError,
 )
@@ -199,6 +200,9 @@ async def test_keys_scopes_and_quotas_have_their_statuses(
             # It has used more than a minute's, and asks for more than is left of the next ones.
             assert 60 < seconds <= 1200
         async with client_of(fleet, good) as client:
+            with pytest.raises(BadRequestError, match="at most 0 for this tenant") as ahead:
+                await client.completions.create(**ask, extra_body={"priority": 1})
+            assert ahead.value.param == "priority"
             endless = {**ask, "max_tokens": ENDLESS_TOKENS, "stream": True}
             stream = await client.completions.create(**endless)
             with pytest.raises(RateLimitError) as busy:

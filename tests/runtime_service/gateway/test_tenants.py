@@ -482,3 +482,18 @@ def test_fleet_commands_send_no_key_in_plaintext(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MILLRACE_CLI_API_KEY", "mr_a_b")
     with pytest.raises(CommandFailed, match="TLS"):
         fleet_client(FAR)
+
+
+async def test_gateway_says_which_priority_a_tenant_may_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], new: NewKey
+) -> None:
+    """Its runtimes take its word for it: what they know of the tenant's limits, and of the gateway's own, is less."""
+    key, ops = new("acme"), new("ops", max_priority=50)
+    async with secured(tmp_path, capsys, "generate", "delegate", num_runtimes=1) as fleet:
+        seen = {}
+        for tenant, tenant_key in (("acme", key), ("ops", ops)):
+            call = call_of(fleet, tenant_key)
+            await call.start("a", PROMPT, max_new_tokens=2, priority=50)
+            seen[tenant] = (await call.finish())["a"]
+    assert from_status(seen["acme"].error).fields["field"] == "start.priority"
+    assert seen["ops"].reason == "LENGTH"

@@ -96,6 +96,16 @@ def create_key(
         int | None,
         typer.Option("--concurrent", metavar="N", min=0, help="Generations at once; 0: no limit."),
     ] = None,
+    max_priority: Annotated[
+        int | None,
+        typer.Option(
+            "--max-priority",
+            metavar="N",
+            min=0,
+            max=100,
+            help="Highest of its generations; 0 unless set.",
+        ),
+    ] = None,
     file: KeyFile = _KEY_FILE,
     as_json: AsJson = False,
 ) -> None:
@@ -107,7 +117,7 @@ def create_key(
 
     asked = {
         "requests_per_s": requests_per_s, "tokens_per_min": tokens_per_min,
-        "concurrent": concurrent,
+        "concurrent": concurrent, "max_priority": max_priority,
     }  # fmt: skip
     limits = {name: value for name, value in asked.items() if value is not None}
     run(file.expanduser(), tenant, scope or ["generate"], limits, as_json=as_json)

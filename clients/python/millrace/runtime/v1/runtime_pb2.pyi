@@ -169,7 +169,9 @@ class StartGeneration(_message.Message):
     the tokenizer does.
     """
     priority: _builtins.int
-    """Higher goes first; of one priority tenants take turns, and a tenant's own go by arrival. From -100 to 100."""
+    """Higher goes first; of one priority tenants take turns, and a tenant's own go by arrival. From -100 to 100; a
+    tenant that is known by an API key needs leave for more than 0.
+    """
     credit_tokens: _builtins.int
     """Tokens that the client takes before it gives more with `AddCredit`. At 0 the
     generation waits. Unset means no limit.

@@ -307,7 +307,8 @@ type StartGeneration struct {
 	// Ends the generation with `DEADLINE_EXCEEDED` when it takes longer, queueing
 	// included.
 	Timeout *durationpb.Duration `protobuf:"bytes,7,opt,name=timeout,proto3" json:"timeout,omitempty"`
-	// Higher goes first; of one priority tenants take turns, and a tenant's own go by arrival. From -100 to 100.
+	// Higher goes first; of one priority tenants take turns, and a tenant's own go by arrival. From -100 to 100; a
+	// tenant that is known by an API key needs leave for more than 0.
 	Priority int32 `protobuf:"varint,8,opt,name=priority,proto3" json:"priority,omitempty"`
 	// Tokens that this generation has already produced elsewhere: it goes on after
 	// them, drawing what it would have drawn there. They count towards
