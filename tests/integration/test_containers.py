@@ -200,6 +200,26 @@ def test_pods_serve_as_the_manual_deploys_them_and_end_in_time(tmp_path: Path) -
             assert cluster.terminate(name) == 0, pods[name].log.read_text()
 
 
+def test_the_manuals_secured_stack_serves(tmp_path: Path) -> None:
+    """Line by line: certificates and keys, both daemons, and a command that asks."""
+    (block,) = re.findall(r"^```sh\n(umask 077[^`]*?^millrace-compiler [^`]*)```", OPERATIONS, re.M)
+    ours = block.replace("sample:smollm2-135m", "/operator/tiny").replace("smollm2-135m", "tiny")
+    *prepare, compiler, runtime, ask = ours.replace("\\\n", " ").splitlines()
+    write_checkpoint(tmp_path / "operator/tiny")
+    mounts = {"/operator": tmp_path / "operator"} | KERNELS
+    (kernels,) = KERNELS
+    environ = {"PATH": PATH, "HOME": "/operator", "NUMBA_CACHE_DIR": kernels}
+    with Host(tmp_path / "host", "compiler.example.org", "runtime.example.org") as host:
+
+        def shell(name: str, line: str) -> Running:
+            return host.start(name, Container(["sh", "-ec", line], environ, "/operator", mounts))
+
+        prepared = shell("operator", "\n".join(prepare))
+        assert prepared.process.wait(HANG_S) == 0, prepared.log.read_text()
+        shell("compiler", f"exec {compiler}")
+        shell("runtime", f"exec {runtime}").until_passes("sh", "-ec", f"cd /operator; {ask}")
+
+
 def test_services_of_compose_serve_and_end_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
