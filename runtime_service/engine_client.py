@@ -30,12 +30,12 @@ from runtime_service.engine_messages import (
 from runtime_service.engine_process import EngineProcess, EngineSpec, start_engine_process
 from runtime_service.engine_transport import PeerGone
 from runtime_service.generation import Generation
-from runtime_service.line_outside import LineOutside
 from runtime_service.metrics import RuntimeMetrics
 from runtime_service.sample_text import SampleText
 from runtime_service.scheduling.request import Request
+from runtime_service.tenant_queue import TenantQueue
 from shared.background import Background
-from shared.errors import EngineLost, MillraceError, QueueFull, from_status
+from shared.errors import EngineLost, MillraceError, from_status
 
 _SHUTDOWN_S = 5.0
 
@@ -72,8 +72,8 @@ class EngineClient:
         self._on_lost = on_lost
         self._generations: dict[int, Generation] = {}
         # Those that wait for credit wait for their client: they must not keep out those that wait for the engine.
-        self._waiting = _Queue(self.max_waiting_tokens)
-        self._without_credit = _Queue(self.max_waiting_tokens)
+        self._waiting = TenantQueue(self.max_waiting_tokens)
+        self._without_credit = TenantQueue(self.max_waiting_tokens)
         self._num_requests = 0
         self._outbox: list[Command] = []
         self._idle = asyncio.Event()
@@ -287,54 +287,6 @@ class EngineClient:
                 task.cancel()
         self.fail_all(error)
         self._metrics.engine_ended()
-
-
-class _Queue:
-    """Prompts that wait, by request, and the lines of those that found no room.
-
-    One tenant may fill it. Others find room all the same, each up to an equal share, until twice as many tokens wait:
-    nothing that was taken is thrown out for them, and what is too much drains, as whoever has more is refused.
-    """
-
-    def __init__(self, most_tokens: int) -> None:
-        self.num_tokens = 0
-        self._most_tokens = most_tokens
-        self._waiting: dict[int, tuple[str, int]] = {}
-        # Of tenants that have any.
-        self._num_tokens_of: dict[str, int] = {}
-        self._line = LineOutside()
-
-    def check_room(self, num_tokens: int, tenant: str) -> None:
-        """As `EngineClient.check_room`."""
-        if self.num_tokens >= self._most_tokens and not self._has_share_for(tenant):
-            raise QueueFull(
-                waiting_tokens=self.num_tokens,
-                max_waiting_tokens=self._most_tokens,
-                retry_after_s=self._line.join(tenant, num_tokens, self.num_tokens),
-            )
-
-    def add(self, request_id: int, tenant: str, num_tokens: int) -> None:
-        """Has a prompt wait."""
-        self._waiting[request_id] = tenant, num_tokens
-        self._num_tokens_of[tenant] = self._num_tokens_of.get(tenant, 0) + num_tokens
-        self.num_tokens += num_tokens
-
-    def take(self, request_id: int) -> tuple[str, int] | None:
-        """Its tenant and its tokens, which wait no more; None where it does not wait."""
-        taken = self._waiting.pop(request_id, None)
-        if taken is not None:
-            tenant, num_tokens = taken
-            self.num_tokens -= num_tokens
-            self._num_tokens_of[tenant] -= num_tokens
-            if not self._num_tokens_of[tenant]:
-                del self._num_tokens_of[tenant]
-            self._line.left_queue(num_tokens)
-        return taken
-
-    def _has_share_for(self, tenant: str) -> bool:
-        own = self._num_tokens_of.get(tenant, 0)
-        num_tenants = len(self._num_tokens_of) + (not own)
-        return own * num_tenants < self._most_tokens and self.num_tokens < 2 * self._most_tokens
 
 
 def without_standstill(last_sign_s: float, due_s: float, now_s: float) -> float:

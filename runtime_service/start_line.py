@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import structlog
 from millrace.runtime.v1 import runtime_pb2 as pb
@@ -11,14 +11,17 @@ from runtime_service.engine_keeper import EngineKeeper
 from runtime_service.generation import Generation
 from runtime_service.generation_trace import trace_generation
 from runtime_service.served_engine import ServedEngine
+from runtime_service.tenant_queue import TenantQueue
+from runtime_service.text_line import TextLine
 from shared.background import Background
-from shared.errors import Draining, Internal, MillraceError, QueueFull
+from shared.errors import Draining, Internal, MillraceError
 
-# Of starts that wait: a byte of a start counts as a token, which it is at most, and a start as at least some.
+# Of starts that wait, as a `TenantQueue` has it: a byte of a start counts as a token, which it is at most, and a start
+# as at least some.
 MAX_PREPARED_TOKENS = 32 << 20
 MIN_PREPARED_TOKENS = 4096
 _NUM_TEXT_THREADS = 2
-# Larger ones take turns on a thread of their own, so that a small one never waits for them.
+# Larger ones wait for a thread of their own, so that a small one never waits for them.
 LARGE_START_BYTES = 64 << 10
 
 _log = structlog.get_logger()
@@ -37,10 +40,10 @@ class StartLine:
     ) -> None:
         self._keeper = keeper
         self._check_model = check_model
-        self._text_threads = ThreadPoolExecutor(_NUM_TEXT_THREADS, "text")
-        self._large_text_thread = ThreadPoolExecutor(1, "large_text")
+        self._texts = TextLine(_NUM_TEXT_THREADS, "text")
+        self._large_texts = TextLine(1, "large_text")
         self._background = Background()
-        self._num_prepared_tokens = 0
+        self._prepared = TenantQueue(MAX_PREPARED_TOKENS)
 
     def start(self, generation: Generation, start: pb.StartGeneration, cache_salt: str) -> None:
         """Sees to it that `generation` runs, or ends it with an error; never raises."""
@@ -55,13 +58,14 @@ class StartLine:
                     served.submit(generation, parsed, served.encode(start), cache_salt)
                     return
             num_tokens = max(start.ByteSize(), MIN_PREPARED_TOKENS)
-            self._admit(num_tokens)
+            self._prepared.check_room(num_tokens, cache_salt)
         except MillraceError as error:
             generation.fail(error)
             return
+        self._prepared.add(generation, cache_salt, num_tokens)
 
         def prepared(task: asyncio.Task[None]) -> None:
-            self._num_prepared_tokens -= num_tokens
+            self._prepared.take(generation)
             _end_if_failed(generation, task)
 
         preparing = self._background.own(self._prepare(generation, start, cache_salt))
@@ -70,34 +74,24 @@ class StartLine:
     async def close(self) -> None:
         """Ends what still waits."""
         await self._background.close()
-        self._text_threads.shutdown(wait=False)
-        self._large_text_thread.shutdown(wait=False)
-
-    def _admit(self, num_tokens: int) -> None:
-        """Counts a start that is to be prepared.
-
-        Raises:
-            QueueFull: too much is being prepared already.
-        """
-        # Alone, any start that came in a message may be prepared.
-        waiting = self._num_prepared_tokens
-        if waiting and waiting + num_tokens > MAX_PREPARED_TOKENS:
-            raise QueueFull(waiting_tokens=waiting, max_waiting_tokens=MAX_PREPARED_TOKENS)
-        self._num_prepared_tokens += num_tokens
+        self._texts.close()
+        self._large_texts.close()
 
     async def _prepare(
         self, generation: Generation, start: pb.StartGeneration, cache_salt: str
     ) -> None:
         """The way of a start that has to wait."""
-        loop, keeper = asyncio.get_running_loop(), self._keeper
+        keeper, num_bytes = self._keeper, start.ByteSize()
+        line = self._large_texts if num_bytes > LARGE_START_BYTES else self._texts
         try:
             while not generation.is_ended:
                 served = await self._taker(generation)
                 self._check_model(served, start.model)
                 parsed = served.parse(start)
-                is_large = start.ByteSize() > LARGE_START_BYTES
-                threads = self._large_text_thread if is_large else self._text_threads
-                token_ids = await loop.run_in_executor(threads, served.encode, start)
+                async with line.turn(cache_salt, num_bytes):
+                    if generation.is_ended:  # nobody waits for it any more
+                        return
+                    token_ids = await line.run(partial(served.encode, start))
                 if keeper.has(served) and not generation.is_ended:
                     served.submit(generation, parsed, token_ids, cache_salt)
                     return

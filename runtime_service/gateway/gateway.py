@@ -20,6 +20,7 @@ from runtime_service.gateway.routing import KnownPrefixes, choose, prefix_of
 from runtime_service.gateway.run import Run, RunOwner
 from runtime_service.gateway.runtime_link import KEY_REFUSALS, RuntimeLink
 from runtime_service.generation_call import GenerationCall, OnMember
+from runtime_service.tenant_queue import TenantQueue
 from runtime_service.validation import num_prompt_tokens_of
 from shared.auth import ANYBODY, Principal
 from shared.errors import (
@@ -41,7 +42,7 @@ from shared.tracing import start_span, trace_fields
 _ANY_VOCABULARY = 1 << 32
 # Between tries of a generation that every runtime has refused, where they do not say.
 _RETRY_S = 0.2
-# Tokens that may wait for a runtime, over all generations, by the estimate that routing uses.
+# Tokens that may wait for a runtime, as a `TenantQueue` has it, by the estimate that routing uses.
 MAX_WAITING_TOKENS = 8 << 20
 
 _log = structlog.get_logger()
@@ -67,7 +68,7 @@ class Gateway:
         self._running: set[RoutedGeneration] = set()
         # In the order of their coming.
         self._waiting: dict[Run, asyncio.TimerHandle] = {}
-        self._waiting_tokens = 0
+        self._waiting_tokens = TenantQueue(MAX_WAITING_TOKENS)
         self._known_prefixes = KnownPrefixes()
         self._on_trial: RunOwner | None = None
         self._refused = Tally("starts_refused", reason=QueueFull.reason)
@@ -325,15 +326,12 @@ class Gateway:
             if is_new:
                 raise refusal or NoEngine(wanted=model or "any model")
             raise EngineLost(problem=f"no runtime can go on with it after {self._wait_s:.0f} s")
-        if self._waiting and self._waiting_tokens + run.num_waiting_tokens > MAX_WAITING_TOKENS:
-            raise QueueFull(
-                waiting_tokens=self._waiting_tokens, max_waiting_tokens=MAX_WAITING_TOKENS
-            )
+        self._waiting_tokens.check_room(run.num_waiting_tokens, run.tenant)
         delay_s = refusal.retry_after_s if isinstance(refusal, QueueFull) else None
         delay_s = min(delay_s or _RETRY_S, run.gives_up_s - now_s)
         timer = asyncio.get_running_loop().call_later(delay_s, self._try_again, run)
         self._waiting[run] = timer
-        self._waiting_tokens += run.num_waiting_tokens
+        self._waiting_tokens.add(run, run.tenant, run.num_waiting_tokens)
         self._metrics.waiting.set(len(self._waiting))
 
     def _may_run(self, generation: RunOwner) -> bool:
@@ -357,7 +355,7 @@ class Gateway:
         if timer is None:
             return
         timer.cancel()
-        self._waiting_tokens -= run.num_waiting_tokens
+        self._waiting_tokens.take(run)
         self._metrics.waiting.set(len(self._waiting))
         if not run.is_over:
             self.place(run)

@@ -125,14 +125,14 @@ async def test_start_that_ended_while_it_was_held_counts_no_more(tmp_path: Path)
         await until(lambda: later.held is not None and stays.held is not None)
         later.cancel()
         daemon.runtime.close_call(lost)
-        await until(lambda: line._num_prepared_tokens == MIN_PREPARED_TOKENS)
+        await until(lambda: line._prepared.num_tokens == MIN_PREPARED_TOKENS)
         assert daemon.runtime.keeper._is_holding
         assert later.error is None
         await call.let_go_on("old")
         await loading
         await until(lambda: stays.is_ended)
         assert stays.error is None
-        assert not line._num_prepared_tokens
+        assert not line._prepared.num_tokens
         daemon.runtime.close_call(mine)
 
 

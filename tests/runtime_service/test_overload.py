@@ -76,7 +76,7 @@ async def test_text_is_not_tokenized_to_be_refused(tmp_path: Path) -> None:
         daemon.runtime.keeper.served = replace(served, text=text)
         await call.start("text", "to be refused")
         assert from_status((await call.read_to_end("text")).error).reason == "QUEUE_FULL"
-        assert not daemon.runtime._line._num_prepared_tokens
+        assert not daemon.runtime._line._prepared.num_tokens
         assert daemon.runtime.metrics.num_ended("QUEUE_FULL") == 1
         await call.start("other", [40], model="nobody's")
         assert from_status((await call.read_to_end("other")).error).reason == "MODEL_NOT_SERVED"

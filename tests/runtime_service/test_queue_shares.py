@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime_service.engine_client import _Queue
+from runtime_service.tenant_queue import TenantQueue
 from shared.errors import QueueFull
 
 MOST = 100
@@ -16,7 +16,7 @@ class Clients:
     """Tenants that ask for room in one queue."""
 
     def __init__(self) -> None:
-        self.queue = _Queue(MOST)
+        self.queue = TenantQueue(MOST)
         self.waiting: Counter[str] = Counter()
         self._tenants: list[str] = []
 
