@@ -95,5 +95,9 @@ def test_template_is_given_what_the_command_says(daemon: ScriptedDaemon, script:
     done = millrace(daemon, "generate", "--chat", "hello", "--template", "thinking")
     says = "millrace: --template must be NAME=VALUE, found 'thinking'\n"
     assert (done.returncode, done.stderr) == (2, says)
+    deep = f"a={'[' * 10_000}"
+    done = millrace(daemon, "generate", "--chat", "hello", "--template", deep)
+    says = "millrace: --template a: its value is nested too deeply\n"
+    assert (done.returncode, done.stderr) == (2, says)
     done = millrace(daemon, "generate", "hello", *given)
     assert (done.returncode, "needs messages" in done.stderr) == (2, True)

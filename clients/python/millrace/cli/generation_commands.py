@@ -137,6 +137,9 @@ def _template_arguments(given: list[str]) -> dict[str, object]:
             arguments[name] = json.loads(value)
         except ValueError:  # no JSON is a text that nobody has to quote twice
             arguments[name] = value
+        except RecursionError:
+            problem = f"--template {name}: its value is nested too deeply"
+            raise CommandFailed(problem, USAGE) from None
     return arguments
 
 
