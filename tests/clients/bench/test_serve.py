@@ -60,11 +60,12 @@ def check_pace(report: dict[str, Any], num_tokens: int) -> None:
     """
     first_ms, token_ms = FIRST_S * 1000, TOKEN_S * 1000
     e2e_ms = first_ms + (num_tokens - 1) * token_ms
-    for name, pace_ms in (("ttft_ms", first_ms), ("tpot_ms", token_ms), ("e2e_ms", e2e_ms)):
+    for name, pace_ms in (("ttft_ms", first_ms), ("e2e_ms", e2e_ms)):
         assert pace_ms - 1 <= report[name]["p50"], name
     assert report["ttft_ms"]["max"] <= report["e2e_ms"]["max"] <= report["duration_s"] * 1000 + 1
     mean = {name: report[f"{name}_ms"]["mean"] for name in ("ttft", "tpot", "e2e", "itl")}
-    assert mean["ttft"] + (num_tokens - 1) * mean["tpot"] <= mean["e2e"] + 1
+    # A first token that is read late is followed the sooner by the others: only the last one's moment is the pace's.
+    assert e2e_ms - 1 <= mean["ttft"] + (num_tokens - 1) * mean["tpot"] <= mean["e2e"] + 1
     assert mean["itl"] == pytest.approx(mean["tpot"], rel=0.01)
 
 
