@@ -82,8 +82,7 @@ pb::GenerateStreamRequest start_generation(const Prompt& prompt, const GenerateO
   set_prompt(start, prompt);
   if (!options.template_arguments.empty()) {
     if (!start.has_chat()) {
-      throw std::invalid_argument(
-          "template_arguments need messages, which go through a template");
+      throw std::invalid_argument("template_arguments need messages, which go through a template");
     }
     start.mutable_chat()->set_template_arguments(utf8(options.template_arguments));
   }
