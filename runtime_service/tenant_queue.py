@@ -21,6 +21,9 @@ class TenantQueue:
         self._num_tokens_of: dict[str, int] = {}
         self._line = LineOutside()
 
+    def __contains__(self, owner: Hashable) -> bool:
+        return owner in self._waiting
+
     def check_room(self, num_tokens: int, tenant: str) -> None:
         """Claims that a prompt of so many tokens may come to wait, whatever its length.
 

@@ -215,6 +215,7 @@ class Gateway:
         except MillraceError as error:
             run.over(error.reason)
             run.generation.fail(error)
+        self._waiting_tokens.take(run)
 
     def ended(self, generation: RoutedGeneration, reason: str) -> None:
         """Takes note of the end of a generation."""
@@ -326,12 +327,14 @@ class Gateway:
             if is_new:
                 raise refusal or NoEngine(wanted=model or "any model")
             raise EngineLost(problem=f"no runtime can go on with it after {self._wait_s:.0f} s")
-        self._waiting_tokens.check_room(run.num_waiting_tokens, run.tenant)
+        # It keeps its room from look to look: what was taken is not thrown out for what came after it.
+        if run not in self._waiting_tokens:
+            self._waiting_tokens.check_room(run.num_waiting_tokens, run.tenant)
+            self._waiting_tokens.add(run, run.tenant, run.num_waiting_tokens)
         delay_s = refusal.retry_after_s if isinstance(refusal, QueueFull) else None
         delay_s = min(delay_s or _RETRY_S, run.gives_up_s - now_s)
         timer = asyncio.get_running_loop().call_later(delay_s, self._try_again, run)
         self._waiting[run] = timer
-        self._waiting_tokens.add(run, run.tenant, run.num_waiting_tokens)
         self._metrics.waiting.set(len(self._waiting))
 
     def _may_run(self, generation: RunOwner) -> bool:
@@ -355,9 +358,10 @@ class Gateway:
         if timer is None:
             return
         timer.cancel()
-        self._waiting_tokens.take(run)
         self._metrics.waiting.set(len(self._waiting))
-        if not run.is_over:
+        if run.is_over:
+            self._waiting_tokens.take(run)
+        else:
             self.place(run)
 
 

@@ -13,6 +13,7 @@ import structlog
 from millrace.runtime.v1 import runtime_pb2 as pb
 from millrace.runtime.v1 import runtime_pb2_grpc
 
+from runtime_service.tenant_queue import TenantQueue
 from shared.errors import from_status, reason_of
 from tests.runtime_service.daemon import TOKENIZER, Call, start_of, until
 from tests.runtime_service.echo_engine import CRASH
@@ -247,6 +248,31 @@ async def test_generation_that_no_runtime_can_go_on_with_ends_once(tmp_path: Pat
     error = from_status(seen.error)
     assert (error.reason, seen.num_terminal) == ("ENGINE_LOST", 1)
     assert error.retry_after_s
+
+
+async def test_generation_that_waits_keeps_its_room_however_much_came_after_it(
+    tmp_path: Path,
+) -> None:
+    """Each look for a runtime is a new one, and its place is still its own."""
+    async with running_fleet(tmp_path, num_runtimes=1) as fleet:
+        room = fleet.gateway._waiting_tokens = TenantQueue(5)
+        held = fleet.daemons[0].store.root / "held"
+        held.touch()
+        os.kill(fleet.daemons[0].client.pid, signal.SIGKILL)
+        await fleet.usable(0)
+        call = fleet.call()
+        await call.start("short", [40, 41], max_new_tokens=10)
+        await call.start("long", [50, 51] * 10, max_new_tokens=10)
+        await call.start("late", [60, 61], max_new_tokens=10)
+        error = from_status((await call.read_to_end("late")).error)
+        assert error.reason == "QUEUE_FULL"
+        fleet.gateway._try_all_again()
+        assert (len(fleet.gateway._waiting), room.num_tokens) == (2, 22)
+        held.unlink()
+        seen = await call.finish()
+        assert room.num_tokens == 0
+    is_whole(seen["short"], [40, 41], 10)
+    is_whole(seen["long"], [50, 51] * 10, 10)
 
 
 class _Mute(runtime_pb2_grpc.RuntimeServiceServicer):
