@@ -16,6 +16,8 @@ from runtime_service.scheduling.turns import Turns
 Result = TypeVar("Result")
 # An engine's turns are by priority, and count its steps. What a text costs is known when it comes.
 _PRIORITY, _STEP = 0, 0
+# To hand a text over takes as long as to tokenize so much of it (some 0.1 ms).
+_LEAST_BYTES = 512
 
 
 class TextLine:
@@ -31,7 +33,8 @@ class TextLine:
     @asynccontextmanager
     async def turn(self, tenant: str, num_bytes: int) -> AsyncIterator[None]:
         """Holds a free thread from when the turn of a text of `tenant` has come; for one `run`."""
-        turn = self._turns.enter(_PRIORITY, tenant, num_bytes, _STEP)
+        cost = max(num_bytes, _LEAST_BYTES)
+        turn = self._turns.enter(_PRIORITY, tenant, cost, _STEP)
         came: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (turn, next(self._arrivals), came))
         self._call_next()

@@ -175,7 +175,9 @@ class Host:
         )  # fmt: skip
         self._stack.callback(holder.communicate)
         assert holder.stdout is not None
-        assert holder.stdout.readline() == "up\n"
+        if holder.stdout.readline() != "up\n":
+            self._stack.close()
+            raise AssertionError("this machine gives no network of its own")
         self._network = ("nsenter", f"--net=/proc/{holder.pid}/ns/net")
         return self
 

@@ -47,15 +47,20 @@ async def test_text_of_another_tenant_waits_for_one_of_a_flood() -> None:
     texts.line.close()
 
 
-async def test_turns_are_by_bytes() -> None:
+@pytest.mark.parametrize(
+    ("long", "short", "order"), [(3000, 1000, "lssslsssl"), (30, 10, "lslslslss")]
+)
+async def test_turns_are_by_bytes_of_which_each_text_has_some(
+    long: int, short: int, order: str
+) -> None:
     texts = _Texts()
-    tasks = [texts.come("long", 30) for _ in range(4)]
+    tasks = [texts.come("long", long) for _ in range(4)]
     await until(lambda: texts.order == ["long"])
-    tasks += [texts.come("short", 10) for _ in range(9)]
+    tasks += [texts.come("short", short) for _ in range(9)]
     await asyncio.sleep(0)
     texts.go_on.set()
     await asyncio.gather(*tasks)
-    assert [one[0] for one in texts.order[:9]] == list("lssslsssl")
+    assert [one[0] for one in texts.order[:9]] == list(order)
     texts.line.close()
 
 
