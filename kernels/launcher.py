@@ -229,7 +229,7 @@ class KernelLibrary:
 
 
 def _record(key: str, entry: dict[str, object]) -> KernelRecord:
-    if entry.keys() != set(KernelRecord.__slots__):
+    if not entry.keys() >= set(KernelRecord.__slots__):
         raise KernelMissing(kernel=key)
     fields = {name: entry[name] for name in KernelRecord.__slots__}
     for name in ("code", "ptx"):

@@ -92,7 +92,7 @@ def _library(kernels: dict[str, object]) -> KernelLibrary:
 def test_engine_of_another_version_is_told_by_the_kernel_that_it_lacks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It lacks a variant, or says other things of those that it has."""
+    """It lacks a variant, or says less of those that it has."""
     monkeypatch.setattr(launcher, "Driver", _Driver)
     record: dict[str, object] = {
         "symbol": "f", "arguments": [], "num_warps": 4, "shared_bytes": 0, "has_pdl": False,
@@ -102,6 +102,6 @@ def test_engine_of_another_version_is_told_by_the_kernel_that_it_lacks(
     assert variant in _library({variant.key: record})
     with pytest.raises(KernelMissing, match=r"no kernel linear\.linear_many .* rebuild"):
         _library({"linear.linear_one.0123": record}).kernel(variant)
-    for other in ({**record, "clusters": 2}, {k: v for k, v in record.items() if k != "ptx"}):
-        with pytest.raises(KernelMissing, match=r"no kernel linear\.linear_many"):
-            _library({variant.key: other})
+    del record["ptx"]
+    with pytest.raises(KernelMissing, match=r"no kernel linear\.linear_many"):
+        _library({variant.key: record})

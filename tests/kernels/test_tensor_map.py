@@ -69,7 +69,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> tuple[launcher.Kernel, _Driver]:
     (_, index), _ = pack_kernels([compiled], _ARCH)
     driver = _Driver()
     entry = launcher.json.loads(index)["kernels"][variant.key]
-    return launcher.Kernel(cast(Driver, driver), launcher._record(entry), b"code"), driver
+    record = launcher._record(variant.key, entry)
+    return launcher.Kernel(cast(Driver, driver), record, b"code"), driver
 
 
 def test_a_launch_passes_maps_of_its_matrices(kernel: tuple[launcher.Kernel, _Driver]) -> None:
