@@ -81,7 +81,11 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentProblem:
-    """Why a runtime does not serve `deployment`, as that version has it."""
+    """Why a runtime does not serve `deployment`, as that version has it.
+
+    Args:
+        error: with the delay after which the runtime tries again; None where it does not.
+    """
 
     deployment: Deployment
     error: MillraceError

@@ -3,10 +3,13 @@
 A runtime is a member of the deployment that it was started for, or, idle, of any that lacks a
 replica. A member that serves nothing loads at once; one that serves an older version exchanges its
 engine when no other member does: the rest takes what comes meanwhile, and what runs is finished.
+A version whose engine can never be made is left alone until another one is deployed; what else
+failed is tried again, ever less often.
 Losing Redis changes nothing: it goes on with what it serves.
 """
 
 import asyncio
+import math
 from dataclasses import dataclass
 
 import structlog
@@ -17,11 +20,26 @@ from runtime_service.deployments import Deployment, DeploymentProblem, Deploymen
 from runtime_service.runtime import Runtime
 from shared.background import Background
 from shared.engine import EngineSelector
-from shared.errors import MillraceError
+from shared.errors import (
+    InvalidField,
+    InvalidModel,
+    MillraceError,
+    ModelNotFound,
+    QualityGate,
+    UnsupportedArch,
+    UnsupportedModel,
+    UnsupportedQuant,
+    UnsupportedTp,
+)
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 30.0
 # Before an idle runtime tries a version again that it was not fit for: its engine may have been pushed or signed since.
 _UNFIT_S = 300.0
+# What a checkpoint and a recipe are at fault for: another build of them ends as the last one did.
+_FINAL = (
+    QualityGate, InvalidModel, UnsupportedModel, ModelNotFound, UnsupportedArch, UnsupportedQuant, UnsupportedTp,
+    InvalidField,
+)  # fmt: skip
 
 _log = structlog.get_logger()
 
@@ -41,7 +59,8 @@ class Reconciler:
         name: the deployment; "": one that lacks a replica, as long as the runtime is idle.
         interval_s: between looks.
         ttl_s: after which a silent member's place is another one's.
-        unfit_s: for which an idle runtime leaves a version to others that it could not serve.
+        unfit_s: for which an idle runtime leaves a version to others that it could not serve; and the longest wait
+            of a member before it tries again what its error does not say will pass.
     """
 
     def __init__(
@@ -135,10 +154,12 @@ class Reconciler:
             self._forget_problem_unless_of()
             return None
         now_s = asyncio.get_running_loop().time()
-        self._unfit = {
-            version: until_s for version, until_s in self._unfit.items() if until_s > now_s
-        }
         known = await self._deployments.list()
+        self._unfit = {
+            version: until_s
+            for version, until_s in self._unfit.items()
+            if until_s > now_s and version in known
+        }
         self._forget_problem_unless_of(*known)
         for deployment in known:
             if deployment in self._unfit:
@@ -194,14 +215,22 @@ class Reconciler:
             reason=error.reason,
             problem=str(error),
         )
+        may_pass = error.retry_after_s is not None
+        is_unfit = not (self._own_name or may_pass or self._runtime.served is not None)
+        retry_s = self._unfit_s if is_unfit else self._retry_s
+        if isinstance(error, _FINAL):
+            retry_s = math.inf
+        else:
+            # Its own delay is until a caller may ask again, which is not when this asks.
+            error = type(error)(retry_after_s=retry_s, **error.fields)
         self._runtime.deployment_problem = DeploymentProblem(wanted, error)
-        self._retry_at_s = asyncio.get_running_loop().time() + self._retry_s
-        self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
-        has_hope = self._own_name or error.retry_after_s is not None
-        if has_hope or self._runtime.served is not None:
-            return False
-        self._unfit[wanted] = asyncio.get_running_loop().time() + self._unfit_s
-        return True
+        self._retry_at_s = asyncio.get_running_loop().time() + retry_s
+        # A build that fails by itself costs more than a look for a daemon that is away.
+        longest_s = _LAST_RETRY_S if may_pass else self._unfit_s
+        self._retry_s = min(self._retry_s * 2, longest_s)
+        if is_unfit:
+            self._unfit[wanted] = self._retry_at_s
+        return is_unfit
 
     def _forget_problem_unless_of(self, *wanted: Deployment) -> None:
         problem = self._runtime.deployment_problem

@@ -2,7 +2,7 @@
 
 import json
 
-from google.rpc import status_pb2
+from google.rpc import error_details_pb2, status_pb2
 from millrace.cli.output import duration_text
 from millrace.compiler.v1 import compiler_pb2
 from millrace.fleet.v1 import fleet_pb2
@@ -57,7 +57,7 @@ def test_why_a_deployment_is_not_served_is_said_by_whoever_shows_or_waits_for_it
     script.fleet.deployments.add(name="chat", model="tiny", replicas=50, version=7)
     for runtime in script.fleet.runtimes[1:]:  # the first of them is silent
         has_problem(runtime, 7)
-    line = "10.0.0.3:7602 does not serve chat v7: No model at [/b] here."
+    line = "10.0.0.3:7602 does not serve chat v7, tries again after 30 s: No model at [/b] here."
     with ScriptedDaemon(script) as daemon:
         shown = millrace(daemon, "status").stdout.splitlines()
         assert [text for text in shown if "does not serve" in text] == [line]
@@ -81,8 +81,8 @@ def test_why_a_deployment_was_not_served_is_not_said_once_it_is_or_has_changed()
         # A replica more, and it lacks one.
         fleet[0].replicas, fleet[1].version = 50, 7
         shown = millrace(daemon, "status").stdout
-        assert f"does not serve chat v7: {served}" in shown
-        assert f"does not serve other v7: {changed}" in shown
+        assert f"does not serve chat v7, tries again after 30 s: {served}" in shown
+        assert f"does not serve other v7, tries again after 30 s: {changed}" in shown
 
 
 def has_problem(
@@ -91,10 +91,13 @@ def has_problem(
     message: str = "No model at [/b] here.",
     deployment: str = "chat",
 ) -> status_pb2.Status:
-    """It has tried that version in vain; gives why."""
+    """It has tried that version in vain and will again; gives why."""
     problem = runtime.deployment_problem
     problem.deployment, problem.version = deployment, version
     problem.status.message = message
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.FromSeconds(30)
+    problem.status.details.add().Pack(retry)
     return problem.status
 
 
@@ -141,10 +144,12 @@ def test_deploy_does_not_wait_for_an_engine_that_cannot_be_made() -> None:
         del script.fleet.deployments[:]
         has_problem(runtime, 7).CopyFrom(to_status(QualityGate(problem="KL divergence")))
         none_may = millrace(daemon, *asked, "100000")  # longer than the test waits for the command
+        shown = millrace(daemon, "status").stdout
     for waited in (other_may, again_may):
         assert "replicas of chat are ready after" in waited.stderr
     told = json.loads(none_may.stderr)["error"]
     assert told["message"] == str(no_fp8)
+    assert f"does not serve chat v7, does not try again: {no_fp8}" in shown
 
 
 def test_undeploying_what_is_not_there_is_an_error() -> None:

@@ -13,10 +13,12 @@ from millrace.runtime.v1 import runtime_pb2 as pb
 from redis.asyncio import Redis
 
 from runtime_service.deployments import Deployment, Deployments, is_deployment_name
+from runtime_service.engine_source import EngineSource
 from runtime_service.reconciler import Reconciler
-from shared.errors import reason_of
+from shared.errors import DiskFull, MillraceError, QualityGate, from_status, reason_of
 from shared.redis import connect
 from tests.runtime_service.daemon import FP32, HANG_S, Daemon, publish_echo, running_daemon
+from tests.runtime_service.test_engine_source import Builder, compile_daemon
 
 pytestmark = pytest.mark.redis
 
@@ -324,6 +326,64 @@ async def test_idle_runtime_tries_again_what_it_could_not_serve(
     await member.settle()
     await member.settle()
     assert member.serves == "late"
+
+
+@pytest.mark.parametrize("name", ["chat", ""])
+@pytest.mark.parametrize(
+    ("error", "num_builds"),
+    [(QualityGate(problem="KL divergence 0.3 beyond 0.05"), 1), (DiskFull(path="/x"), 3)],
+    ids=["for good", "for now"],
+)
+async def test_build_that_failed_for_good_is_not_asked_for_again_until_it_is_deployed_anew(
+    error: MillraceError,
+    num_builds: int,
+    name: str,
+    members: Members,
+    deployments: Deployments,
+) -> None:
+    """What may pass is tried again; status tells which of them it is."""
+    member = await members.new(name, unfit_s=60.0)
+    builder, store = Builder(member.daemon.store, fails=error), member.daemon.store
+    async with compile_daemon(builder, store) as address:
+        source = EngineSource(store, None, address)
+        member.daemon.runtime.keeper._starter._source = source
+        missing = Deployment("chat", "missing", FP32, "some:uri", 1)
+        version = await deployments.apply(missing)
+        for _ in range(3):
+            await member.settle()
+            status = await member.daemon.stub.GetStatus(pb.GetStatusRequest())
+            assert status.deployment_problem.version == version
+            told = from_status(status.deployment_problem.status)
+            assert told.reason == error.reason
+            assert (told.retry_after_s is None) == (num_builds == 1)
+            # Each wait that it told has passed.
+            passed_s = told.retry_after_s or 1e6
+            member.reconciler._retry_at_s -= passed_s
+            member.reconciler._unfit = {
+                unfit: until_s - passed_s for unfit, until_s in member.reconciler._unfit.items()
+            }
+        assert len(builder.requests) == num_builds
+        await deployments.apply(missing)
+        await member.settle()
+        assert len(builder.requests) == num_builds + 1
+
+
+async def test_waits_between_builds_of_a_version_grow_and_are_bounded(
+    members: Members, deployments: Deployments, tmp_path: Path
+) -> None:
+    member = await members.new(unfit_s=60.0)
+    store = member.daemon.store
+    async with compile_daemon(Builder(store, fails=DiskFull(path="/x")), store) as address:
+        member.daemon.runtime.keeper._starter._source = EngineSource(store, None, address)
+        await deployments.apply(Deployment("chat", "missing", FP32, "some:uri", 1))
+        waits_s = []
+        for _ in range(8):
+            await member.settle()
+            problem = member.daemon.runtime.deployment_problem
+            assert problem is not None
+            waits_s.append(problem.error.retry_after_s)
+            member.reconciler._retry_at_s = 0.0  # time passes
+    assert waits_s == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,6 @@ _RUNTIME_COLUMNS = (
     "runtime", "state", "start", "serves", "deployment", "running", "waiting", "KV", "tokens/s", "TTFT",
 )  # fmt: skip
 _LEAST_COLUMNS = ("start", "deployment", "KV", "TTFT")
-# What a checkpoint and a recipe are at fault for: no other runtime of that arch, and no later try, fares better.
-_HOPELESS = (
-    "QUALITY_GATE", "INVALID_MODEL", "UNSUPPORTED_MODEL", "MODEL_NOT_FOUND", "UNSUPPORTED_ARCH", "UNSUPPORTED_QUANT",
-    "UNSUPPORTED_TP", "INVALID_FIELD",
-)  # fmt: skip
 _DEPLOYMENT_COLUMNS = ("deployment", "model", "quant", "version", "ready")
 _BUILD_COLUMNS = ("build", "model", "arch", "quant", "state", "done")
 
@@ -87,7 +82,8 @@ def _raise_if_hopeless(seen: fleet_pb2.GetFleetResponse, deployment: fleet_pb2.D
         for problem in [runtime.deployment_problem]
         if (problem.deployment, problem.version) == (deployment.name, deployment.version)
     }
-    errors = {arch: error for arch, error in errors.items() if error.reason in _HOPELESS}
+    # No other runtime of that arch, and no later try, fares better.
+    errors = {arch: error for arch, error in errors.items() if error.retry_after_s is None}
     able = {runtime.arch for runtime in seen.runtimes if _is_able(runtime, deployment.name)}
     if errors and able <= errors.keys():
         raise next(iter(errors.values()))
@@ -284,11 +280,22 @@ def _problems(found: fleet_pb2.GetFleetResponse, deployment: str = "") -> list[s
         if d.ready_replicas < d.replicas and deployment in ("", d.name)
     }
     return [
-        f"{runtime.address} does not serve {problem.deployment} v{problem.version}: {problem.status.message}"
+        f"{runtime.address} does not serve {problem.deployment} v{problem.version}, {_retry_text(problem)}: "
+        f"{problem.status.message}"
         for runtime in found.runtimes
         for problem in [runtime.deployment_problem]
         if (problem.deployment, problem.version) in lacking and not _is_silent(runtime)
     ]
+
+
+def _retry_text(problem: runtime_pb2.DeploymentProblem) -> str:
+    """`tries again after 30 s`, or that it does not."""
+    retry_s = from_status(problem.status).retry_after_s
+    return (
+        "does not try again"
+        if retry_s is None
+        else f"tries again after {output.duration_text(retry_s)}"
+    )
 
 
 def _vacancies(found: fleet_pb2.GetFleetResponse) -> list[str]:
