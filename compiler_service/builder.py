@@ -41,7 +41,6 @@ from shared.engine import (
     EngineDraft,
     EngineKey,
     EngineManifest,
-    QuantConfig,
 )
 from shared.errors import EngineNotFound, ModelChanged
 from shared.ir import Graph
@@ -59,7 +58,7 @@ STAGES = {
     "calibrate": 80,
     "quantize": 80,
     "quality": 4,
-    "kernels": 8,
+    "kernels": 40,
     "publish": 2,
 }
 
@@ -99,7 +98,7 @@ def build(
         BuildCancelled: `is_cancelled` said so.
         MillraceError: the checkpoint, the key or the disk is at fault.
     """
-    steps = _Steps(report, is_cancelled, _skipped_stages(request.key.quant))
+    steps = _Steps(report, is_cancelled, _skipped_stages(request.key))
     with store.pin():
         engine = _published(store, request.key)
         if engine is None:
@@ -136,14 +135,20 @@ def _draft(request: BuildRequest, store: LocalStore, steps: "_Steps") -> EngineD
     steps.enter("kernels")
     kernels = tuple(
         store.write_blob([content], KERNELS_TYPE, title)
-        for title, content in machine_code(graph, request.key.arch)
+        for title, content in machine_code(graph, request.key.arch, steps.share)
     )
     steps.enter("publish")
     return EngineDraft(request.key, request.model, (*layers, *kernels))
 
 
-def machine_code(graph: Graph, arch_name: str) -> list[tuple[str, bytes]]:
-    """The kernel layers of an engine, (title, bytes); none where torch runs the graph."""
+def machine_code(
+    graph: Graph, arch_name: str, on_share: Callable[[float], None] = lambda share: None
+) -> list[tuple[str, bytes]]:
+    """The kernel layers of an engine, (title, bytes); none where torch runs the graph.
+
+    Args:
+        on_share: told the share of its kernels that is compiled, now and then.
+    """
     arch = arch_named(arch_name)
     if not arch.is_gpu:
         return []
@@ -151,7 +156,8 @@ def machine_code(graph: Graph, arch_name: str) -> list[tuple[str, bytes]]:
     from kernels.aot import compile_variants, pack_kernels
     from kernels.lowering import variants
 
-    return pack_kernels(compile_variants(variants(graph, arch, with_candidates=True), arch), arch)
+    wanted = variants(graph, arch, with_candidates=True)
+    return pack_kernels(compile_variants(wanted, arch, on_share=on_share), arch)
 
 
 def _published(store: LocalStore, key: EngineKey) -> EngineManifest | None:
@@ -220,10 +226,12 @@ def _quantized(
     return made
 
 
-def _skipped_stages(quant: QuantConfig) -> frozenset[str]:
-    """The stages that a build with this recipe does not have."""
-    scheme = scheme_named(quant)
+def _skipped_stages(key: EngineKey) -> frozenset[str]:
+    """The stages that a build of this key does not have, or that take it no time."""
+    quant, scheme = key.quant, scheme_named(key.quant)
     skipped = set()
+    if not arch_named(key.arch).is_gpu:
+        skipped.add("kernels")
     if scheme.calibrate is None:
         skipped.add("calibrate")
     if not scheme.measures(quant):
@@ -245,8 +253,8 @@ class _Steps:
     ) -> None:
         self._report, self._is_cancelled = report, is_cancelled
         self._stage, self._done, self._total = "import", 0, 0
-        self._fraction = 0.0
-        shares = {stage: share for stage, share in STAGES.items() if stage not in skipped}
+        self._fraction = self._share = 0.0
+        shares = {stage: 0 if stage in skipped else share for stage, share in STAGES.items()}
         ends = list(itertools.accumulate(shares.values()))
         self._spans = {
             stage: ((end - share) / ends[-1], end / ends[-1])
@@ -254,11 +262,17 @@ class _Steps:
         }
 
     def enter(self, stage: str, total_bytes: int = 0) -> None:
-        self._stage, self._done, self._total = stage, 0, total_bytes
+        self._stage, self._done, self._total, self._share = stage, 0, total_bytes, 0.0
         self._tell()
 
     def read(self, num_bytes: int) -> None:
         self._done += num_bytes
+        self._share = self._done / self._total if self._total else 0.0
+        self._tell()
+
+    def share(self, share: float) -> None:
+        """So much of the stage is done; no bytes of the checkpoint tell how much."""
+        self._share = share
         self._tell()
 
     def reading(self, total_bytes: int) -> Callable[[int], None]:
@@ -271,7 +285,7 @@ class _Steps:
 
     def _tell(self) -> None:
         start, end = self._spans[self._stage]
-        share = self._done / self._total if self._total else 0.0
+        share = self._share
         # The search for layers to keep reads the checkpoint again and again.
         self._fraction = max(self._fraction, start * (1 - share) + end * share)
         fraction = self._fraction

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -57,10 +57,16 @@ class CompiledKernel:
 
 
 def compile_variants(
-    variants: Iterable[KernelVariant], arch: Arch, *, num_processes: int | None = None
+    variants: Iterable[KernelVariant],
+    arch: Arch,
+    *,
+    num_processes: int | None = None,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> list[CompiledKernel]:
     """Machine code of `variants`, each once, sorted by key: equal input gives equal bytes.
 
+    Args:
+        on_share: told the share of them that is compiled, now and then.
     Raises:
         AssertionError: a variant exceeds the arch's shared memory, wants scratch memory, or takes other
             parameters than it declares; says which.
@@ -69,7 +75,11 @@ def compile_variants(
     jobs = [(unique[key], arch.name) for key in sorted(unique)]
     processes = max(1, min(num_processes or _num_processes(), len(jobs)))
     with compile_pool(processes) as pool:
-        return list(pool.map(_compile_job, jobs, chunksize=1 + len(jobs) // (8 * processes)))
+        compiled = []
+        for kernel in pool.map(_compile_job, jobs, chunksize=1 + len(jobs) // (32 * processes)):
+            compiled.append(kernel)
+            on_share(len(compiled) / len(jobs))
+        return compiled
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,7 +186,7 @@ def test_engine_of_another_arch_shares_weights_and_reads_none(
     store = LocalStore(tmp_path / "store")
     cpu = build(_request(folder, tmp_path, quant), store, _silent)
     blobs = set((tmp_path / "store" / "blobs" / "sha256").iterdir())
-    monkeypatch.setattr(builder, "machine_code", lambda graph, arch: [("kernels/x", b"code")])
+    monkeypatch.setattr(builder, "machine_code", lambda *arguments: [("kernels/x", b"code")])
     progress: list[BuildProgress] = []
     gpu = build(_request(folder, tmp_path, quant, arch="sm_90"), store, progress.append)
     assert gpu.layers[:-1] == cpu.layers
@@ -244,6 +245,29 @@ def test_progress_names_every_stage_in_order_and_only_grows(
         assert len({p.done_bytes for p in seen if p.stage == "calibrate"}) > 10, "it seems to stand"
     last = [p for p in seen if p.stage == "quantize"][-1]
     assert last.done_bytes == last.total_bytes > 0
+
+
+def test_progress_goes_on_while_kernels_are_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are most of a GPU's build of a small model."""
+    folder = write_checkpoint(tmp_path / "tiny")
+    seen: list[BuildProgress] = []
+
+    def machine_code(
+        graph: Graph, arch: str, on_share: Callable[[float], None]
+    ) -> list[tuple[str, bytes]]:
+        for share in (0.25, 0.5, 1.0):
+            on_share(share)
+        return []
+
+    monkeypatch.setattr(builder, "machine_code", machine_code)
+    request = _request(folder, tmp_path, QuantConfig("bf16"), arch="sm_90")
+    build(request, LocalStore(tmp_path / "store"), seen.append)
+    begun, *compiled = [p.fraction for p in seen if p.stage == "kernels"]
+    (published,) = [p.fraction for p in seen if p.stage == "publish"]
+    assert compiled == pytest.approx([begun + s * (published - begun) for s in (0.25, 0.5, 1.0)])
+    assert published - begun > 0.2
 
 
 @pytest.mark.parametrize("stage", STAGES)

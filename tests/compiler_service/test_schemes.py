@@ -385,7 +385,7 @@ def test_fp8_static_engine_holds_the_largest_input_of_every_linear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And its measurement rounds inputs by just that scale; weights that are kept have none."""
-    monkeypatch.setattr(builder, "machine_code", lambda graph, arch: [])
+    monkeypatch.setattr(builder, "machine_code", lambda *arguments: [])
     folder = write_uneven_checkpoint(tmp_path / "tiny")
     quant = QuantConfig("fp8-static", keep=("layers.0.o",), **LOOSE)
     store, engine = build_quantized(folder, quant, tmp_path, arch="sm_90")
@@ -407,7 +407,7 @@ def test_fp8_report_counts_the_rounding_of_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token with one value far beyond the others loses these: no error of weights alone shows it."""
-    monkeypatch.setattr(builder, "machine_code", lambda graph, arch: [])
+    monkeypatch.setattr(builder, "machine_code", lambda *arguments: [])
     folder = write_checkpoint(tmp_path / "tiny")
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
