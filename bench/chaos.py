@@ -69,7 +69,9 @@ async def storm(fleet: FleetProcesses, client: FleetClient, arguments: argparse.
         draw = random.Random(number)
         call = Call(client.stub.Generate())
         for index in range(arguments.streams):
-            await call.send(start=random_start(index, (200, 400)))
+            start = random_start(index, (200, 400))
+            start.credit_tokens = 100  # so that none is at its end before it is cancelled
+            await call.send(start=start)
         waiting = list(range(arguments.streams))
         draw.shuffle(waiting)
         while waiting:
