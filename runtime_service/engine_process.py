@@ -130,11 +130,11 @@ def _serve(spec: EngineSpec, mailbox: EngineSide) -> int:
         raise
     except MillraceError as error:
         _log.error("engine_failed", reason=error.reason, problem=str(error))
-        mailbox.send(Failed(to_status(error).SerializeToString()))
+        mailbox.send_last(Failed(to_status(error).SerializeToString()))
         return 1
     except Exception:
         _log.exception("engine_failed_unforeseen")
-        mailbox.send(Failed(to_status(Internal()).SerializeToString()))
+        mailbox.send_last(Failed(to_status(Internal()).SerializeToString()))
         return 1
     return 0
 

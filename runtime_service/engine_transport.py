@@ -12,6 +12,8 @@ the front's side is asyncio. Either end sees `PeerGone` when the other process i
 import asyncio
 import socket
 import struct
+import time
+from contextlib import suppress
 
 import msgspec
 
@@ -20,6 +22,8 @@ from runtime_service.engine_messages import Command, Reply
 
 _RECEIVE_BYTES = 1 << 20
 _LENGTH = struct.Struct("<I")
+# So long a front may take to read the last reply.
+_LINGER_S = 2.0
 
 
 class PeerGone(Exception):
@@ -71,6 +75,24 @@ class EngineSide:
             self._socket.sendall(_LENGTH.pack(len(body)) + body)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise PeerGone from error
+
+    def send_last(self, reply: Reply) -> None:
+        """Sends a reply that nothing follows, and waits until the front has closed its end, or for 2 s.
+
+        What the front still sends is dropped: to write to a process that is gone breaks its connection, and what it has
+        not read by then would be lost.
+
+        Raises:
+            PeerGone: the front is no more.
+        """
+        self.send(reply)
+        until_s = time.monotonic() + _LINGER_S
+        with suppress(OSError):  # the front is no more, or takes its time
+            self._socket.shutdown(socket.SHUT_WR)
+            while (left_s := until_s - time.monotonic()) > 0:
+                self._socket.settimeout(left_s)
+                if not self._socket.recv(_RECEIVE_BYTES):
+                    return
 
     def _read(self, wait: bool) -> bool:
         flags = 0 if wait else socket.MSG_DONTWAIT
