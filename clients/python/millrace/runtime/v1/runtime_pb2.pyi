@@ -1154,7 +1154,10 @@ class DeploymentProblem(_message.Message):
     """The version that it tried."""
     @_builtins.property
     def status(self) -> _status_pb2.Status:
-        """What went wrong: the engine was not found, built, pulled or loaded."""
+        """What went wrong: the engine was not found, built, pulled or loaded.
+        Its `RetryInfo` says after how long the runtime tries this version again;
+        without one it does not, until another version is deployed.
+        """
 
     def __init__(
         self,

@@ -111,8 +111,8 @@ class RuntimeServiceServicer(object):
         back. Returns when the engine serves.
 
         Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-        (`ARCH_MISMATCH`, `FORMAT_MISMATCH`; `FOLLOWS_DEPLOYMENT`: the deployment
-        says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
+        (`ARCH_MISMATCH`, `FORMAT_MISMATCH`, `KERNEL_MISSING`; `FOLLOWS_DEPLOYMENT`:
+        the deployment says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
         `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

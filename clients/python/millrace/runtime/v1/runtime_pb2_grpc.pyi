@@ -65,8 +65,8 @@ class RuntimeServiceStub:
     back. Returns when the engine serves.
 
     Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-    (`ARCH_MISMATCH`, `FORMAT_MISMATCH`; `FOLLOWS_DEPLOYMENT`: the deployment
-    says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
+    (`ARCH_MISMATCH`, `FORMAT_MISMATCH`, `KERNEL_MISSING`; `FOLLOWS_DEPLOYMENT`:
+    the deployment says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
     `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
     """
     UnloadEngine: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.UnloadEngineRequest, _runtime_pb2.UnloadEngineResponse]
@@ -113,8 +113,8 @@ class RuntimeServiceAsyncStub(RuntimeServiceStub):
     back. Returns when the engine serves.
 
     Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-    (`ARCH_MISMATCH`, `FORMAT_MISMATCH`; `FOLLOWS_DEPLOYMENT`: the deployment
-    says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
+    (`ARCH_MISMATCH`, `FORMAT_MISMATCH`, `KERNEL_MISSING`; `FOLLOWS_DEPLOYMENT`:
+    the deployment says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
     `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
     """
     UnloadEngine: _aio.UnaryUnaryMultiCallable[_runtime_pb2.UnloadEngineRequest, _runtime_pb2.UnloadEngineResponse]  # type: ignore[assignment]
@@ -182,8 +182,8 @@ class RuntimeServiceServicer(metaclass=_abc_1.ABCMeta):
         back. Returns when the engine serves.
 
         Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-        (`ARCH_MISMATCH`, `FORMAT_MISMATCH`; `FOLLOWS_DEPLOYMENT`: the deployment
-        says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
+        (`ARCH_MISMATCH`, `FORMAT_MISMATCH`, `KERNEL_MISSING`; `FOLLOWS_DEPLOYMENT`:
+        the deployment says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
         `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
         """
 

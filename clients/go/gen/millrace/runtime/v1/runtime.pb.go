@@ -2246,6 +2246,8 @@ type DeploymentProblem struct {
 	// The version that it tried.
 	Version int64 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
 	// What went wrong: the engine was not found, built, pulled or loaded.
+	// Its `RetryInfo` says after how long the runtime tries this version again;
+	// without one it does not, until another version is deployed.
 	Status *status.Status `protobuf:"bytes,3,opt,name=status,proto3" json:"status,omitempty"`
 }
 

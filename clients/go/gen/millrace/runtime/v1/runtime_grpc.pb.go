@@ -44,8 +44,8 @@ type RuntimeServiceClient interface {
 	// back. Returns when the engine serves.
 	//
 	// Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-	// (`ARCH_MISMATCH`, `FORMAT_MISMATCH`; `FOLLOWS_DEPLOYMENT`: the deployment
-	// says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
+	// (`ARCH_MISMATCH`, `FORMAT_MISMATCH`, `KERNEL_MISSING`; `FOLLOWS_DEPLOYMENT`:
+	// the deployment says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
 	// `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
 	LoadEngine(ctx context.Context, in *LoadEngineRequest, opts ...grpc.CallOption) (*LoadEngineResponse, error)
 	// Finishes running generations and releases the engine. Starts are refused
@@ -184,8 +184,8 @@ type RuntimeServiceServer interface {
 	// back. Returns when the engine serves.
 	//
 	// Errors: `NOT_FOUND` (`ENGINE_NOT_FOUND`), `FAILED_PRECONDITION`
-	// (`ARCH_MISMATCH`, `FORMAT_MISMATCH`; `FOLLOWS_DEPLOYMENT`: the deployment
-	// says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
+	// (`ARCH_MISMATCH`, `FORMAT_MISMATCH`, `KERNEL_MISSING`; `FOLLOWS_DEPLOYMENT`:
+	// the deployment says what it serves), `DATA_LOSS` (`DIGEST_MISMATCH`),
 	// `UNIMPLEMENTED` (`NOT_A_RUNTIME`: a gateway loads nothing).
 	LoadEngine(context.Context, *LoadEngineRequest) (*LoadEngineResponse, error)
 	// Finishes running generations and releases the engine. Starts are refused
